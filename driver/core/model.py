@@ -1,0 +1,336 @@
+"""The nouns, all frozen and compared by value.
+
+Spelling of "slice", which means four things in this field: `Slice` is what we allocate (a whole GPU or a partition),
+`resource_slice` the API object, `time_slice` the scheduler quantum of the GPU, `Placement` the memory slices inside one.
+
+A `Slice` is what *may* exist, a UUID is what *does*: steps and records name devices and slots, never UUIDs alone, so that
+a later step may serve a partition which an earlier step has just made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NewType
+
+GpuUuid = NewType("GpuUuid", str)  # "GPU-…", NVML's
+MigUuid = NewType("MigUuid", str)  # "MIG-…", NVML's; new at each creation, even at the same place
+ClaimUid = NewType("ClaimUid", str)  # Kubernetes'
+PoolName = NewType("PoolName", str)  # "<node>/<pci bus id>"
+
+MIB = 1024 * 1024
+
+
+# ---------------------------------------------------------------- hardware as it could be
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Placement:
+    """Memory slices [start, start + size) of one GPU (nvml.h, `nvmlGpuInstancePlacement_t`)."""
+
+    start: int
+    size: int
+
+    def overlaps(self, other: Placement) -> bool:
+        return self.start < other.start + other.size and other.start < self.start + self.size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigProfile:
+    """A GPU-instance profile as NVML reports it; `id` is stable across driver branches, `name` is only a label.
+
+    `suffix` is "" for a plain profile, else what NVIDIA's names carry: "+me", "-me", "+gfx", "+me.all".
+    """
+
+    id: int
+    name: str
+    suffix: str = ""
+    memory_mib: int
+    compute_slices: int
+    multiprocessors: int
+    copy_engines: int = 0
+    decoders: int = 0
+    encoders: int = 0
+    jpegs: int = 0
+    ofas: int = 0
+    max_instances: int
+    placements: tuple[Placement, ...]
+
+    def engines(self) -> dict[str, int]:
+        """Counts that add up against the whole GPU's, by counter name (a DNS label)."""
+        return {
+            "multiprocessors": self.multiprocessors,
+            "copy-engines": self.copy_engines,
+            "decoders": self.decoders,
+            "encoders": self.encoders,
+            "jpegs": self.jpegs,
+            "ofas": self.ofas,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One card, by facts that do not move while the NVIDIA driver is loaded (the device minor does: ask at prepare)."""
+
+    uuid: GpuUuid
+    index: int
+    bus_id: str  # extended BDF, lower case, 4-digit domain: "0000:3b:00.0"
+    product: str  # nvmlDeviceGetName: "NVIDIA H100 80GB HBM3"
+    architecture: str  # "Hopper"
+    compute_capability: str  # "9.0"
+    memory_bytes: int  # nvmlMemory_v2.total
+    reserved_bytes: int = 0  # nvmlMemory_v2.reserved: what the NVIDIA driver keeps for itself
+    driver_version: str  # "580.65.06"
+    cuda_version: str  # "13.0"
+    profiles: tuple[MigProfile, ...] = ()  # empty: cannot be partitioned
+    resetless: bool = False  # MIG mode can be switched without a GPU reset (Hopper and later)
+    numa_node: int | None = None
+    pcie_root: str | None = None  # "pci0000:16"
+
+    def profile(self, profile_id: int) -> MigProfile | None:
+        return next((profile for profile in self.profiles if profile.id == profile_id), None)
+
+
+# ---------------------------------------------------------------- hardware as it is now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """A GPU instance that exists; `ci` and `uuid` are None while it has no compute instance."""
+
+    profile: int
+    placement: Placement
+    gi: int
+    ci: int | None = None
+    uuid: MigUuid | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveGpu:
+    """What one look at a GPU found. `mig_pending` differs from `mig` where a switch waits for a reset."""
+
+    mig: bool
+    mig_pending: bool
+    partitions: tuple[Partition, ...] = ()
+
+    def at(self, slot: MigSlot) -> Partition | None:
+        """The partition that stands exactly in this slot."""
+        return next(
+            (p for p in self.partitions if p.profile == slot.profile and p.placement == slot.placement),
+            None,
+        )
+
+
+# ---------------------------------------------------------------- what is offered
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class MigSlot:
+    """Where a partition goes; survives restarts, unlike its UUID and its instance ids."""
+
+    gpu: GpuUuid
+    profile: int
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class WholeGpu:
+    gpu: Gpu
+
+
+@dataclass(frozen=True, slots=True)
+class MigSlice:
+    """A partition that could exist; whether it does is the hardware's business."""
+
+    gpu: Gpu
+    profile: MigProfile
+    placement: Placement
+
+    @property
+    def slot(self) -> MigSlot:
+        return MigSlot(self.gpu.uuid, self.profile.id, self.placement)
+
+
+Slice = WholeGpu | MigSlice
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusive:
+    """One claim has the slice for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Monitor:
+    """Admin access to a whole card, beside whoever uses it; takes nothing."""
+
+
+Sharing = Exclusive | Monitor
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a device name stands for: the hardware behind it and how it is handed out."""
+
+    slice_: Slice
+    sharing: Sharing
+
+    @property
+    def gpu(self) -> Gpu:
+        return self.slice_.gpu
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DeviceRef:
+    """Device names repeat on every card: always with the pool."""
+
+    pool: PoolName
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.pool}/{self.device}"
+
+
+# ---------------------------------------------------------------- one claim's way
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ClaimRef:
+    namespace: str
+    name: str
+    uid: ClaimUid
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name} ({self.uid})"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What opaque config asks of one allocation; None where nobody said anything."""
+
+    enforcement: str | None = None  # "required" or "preferred"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One line of the scheduler's verdict for our driver, with the opaque config that applies to it."""
+
+    request: str  # base request name, subrequest stripped
+    device: DeviceRef
+    admin: bool = False
+    share_id: str | None = None
+    consumed: Mapping[str, int] = field(default_factory=dict)  # capacity the scheduler charged
+    settings: Settings = Settings()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    ref: ClaimRef
+    allocations: tuple[Allocation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetMigMode:
+    gpu: GpuUuid
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CreateMig:
+    """Create the partition of this slot, which was seen empty before the plan was written."""
+
+    slot: MigSlot
+
+
+Step = SetMigMode | CreateMig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """One allocation and the hardware it takes; enough to know a holder without any inventory."""
+
+    allocation: Allocation
+    gpu: GpuUuid
+    slot: MigSlot | None = None
+    sharing: Sharing
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    ref: ClaimRef
+    grants: tuple[Grant, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def gpus(self) -> tuple[GpuUuid, ...]:
+        """GPUs the claim takes (not those it only monitors), in the one global order."""
+        return tuple(sorted({grant.gpu for grant in self.grants if grant.sharing != Monitor()}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeMig:
+    """What a `CreateMig` brought into being so far."""
+
+    slot: MigSlot
+    gi: int
+    ci: int | None = None
+    uuid: MigUuid | None = None
+
+
+Done = MadeMig
+
+
+@dataclass(frozen=True, slots=True)
+class DestroyMig:
+    """Destroy what stands in the slot; with a UUID only that very partition, for ids and slots are used again."""
+
+    slot: MigSlot
+    uuid: MigUuid | None
+
+
+Undo = DestroyMig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedDevice:
+    """One device as the kubelet is told of it, and what it turned out to be."""
+
+    request: str
+    device: DeviceRef
+    share_id: str | None = None
+    uuid: GpuUuid | MigUuid
+    cdi_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedClaim:
+    ref: ClaimRef
+    devices: tuple[PreparedDevice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is written down of a claim. `prepared` is None until it is finished: that *is* the phase."""
+
+    plan: Plan
+    done: tuple[Done, ...] = ()
+    prepared: PreparedClaim | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """The devices are free for this claim as soon as these other claims have left."""
+
+    holders: tuple[ClaimRef, ...]
+
+
+# ---------------------------------------------------------------- what may not be used now
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Taint:
+    """Why a device is not to be had now. `key` without domain; `reason` is one sentence for logs and commands."""
+
+    key: str
+    value: str
+    effect: str = "NoSchedule"
+    reason: str = field(default="", compare=False)

@@ -1,0 +1,273 @@
+"""Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
+
+The scheduler's counters are not trusted alone: schedulers of early 1.36 patches do not charge committed shares again
+(kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
+`Busy`, for that holder may be about to leave; what nobody's record explains is foreign and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import assert_never
+
+from driver.core import cdi, layout, params
+from driver.core.inventory import Inventory
+from driver.core.model import (
+    Allocation,
+    Busy,
+    Claim,
+    ClaimRef,
+    CreateMig,
+    DestroyMig,
+    Done,
+    Exclusive,
+    Gpu,
+    GpuUuid,
+    Grant,
+    LiveGpu,
+    MadeMig,
+    MigSlice,
+    MigSlot,
+    MigUuid,
+    Monitor,
+    Offer,
+    Partition,
+    Plan,
+    PreparedClaim,
+    PreparedDevice,
+    Record,
+    SetMigMode,
+    Step,
+    Undo,
+    WholeGpu,
+)
+from driver.errors import ClaimError, DeviceError
+
+Live = Mapping[GpuUuid, LiveGpu]
+
+
+def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Live) -> Plan | Busy:
+    """The plan for a claim of which no record stands, or who is in its way.
+
+    `records` are all others on this node, `live` a look at each GPU of the claim taken under its lock. ClaimError where
+    only the author or the scheduler can help, DeviceError where the node has to change first.
+    """
+    grants = tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
+    others = tuple(records)
+    for one, two in combinations(grants, 2):
+        if _exclude(one, two, inventory):
+            raise ClaimError(
+                f"claim {claim.ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
+                "together; delete the pod to have it scheduled again"
+            )
+    holders = {
+        other.plan.ref
+        for other in others
+        for held in other.plan.grants
+        if any(_exclude(grant, held, inventory) for grant in grants)
+    }
+    if holders:
+        return Busy(tuple(sorted(holders)))
+    steps: list[Step] = []
+    for grant in grants:
+        steps += (step for step in _steps(grant, inventory, others, live) if step not in steps)
+    return Plan(claim.ref, grants, tuple(steps))
+
+
+def gpus(claim: Claim, inventory: Inventory) -> tuple[GpuUuid, ...]:
+    """The GPUs that the claim would take, in the one global order. ClaimError as in `make`."""
+    grants = tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
+    return Plan(claim.ref, grants, ()).gpus
+
+
+def watched(claim: Claim, inventory: Inventory) -> tuple[GpuUuid, ...]:
+    """Every GPU that the claim names, those it only monitors included."""
+    return tuple(sorted({_grant(claim.ref, allocation, inventory).gpu for allocation in claim.allocations}))
+
+
+def stands(record: Record, claim: Claim, live: Live) -> bool:
+    """Whether a finished record serves this very claim: same allocation, and the hardware is still what was made."""
+    same = tuple(grant.allocation for grant in record.plan.grants) == claim.allocations
+    made = {done.uuid for done in record.done}
+    there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
+    return record.prepared is not None and same and made <= there
+
+
+def settle(record: Record, live: Live, kind: str) -> PreparedClaim:
+    """What the claim turned out to be, with the CDI names that the kubelet passes on. Pure; see `injection.py`."""
+    uid = record.plan.ref.uid
+    return PreparedClaim(
+        record.plan.ref,
+        tuple(
+            PreparedDevice(
+                request=grant.allocation.request,
+                device=grant.allocation.device,
+                share_id=grant.allocation.share_id,
+                uuid=_uuid(grant, live[grant.gpu]),
+                cdi_ids=(cdi.qualified(kind, cdi.device_name(uid, number)),),
+            )
+            for number, grant in enumerate(record.plan.grants)
+        ),
+    )
+
+
+def _uuid(grant: Grant, live: LiveGpu) -> GpuUuid | MigUuid:
+    if grant.slot is None:
+        return grant.gpu
+    there = live.at(grant.slot)
+    if there is None or there.uuid is None:
+        raise DeviceError(f"the partition of {grant.allocation.device} vanished while it was being prepared; try again")
+    return there.uuid
+
+
+def undo(record: Record, others: Iterable[Record]) -> tuple[Undo, ...]:
+    """What takes a record's steps back, last step first; nothing that another record still stands on."""
+    kept = {grant.slot for other in others for grant in other.plan.grants}
+    return tuple(
+        undoing
+        for step in reversed(record.plan.steps)
+        for undoing in _undo_step(step, record.done)
+        if undoing.slot not in kept
+    )
+
+
+def target(undoing: Undo, live: LiveGpu) -> Partition | None:
+    """The partition to destroy, or None when it is gone.
+
+    By UUID where one was written down. Without, or when only its compute instance is gone already, by slot: the slot
+    was seen empty before the plan was written, and the GPU's lock is held.
+    """
+    there = live.at(undoing.slot)
+    if undoing.uuid is None:
+        return there
+    named = next((p for p in live.partitions if p.uuid == undoing.uuid), None)
+    return named or (there if there is not None and there.ci is None else None)
+
+
+def strays(gpu: GpuUuid, live: LiveGpu, records: Iterable[Record]) -> tuple[Partition, ...]:
+    """Partitions that no record explains: foreign, for every partition of ours has a record first."""
+    slots = {step.slot for record in records for step in record.plan.steps if isinstance(step, CreateMig)}
+    return tuple(p for p in live.partitions if MigSlot(gpu, p.profile, p.placement) not in slots)
+
+
+# ---------------------------------------------------------------- grants
+
+
+def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant:
+    device = allocation.device
+    offer = inventory.offer(device)
+    if offer is None:
+        raise ClaimError(
+            f"claim {ref} was given {device}, which this node does not offer (any more); delete the pod to have it "
+            "scheduled again"
+        )
+    params.check(allocation.settings, offer, device)
+    if isinstance(offer.sharing, Monitor) and not allocation.admin:
+        raise ClaimError(
+            f"{device} is for admin access only; set adminAccess: true on the request, in a namespace for it"
+        )
+    # Whatever an administrator is given is only watched: it takes nothing from whoever holds it (KEP-5018).
+    sharing = Monitor() if allocation.admin else offer.sharing
+    return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=_slot(offer), sharing=sharing)
+
+
+def _slot(offer: Offer) -> MigSlot | None:
+    match offer.slice_:
+        case WholeGpu():
+            return None
+        case MigSlice() as partition:
+            return partition.slot
+        case _:
+            assert_never(offer.slice_)
+
+
+def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:
+    """Whether the two cannot be held at the same time."""
+    if one.gpu != two.gpu or isinstance(one.sharing, Monitor) or isinstance(two.sharing, Monitor):
+        return False
+    if one.slot is None or two.slot is None:
+        return True
+    gpu = inventory.gpu(one.gpu)
+    return gpu is None or not layout.coexist(gpu, one.slot, two.slot)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: Live) -> Iterator[Step]:
+    gpu = inventory.gpu(grant.gpu)
+    assert gpu is not None  # _grant found the offer in the same inventory
+    now = live[grant.gpu]
+    match grant.sharing:
+        case Monitor():
+            if grant.slot is not None and now.at(grant.slot) is None:
+                raise ClaimError(
+                    f"{grant.allocation.device} does not exist now, so there is nothing to watch; ask for monitor"
+                )
+        case Exclusive():
+            foreign = strays(gpu.uuid, now, records)
+            if grant.slot is None:
+                yield from _whole(grant, gpu, now, foreign)
+            else:
+                yield from _partition(grant, grant.slot, gpu, now, foreign)
+        case _:
+            assert_never(grant.sharing)
+
+
+def _whole(grant: Grant, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:
+    if foreign:
+        raise DeviceError(
+            f"{grant.allocation.device} has {_named(foreign)}, which gpuslice did not make; destroy it to free the card"
+        )
+    yield from _mode(gpu, live, on=False)
+
+
+def _partition(grant: Grant, slot: MigSlot, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:
+    in_the_way = [p for p in foreign if not layout.coexist(gpu, slot, MigSlot(gpu.uuid, p.profile, p.placement))]
+    if in_the_way:
+        raise DeviceError(
+            f"the place of {grant.allocation.device} is taken by {_named(in_the_way)}, which gpuslice did not make; "
+            "destroy it to free the place"
+        )
+    yield from _mode(gpu, live, on=True)
+    yield CreateMig(slot)
+
+
+def _mode(gpu: Gpu, live: LiveGpu, *, on: bool) -> Iterator[Step]:
+    """Switch MIG mode only if it differs, and only where that needs no reset (Hopper and later, NVML field 184)."""
+    if live.mig_pending != live.mig:
+        raise DeviceError(mode_advice(gpu, live, on=on))
+    if live.mig == on or not (gpu.profiles or live.mig):
+        return
+    if not gpu.resetless:
+        raise DeviceError(mode_advice(gpu, live, on=on))
+    yield SetMigMode(gpu.uuid, on)
+
+
+def mode_advice(gpu: Gpu, live: LiveGpu, *, on: bool) -> str:
+    """Why this GPU cannot be used with MIG mode `on` now, and what an operator can do."""
+    word, now = ("on", "off") if on else ("off", "on")
+    if live.mig_pending != live.mig:
+        return f"GPU {gpu.index} ({gpu.uuid}) waits for a reset to finish a change of MIG mode; drain the node and reset it"
+    return (
+        f"GPU {gpu.index} ({gpu.product}) has MIG mode {now} and cannot switch it without a reset; drain the node, run "
+        f"nvidia-smi -i {gpu.bus_id} -mig {int(on)} and reset the GPU to turn it {word}"
+    )
+
+
+def _named(partitions: Sequence[Partition]) -> str:
+    return "partition " + ", ".join(
+        str(p.uuid or f"{p.profile} at {p.placement.start} (no compute instance)") for p in partitions
+    )
+
+
+def _undo_step(step: Step, done: Sequence[Done]) -> Iterator[Undo]:
+    match step:
+        case SetMigMode():
+            return  # lazily: the next claim of another mode switches back, MIG after MIG costs no toggle
+        case CreateMig(slot):
+            made = [d for d in done if d.slot == slot]
+            yield DestroyMig(slot, made[-1].uuid if made else None)
+        case _:
+            assert_never(step)

@@ -1,0 +1,30 @@
+"""Kubernetes quantities in whole numbers, as far as devices need them (apimachinery, `resource.Quantity`)."""
+
+from __future__ import annotations
+
+import re
+from decimal import ROUND_UP, Decimal
+
+_SUFFIX: dict[str, Decimal | int] = {
+    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
+    "m": Decimal("0.001"),
+}  # fmt: skip
+_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([numkMGTPE]|[KMGTPE]i)?)")
+
+
+def parse(text: str) -> int:
+    """The value in whole units (bytes for memory), rounded up as `Quantity.Value()` does. ValueError if it is none."""
+    match = _QUANTITY.fullmatch(text)
+    if match is None or (match[3] or "") not in _SUFFIX:
+        raise ValueError(f"{text!r} is not a Kubernetes quantity; write a number with a suffix such as Mi or Gi")
+    value = Decimal(match[1] + (match[2] or "")) * Decimal(_SUFFIX[match[3] or ""])
+    return int(value.to_integral_value(rounding=ROUND_UP))
+
+
+def mebibytes(count: int) -> str:
+    """Canonical text of a number of MiB: "9984Mi", "10Gi", "0"."""
+    for suffix, size in (("Ti", 2**20), ("Gi", 2**10)):
+        if count and count % size == 0:
+            return f"{count // size}{suffix}"
+    return f"{count}Mi" if count else "0"
