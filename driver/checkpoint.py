@@ -1,0 +1,105 @@
+"""Records on disk: one file per claim, in one folder per boot.
+
+A file is whole or absent (`files.write_atomic`), a bad one harms one claim, and readers ignore keys they do not know and
+default keys they miss. The folder's name is the boot id: partitions do not survive a reboot, so records of another boot
+are dropped unread, a torn file of a power loss among them.
+
+Two instances may work on the same folder (rolling update): every read looks at the files. Parsed records are kept by
+inode and modification time, for each write is a new file; so a prepare on a node with many claims parses only news.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from driver import files
+from driver.core import codec
+from driver.core.model import ClaimUid, Record
+from driver.errors import StateError
+
+
+class Checkpoint:
+    def __init__(self, folder: Path, boot: str) -> None:
+        """Open the records of this boot below `folder` and drop those of any other. StateError without permission."""
+        files.ensure_folder(folder)
+        for other in folder.iterdir():
+            if other.name != boot and other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+        self.folder = files.ensure_folder(folder / boot)
+        self._read: dict[str, tuple[tuple[int, int], Record]] = {}
+
+    def get(self, uid: ClaimUid) -> Record | None:
+        """The claim's record, None where there is none; StateError where it cannot be read."""
+        path = self._path(uid)
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            self._read.pop(path.name, None)
+            return None
+        return self._load(path.name, (stat.st_ino, stat.st_mtime_ns))
+
+    def records(self) -> dict[ClaimUid, Record]:
+        """Every record that can be read; `broken` names the others."""
+        found: dict[ClaimUid, Record] = {}
+        names = set()
+        for entry in os.scandir(self.folder):
+            uid = _uid(entry.name)
+            if uid is None:
+                continue
+            names.add(entry.name)
+            try:
+                stat = entry.stat()
+                record = self._load(entry.name, (stat.st_ino, stat.st_mtime_ns))
+            except (FileNotFoundError, StateError):
+                continue
+            if record is not None:
+                found[uid] = record
+        for gone in self._read.keys() - names:
+            self._read.pop(gone, None)
+        return found
+
+    def broken(self) -> tuple[str, ...]:
+        """One sentence for each record that cannot be read."""
+        sentences = []
+        for name in sorted(path.name for path in self.folder.iterdir()):
+            uid = _uid(name)
+            try:
+                if uid is not None:
+                    self.get(uid)
+            except StateError as e:
+                sentences.append(str(e))
+        return tuple(sentences)
+
+    def put(self, record: Record) -> None:
+        path = self._path(record.plan.ref.uid)
+        files.write_atomic(path, json.dumps(codec.encode(record), separators=(",", ":")))
+
+    def drop(self, uid: ClaimUid) -> None:
+        files.remove(self._path(uid))
+
+    def _path(self, uid: ClaimUid) -> Path:
+        return self.folder / f"{uid}.json"
+
+    def _load(self, name: str, version: tuple[int, int]) -> Record | None:
+        known = self._read.get(name)
+        if known is not None and known[0] == version:
+            return known[1]
+        path = self.folder / name
+        try:
+            record = codec.decode(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise StateError(
+                f"record {path} of claim {path.stem} cannot be read ({type(e).__name__}: {e}); move the file away to "
+                "give the claim up, then destroy its partition by hand"
+            ) from e
+        self._read[name] = (version, record)
+        return record
+
+
+def _uid(name: str) -> ClaimUid | None:
+    return ClaimUid(name.removesuffix(".json")) if name.endswith(".json") and not name.startswith(".") else None

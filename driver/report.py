@@ -1,0 +1,114 @@
+"""What a person sees of a node: each GPU with a map of its memory slices, what is free, who holds what. Text only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from driver.core import plan
+from driver.core.health import Taints
+from driver.core.inventory import Inventory, Pool
+from driver.core.model import (
+    MIB,
+    ClaimUid,
+    GpuUuid,
+    Grant,
+    LiveGpu,
+    MigSlice,
+    Monitor,
+    Record,
+    WholeGpu,
+)
+
+_CELL = 9
+
+
+def node(
+    inventory: Inventory,
+    live: Mapping[GpuUuid, LiveGpu],
+    records: Iterable[Record],
+    taints: Taints,
+) -> str:
+    """Every GPU of the node, with its map, its offers and its holders."""
+    known = tuple(records)
+    return "\n\n".join(gpu_report(pool, live.get(pool.gpu.uuid), known, taints) for pool in inventory.pools)
+
+
+def gpu_report(pool: Pool, live: LiveGpu | None, records: Sequence[Record], taints: Taints) -> str:
+    gpu = pool.gpu
+    mode = "not readable now" if live is None else f"MIG {'on' if live.mig else 'off'}" if gpu.profiles else "no MIG"
+    lines = [f"GPU {gpu.index}  {gpu.product}  {gpu.memory_bytes // MIB} MiB  {gpu.bus_id}  {mode}  {gpu.uuid}"]
+    grants = [(record, grant) for record in records for grant in record.plan.grants if grant.gpu == gpu.uuid]
+    lines += memory_map(pool, live, [grant for _, grant in grants], records)
+    lines.append(f"  offers  {_offers(pool)}")
+    lines += [f"  {_holding(record, grant)}" for record, grant in grants] or ["  held by nobody"]
+    lines += [
+        f"  not to be had now: {reason}"
+        for reason in sorted({t.reason for d in pool.devices for t in taints.get(d.ref, ())})
+    ]
+    return "\n".join(lines)
+
+
+def memory_map(pool: Pool, live: LiveGpu | None, grants: Sequence[Grant], records: Sequence[Record]) -> list[str]:
+    """The card's memory slices in order, each under its number, with what occupies them."""
+    gpu = pool.gpu
+    width = max((place.start + place.size for profile in gpu.profiles for place in profile.placements), default=1)
+    if any(grant.slot is None and not isinstance(grant.sharing, Monitor) for grant in grants):
+        return _ruled(width, [(0, width, "whole card")])
+    blocks = []
+    foreign = () if live is None else plan.strays(gpu.uuid, live, records)
+    for partition in () if live is None else live.partitions:
+        profile = gpu.profile(partition.profile)
+        name = profile.name if profile is not None else f"profile {partition.profile}"
+        mark = " (foreign)" if partition in foreign else "" if partition.uuid else " (half-made)"
+        blocks.append((partition.placement.start, partition.placement.size, name + mark))
+    return _ruled(width, blocks)
+
+
+def claims(records: Mapping[ClaimUid, Record]) -> str:
+    """Every prepared claim with its devices, one line a device, as a table."""
+    rows = [("CLAIM", "UID", "STATE", "REQUEST", "DEVICE", "UUID")]
+    for uid, record in sorted(records.items(), key=lambda item: item[1].plan.ref):
+        ref = record.plan.ref
+        state = "prepared" if record.prepared else "half-made"
+        made = record.prepared.devices if record.prepared else ()
+        for number, grant in enumerate(record.plan.grants):
+            found = made[number].uuid if made else "-"
+            what = f"{grant.allocation.device}"
+            rows.append((f"{ref.namespace}/{ref.name}", uid, state, grant.allocation.request, what, found))
+        if not record.plan.grants:
+            rows.append((f"{ref.namespace}/{ref.name}", uid, state, "-", "-", "-"))
+    return table(rows) if len(rows) > 1 else "no claims are prepared on this node"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _ruled(width: int, blocks: Iterable[tuple[int, int, str]]) -> list[str]:
+    ruler = "".join(str(number).center(_CELL) for number in range(width))
+    cells = [f"[{'.'.center(_CELL - 2)}]"] * width
+    for start, size, name in blocks:
+        room = size * _CELL - 2
+        cells[start : start + size] = [f"[{name[:room].center(room)}]", *[""] * (size - 1)]
+    return [f"          {ruler}".rstrip(), f"  memory  {''.join(cells)}"]
+
+
+def _offers(pool: Pool) -> str:
+    counts: Counter[str] = Counter()
+    for device in pool.devices:
+        match device.offer.slice_:
+            case MigSlice(profile=profile):
+                counts[profile.name] += 1
+            case WholeGpu():
+                counts[device.ref.device] += 1
+    return (
+        ", ".join(name if number == 1 else f"{name} at {number} places" for name, number in counts.items()) or "nothing"
+    )
+
+
+def _holding(record: Record, grant: Grant) -> str:
+    verb = "watched by" if isinstance(grant.sharing, Monitor) else "held by"
+    state = "" if record.prepared else " (half-made)"
+    return f"{verb} {record.plan.ref.namespace}/{record.plan.ref.name} as {grant.allocation.device.device}{state}"

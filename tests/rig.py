@@ -1,0 +1,142 @@
+"""A node in a folder: simulated GPUs, records, CDI files, and the transaction over them. Restart it, kill it, look at it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from driver.checkpoint import Checkpoint
+from driver.core.inventory import Inventory
+from driver.core.model import (
+    Allocation,
+    Busy,
+    Claim,
+    ClaimRef,
+    ClaimUid,
+    DeviceRef,
+    Gpu,
+    Partition,
+    PoolName,
+    PreparedClaim,
+    Settings,
+)
+from driver.core.policy import Policy
+from driver.host import SimHost
+from driver.injection import Injector
+from driver.nvml.api import Nvml
+from driver.nvml.sim import SimNvml
+from driver.prepare import Preparer
+
+NODE = "node-1"
+KIND = "gpuslice.dev/claim"
+
+
+def a_ref(name: str = "one", uid: str = "") -> ClaimRef:
+    return ClaimRef("default", name, ClaimUid(uid or f"uid-{name}"))
+
+
+def a_claim(
+    name: str, *devices: DeviceRef, admin: bool = False, uid: str = "", enforcement: str | None = None
+) -> Claim:
+    """A claim that was given these devices, one request each: gpu-0, gpu-1 …"""
+    return Claim(
+        a_ref(name, uid),
+        tuple(
+            Allocation(request=f"gpu-{number}", device=device, admin=admin, settings=Settings(enforcement))
+            for number, device in enumerate(devices)
+        ),
+    )
+
+
+@dataclass
+class Rig:
+    """One driver's transaction on a node. `restarted` is the same node seen by a new process."""
+
+    folder: Path
+    spec: str = "h100x2"
+    nvml: SimNvml = field(init=False)
+    checkpoint: Checkpoint = field(init=False)
+    preparer: Preparer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nvml = SimNvml(self.folder / "node", self.spec, latency="zero")
+        self.gpus: tuple[Gpu, ...] = self.nvml.gpus()
+        self.inventory = Inventory.of(self.gpus, Policy.default(), NODE)
+        self.build(self.nvml)
+
+    def build(self, nvml: Nvml) -> None:
+        """Build the transaction anew over `nvml`, as a process does when it starts."""
+        host = SimHost(self.folder / "node")
+        self.checkpoint = Checkpoint(self.folder / "claims", host.boot_id())
+        self.injector = Injector(host=host, nvml=nvml, inventory=self.inventory, folder=self.folder / "cdi", kind=KIND)
+        self.preparer = Preparer(
+            nvml=nvml,
+            checkpoint=self.checkpoint,
+            inventory=self.inventory,
+            injector=self.injector,
+            locks=self.folder / "locks",
+        )
+
+    def restarted(self) -> Rig:
+        self.nvml.close()
+        return Rig(self.folder, self.spec)
+
+    # ------------------------------------------------------------ asking
+
+    def device(self, name: str, gpu: int = 0) -> DeviceRef:
+        return DeviceRef(PoolName(self.inventory.pools[gpu].name), name)
+
+    def prepare(self, claim: Claim) -> PreparedClaim:
+        answer = self.preparer.prepare(claim)
+        assert isinstance(answer, PreparedClaim), answer
+        return answer
+
+    def busy(self, claim: Claim) -> Sequence[ClaimRef]:
+        answer = self.preparer.prepare(claim)
+        assert isinstance(answer, Busy), answer
+        return answer.holders
+
+    def unprepare(self, claim: Claim | ClaimRef) -> None:
+        ref = claim.ref if isinstance(claim, Claim) else claim
+        assert self.preparer.unprepare(ref.uid, self.preparer.gpus_of_record(ref.uid))
+
+    def recover(self) -> None:
+        for uid in self.preparer.unfinished():
+            self.preparer.recover(uid)
+
+    # ------------------------------------------------------------ looking
+
+    def partitions(self, gpu: int = 0) -> tuple[Partition, ...]:
+        return self.nvml.look(self.gpus[gpu].uuid).partitions
+
+    def mig(self, gpu: int = 0) -> bool:
+        return self.nvml.look(self.gpus[gpu].uuid).mig
+
+    def cdi(self, claim: Claim) -> Mapping[str, object]:
+        body: Mapping[str, object] = json.loads(
+            (self.folder / "cdi" / f"gpuslice.dev-claim_{claim.ref.uid}.json").read_text()
+        )
+        return body
+
+    def cdi_files(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "cdi").iterdir())
+
+    def records(self) -> set[ClaimUid]:
+        return set(self.checkpoint.records())
+
+    def assert_agreed(self) -> None:
+        """Node, records and CDI say the same: nothing half-made, nothing without a record, nothing missing."""
+        records = self.checkpoint.records()
+        assert all(record.prepared is not None for record in records.values())
+        made = {done.uuid for record in records.values() for done in record.done if done.uuid is not None}
+        there = {partition.uuid for gpu in range(len(self.gpus)) for partition in self.partitions(gpu)}
+        assert there == made
+        files = {f"gpuslice.dev-claim_{uid}.json" for uid, r in records.items() if r.prepared and r.prepared.devices}
+        assert set(self.cdi_files()) == files
+
+    def assert_empty(self) -> None:
+        self.assert_agreed()
+        assert self.records() == set()
+        assert not any(path.name.startswith("claim-") for path in (self.folder / "locks").iterdir())

@@ -1,0 +1,301 @@
+"""Who waits where, without any GPU: events decide the order, never time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from driver.core.model import ClaimUid, GpuUuid
+from driver.errors import ClaimError, HungError
+from driver.gate import Departures, Gate, Tickets, Turn, Workers
+
+A, B = GpuUuid("GPU-a"), GpuUuid("GPU-b")
+UID, OTHER = ClaimUid("u-1"), ClaimUid("u-2")
+
+
+class Held:
+    """A job that begins, says so, and ends when it is told to."""
+
+    def __init__(self, result: str = "done", *, working: bool = True) -> None:
+        self.begun, self.release = asyncio.Event(), asyncio.Event()
+        self.result, self.working, self.runs = result, working, 0
+
+    async def __call__(self, turn: Turn) -> str:
+        self.runs += 1
+        turn.working += self.working
+        self.begun.set()
+        try:
+            await self.release.wait()
+        finally:
+            turn.working -= self.working
+        return self.result
+
+
+async def _nothing(turn: Turn) -> str:
+    return "at once"
+
+
+async def _settled() -> None:
+    """Let every task that can run do so; the loop runs ready callbacks in order."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_jobs_of_one_claim_come_one_after_the_other() -> None:
+    gate, first = Gate(), Held()
+    one = asyncio.create_task(gate.run(UID, "prepare", first))
+    await first.begun.wait()
+    second = Held("second")
+    two = asyncio.create_task(gate.run(UID, "unprepare", second))
+    await _settled()
+    assert not second.begun.is_set()
+
+    first.release.set()
+    second.release.set()
+
+    assert [await one, await two] == ["done", "second"]
+
+
+async def test_jobs_of_two_claims_do_not_wait_for_each_other() -> None:
+    gate, stuck = Gate(), Held()
+    one = asyncio.create_task(gate.run(UID, "prepare", stuck))
+    await stuck.begun.wait()
+
+    assert await gate.run(OTHER, "prepare", _nothing) == "at once"
+
+    stuck.release.set()
+    await one
+
+
+@pytest.mark.contract(28)
+async def test_a_retry_joins_the_call_that_still_runs() -> None:
+    gate, job = Gate(), Held()
+    callers = [asyncio.create_task(gate.run(UID, "prepare", job)) for _ in range(3)]
+    await job.begun.wait()
+    job.release.set()
+
+    assert await asyncio.gather(*callers) == ["done"] * 3
+    assert job.runs == 1
+
+
+async def test_an_unprepare_calls_off_a_prepare_that_waits() -> None:
+    gate, waits = Gate(), Held(working=False)
+    prepare = asyncio.create_task(gate.run(UID, "prepare", waits))
+    await waits.begun.wait()
+
+    assert await gate.run(UID, "unprepare", _nothing, calls_off="prepare") == "at once"
+    with pytest.raises(ClaimError, match="called off"):
+        await prepare
+
+
+async def test_an_unprepare_outlasts_a_prepare_that_works() -> None:
+    gate, works = Gate(), Held()
+    prepare = asyncio.create_task(gate.run(UID, "prepare", works))
+    await works.begun.wait()
+    unprepare = asyncio.create_task(gate.run(UID, "unprepare", _nothing, calls_off="prepare"))
+    await _settled()
+    assert not unprepare.done()
+
+    works.release.set()
+
+    assert await prepare == "done"
+    assert await unprepare == "at once"
+
+
+async def test_a_waiting_job_that_nobody_listens_to_any_more_is_called_off() -> None:
+    gate, waits = Gate(), Held(working=False)
+    callers = [asyncio.create_task(gate.run(UID, "prepare", waits)) for _ in range(2)]
+    await waits.begun.wait()
+
+    callers[0].cancel()
+    await _settled()
+    assert not callers[1].done()
+    callers[1].cancel()
+    await _settled()
+
+    assert await gate.run(UID, "prepare", _nothing) == "at once"
+
+
+@pytest.mark.contract(29)
+async def test_work_goes_on_when_its_caller_has_gone() -> None:
+    gate, works = Gate(), Held()
+    caller = asyncio.create_task(gate.run(UID, "prepare", works))
+    await works.begun.wait()
+    caller.cancel()
+    await _settled()
+    retry = asyncio.create_task(gate.run(UID, "prepare", _nothing))
+    await _settled()
+
+    works.release.set()
+
+    assert await retry == "done"
+    assert works.runs == 1
+
+
+async def test_a_gpu_is_handed_out_in_the_order_of_arrival() -> None:
+    tickets = Tickets()
+    first = await tickets.take([A], tickets.arrive())
+    early, late = tickets.arrive(), tickets.arrive()
+    order: list[str] = []
+
+    async def wait(name: str, arrival: int) -> None:
+        ticket = await tickets.take([A], arrival)
+        order.append(name)
+        tickets.give_back(ticket)
+
+    waiting = [asyncio.create_task(wait("late", late)), asyncio.create_task(wait("early", early))]
+    await _settled()
+    assert order == []
+    tickets.give_back(first)
+    await asyncio.gather(*waiting)
+
+    assert order == ["early", "late"]
+
+
+async def test_another_gpu_is_free_while_one_is_held() -> None:
+    tickets = Tickets()
+    await tickets.take([A], tickets.arrive())
+
+    assert (await tickets.take([B], tickets.arrive())).gpus == (B,)
+
+
+async def test_a_claim_over_two_gpus_gets_both_or_none_and_is_not_overtaken() -> None:
+    tickets = Tickets()
+    held = await tickets.take([A], tickets.arrive())
+    both = asyncio.create_task(tickets.take([A, B], tickets.arrive()))
+    await _settled()
+    later = asyncio.create_task(tickets.take([B], tickets.arrive()))
+    await _settled()
+    assert not both.done()
+    assert not later.done()
+
+    tickets.give_back(held)
+    tickets.give_back(await both)
+
+    assert (await later).gpus == (B,)
+
+
+async def test_a_caller_that_leaves_the_queue_blocks_nobody() -> None:
+    tickets = Tickets()
+    held = await tickets.take([A], tickets.arrive())
+    leaves = asyncio.create_task(tickets.take([A], tickets.arrive()))
+    stays = asyncio.create_task(tickets.take([A], tickets.arrive()))
+    await _settled()
+    leaves.cancel()
+    await _settled()
+
+    tickets.give_back(held)
+
+    assert (await stays).gpus == (A,)
+
+
+class Stuck:
+    """Blocking work that begins, says so, and ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.begun, self.release = threading.Event(), threading.Event()
+
+    def __call__(self) -> str:
+        self.begun.set()
+        assert self.release.wait(30)
+        return "late"
+
+
+async def _hung(workers: Workers, tickets: Tickets, work: Callable[[], str]) -> Awaitable[str]:
+    ticket = await tickets.take([A], tickets.arrive())
+    return asyncio.ensure_future(workers.run(ticket, Turn(), work, "prepare u-1"))
+
+
+async def test_a_gpu_whose_call_does_not_come_back_answers_everybody_until_it_does() -> None:
+    tickets = Tickets()
+    workers, stuck = Workers(tickets, limit_s=0.05), Stuck()
+    answer = await _hung(workers, tickets, stuck)
+    queued = asyncio.create_task(tickets.take([A], tickets.arrive()))
+
+    with pytest.raises(HungError, match="has not come back"):
+        await answer
+    with pytest.raises(HungError):
+        await queued
+    with pytest.raises(HungError):
+        await tickets.take([A], tickets.arrive())
+    assert (await tickets.take([B], tickets.arrive())).gpus == (B,)
+    assert set(tickets.hung()) == {A}
+    assert not await workers.drained(0.01)
+
+    stuck.release.set()
+    assert await workers.drained(10)
+    assert tickets.hung() == {}
+    assert (await tickets.take([A], tickets.arrive())).gpus == (A,)
+
+
+async def test_the_end_of_the_thread_frees_the_gpu_not_the_end_of_the_caller() -> None:
+    tickets = Tickets()
+    workers, stuck = Workers(tickets), Stuck()
+    caller = asyncio.ensure_future(await _hung(workers, tickets, stuck))
+    assert await asyncio.to_thread(stuck.begun.wait, 10)
+    caller.cancel()
+    following = asyncio.create_task(tickets.take([A], tickets.arrive()))
+    await _settled()
+    assert not following.done()
+
+    stuck.release.set()
+
+    assert (await following).gpus == (A,)
+
+
+async def test_work_keeps_the_context_of_its_request() -> None:
+    op: contextvars.ContextVar[str] = contextvars.ContextVar("op")
+    op.set("7f")
+    tickets = Tickets()
+    ticket = await tickets.take([A], tickets.arrive())
+
+    assert await Workers(tickets).run(ticket, Turn(), op.get, "look") == "7f"
+
+
+async def test_an_error_of_the_work_reaches_the_caller() -> None:
+    def fails() -> None:
+        raise ClaimError("no")
+
+    tickets = Tickets()
+    ticket = await tickets.take([A], tickets.arrive())
+    with pytest.raises(ClaimError, match="no"):
+        await Workers(tickets).run(ticket, Turn(), fails, "prepare")
+
+
+async def test_a_waiter_hears_of_a_departure_that_came_before_it_waited() -> None:
+    departures = Departures()
+    with departures.listening() as news:
+        departures.left([UID])
+
+        assert await news.any_of([UID, OTHER], 30)
+
+
+async def test_a_waiter_gives_up_at_its_deadline() -> None:
+    departures = Departures()
+    with departures.listening() as news:
+        departures.left([OTHER])
+
+        assert not await news.any_of([UID], 0.01)
+
+
+async def test_lost_news_wakes_everybody() -> None:
+    departures = Departures()
+    with departures.listening() as news:
+        departures.left([ClaimUid("")])
+
+        assert await news.any_of([UID], 30)
+
+
+async def test_shutting_down_ends_every_wait() -> None:
+    departures = Departures()
+    with departures.listening() as news:
+        waiting = asyncio.create_task(news.any_of([UID], 30))
+        await _settled()
+        departures.stop(ClaimError("shutting down"))
+
+        with pytest.raises(ClaimError, match="shutting down"):
+            await waiting
