@@ -1,0 +1,213 @@
+"""What an API server keeps: objects by name, one resource version for all, a history for watches.
+
+Bodies are never changed once stored; a write puts a new one in their place, so readers need no copies.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+Body = dict[str, Any]
+Match = Callable[[Body], bool]
+
+_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # of generated names (apimachinery, util/rand)
+_LONGEST_BASE = 58  # generateName is cut there before the five random characters (apiserver, storage/names)
+_HISTORY = 10_000
+
+
+class RefusalError(Exception):
+    """An answer other than 2xx, as the API server words it."""
+
+    def __init__(self, status: int, reason: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message = status, reason, message
+        self.headers = headers or {}
+
+    def body(self) -> Body:
+        return {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": self.message,
+            "reason": self.reason,
+            "code": self.status,
+        }
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    resource: str  # plural: "resourceslices"
+    namespace: str  # "" where there is none
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    version: int
+    type: str  # ADDED, MODIFIED, DELETED
+    key: Key
+    body: Body
+
+
+def not_found(key: Key) -> RefusalError:
+    return RefusalError(404, "NotFound", f'{key.resource} "{key.name}" not found')
+
+
+def now_text() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Store:
+    """`changed` is notified at each write; hold it to look at several things at once."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.writes: Counter[str] = Counter()  # "create resourceslices": what really changed something
+        self.version = 1000
+        self._objects: dict[Key, Body] = {}
+        self._history: deque[Event] = deque(maxlen=_HISTORY)
+        self._forgotten = self.version  # events up to this version are gone
+
+    def get(self, key: Key) -> Body:
+        with self.changed:
+            body = self._objects.get(key)
+        if body is None:
+            raise not_found(key)
+        return body
+
+    def items(self, resource: str, namespace: str, match: Match) -> tuple[list[tuple[Key, Body]], int]:
+        """All that match, by name, and the version at which that was so. Namespace "": all of them."""
+        with self.changed:
+            found = [
+                (key, body)
+                for key, body in self._objects.items()
+                if key.resource == resource and namespace in ("", key.namespace) and match(body)
+            ]
+            return sorted(found, key=lambda item: item[0]), self.version
+
+    def create(self, resource: str, namespace: str, body: Body, *, dry: bool = False) -> Body:
+        meta = dict(body.get("metadata") or {})
+        with self.changed:
+            name = meta.get("name") or self._free_name(resource, namespace, meta.get("generateName", ""))
+            key = Key(resource, namespace, name)
+            if key in self._objects:
+                raise RefusalError(409, "AlreadyExists", f'{resource} "{name}" already exists')
+            meta |= {"name": name, "uid": str(uuid.uuid4()), "generation": 1, "creationTimestamp": now_text()}
+            if namespace:
+                meta["namespace"] = namespace
+            return self._put("create", "ADDED", key, body | {"metadata": meta}, dry=dry)
+
+    def update(self, key: Key, body: Body, *, dry: bool = False) -> Body:
+        """Replace; 409 where the body's resourceVersion or uid is not the stored one's. Equal bodies write nothing."""
+        with self.changed:
+            old = self.get(key)
+            _expect(key, old, body.get("metadata") or {})
+            meta = dict(body.get("metadata") or {})
+            for kept in ("name", "namespace", "uid", "creationTimestamp", "generation", "deletionTimestamp"):
+                meta.pop(kept, None)
+                if kept in old["metadata"]:
+                    meta[kept] = old["metadata"][kept]
+            meta["resourceVersion"] = old["metadata"]["resourceVersion"]
+            new = body | {"metadata": meta}
+            if new == old:
+                return old
+            if new.get("spec") != old.get("spec"):
+                meta["generation"] = old["metadata"].get("generation", 1) + 1
+            if "deletionTimestamp" in meta and not meta.get("finalizers"):
+                return self._remove(key, new)
+            return self._put("update", "MODIFIED", key, new, dry=dry)
+
+    def delete(self, key: Key, expected: Body, *, dry: bool = False) -> Body:
+        """Remove, or with finalizers only mark. `expected`: uid and resourceVersion that must still be so."""
+        with self.changed:
+            old = self.get(key)
+            _expect(key, old, expected)
+            if dry:
+                return old
+            if old["metadata"].get("finalizers"):
+                meta = {"deletionTimestamp": now_text()} | old["metadata"]
+                return self._put("delete", "MODIFIED", key, old | {"metadata": meta})
+            return self._remove(key, old)
+
+    def since(self, version: int, resource: str, namespace: str, match: Match) -> Iterator[Event]:
+        """Events after a version; 410 where the history does not reach back so far."""
+        with self.changed:
+            if version < self._forgotten:
+                raise RefusalError(410, "Expired", f"too old resource version: {version} ({self._forgotten + 1})")
+            recent: list[Event] = []
+            for event in reversed(self._history):
+                if event.version <= version:
+                    break
+                if event.key.resource == resource and namespace in ("", event.key.namespace) and match(event.body):
+                    recent.append(event)
+        yield from reversed(recent)
+
+    def wait_past(self, version: int, timeout_s: float, stopped: Callable[[], bool]) -> int:
+        """Wait until something was written after a version; the version that it is now."""
+        with self.changed:
+            self.changed.wait_for(lambda: stopped() or self.version > version, timeout_s)
+            return self.version
+
+    def compact(self) -> None:
+        """Forget the history, as etcd does: watches and lists from older versions are answered 410."""
+        with self.changed:
+            self._history.clear()
+            self._forgotten = self.version
+
+    def _put(self, verb: str, type_: str, key: Key, body: Body, *, dry: bool = False) -> Body:
+        if dry:
+            return body
+        self.version += 1
+        body = body | {"metadata": body["metadata"] | {"resourceVersion": str(self.version)}}
+        self._objects[key] = body
+        self._note(verb, type_, key, body)
+        return body
+
+    def _remove(self, key: Key, body: Body) -> Body:
+        del self._objects[key]
+        self.version += 1
+        body = body | {"metadata": body["metadata"] | {"resourceVersion": str(self.version)}}
+        self._note("delete", "DELETED", key, body)
+        return body
+
+    def _note(self, verb: str, type_: str, key: Key, body: Body) -> None:
+        if len(self._history) == _HISTORY:
+            self._forgotten = self._history[0].version
+        self._history.append(Event(self.version, type_, key, body))
+        self.writes[f"{verb} {key.resource}"] += 1
+        self.changed.notify_all()
+
+    def _free_name(self, resource: str, namespace: str, base: str) -> str:
+        if not base:
+            raise RefusalError(422, "Invalid", "metadata.name: Required value: name or generateName is required")
+        while True:
+            name = base[:_LONGEST_BASE] + "".join(random.choices(_ALPHABET, k=5))
+            if Key(resource, namespace, name) not in self._objects:
+                return name
+
+
+def _expect(key: Key, old: Body, expected: Body) -> None:
+    for field in ("uid", "resourceVersion"):
+        wanted = expected.get(field)
+        if wanted and wanted != old["metadata"][field]:
+            raise RefusalError(
+                409,
+                "Conflict",
+                f'Operation cannot be fulfilled on {key.resource} "{key.name}": {field} is '
+                f"{old['metadata'][field]}, not {wanted}; the object has been modified",
+            )
+
+
+def copied(body: Body) -> Body:
+    """As it would come out of a request: a caller may go on changing what it passed."""
+    result: Body = json.loads(json.dumps(body))
+    return result

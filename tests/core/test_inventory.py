@@ -1,0 +1,187 @@
+"""What a node offers, by name and in order."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from driver.core.inventory import Inventory
+from driver.core.model import DeviceRef, Exclusive, GpuUuid, MigSlice, Monitor, PoolName, WholeGpu
+from driver.core.policy import Policy
+from driver.errors import ConfigError
+from driver.nvml import geometry, models
+from tests.builders import a_gpu, an_inventory
+
+POOL = PoolName("node-1/0000-3b-00-0")
+
+
+def policy(**default: object) -> Policy:
+    return Policy.parse({"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": default})
+
+
+def names(inventory: Inventory, pool: int = 0) -> list[str]:
+    return [device.ref.device for device in inventory.pools[pool].devices]
+
+
+def test_a_card_is_a_pool_named_after_its_place_on_the_bus() -> None:
+    inventory = an_inventory(a_gpu(bus_id="0000:3B:00.0"))
+
+    assert [pool.name for pool in inventory.pools] == [POOL]
+
+
+def test_pools_come_in_bus_order_whatever_the_index() -> None:
+    late, early = a_gpu(index=0, bus_id="0000:c1:00.0"), a_gpu(index=1, bus_id="0000:0a:00.0")
+
+    assert [pool.gpu for pool in an_inventory(late, early).pools] == [early, late]
+
+
+def test_partitions_come_smallest_first_and_at_the_place_that_excludes_fewest() -> None:
+    assert names(an_inventory(a_gpu("h100"))) == [
+        "mig-1g-19-6",
+        "mig-1g-19-5",
+        "mig-1g-19-4",
+        "mig-1g-19-3",
+        "mig-1g-19-2",
+        "mig-1g-19-1",
+        "mig-1g-19-0",
+        "mig-1g-15-6",
+        "mig-1g-15-4",
+        "mig-1g-15-2",
+        "mig-1g-15-0",
+        "mig-2g-14-4",
+        "mig-2g-14-2",
+        "mig-2g-14-0",
+        "mig-3g-9-4",
+        "mig-3g-9-0",
+        "mig-4g-5-0",
+        "mig-7g-0-0",
+        "gpu",
+        "monitor",
+    ]
+
+
+def test_a_plain_partition_comes_before_one_of_its_size_with_media_engines() -> None:
+    found = names(an_inventory(a_gpu("h100"), policy=policy(suffixes=["+me"])))
+
+    assert found.index("mig-1g-19-0") < found.index("mig-1g-20-6") < found.index("mig-1g-15-6")
+
+
+def test_first_fit_in_this_order_leaves_room_for_the_large_ones() -> None:
+    inventory = an_inventory(a_gpu("h100"))
+    placed: list[geometry.Instance] = []
+    for wanted in ("1g.10gb", "2g.20gb", "3g.40gb"):
+        for device in inventory.pools[0].devices:
+            slice_ = device.offer.slice_
+            if isinstance(slice_, MigSlice) and slice_.profile.name == wanted:
+                instance = (slice_.profile, slice_.placement)
+                if geometry.legal(models.product("h100").engines, [*placed, instance]):
+                    placed.append(instance)
+                    break
+
+    assert [(profile.name, placement.start) for profile, placement in placed] == [
+        ("1g.10gb", 6),
+        ("2g.20gb", 4),
+        ("3g.40gb", 0),
+    ]
+
+
+def test_a_card_that_cannot_be_partitioned_is_offered_whole() -> None:
+    assert names(an_inventory(a_gpu("l4"))) == ["gpu", "monitor"]
+
+
+def test_without_mode_gpu_no_card_is_offered_whole() -> None:
+    assert "gpu" not in names(an_inventory(policy=policy(modes=["mig"])))
+
+
+def test_without_mode_mig_no_card_is_partitioned() -> None:
+    assert names(an_inventory(policy=policy(modes=["gpu"]))) == ["gpu", "monitor"]
+
+
+@pytest.mark.parametrize("product", models.known())
+def test_device_names_are_unique_labels_on_every_product(product: str) -> None:
+    found = names(an_inventory(a_gpu(product), policy=policy(suffixes=["+me", "+gfx", "-me", "+me.all"])))
+
+    assert len(set(found)) == len(found)
+    assert all(re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in found)
+
+
+def test_an_offer_is_found_by_pool_and_device() -> None:
+    gpu = a_gpu("h100")
+    inventory = an_inventory(gpu)
+
+    whole, partition = inventory.offer(DeviceRef(POOL, "gpu")), inventory.offer(DeviceRef(POOL, "mig-3g-9-4"))
+
+    assert whole is not None
+    assert partition is not None
+    assert (whole.slice_, whole.sharing) == (WholeGpu(gpu), Exclusive())
+    assert isinstance(partition.slice_, MigSlice)
+    assert (partition.slice_.profile.name, partition.slice_.placement.start) == ("3g.40gb", 4)
+    assert inventory.offer(DeviceRef(POOL, "mps")) is None
+    assert inventory.offer(DeviceRef(PoolName("node-2/0000-3b-00-0"), "gpu")) is None
+
+
+def test_every_card_can_be_watched() -> None:
+    inventory = an_inventory(a_gpu("h100", 0), a_gpu("l4", 1))
+
+    for pool in inventory.pools:
+        offer = inventory.offer(DeviceRef(pool.name, "monitor"))
+        assert offer is not None
+        assert offer.sharing == Monitor()
+
+
+def test_a_card_is_found_by_its_uuid() -> None:
+    gpu = a_gpu("h100", 1)
+
+    assert an_inventory(a_gpu("h100"), gpu).gpu(gpu.uuid) == gpu
+    assert an_inventory(gpu).gpu(GpuUuid("GPU-other")) is None
+
+
+def test_the_same_node_has_the_same_inventory() -> None:
+    assert an_inventory(a_gpu("h100"), a_gpu("a30", 1)) == an_inventory(a_gpu("a30", 1), a_gpu("h100"))
+
+
+# ---------------------------------------------------------------- clusters without partitionable devices
+
+
+def test_statically_a_card_is_whole_by_default() -> None:
+    assert names(an_inventory(static=True)) == ["gpu", "monitor"]
+
+
+def test_statically_a_layout_of_the_policy_replaces_the_whole_card() -> None:
+    inventory = an_inventory(policy=policy(static={"1g.10gb": 2, "2g.20gb": 1, "3g.40gb": 1}), static=True)
+
+    assert names(inventory) == ["mig-1g-19-0", "mig-1g-19-1", "mig-2g-14-2", "mig-3g-9-4", "monitor"]
+
+
+def test_statically_all_offered_partitions_stand_together() -> None:
+    inventory = an_inventory(policy=policy(static={"1g.10gb": 4, "3g.40gb": 1}), static=True)
+    slices = [device.offer.slice_ for device in inventory.pools[0].devices]
+
+    instances = [(slice_.profile, slice_.placement) for slice_ in slices if isinstance(slice_, MigSlice)]
+
+    assert len(instances) == 5
+    assert geometry.legal(models.product("h100").engines, instances)
+
+
+def test_a_static_layout_that_does_not_fit_is_refused_with_its_card() -> None:
+    with pytest.raises(ConfigError, match=r"static layout of GPU 0 \(NVIDIA H100 .*\), 2 x 4g.40gb, does not fit"):
+        an_inventory(policy=policy(static={"4g.40gb": 2}), static=True)
+
+
+def test_where_partitions_are_dynamic_the_static_layout_is_not_used() -> None:
+    assert an_inventory(policy=policy(static={"1g.10gb": 7})) == an_inventory()
+
+
+# ---------------------------------------------------------------- what cannot be
+
+
+def test_a_reserve_of_the_whole_card_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reserve of GPU 0 is 107374182400 bytes, and the card has"):
+        an_inventory(policy=policy(reserve="100Gi"))
+
+
+@pytest.mark.parametrize("node", ["Node-1", "a_b", "", "a" * 250])
+def test_a_node_that_cannot_name_a_pool_is_refused(node: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot name a pool|leaves no room"):
+        an_inventory(node=node)

@@ -1,0 +1,182 @@
+"""The ctypes side of the real door, against a small libnvidia-ml.so.1 of our own (stub/nvml.c).
+
+Each test runs in a process of its own: a loaded library stays loaded, and pynvml keeps the first it found.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+_START = """
+import sys
+from pathlib import Path
+from driver.core.model import *
+from driver.errors import DeviceError
+from driver.nvml.api import *
+from driver.nvml.real import RealNvml
+
+def code(verb, *arguments):
+    try:
+        verb(*arguments)
+    except DeviceError as e:
+        return e.code
+    return 0
+
+node = RealNvml(Path(sys.argv[1]))
+(gpu,) = node.gpus()
+uuid = gpu.uuid
+"""
+
+
+@pytest.fixture(scope="session")
+def driver_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc here, which builds the stand-in for libnvidia-ml.so.1")
+    root = tmp_path_factory.mktemp("driver-root")
+    (root / "usr/lib64").mkdir(parents=True)
+    library = root / "usr/lib64/libnvidia-ml.so.1"
+    flags = ["-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1"]
+    subprocess.run(["gcc", *flags, "-o", library, Path(__file__).parent / "stub/nvml.c"], check=True)
+    return root
+
+
+def told(root: Path, text: str) -> list[str]:
+    """Lines that a process prints which runs this over the stub."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _START + text, str(root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_card_is_read_with_all_its_profiles_and_places(driver_root: Path) -> None:
+    text = """
+print(gpu.product, gpu.bus_id, gpu.architecture, gpu.compute_capability, gpu.cuda_version, gpu.resetless, gpu.numa_node)
+print(gpu.memory_bytes // MIB, gpu.reserved_bytes // MIB, node.minor(uuid))
+for p in gpu.profiles:
+    print(p.id, p.name, p.suffix or "-", p.compute_slices, p.multiprocessors, p.ofas, [place.start for place in p.placements])
+"""
+    assert told(driver_root, text) == [
+        "NVIDIA H100 80GB HBM3 0000:fe:1f.0 Hopper 9.0 13.0 True None",
+        "81559 407 3",
+        "19 1g.10gb - 1 16 0 [0, 1, 2, 3, 4, 5, 6]",
+        "9 3g.40gb - 3 60 0 [0, 4]",
+        "0 7g.80gb - 7 132 1 [0]",
+        "20 1g.10gb+me +me 1 16 1 [0, 1, 2, 3, 4, 5, 6]",
+    ]
+
+
+def test_a_card_off_the_bus_is_named_and_takes_no_other_with_it(driver_root: Path) -> None:
+    (line,) = told(driver_root, "print(*node.lost())")
+    assert line.startswith("GPU 1: cannot read it: GPU_IS_LOST; ")
+
+
+def test_an_instance_count_beyond_the_places_is_noted_and_not_believed(driver_root: Path) -> None:
+    counts, note = told(driver_root, "print(gpu.profile(20).max_instances)\nprint(*node.notes())")
+    assert counts == "7" and "40 instances of 1g.10gb+me" in note
+
+
+def test_a_partition_lives_from_creation_to_destruction(driver_root: Path) -> None:
+    text = """
+gi = node.create_gpu_instance(uuid, 9, Placement(4, 4))
+assert node.look(uuid).partitions == (Partition(profile=9, placement=Placement(4, 4), gi=gi),)
+ci, mig = node.create_compute_instance(uuid, gi)
+assert mig.startswith("MIG-"), mig
+assert node.look(uuid).partitions == (Partition(profile=9, placement=Placement(4, 4), gi=gi, ci=ci, uuid=mig),)
+assert node.memory(mig).total_bytes == 40448 * MIB
+node.destroy_compute_instance(uuid, gi, ci)
+node.destroy_gpu_instance(uuid, gi)
+assert node.look(uuid) == LiveGpu(mig=True, mig_pending=True)
+assert code(node.memory, mig) == Code.NOT_FOUND
+"""
+    told(driver_root, text)
+
+
+def test_the_compute_instance_is_as_wide_as_its_gpu_instance(driver_root: Path) -> None:
+    # The stub numbers compute-instance profiles 100 + enum: 7 slices have enum 4, and REV1 (enum 7) is 1 slice, too.
+    text = """
+import pynvml
+for profile, wanted in ((0, 104), (19, 100), (9, 102)):
+    gi = node.create_gpu_instance(uuid, profile, gpu.profile(profile).placements[0])
+    ci, _ = node.create_compute_instance(uuid, gi)
+    instance = pynvml.nvmlDeviceGetGpuInstanceById(node._handles[uuid], gi)
+    made = pynvml.nvmlGpuInstanceGetComputeInstanceById(instance, ci)
+    assert pynvml.nvmlComputeInstanceGetInfo_v2(made).profileId == wanted
+    node.destroy_compute_instance(uuid, gi, ci)
+    node.destroy_gpu_instance(uuid, gi)
+"""
+    told(driver_root, text)
+
+
+def test_refusals_keep_their_code_and_name_the_gpu_and_the_remedy(driver_root: Path) -> None:
+    text = """
+gi = node.create_gpu_instance(uuid, 9, Placement(4, 4))
+ci, mig = node.create_compute_instance(uuid, gi)
+print(code(node.create_gpu_instance, uuid, 9, Placement(4, 4)), code(node.create_gpu_instance, uuid, 77, Placement(0, 1)))
+print(code(node.destroy_gpu_instance, uuid, gi), code(node.destroy_compute_instance, uuid, gi, 3))
+print(code(node.set_compute_mode, uuid, ComputeMode.EXCLUSIVE_PROCESS), code(node.look, "GPU-none"))
+try:
+    node.create_gpu_instance(uuid, 9, Placement(4, 4))
+except DeviceError as e:
+    print(e)
+"""
+    *codes, sentence = told(driver_root, text)
+    assert codes == ["23 2", "19 6", "3 6"]
+    assert sentence.startswith(
+        "GPU 0 (0000:fe:1f.0): cannot create a GPU instance of profile 9 at 4:4: INSUFFICIENT_RESOURCES"
+    )
+
+
+def test_a_switch_of_mig_mode_that_only_the_status_refuses_is_an_error(driver_root: Path) -> None:
+    text = """
+gi = node.create_gpu_instance(uuid, 19, Placement(0, 1))
+assert code(node.set_mig_mode, uuid, False) == Code.IN_USE
+assert node.look(uuid).mig
+node.destroy_gpu_instance(uuid, gi)
+node.set_mig_mode(uuid, False)
+node.set_mig_mode(uuid, False)
+assert node.look(uuid) == LiveGpu(mig=False, mig_pending=False)
+assert code(node.create_gpu_instance, uuid, 19, Placement(0, 1)) == Code.NOT_SUPPORTED
+node.set_compute_mode(uuid, ComputeMode.EXCLUSIVE_PROCESS)
+assert node.compute_mode(uuid) == ComputeMode.EXCLUSIVE_PROCESS
+"""
+    told(driver_root, text)
+
+
+def test_a_process_that_two_lists_name_is_there_once(driver_root: Path) -> None:
+    text = "print([(p.pid, p.gi, p.ci, p.used_bytes // MIB) for p in node.processes(uuid)])"
+    assert told(driver_root, text) == ["[(4242, None, None, 5)]"]
+
+
+def test_xids_name_the_gpu_or_the_instance_and_a_loss_ends_nothing(driver_root: Path) -> None:
+    text = """
+assert node.wait_event(0) == XidEvent(gpu=uuid, xid=48)
+assert node.wait_event(0) == XidEvent(gpu=uuid, xid=94, gi=2, ci=0)
+assert node.wait_event(0) == XidEvent(gpu=None, xid=79)
+assert node.wait_event(0) is None
+node.close()
+node.close()
+"""
+    told(driver_root, text)
+
+
+def test_a_driver_root_without_the_library_is_named(driver_root: Path) -> None:
+    text = """
+try:
+    RealNvml(Path("/nowhere"))
+except DeviceError as e:
+    print(e.code, e)
+"""
+    (line,) = told(driver_root, text)
+    assert line.startswith("12 driver root /nowhere: cannot find libnvidia-ml.so.1: LIBRARY_NOT_FOUND; install")
