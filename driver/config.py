@@ -66,6 +66,18 @@ class Config:
         return self.simulate_folder or self.plugin_folder / "simulated"
 
 
+# What `devices` and `claims` need of them.
+NODE_FLAGS = (
+    "driver_name",
+    "node_name",
+    "kubelet_plugins_directory_path",
+    "nvidia_driver_root",
+    "driver_root_ctr_path",
+    "policy",
+    "simulate",
+    "simulate_folder",
+)
+
 _HELP = {
     "driver_name": "name of the DRA driver, also the domain of its attributes",
     "node_name": "name of the Node object this runs on; in a pod, from the downward API",

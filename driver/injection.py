@@ -10,7 +10,7 @@ from pathlib import Path
 from driver import files
 from driver.core import cdi, plan
 from driver.core.inventory import Inventory
-from driver.core.model import MIB, ClaimUid, GpuUuid, Grant, LiveGpu, PreparedClaim, PreparedDevice, Record
+from driver.core.model import ClaimUid, GpuUuid, Grant, LiveGpu, PreparedClaim, PreparedDevice, Record
 from driver.host import Host
 from driver.nvml.api import Nvml
 
@@ -65,13 +65,13 @@ class Injector:
     def _edits(
         self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
     ) -> cdi.Injection:
-        gpu = self._inventory.gpu(grant.gpu)
-        profile = gpu.profile(grant.slot.profile) if gpu is not None and grant.slot is not None else None
+        pool = self._inventory.pool(grant.gpu)
+        profile = pool.gpu.profile(grant.slot.profile) if pool is not None and grant.slot is not None else None
         partition = live[grant.gpu].at(grant.slot) if grant.slot is not None else None
         # The minor is asked for now: a switch of MIG mode may have changed it.
         minor = self._nvml.minor(grant.gpu)
         nodes = self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
-        whole = None if gpu is None else (gpu.memory_bytes - gpu.reserved_bytes) // MIB
+        whole = None if pool is None else pool.memory_mib
         env = cdi.budget(
             label,
             device=device.device,

@@ -72,7 +72,7 @@ def doomed(node: Rig, fate: Fate, monkeypatch: pytest.MonkeyPatch, act: Callable
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_atomic", lambda *a: fate.effect(lambda: write(*a)))
         patch.setattr(files, "remove", lambda path: fate.effect(lambda: remove(path)))
-        node.build(MortalNvml(node.nvml, fate))  # type: ignore[arg-type]
+        node.build(MortalNvml(node.nvml, fate))
         try:
             act(node)
         except Died:

@@ -12,39 +12,18 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from driver.demo import slices, tls
 from driver.demo.http import Cue, Listener, Request
+from driver.demo.kinds import KINDS, RESOURCE_GROUP
 from driver.demo.store import Body, Event, Key, RefusalError, Store, copied
 
 TOKEN = "stand-in"
 
 Answer = tuple[int, Body]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    prefix: str  # "/apis/resource.k8s.io/v1"
-    kind: str
-    namespaced: bool = False
-    fields: frozenset[str] = frozenset()  # field selectors beside metadata.name
-
-
-_RESOURCE = "/apis/resource.k8s.io/v1"
-KINDS = {
-    "nodes": Kind("/api/v1", "Node"),
-    "namespaces": Kind("/api/v1", "Namespace"),
-    "pods": Kind("/api/v1", "Pod", True, frozenset({"spec.nodeName"})),
-    "events": Kind("/api/v1", "Event", True),
-    "resourceslices": Kind(_RESOURCE, "ResourceSlice", False, frozenset({"spec.nodeName", "spec.driver"})),
-    "resourceclaims": Kind(_RESOURCE, "ResourceClaim", True),
-    "resourceclaimtemplates": Kind(_RESOURCE, "ResourceClaimTemplate", True),
-    "deviceclasses": Kind(_RESOURCE, "DeviceClass"),
-}
 
 
 class StandInApiServer:
@@ -105,11 +84,20 @@ class StandInApiServer:
 
     # ------------------------------------------------------------ cues
 
+    # `path` is any part of the path with its query: "resourceclaims", "watch=true", "dryRun".
+
     def fail(
-        self, status: int, times: int = 1, *, method: str = "", path: str = "", retry_after_s: int | None = None
+        self,
+        status: int,
+        times: int = 1,
+        *,
+        method: str = "",
+        path: str = "",
+        retry_after_s: int | None = None,
+        text: str = "refused on cue",
     ) -> None:
-        """Answer the next requests with this method and this part of the path with an error status."""
-        self._add(Cue("fail", times, method, path, status, retry_after_s))
+        """Answer the next such requests with an error status."""
+        self._add(Cue("fail", times, method, path, status, retry_after_s, text))
 
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:
         """Leave the next such requests without an answer until `release`."""
@@ -136,7 +124,7 @@ class StandInApiServer:
             self.requests.append(request)
             self.store.changed.notify_all()
             for cue in self._cues:
-                if cue.times > 0 and cue.method in ("", request.method) and cue.path in request.path:
+                if cue.times > 0 and cue.method in ("", request.method) and cue.path in request.target:
                     cue.times -= 1
                     return cue
         return None
@@ -198,14 +186,14 @@ class StandInApiServer:
         parts = parts[2:] if request.namespace else parts
         kind = KINDS.get(parts[0]) if parts else None
         served = kind is not None and request.path.startswith(kind.prefix + "/")
-        if kind is None or not served or (kind.prefix == _RESOURCE and int(self.version.split(".")[1]) < 34):
+        if kind is None or not served or (kind.prefix == RESOURCE_GROUP and int(self.version.split(".")[1]) < 34):
             raise RefusalError(404, "NotFound", "the server could not find the requested resource")
         key = Key(parts[0], request.namespace, parts[1]) if len(parts) > 1 else None
         return parts[0], key, parts[2:] == ["status"]
 
     def _typed(self, resource: str, body: Body) -> Body:
         kind = KINDS[resource]
-        return {"kind": kind.kind, "apiVersion": _api_version(kind)} | body
+        return {"kind": kind.kind, "apiVersion": kind.api_version} | body
 
     def _create(self, resource: str, namespace: str, body: Body, *, dry: bool) -> Body:
         if KINDS[resource].namespaced and not namespace:
@@ -248,7 +236,7 @@ class StandInApiServer:
             items = items[:limit]
         kind = KINDS[resource]
         bodies = [body for _, body in items]
-        return {"kind": f"{kind.kind}List", "apiVersion": _api_version(kind), "metadata": meta, "items": bodies}
+        return {"kind": f"{kind.kind}List", "apiVersion": kind.api_version, "metadata": meta, "items": bodies}
 
     def _delete_all(self, resource: str, request: Request) -> Body:
         with self.store.changed:
@@ -317,10 +305,6 @@ class StandInApiServer:
             "users": [{"name": "stand-in", "user": {"token": TOKEN}}],
             "contexts": [{"name": "stand-in", "context": {"cluster": "stand-in", "user": "stand-in"}}],
         }
-
-
-def _api_version(kind: Kind) -> str:
-    return kind.prefix.removeprefix("/apis/").removeprefix("/api/")
 
 
 def main() -> None:

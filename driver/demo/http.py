@@ -31,6 +31,7 @@ class Request:
     method: str
     path: str
     query: dict[str, str]
+    target: str  # path and query as they came
     data: bytes = field(repr=False)
     namespace: str = ""  # filled in by who takes the path apart
 
@@ -63,6 +64,7 @@ class Cue:
     path: str
     status: int = 500
     retry_after_s: int | None = None
+    text: str = "refused on cue"
     released: threading.Event = field(default_factory=threading.Event)
 
 
@@ -168,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         parts = urlsplit(self.path)
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request = Request(self.command, unquote(parts.path), dict(parse_qsl(parts.query)), data)
+        request = Request(self.command, unquote(parts.path), dict(parse_qsl(parts.query)), self.path, data)
         owner = self.server.owner
         try:
             if self.headers.get("Authorization", "").split(" ")[-1] != owner.token:
@@ -188,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Carry a cue out; False where the request is to be served after all."""
         if cue.act == "fail":
             headers = {} if cue.retry_after_s is None else {"Retry-After": str(cue.retry_after_s)}
-            raise RefusalError(cue.status, _REASONS.get(cue.status, "Unknown"), "refused on cue", headers)
+            raise RefusalError(cue.status, _REASONS.get(cue.status, "Unknown"), cue.text, headers)
         if cue.act == "hang":
             cue.released.wait()
             return self.server.stopped

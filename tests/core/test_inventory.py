@@ -164,9 +164,17 @@ def test_statically_all_offered_partitions_stand_together() -> None:
     assert geometry.legal(models.product("h100").engines, instances)
 
 
-def test_a_static_layout_that_does_not_fit_is_refused_with_its_card() -> None:
-    with pytest.raises(ConfigError, match=r"static layout of GPU 0 \(NVIDIA H100 .*\), 2 x 4g.40gb, does not fit"):
-        an_inventory(policy=policy(static={"4g.40gb": 2}), static=True)
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        ({"4g.40gb": 2}, "2 x 4g.40gb"),
+        ({"3g.40gb": 2, "1g.10gb": 1}, "2 x 3g.40gb, 1 x 1g.10gb"),
+        ({"1g.10gb": 10**12}, "1000000000000 x 1g.10gb"),
+    ],
+)
+def test_a_static_layout_that_does_not_fit_is_refused_with_its_card(layout: dict[str, int], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"static layout of GPU 0 \(NVIDIA H100 .*\), {named}, does not fit"):
+        an_inventory(policy=policy(static=layout), static=True)
 
 
 def test_where_partitions_are_dynamic_the_static_layout_is_not_used() -> None:

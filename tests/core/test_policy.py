@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from driver.core import terms
 from driver.core.policy import Policy
 from driver.core.terms import Mode
 from driver.errors import ConfigError
@@ -243,3 +246,23 @@ def test_a_card_left_with_nothing_to_offer_is_said() -> None:
 def test_a_policy_that_fits_its_node_has_nothing_unused() -> None:
     assert Policy.default().unused([a_gpu("h100"), a_gpu("l4", 1)]) == ()
     assert policy("default: {suffixes: ['+me']}").unused([]) == ()
+
+
+# ---------------------------------------------------------------- the documentation
+
+
+def test_the_documented_policy_means_what_the_text_says() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    documented = Policy.parse(yaml.safe_load(example))
+
+    assert documented.of(a_gpu("l4")).modes == {Mode.GPU}
+    assert {profile.id for profile in documented.of(a_gpu("a100-80g", 1)).profiles} == {9, 19}
+    assert {profile.suffix for profile in documented.of(a_gpu("a100-80g", 2)).profiles} == {"", "+me"}
+
+
+def test_every_key_and_mode_of_a_policy_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
+
+    for word in (*terms.KEYS, *Mode):
+        assert f"`{word}`" in text

@@ -142,7 +142,6 @@ def test_many_devices_are_spread_over_several_slices_in_order() -> None:
     assert faults(found) == ()
 
 
-@pytest.mark.contract(52)
 def test_the_same_inventory_gives_the_same_bytes() -> None:
     gpus = [a_gpu("h100", 0), a_gpu("a30", 1)]
 
@@ -233,7 +232,6 @@ def test_exclusive_devices_carry_no_request_policy() -> None:
 # ---------------------------------------------------------------- counters, as the scheduler counts
 
 
-@pytest.mark.contract(31, 63)
 @pytest.mark.parametrize("product", ["h100", "a30", "rtx-pro-6000"])
 def test_whoever_has_the_whole_card_keeps_out_every_partition(product: str) -> None:
     (pool,) = slices(an_inventory(a_gpu(product), policy=policy(suffixes=MEDIA)))
@@ -323,7 +321,6 @@ def test_a_pool_without_a_usable_device_is_published_empty() -> None:
     assert pool.specs == ({"devices": []},)
 
 
-@pytest.mark.contract(56)
 def test_nothing_that_needs_counters_is_published_where_they_are_dropped() -> None:
     with pytest.raises(StateError, match="cannot be published without counters, which this API server drops"):
         slices(an_inventory(), features=OLD)

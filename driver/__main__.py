@@ -1,0 +1,5 @@
+"""`python -m driver` is the command `gpuslice`."""
+
+from driver.cli import main
+
+main()

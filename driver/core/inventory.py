@@ -1,0 +1,183 @@
+"""What a node offers: every card with its devices, in the order in which the scheduler tries them.
+
+One pool per card, named after its place on the PCI bus: stable over reboots and changes of MIG mode, cheap for the
+scheduler to check, and one card's trouble never makes another's pool incomplete. The scheduler takes the first device
+that fits (DRA contract, 5.2), so partitions come first, the smallest first, and of one profile the place that keeps the
+fewest others from being used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from driver.core import layout
+from driver.core.layout import Place
+from driver.core.model import (
+    MIB,
+    DeviceRef,
+    Exclusive,
+    Gpu,
+    GpuUuid,
+    MigProfile,
+    MigSlice,
+    Monitor,
+    Offer,
+    PoolName,
+    Sharing,
+    WholeGpu,
+)
+from driver.core.policy import GpuPolicy, Policy
+from driver.core.terms import Mode
+from driver.errors import ConfigError
+
+_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_POOL_NAME = 253  # bytes (resource.k8s.io, `pool.name`)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    ref: DeviceRef
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """One card and all that it offers."""
+
+    name: PoolName
+    gpu: Gpu
+    devices: tuple[Device, ...]
+    reserve_bytes: int  # memory of the whole card that is not sold
+
+    @property
+    def memory_mib(self) -> int:
+        """What a claim for the whole card gets."""
+        return (self.gpu.memory_bytes - self.reserve_bytes) // MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All pools of a node, in bus order."""
+
+    pools: tuple[Pool, ...]
+    _offers: dict[DeviceRef, Offer] = field(init=False, repr=False, compare=False)
+    _pools: dict[GpuUuid, Pool] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        offers = {device.ref: device.offer for pool in self.pools for device in pool.devices}
+        object.__setattr__(self, "_offers", offers)
+        object.__setattr__(self, "_pools", {pool.gpu.uuid: pool for pool in self.pools})
+
+    @staticmethod
+    def of(gpus: Iterable[Gpu], policy: Policy, node: str, *, static: bool = False) -> Inventory:
+        """What this node offers under this policy. ConfigError where the policy cannot be followed.
+
+        `static` is for clusters that know no partitionable devices (Kubernetes 1.34 and 1.35): then devices exclude
+        each other by nothing, so a card is either whole or has the policy's static MIG layout.
+        """
+        in_bus_order = sorted(gpus, key=lambda gpu: _bus(gpu.bus_id))
+        return Inventory(tuple(_pool(gpu, policy.of(gpu), node, static=static) for gpu in in_bus_order))
+
+    def offer(self, ref: DeviceRef) -> Offer | None:
+        return self._offers.get(ref)
+
+    def pool(self, uuid: GpuUuid) -> Pool | None:
+        return self._pools.get(uuid)
+
+    def gpu(self, uuid: GpuUuid) -> Gpu | None:
+        pool = self._pools.get(uuid)
+        return None if pool is None else pool.gpu
+
+
+def offer_name(offer: Offer) -> str:
+    """Name of the device in its pool, a DNS label. It holds the profile's id: names change with the driver branch."""
+    match offer.slice_:
+        case WholeGpu():
+            return _whole_name(offer.sharing)
+        case MigSlice(profile=profile, placement=placement):
+            return f"mig-{profile.compute_slices}g-{profile.id}-{placement.start}"
+        case _:
+            assert_never(offer.slice_)
+
+
+def _whole_name(sharing: Sharing) -> str:
+    match sharing:
+        case Exclusive():
+            return "gpu"
+        case Monitor():
+            return "monitor"
+        case _:
+            assert_never(sharing)
+
+
+def _bus(bus_id: str) -> str:
+    """The bus id as part of a pool name; its figures have a fixed width, so the text sorts as the bus does."""
+    return re.sub(r"[:.]", "-", bus_id.lower())
+
+
+def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
+    if policy.reserve_bytes >= gpu.memory_bytes:
+        raise ConfigError(
+            f"policy: the reserve of GPU {gpu.index} is {policy.reserve_bytes} bytes, and the card has"
+            f" {gpu.memory_bytes}; reserve less"
+        )
+    name = _pool_name(node, gpu)
+    offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
+    devices = tuple(Device(DeviceRef(name, offer_name(offer)), offer) for offer in offers)
+    return Pool(name=name, gpu=gpu, devices=devices, reserve_bytes=policy.reserve_bytes)
+
+
+def _pool_name(node: str, gpu: Gpu) -> PoolName:
+    name = f"{node}/{_bus(gpu.bus_id)}"
+    if any(_SUBDOMAIN.fullmatch(part) is None for part in name.split("/")):
+        raise ConfigError(f"{name!r} cannot name a pool; the node's name must be the one that Kubernetes knows it by")
+    if len(name) > _POOL_NAME:
+        raise ConfigError(f"the name of node {node} leaves no room for a pool name of {_POOL_NAME} bytes; shorten it")
+    return PoolName(name)
+
+
+def _offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
+    for place in _in_order(gpu, policy.profiles):
+        yield Offer(MigSlice(gpu, place.profile, place.placement), Exclusive())
+    if Mode.GPU in policy.modes:
+        yield Offer(WholeGpu(gpu), Exclusive())
+
+
+def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
+    """The policy's layout at places of our choice, or the whole card; never both, for nothing would keep them apart."""
+    if policy.static:
+        for place in _static_layout(gpu, policy.static):
+            yield Offer(MigSlice(gpu, place.profile, place.placement), Exclusive())
+    elif Mode.GPU in policy.modes:
+        yield Offer(WholeGpu(gpu), Exclusive())
+
+
+def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[Place]:
+    possible = all(count <= profile.max_instances for profile, count in wanted)
+    partitions = [profile for profile, count in wanted for _ in range(count)] if possible else []
+    places = layout.arrange(layout.totals(gpu.profiles), partitions) if possible else None
+    if places is None:
+        text = ", ".join(f"{count} x {profile.name}" for profile, count in wanted)
+        raise ConfigError(
+            f"policy: the static layout of GPU {gpu.index} ({gpu.product}), {text}, does not fit on the card;"
+            " take fewer or smaller partitions"
+        )
+    return sorted(places, key=lambda place: (_size(place.profile), place.placement))
+
+
+def _in_order(gpu: Gpu, profiles: Sequence[MigProfile]) -> list[Place]:
+    """All places of these profiles: smallest profile first, then the place that excludes fewest, then the highest."""
+    card = layout.totals(gpu.profiles)
+    places = [Place(profile, placement) for profile in profiles for placement in profile.placements]
+    places = [place for place in places if place.profile.max_instances > 0]
+    excluded = {place: sum(not layout.fits(card, (place, other)) for other in places) for place in places}
+    return sorted(places, key=lambda place: (_size(place.profile), excluded[place], -place.placement.start))
+
+
+def _size(profile: MigProfile) -> tuple[int, ...]:
+    """What a partition takes from the card, memory first: who asks for memory gets no more engines than needed."""
+    engines = profile.engines()
+    return (profile.memory_mib, profile.compute_slices, profile.multiprocessors, sum(engines.values()), profile.id)

@@ -1,0 +1,58 @@
+"""How long to wait before acting again: after failures, and after what others did. Time is passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CALM_S = 60.0  # a watch, or a quiet spell, of this length starts the waiting times anew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Waiting times in seconds."""
+
+    quiet_s: float = 0.5  # after a foreign change
+    quiet_most_s: float = 15.0  # statement 59: wiped slices are back within about 30 s
+    retry_s: float = 0.5  # full jitter, doubling
+    retry_most_s: float = 30.0
+    relist_s: float = 600.0
+    watch_s: int = 300
+
+
+DEFAULT_PACE = Pace()
+
+
+class Retry:
+    """Full jitter, doubling: the delay before each further try."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace, self._most_s = pace, pace.retry_s
+
+    def delay_s(self, chance: float) -> float:
+        """chance: from 0 to 1, the caller's random number."""
+        delay_s = chance * self._most_s
+        self._most_s = min(self._most_s * 2, self._pace.retry_most_s)
+        return delay_s
+
+
+class Patience:
+    """When to answer foreign changes: after a moment of quiet, which doubles each time that our answer does not last."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace, self._quiet_s = pace, pace.quiet_s
+        self._answered: float | None = None
+        self._since: float | None = None
+
+    def due(self, now: float) -> float:
+        """The time to answer, given one more change now; a stream of changes cannot put it off for ever."""
+        if self._answered is not None:
+            lasted = now - self._answered > CALM_S
+            self._quiet_s = self._pace.quiet_s if lasted else min(self._quiet_s * 2, self._pace.quiet_most_s)
+            self._answered = None
+        self._since = now if self._since is None else self._since
+        return min(now + self._quiet_s, self._since + 5 * self._quiet_s)
+
+    def answered(self, now: float, *, wrote: bool) -> None:
+        self._since = None
+        if wrote:
+            self._answered = now

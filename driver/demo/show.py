@@ -1,0 +1,334 @@
+"""`gpuslice demo`: the real driver, as a process, on a simulated node, and what a user, the scheduler and the kubelet do.
+
+The story is a list of steps; the first line of a step's docstring is its heading. On another node than h100x2 what does
+not fit stays Pending and says so. The end is a check, not a promise: nothing may be left on the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from driver import app, report
+from driver.app import Node
+from driver.config import Config
+from driver.core.model import ClaimRef
+from driver.demo.cluster import DRIVER, Cluster, DriverProcess, UnschedulableError
+from driver.demo.kubelet import KubeletError
+from driver.demo.scheduler import Request
+from driver.nvml import nodespec
+from driver.nvml.simnode import SimNode
+
+# The kernel takes 107 bytes of socket path, and 44 of them are ours: /gs-12345678/plugins/gpuslice.dev/dra.sock.
+_LONGEST_FOLDER = 63
+_ASK_S = 30.0
+_T = TypeVar("_T")
+
+
+class BrokenPromiseError(Exception):
+    """The demo saw what must not be; the text says what."""
+
+
+def run(simulate: str) -> int:
+    """Tell the whole story on this node; 0, or 1 with a sentence where it did not end as it must.
+
+    ConfigError: there is no such node.
+    """
+    nodespec.parse(simulate)
+    try:
+        asyncio.run(_tell(simulate))
+    except (BrokenPromiseError, KubeletError, RuntimeError, TimeoutError) as e:
+        print(f"gpuslice demo: {e or type(e).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _tell(simulate: str) -> None:
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gs-", dir=_short_folder()) as folder:
+        async with Cluster(Path(folder), simulate) as cluster:
+            stage = Stage(cluster)
+            for number, step in enumerate(_STEPS, 1):
+                print(f"\n{number}. {(step.__doc__ or '').splitlines()[0]}\n", flush=True)
+                try:
+                    await step(stage)
+                except Exception:
+                    print(stage.log(), file=sys.stderr)
+                    raise
+    print(f"\nAll of it took {time.monotonic() - begin:.0f} s; nothing is left on this machine.")
+
+
+def _short_folder() -> str | None:
+    return "/tmp" if len(tempfile.gettempdir().encode()) > _LONGEST_FOLDER else None
+
+
+class Stage:
+    """The cluster, and who holds what at this point of the story."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.held: dict[str, ClaimRef] = {}
+
+    @property
+    def driver(self) -> DriverProcess:
+        return self.cluster.drivers[-1]
+
+    def log(self) -> str:
+        """The end of the newest driver's log."""
+        return "\n".join(self.driver.log.read_text(encoding="utf-8").splitlines()[-20:]) if self.cluster.drivers else ""
+
+    def devices(self) -> dict[tuple[str, str], Mapping[str, Any]]:
+        """What the node publishes, by pool and device name."""
+        specs = [body["spec"] for body in self.cluster.api.all("resourceslices")]
+        return {(spec["pool"]["name"], d["name"]): d for spec in specs for d in spec.get("devices", [])}
+
+    # ------------------------------------------------------------ what users do
+
+    def claim(self, name: str, words: str, *requests: Request) -> ClaimRef | None:
+        """Create a claim and let the scheduler choose; None where its pod stays Pending."""
+        print(f"  claim {name}: {words}")
+        try:
+            ref = self.cluster.claim(name, *requests)
+        except UnschedulableError:
+            print("    the scheduler: nothing fits; the pod stays Pending until something does")
+            return None
+        return ref
+
+    async def use(self, ref: ClaimRef) -> None:
+        """Prepare a claim as the kubelet does for its pod, and show what the pod gets."""
+        begin = time.monotonic()
+        await self.cluster.run(ref)
+        took_ms = (time.monotonic() - begin) * 1000
+        self.held[ref.name] = ref
+        record = self.look(lambda node: node.records[ref.uid])
+        published = self.devices()
+        for device in record.prepared.devices if record.prepared else ():
+            memory = published[device.device.pool, device.device.device]["capacity"]["memory"]["value"]
+            print(f"    {ref.name} has {device.device}, {memory}, {device.uuid}, ready after {took_ms:.0f} ms")
+
+    async def take(self, name: str, words: str, *requests: Request) -> None:
+        ref = self.claim(name, words, *requests)
+        if ref is not None:
+            await self.use(ref)
+
+    async def give_back(self, name: str) -> None:
+        if ref := self.held.pop(name, None):
+            await self.cluster.end(ref)
+            print(f"  claim {name} is given back")
+
+    # ------------------------------------------------------------ what there is to see
+
+    def look(self, what: Callable[[Node], _T]) -> _T:
+        """A look at the node beside the driver, as `gpuslice devices` takes it."""
+        with app.looked_at(
+            Config(kubelet_plugins_directory_path=self.cluster.plugins, simulate_latency="zero")
+        ) as node:
+            return what(node)
+
+    def show_map(self) -> None:
+        """What occupies the memory slices of each card, and whose it is."""
+        for line in self.look(_map):
+            print(f"  {line}")
+
+    def must(self, so: bool, what: str) -> None:
+        if not so:
+            raise BrokenPromiseError(f"this should never be seen: {what}; please report it with the log above")
+        print(f"  checked: {what}")
+
+
+def _map(node: Node) -> list[str]:
+    lines = []
+    records = tuple(node.records.values())
+    for pool in node.inventory.pools:
+        grants = [grant for record in records for grant in record.plan.grants if grant.gpu == pool.gpu.uuid]
+        ruler, cells = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records)
+        lines += [f"GPU {pool.gpu.index}".ljust(10) + ruler[10:], cells]
+    return lines
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def _partition(name: str = "gpu", **where: str | int) -> Request:
+    return Request(name=name, driver=DRIVER, where={"type": "mig", **where})
+
+
+def _whole(name: str = "gpu") -> Request:
+    return Request(name=name, driver=DRIVER, where={"type": "gpu"})
+
+
+# ---------------------------------------------------------------- the story
+
+
+async def start(stage: Stage) -> None:
+    """The driver starts on a simulated node, beside a stand-in API server and kubelet.
+
+    No latency is simulated at first, so that times are the driver's own.
+    """
+    driver = await stage.cluster.start()
+    print(f"  python -m driver run --simulate {stage.cluster.simulate} …   (process {driver.pid})")
+    for line in driver.log.read_text(encoding="utf-8").splitlines():
+        print(f"    {line.split(' op=- ')[-1]}")
+
+
+async def published(stage: Stage) -> None:
+    """What the scheduler sees: one pool per card, and counters that keep its devices apart."""
+    specs = [body["spec"] for body in stage.cluster.api.all("resourceslices")]
+    for pool in sorted({spec["pool"]["name"] for spec in specs}):
+        mine = [spec for spec in specs if spec["pool"]["name"] == pool]
+        sets = [entry["counters"] for spec in mine for entry in spec.get("sharedCounters", [])]
+        counters = [f"{name}={amount['value']}" for one in sets for name, amount in one.items()]
+        kinds = Counter(_kind(device) for spec in mine for device in spec.get("devices", []))
+        print(f"  pool {pool}")
+        print(f"    devices   {', '.join(kind if n == 1 else f'{n} x {kind}' for kind, n in kinds.items())}")
+        print(f"    counters  {', '.join(counters) or 'none'}")
+
+
+def _kind(device: Mapping[str, Any]) -> str:
+    attributes = device["attributes"]
+    return str(attributes["profile"]["string"] or attributes["type"]["string"])
+
+
+async def by_profile(stage: Stage) -> None:
+    """A claim names a MIG profile. No card was partitioned before: the driver makes the partition."""
+    profiles = (device["attributes"]["profile"]["string"] for device in stage.devices().values())
+    smallest = next(filter(None, profiles), "1g.10gb")
+    await stage.take("small", f"a partition with profile {smallest}", _partition(profile=smallest))
+    stage.show_map()
+
+
+async def by_memory(stage: Stage) -> None:
+    """Two claims only say how much memory they need, and get the smallest partition that has it."""
+    await stage.take("nine", "a partition with at least 9Gi", _partition(memory=">=9Gi"))
+    await stage.take("thirty", "a partition with at least 30Gi", _partition(memory=">=30Gi"))
+    stage.show_map()
+
+
+async def whole_card(stage: Stage) -> None:
+    """A whole card: the scheduler's counters lead it to one that nobody partitions. A second one has to wait."""
+    await stage.take("train", "a whole card", _whole())
+    await stage.take("late", "another whole card", _whole())
+    stage.show_map()
+
+
+async def double_allocation(stage: Stage) -> None:
+    """A scheduler that gives a partitioned card away as a whole is refused by name, at once."""
+    holder = stage.held.get("small")
+    if holder is None:
+        print("  (no card of this node was partitioned)")
+        return
+    pool = stage.look(lambda node: node.records[holder.uid].plan.grants[0].allocation.device.pool)
+    result = {"request": "gpu", "driver": DRIVER, "pool": pool, "device": "gpu"}
+    ref = stage.cluster.allocated("wrong", {"devices": {"results": [result]}})
+    error = (await stage.cluster.kubelet.prepare([ref]))[ref.uid].error
+    print(f"    the driver: {error}")
+    stage.must(bool(error), "one card is never handed out twice")
+    await stage.cluster.end(ref)
+
+
+async def several_cards(stage: Stage) -> None:
+    """One claim over two cards: a whole one and a partition of the other."""
+    await stage.give_back("train")
+    smaller = _partition("helper")
+    await stage.take("pair", "a whole card, and beside it any partition", _whole("main"), smaller)
+    stage.show_map()
+
+
+async def container_view(stage: Stage) -> None:
+    """What the container runtime is told: one CDI file per claim, here without its device nodes."""
+    path = max(stage.cluster.cdi.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    body = json.loads(path.read_text(encoding="utf-8"))
+    print(f"  {path.name}")
+    for device in body["devices"]:
+        nodes = device["containerEdits"].get("deviceNodes", [])
+        print(f"    {body['kind']}={device['name']}   {len(nodes)} device nodes")
+        for entry in device["containerEdits"]["env"]:
+            print(f"      {entry}")
+
+
+async def killed(stage: Stage) -> None:
+    """The driver is killed in the middle of a prepare: a GPU instance exists, and nothing in it yet."""
+    await stage.give_back("pair")
+    node = SimNode(stage.cluster.node_folder)
+    cue = node.cue("hang", "create_compute_instance")
+    ref = stage.claim("unlucky", "any partition", _partition())
+    if ref is None:
+        return
+    call = asyncio.create_task(stage.cluster.kubelet.prepare([ref]))
+    stage.must(await asyncio.to_thread(node.wait_hung, cue, _ASK_S), "the prepare hangs inside NVML, on cue")
+    await stage.driver.kill()
+    node.withdraw()
+    node.close()
+    await asyncio.gather(call, return_exceptions=True)
+    print(f"  SIGKILL to process {stage.driver.pid}; the other claims' partitions go on without it")
+    stage.show_map()
+    stage.held["unlucky"] = ref
+
+
+async def again(stage: Stage) -> None:
+    """It starts again and undoes what its records say was begun; then the kubelet tries again.
+
+    From here on the simulated GPU takes the time of a real one (orders of magnitude, not measurements).
+    """
+    driver = await stage.cluster.start("--simulate-latency", "realistic")
+    print(f"  process {driver.pid} is registered, and the slices are as they were")
+    refs = [ref for name in ("unlucky",) if (ref := stage.held.get(name))]
+    beside = stage.claim("beside", "a whole card, at the same moment", _whole())
+    begin = time.monotonic()
+    await asyncio.gather(*(stage.use(ref) for ref in (*refs, *([beside] if beside else []))))
+    print(f"  both after {time.monotonic() - begin:.1f} s: no card waits for another")
+    stage.show_map()
+    _check(stage)
+
+
+def _check(stage: Stage) -> None:
+    """Node, records and CDI folder say the same of every claim."""
+    records = stage.look(lambda node: dict(node.records))
+    made = {device.uuid for r in records.values() if r.prepared for device in r.prepared.devices}
+    there = stage.look(lambda node: {p.uuid for live in node.live.values() for p in live.partitions})
+    named = {f"{DRIVER}-claim_{uid}.json" for uid in records}
+    stage.must(all(r.prepared for r in records.values()), f"{len(records)} records, each of them finished")
+    stage.must(there <= made, f"{len(there)} partitions, each of them in a record")
+    stage.must(named == {path.name for path in stage.cluster.cdi.iterdir()}, "a CDI file for each, and no other")
+
+
+async def whole_report(stage: Stage) -> None:
+    """What `gpuslice devices` and `gpuslice claims` show an operator."""
+    full = stage.look(lambda node: report.node(node.inventory, node.live, node.records.values(), node.taints))
+    table = stage.look(lambda node: report.claims(node.records))
+    print("\n".join(f"  {line}".rstrip() for line in f"{full}\n\n{table}".splitlines()))
+
+
+async def the_end(stage: Stage) -> None:
+    """Every claim is given back, the driver ends, and the node is as empty as before."""
+    for name in list(stage.held):
+        await stage.give_back(name)
+    code = await stage.driver.terminate()
+    stage.must(code == 0, "the driver ends with exit code 0")
+    left = stage.look(lambda node: [p for live in node.live.values() for p in live.partitions])
+    stage.must(not left, "no partition is left on the node")
+    stage.must(not stage.look(lambda node: dict(node.records)), "no record is left")
+    stage.must(not list(stage.cluster.cdi.iterdir()), "no CDI file is left")
+
+
+_STEPS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
+    start,
+    published,
+    by_profile,
+    by_memory,
+    whole_card,
+    double_allocation,
+    several_cards,
+    container_view,
+    killed,
+    again,
+    whole_report,
+    the_end,
+)

@@ -1,0 +1,169 @@
+"""What the node offers, kept up to date: probe the API server once, look at the node, plan the pools, hand them on.
+
+One thread. It plans again when it is nudged and every half minute; the publisher writes only what differs. Before the
+first write it finds out by dry runs what the API server keeps: a device whose counters are dropped would be given out
+twice, so without them the plan is static (Kubernetes 1.34 and 1.35), and nothing is sent before that is known.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from driver import files
+from driver.checkpoint import Checkpoint
+from driver.core import pool, shape
+from driver.core.inventory import Inventory
+from driver.core.model import DeviceRef, PoolName, Record
+from driver.core.pool import Features, PoolSlices
+from driver.core.reconcile import CONSUMABLE, PARTITIONABLE, TAINTS
+from driver.errors import ApiError, DriverError
+from driver.features import features as probe
+from driver.kube import Kube
+from driver.publish import Publisher, Status
+from driver.survey import Surveyor
+
+log = logging.getLogger(__name__)
+
+_PERIOD_S = 30.0
+_RETRY_S = 2.0
+
+
+class Shapes:
+    """The shapes that were last published, on disk: they outlive the kubelet's wipe and a new version of the driver."""
+
+    def __init__(self, path: Path, kube: Kube, driver: str) -> None:
+        self._path, self._kube, self._driver = path, kube, driver
+        self._kept = shape.decode(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        self._closed: set[PoolName] = set()
+
+    def admit(
+        self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool
+    ) -> tuple[PoolSlices, ...]:
+        """What may be published now: each pool as wanted, or still its old shape, closed, while claims hold it.
+
+        `published` says that what was admitted last is in force: only then do taints keep the scheduler away. Blocks
+        on the API server while a change waits (ApiError where it does not answer).
+        """
+        new = {p.name: p for p in wanted}
+        waiting = [kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))]
+        held = self._held(records) if waiting else set()
+        admitted = dict(new)
+        for kept in waiting:
+            if kept.name in held or (taints and not (published and kept.name in self._closed)):
+                admitted[kept.name] = shape.closed(kept, self._driver) if taints else kept
+                if kept.name not in self._closed:
+                    log.warning("pool changes its shape when its claims have left pool=%s", kept.name)
+                self._closed.add(kept.name)
+            else:
+                self._closed.discard(kept.name)
+        self._keep({name: self._kept[name] if name in self._closed else p for name, p in admitted.items()})
+        return tuple(admitted[name] for name in sorted(admitted))
+
+    def _held(self, records: Sequence[Record]) -> set[PoolName]:
+        ours = {grant.allocation.device.pool for record in records for grant in record.plan.grants}
+        return ours | set(shape.pools_of(self._kube.claims(), self._driver))
+
+    def _keep(self, kept: dict[PoolName, PoolSlices]) -> None:
+        if kept != self._kept:
+            files.write_atomic(self._path, json.dumps(shape.encode(tuple(kept.values()))))
+            self._kept = kept
+
+
+class Offering:
+    def __init__(
+        self,
+        *,
+        kube: Kube,
+        driver: str,
+        node: str,
+        dynamic: Inventory,
+        static: Inventory,
+        surveyor: Surveyor,
+        checkpoint: Checkpoint,
+        folder: Path,
+    ) -> None:
+        self._kube, self._driver, self._node = kube, driver, node
+        self._dynamic, self._static = dynamic, static
+        self._surveyor, self._checkpoint = surveyor, checkpoint
+        self._shapes = Shapes(folder / "shapes.json", kube, driver)
+        self._publisher = Publisher(kube, driver, node, changed=self._changed)
+        self._wake = threading.Condition()
+        self._nudged, self._stopped = False, False
+        self._problem = "nothing has been published yet; wait a moment"
+        self._thread = threading.Thread(target=self._run, name="offering", daemon=True)
+
+    def start(self) -> None:
+        self._publisher.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._wake:
+            self._stopped = True
+            self._wake.notify_all()
+        self._publisher.stop()
+        self._thread.join(1.0)  # it may be in a call to a hung GPU; it is a daemon and holds nothing
+
+    def nudge(self) -> None:
+        """Something changed on the node: plan again now."""
+        with self._wake:
+            self._nudged = True
+            self._wake.notify_all()
+
+    def problem(self) -> str | None:
+        """Why the API does not show what this node offers, or None when it does."""
+        return None if self._publisher.published.is_set() else self._publisher.status.error or self._problem
+
+    def _changed(self, status: Status) -> None:
+        self.nudge()
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        features = self._probed()
+        while features is not None and not self._stopped:
+            features = self._without_dropped(features)
+            try:
+                self._publisher.publish(self._planned(features))
+            except DriverError as e:
+                self._problem = str(e)
+                log.warning("cannot plan what to publish, trying again: %s", e)
+            self._pause(_PERIOD_S)
+
+    def _probed(self) -> Features | None:
+        while not self._stopped:
+            try:
+                features = probe(self._kube, self._driver, self._node)
+            except ApiError as e:
+                self._problem = str(e)
+                log.warning("cannot ask the API server what it supports, trying again: %s", e)
+                self._pause(_RETRY_S)
+                continue
+            log.info("API server %s: %s", self._kube.version(), features)
+            return features
+        return None
+
+    def _planned(self, features: Features) -> tuple[PoolSlices, ...]:
+        inventory = self._dynamic if features.partitionable else self._static
+        taints = self._surveyor.look(inventory)
+        records = tuple(self._checkpoint.records().values())
+        held = frozenset[DeviceRef](grant.allocation.device for record in records for grant in record.plan.grants)
+        wanted = pool.resource_slices(inventory, taints, driver=self._driver, features=features, held=held)
+        return self._shapes.admit(wanted, records, taints=features.taints, published=self._publisher.published.is_set())
+
+    def _without_dropped(self, features: Features) -> Features:
+        """What the probe promised, less what the server was seen to drop since (an API server that was downgraded)."""
+        dropped = self._publisher.status.dropped
+        return Features(
+            partitionable=features.partitionable and PARTITIONABLE not in dropped,
+            consumable=features.consumable and CONSUMABLE not in dropped,
+            taints=features.taints and TAINTS not in dropped,
+        )
+
+    def _pause(self, seconds: float) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._nudged or self._stopped, seconds)
+            self._nudged = False

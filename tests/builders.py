@@ -1,0 +1,43 @@
+"""Plain functions that make nouns with sensible values; a test overrides what it is about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from driver.core.inventory import Inventory
+from driver.core.model import MIB, Gpu, GpuUuid
+from driver.core.policy import Policy
+from driver.nvml import models
+
+
+@cache
+def _card(product: str) -> Gpu:
+    body = models.product(product)
+    return Gpu(
+        uuid=GpuUuid("GPU-00000000-0000-0000-0000-000000000000"),
+        index=0,
+        bus_id="0000:3b:00.0",
+        product=body.name,
+        architecture=body.architecture,
+        compute_capability=body.compute_capability,
+        memory_bytes=body.memory_mib * MIB,
+        reserved_bytes=body.reserved_mib * MIB,
+        driver_version="580.65.06",
+        cuda_version="13.0",
+        profiles=body.profiles,
+        resetless=body.resetless,
+        numa_node=0,
+        pcie_root="pci0000:3a",
+    )
+
+
+def a_gpu(product: str = "h100", index: int = 0, **changes: Any) -> Gpu:
+    """A card of this product as NVML would describe it; each index has a UUID and a place on the bus of its own."""
+    own = {"uuid": GpuUuid(f"GPU-{index:08x}-0000-0000-0000-000000000000"), "bus_id": f"0000:{0x3B + index:02x}:00.0"}
+    return replace(_card(product), index=index, **(own | changes))
+
+
+def an_inventory(*gpus: Gpu, policy: Policy | None = None, node: str = "node-1", static: bool = False) -> Inventory:
+    return Inventory.of(gpus or (a_gpu(),), policy or Policy.default(), node, static=static)

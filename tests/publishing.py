@@ -1,0 +1,81 @@
+"""Publishers, pools and the API that shows them, for the tests of publishing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from driver.core.model import PoolName
+from driver.core.pace import Pace
+from driver.core.pool import PoolSlices
+from driver.demo.apiserver import StandInApiServer
+from driver.kube import Kube
+from driver.publish import Publisher
+
+DRIVER, NODE = "gpuslice.dev", "n1"
+FAST = Pace(quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1)
+TAINT = {"key": "gpuslice.dev/xid", "value": "79", "effect": "NoSchedule"}
+
+
+@contextmanager
+def an_api_server(folder: Path, version: str = "1.37", dropping: tuple[str, ...] = ()) -> Iterator[StandInApiServer]:
+    """One that has our node."""
+    with StandInApiServer(folder, version, dropping=dropping) as server:
+        server.add_node(NODE)
+        yield server
+
+
+@contextmanager
+def a_publisher(server: StandInApiServer, pace: Pace = FAST) -> Iterator[Publisher]:
+    kube = Kube(server.kubeconfig)
+    publisher = Publisher(kube, DRIVER, NODE, pace=pace)
+    publisher.start()
+    try:
+        yield publisher
+    finally:
+        publisher.stop()
+        kube.close()
+
+
+def a_pool(*names: str, pool: str = "n1/a", **fields: object) -> PoolSlices:
+    """A slice of counters and one of devices that draw on them."""
+    uses = [{"counterSet": "card", "counters": {"m": {"value": "1"}}}]
+    devices = [{"name": name, "consumesCounters": uses, **fields} for name in names]
+    counters = {"sharedCounters": [{"name": "card", "counters": {"m": {"value": "2"}}}]}
+    return PoolSlices(PoolName(pool), (counters, {"devices": devices}))
+
+
+def plain(*names: str, pool: str = "n1/a", **fields: object) -> PoolSlices:
+    """One slice of devices without counters."""
+    return PoolSlices(PoolName(pool), ({"devices": [{"name": name, **fields} for name in names]},))
+
+
+def published(publisher: Publisher, *pools: PoolSlices) -> None:
+    publisher.publish(pools)
+    assert publisher.published.wait(10), publisher.status
+
+
+def shown(server: StandInApiServer) -> list[str]:
+    """Devices that the API shows, with their pools."""
+    bodies = server.all("resourceslices")
+    return sorted(f"{b['spec']['pool']['name']}/{d['name']}" for b in bodies for d in b["spec"].get("devices", []))
+
+
+def asked(server: StandInApiServer, part: str) -> int:
+    return sum(part in request.target for request in server.requests)
+
+
+def wipe(server: StandInApiServer) -> None:
+    """As the kubelet does it when it starts."""
+    for body in server.all("resourceslices"):
+        server.delete("resourceslices", body["metadata"]["name"])
+
+
+def look_again(server: StandInApiServer) -> None:
+    """Break the watches until everything was listed and compared a few times more."""
+    lists = asked(server, "limit=")
+    server.away()
+    server.fail(500, times=3, path="watch=true")
+    server.back()
+    server.wait(lambda: asked(server, "limit=") > lists + 3)

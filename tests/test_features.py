@@ -1,0 +1,83 @@
+"""What the API server can do is found out before anything is written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from driver.core.pool import Features
+from driver.demo import slices
+from driver.demo.apiserver import StandInApiServer
+from driver.errors import ApiError
+from driver.features import await_features, features
+from driver.kube import Kube
+from tests.publishing import (
+    DRIVER,
+    FAST,
+    NODE,
+    an_api_server,
+)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StandInApiServer]:
+    with an_api_server(tmp_path) as server:
+        yield server
+
+
+@pytest.mark.contract(56)
+@pytest.mark.parametrize(
+    ("version", "dropping", "expected"),
+    [
+        ("1.37", [], (True, True, True)),
+        ("1.36", [], (True, True, True)),
+        ("1.35", [], (False, False, False)),
+        ("1.34", [], (False, False, False)),
+        ("1.37", [slices.PARTITIONABLE], (False, True, True)),
+        ("1.37", [slices.CONSUMABLE], (True, False, True)),
+        ("1.37", [slices.TAINTS], (True, True, False)),
+    ],
+)
+def test_features_are_found_out_without_storing_anything(
+    tmp_path: Path, version: str, dropping: list[str], expected: tuple[bool, bool, bool]
+) -> None:
+    with StandInApiServer(tmp_path, version, dropping=dropping) as server:
+        found = features(Kube(server.kubeconfig), DRIVER, NODE)
+
+        assert (found.partitionable, found.consumable, found.taints) == expected
+        assert not server.writes
+
+
+def test_a_feature_whose_field_is_refused_is_off(server: StandInApiServer) -> None:
+    server.fail(422, path="dryRun", text="spec.sharedCounters: Forbidden: feature gate is off")
+
+    assert features(Kube(server.kubeconfig), DRIVER, NODE) == Features(
+        partitionable=False, consumable=True, taints=True
+    )
+
+
+def test_a_refusal_that_says_nothing_about_fields_is_an_error_and_not_a_missing_feature(
+    server: StandInApiServer,
+) -> None:
+    server.fail(422, path="dryRun", text="denied by policy: this node may not write slices of another")
+
+    with pytest.raises(ApiError, match="denied by policy"):
+        features(Kube(server.kubeconfig), DRIVER, NODE)
+
+
+def test_features_are_awaited_until_the_api_server_answers(server: StandInApiServer) -> None:
+    server.fail(500, times=3, path="dryRun")
+
+    found = await_features(Kube(server.kubeconfig), DRIVER, NODE, threading.Event(), FAST)
+
+    assert found == Features(partitionable=True, consumable=True, taints=True)
+
+
+def test_waiting_for_features_ends_when_the_driver_stops(server: StandInApiServer) -> None:
+    stopped = threading.Event()
+    stopped.set()
+
+    assert await_features(Kube(server.kubeconfig), DRIVER, NODE, stopped, FAST) is None

@@ -1,0 +1,199 @@
+"""The door to the API server, against the stand-in one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from driver import kube as door
+from driver.demo.apiserver import StandInApiServer
+from driver.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
+from driver.kube import Kube
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StandInApiServer]:
+    with StandInApiServer(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def kube(server: StandInApiServer) -> Iterator[Kube]:
+    kube = Kube(server.kubeconfig)
+    yield kube
+    kube.close()
+
+
+def a_claim(server: StandInApiServer, name: str = "c") -> None:
+    server.create("resourceclaims", {"metadata": {"name": name}, "spec": {"devices": {}}}, "ns")
+
+
+def test_a_claim_comes_back_as_the_api_has_it_unknown_fields_too(server: StandInApiServer, kube: Kube) -> None:
+    server.create("resourceclaims", {"metadata": {"name": "c"}, "fieldOfTheFuture": {"a": [1]}}, "ns")
+
+    assert kube.claim("ns", "c")["fieldOfTheFuture"] == {"a": [1]}
+    with pytest.raises(NotFoundError, match=r'get resourceclaims: resourceclaims "d" not found'):
+        kube.claim("ns", "d")
+
+
+def test_all_claims_are_listed_page_by_page(
+    server: StandInApiServer, kube: Kube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "_PAGE", 2)
+    for number in range(5):
+        a_claim(server, f"c{number}")
+
+    assert [claim["metadata"]["name"] for claim in kube.claims()] == ["c0", "c1", "c2", "c3", "c4"]
+    assert len(server.requests) == 3
+
+
+def test_the_version_and_the_uid_of_a_node(server: StandInApiServer, kube: Kube) -> None:
+    uid = server.add_node("n1")
+
+    assert kube.version() == "v1.37.0"
+    assert kube.node_uid("n1") == uid
+
+
+@pytest.mark.contract(66)
+def test_a_server_without_the_v1_group_is_told_with_its_version(tmp_path: Path) -> None:
+    with StandInApiServer(tmp_path, "1.33") as server, pytest.raises(ApiError) as refused:
+        Kube(server.kubeconfig).resource_slices("gpuslice.dev", "n1")
+
+    assert str(refused.value) == (
+        "API server v1.33.0 does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(404, NotFoundError), (409, ConflictError), (410, ExpiredError), (429, ApiError), (500, ApiError)],
+)
+def test_each_status_has_its_error(server: StandInApiServer, kube: Kube, status: int, error: type[ApiError]) -> None:
+    server.fail(status)
+
+    with pytest.raises(error) as refused:
+        kube.claim("ns", "c")
+
+    assert refused.value.status == status
+
+
+def test_a_missing_right_is_told_with_the_rule_to_add(server: StandInApiServer, kube: Kube) -> None:
+    server.fail(403)
+
+    with pytest.raises(ApiError) as refused:
+        kube.claim("ns", "c")
+
+    assert 'apiGroups: ["resource.k8s.io"], resources: ["resourceclaims"], verbs: ["get"]' in str(refused.value)
+
+
+def test_a_busy_server_is_told_at_once_and_not_waited_for(server: StandInApiServer, kube: Kube) -> None:
+    server.fail(429, retry_after_s=60)
+
+    began = time.monotonic()
+    with pytest.raises(ApiError, match="too busy"):
+        kube.claim("ns", "c")
+
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_is_away_is_told_with_its_address(server: StandInApiServer, kube: Kube) -> None:
+    server.away()
+
+    with pytest.raises(ApiError, match=rf"127\.0\.0\.1:{server.port} .*tried again") as refused:
+        kube.claim("ns", "c")
+    assert refused.value.status == 0
+
+
+def test_a_call_that_hangs_ends_with_an_error(
+    server: StandInApiServer, kube: Kube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "_READ_S", 0.1)
+    server.hang(times=9)
+
+    with pytest.raises(ApiError, match="no answer"):
+        kube.claim("ns", "c")
+
+
+def test_a_connection_that_died_while_idle_costs_no_error(server: StandInApiServer, kube: Kube) -> None:
+    a_claim(server)
+    kube.claim("ns", "c")
+    server.cut()
+
+    assert kube.claim("ns", "c")
+
+
+def test_a_create_is_not_repeated_when_its_answer_is_lost(server: StandInApiServer, kube: Kube) -> None:
+    server.cut()
+
+    with pytest.raises(ApiError):
+        kube.create_resource_slice({"metadata": {"generateName": "x-"}, "spec": {}})
+    assert len(server.requests) == 1
+
+
+def test_eight_claims_are_answered_while_every_slice_request_hangs(server: StandInApiServer, kube: Kube) -> None:
+    a_claim(server)
+    server.hang(times=20, path="resourceslices")
+    with ThreadPoolExecutor(28) as threads:
+        stuck = [threads.submit(kube.resource_slices, "gpuslice.dev", "n1") for _ in range(20)]
+        server.wait(lambda: len(server.requests) == 20)
+
+        answers = list(threads.map(lambda _: kube.claim("ns", "c"), range(8)))
+        server.release()
+
+    assert len(answers) == 8
+    assert all(future.result() for future in stuck)
+
+
+def test_a_watch_is_closed_from_another_thread(kube: Kube) -> None:
+    _, version = kube.resource_slices("gpuslice.dev", "n1")
+    watch = kube.watch_resource_slices("gpuslice.dev", "n1", version, timeout_s=300)
+    reader = threading.Thread(target=lambda: list(watch))
+    reader.start()
+
+    watch.close()
+    reader.join(5)
+
+    assert not reader.is_alive()
+
+
+def test_a_watch_that_breaks_off_is_an_error(server: StandInApiServer, kube: Kube) -> None:
+    _, version = kube.resource_slices("gpuslice.dev", "n1")
+    watch = kube.watch_resource_slices("gpuslice.dev", "n1", version, timeout_s=300)
+    server.away()
+
+    with pytest.raises(ApiError):
+        list(watch)
+
+
+def test_an_unusable_kubeconfig_is_told(tmp_path: Path) -> None:
+    (tmp_path / "broken").write_text("kind: Config\n")
+
+    for path in (tmp_path / "none", tmp_path / "broken"):
+        with pytest.raises(ConfigError, match=f"kubeconfig {path}"):
+            Kube(path)
+
+
+def test_outside_a_pod_the_service_account_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+    with pytest.raises(ConfigError, match="this pod's service account"):
+        Kube(None)
+
+
+def test_no_typed_model_is_imported_for_they_cost_half_a_second(server: StandInApiServer) -> None:
+    program = (
+        "import sys; from pathlib import Path; from driver.kube import Kube;"
+        f"kube = Kube(Path({str(server.kubeconfig)!r})); kube.version(); kube.claims(); kube.close();"
+        "print([m for m in sys.modules if m.startswith(('kubernetes.client.models.', 'kubernetes.client.api.'))])"
+    )
+
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.strip() == "[]"
