@@ -44,7 +44,7 @@ from driver.telemetry import Check, HttpServer, Telemetry, setup_logging
 log = logging.getLogger(__name__)
 
 _COLLECT_PERIOD_S = 60.0
-_DRAIN_S = 20.0  # running work is let finish for so long; the DaemonSet's grace period is longer
+_DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 16
 
 
@@ -93,13 +93,24 @@ def known_gpus(nvml: Nvml, host: Host, path: Path) -> tuple[Gpu, ...]:
     """The node's cards in bus order; one that cannot be read now is as it was when last seen, so that its pool stays."""
     seen = tuple(host.locate(gpu) for gpu in nvml.gpus())
     lost = nvml.lost()
-    for sentence in lost:
+    for sentence in (*lost, *nvml.notes()):
         log.warning("%s", sentence)
-    here = {gpu.bus_id for gpu in seen}
-    before = gpucodec.decode(json.loads(path.read_text(encoding="utf-8"))) if lost and path.exists() else ()
-    gpus = tuple(sorted((*seen, *(gpu for gpu in before if gpu.bus_id not in here)), key=lambda gpu: gpu.bus_id))
+    before = {gpu.bus_id: gpu for gpu in _last_seen(path)}
+    here = {gpu.bus_id: gpu for gpu in seen}
+    # Drivers of about 535 list no profiles while MIG mode is off (NVML field 199): then the list of last time counts.
+    for bus_id, gpu in here.items():
+        if not gpu.profiles and bus_id in before and before[bus_id].uuid == gpu.uuid:
+            here[bus_id] = replace(gpu, profiles=before[bus_id].profiles)
+    gpus = tuple(gpu for _, gpu in sorted({**(before if lost else {}), **here}.items()))
     files.write_atomic(path, json.dumps(gpucodec.encode(gpus)))
     return gpus
+
+
+def _last_seen(path: Path) -> tuple[Gpu, ...]:
+    try:
+        return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return ()  # the first start, or a torn file of a power loss: then only what is here now is known
 
 
 # ---------------------------------------------------------------- the driver process
@@ -154,8 +165,8 @@ class App:
                 departures=self._departures,
                 executor=executor,
             )
-            stack.callback(self._hear_of_departures(loop))
             offering = self._build_offering(service)
+            stack.callback(self._hear_of_departures(loop, offering))
             doors = self._build_doors(service)
             work = (service.recover(), self._collect(service))
             jobs = [loop.create_task(_guarded(job, stop)) for job in work]
@@ -204,12 +215,14 @@ class App:
             folder=self._config.plugin_folder,
         )
 
-    def _hear_of_departures(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-        """Tell waiting claims which records were dropped, by whichever instance; returns how to stop that."""
+    def _hear_of_departures(self, loop: asyncio.AbstractEventLoop, offering: Offering) -> Callable[[], None]:
+        """Tell waiting claims, and pools that wait to change, which records were dropped, by whichever instance; returns
+        how to stop that."""
         watch = files.FolderWatch(self._checkpoint.folder)
 
         def heard() -> None:
             self._departures.left([ClaimUid(name.removesuffix(".json")) for name in watch.read()])
+            offering.nudge()
 
         loop.add_reader(watch.fileno(), heard)
 
@@ -227,7 +240,9 @@ class App:
         if not self._config.http_endpoint:
             return lambda: None
         ready: Check = lambda: offering.problem() or doors.status.refusal  # noqa: E731
-        return HttpServer(self._config.http_endpoint, self._telemetry, healthy=doors.probe, ready=ready).close
+        server = HttpServer(self._config.http_endpoint, self._telemetry, healthy=doors.probe, ready=ready)
+        log.info("metrics and probes on %s", server.address)
+        return server.close
 
     async def _collect(self, service: ClaimService) -> str:
         """Give back what vanished claims hold, once a minute."""
@@ -295,6 +310,7 @@ def _note_running(config: Config) -> None:
         "policy": str(config.policy or ""),
         "simulate": config.simulate,
         "simulate_folder": str(config.simulate_folder or ""),
+        "simulate_latency": config.simulate_latency,
     }
     files.write_atomic(config.plugin_folder / "running.json", json.dumps(note))
 
@@ -313,4 +329,5 @@ def _as_running(config: Config) -> Config:
         policy=config.policy or (Path(note["policy"]) if note["policy"] else None),
         simulate=note["simulate"],
         simulate_folder=Path(note["simulate_folder"]) if note["simulate_folder"] else None,
+        simulate_latency=note.get("simulate_latency", config.simulate_latency),
     )

@@ -200,10 +200,11 @@ class Kube:
     ) -> urllib3.BaseHTTPResponse:
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         try:
-            request = client.param_serialize(
-                call.method, call.path, None, list(query.items()), headers, body, auth_settings=["BearerToken"]
+            # Without the body, which is JSON already: looking for models in it costs 0.7 ms a slice.
+            method, url, headers, _, _ = client.param_serialize(
+                call.method, call.path, None, list(query.items()), headers, auth_settings=["BearerToken"]
             )
-            answer = client.call_api(*request, _request_timeout=(_CONNECT_S, read_s))
+            answer = client.call_api(method, url, headers, body, _request_timeout=(_CONNECT_S, read_s))
             if answer.status < 300:
                 return cast(urllib3.BaseHTTPResponse, answer.response)
             text = _message(answer.read())

@@ -39,6 +39,7 @@ class Shapes:
         self._path, self._kube, self._driver = path, kube, driver
         self._kept = shape.decode(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
         self._closed: set[PoolName] = set()
+        self.settling = False  # a pool waits for nothing but its taints to be in force
 
     def admit(
         self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool
@@ -60,6 +61,7 @@ class Shapes:
                 self._closed.add(kept.name)
             else:
                 self._closed.discard(kept.name)
+        self.settling = bool(self._closed - held)
         self._keep({name: self._kept[name] if name in self._closed else p for name, p in admitted.items()})
         return tuple(admitted[name] for name in sorted(admitted))
 
@@ -131,7 +133,10 @@ class Offering:
             except DriverError as e:
                 self._problem = str(e)
                 log.warning("cannot plan what to publish, trying again: %s", e)
-            self._pause(_PERIOD_S)
+            if self._shapes.settling:
+                self._publisher.published.wait(_RETRY_S)
+            else:
+                self._pause(_PERIOD_S)
 
     def _probed(self) -> Features | None:
         while not self._stopped:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
@@ -76,13 +76,17 @@ class Preparer:
             record = self._checkpoint.get(uid)
             if record is not None and not set(record.plan.gpus) <= set(gpus):
                 return None
-            live = self._look(plan.watched(claim, self._inventory))
-            if record is not None and record.prepared is not None and plan.stands(record, claim, live):
-                self._injector.ensure(record, live)
-                return record.prepared
+            if record is not None and record.prepared is not None and plan.serves(record, claim):
+                live = self._look(record.plan.named)
+                if plan.stands(record, live):
+                    self._injector.ensure(record, live)
+                    return record.prepared
+            wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
+            if not set(wanted.gpus) <= set(gpus):
+                return None
             if record is not None:
                 self._undo(record)
-                live = self._look(live)
+            live = self._look(wanted.named)
             decision = plan.make(claim, self._inventory, self._others(uid).values(), live)
             return decision if isinstance(decision, Busy) else self._carry_out(decision)
 
@@ -116,7 +120,11 @@ class Preparer:
 
     def gpus_of(self, claim: Claim) -> tuple[GpuUuid, ...]:
         """GPUs that a prepare works on: those it would take and those that an older record of the claim holds."""
-        return tuple(sorted({*plan.gpus(claim, self._inventory), *self.gpus_of_record(claim.ref.uid)}))
+        record = self._checkpoint.get(claim.ref.uid)
+        if record is not None and plan.serves(record, claim):
+            return record.plan.gpus
+        wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
+        return tuple(sorted({*wanted.gpus, *(() if record is None else record.plan.gpus)}))
 
     def gpus_of_record(self, uid: ClaimUid) -> tuple[GpuUuid, ...]:
         record = self._checkpoint.get(uid)
@@ -143,7 +151,7 @@ class Preparer:
         try:
             for step in decided.steps:
                 record = self._do(step, record)
-            finished = self._injector.inject(record, self._look(dict.fromkeys(grant.gpu for grant in decided.grants)))
+            finished = self._injector.inject(record, self._look(decided.named))
             self._checkpoint.put(finished)
         except DriverError:
             self._roll_back(decided.ref.uid)
@@ -215,8 +223,8 @@ class Preparer:
     def _others(self, uid: ClaimUid) -> dict[ClaimUid, Record]:
         return {other: record for other, record in self._checkpoint.records().items() if other != uid}
 
-    def _look(self, gpus: Sequence[GpuUuid] | Mapping[GpuUuid, object]) -> dict[GpuUuid, LiveGpu]:
-        return {gpu: self._nvml.look(gpu) for gpu in gpus}
+    def _look(self, gpus: Iterable[GpuUuid]) -> dict[GpuUuid, LiveGpu]:
+        return {gpu: self._nvml.look(gpu) for gpu in dict.fromkeys(gpus)}
 
     @contextlib.contextmanager
     def _locked(self, uid: ClaimUid, gpus: Sequence[GpuUuid]) -> Iterator[None]:

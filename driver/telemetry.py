@@ -109,8 +109,9 @@ class HttpServer:
         self._thread.start()
 
     @property
-    def port(self) -> int:
-        return int(self._server.server_address[1])
+    def address(self) -> str:
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
 
     def close(self) -> None:
         self._server.shutdown()

@@ -265,6 +265,11 @@ class Plan:
         """GPUs the claim takes (not those it only monitors), in the one global order."""
         return tuple(sorted({grant.gpu for grant in self.grants if grant.sharing != Monitor()}))
 
+    @property
+    def named(self) -> tuple[GpuUuid, ...]:
+        """Every GPU of the claim, those it only monitors included."""
+        return tuple(sorted({grant.gpu for grant in self.grants}))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MadeMig:

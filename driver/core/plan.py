@@ -53,9 +53,9 @@ def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Li
     `records` are all others on this node, `live` a look at each GPU of the claim taken under its lock. ClaimError where
     only the author or the scheduler can help, DeviceError where the node has to change first.
     """
-    grants = tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
+    wanted = grants(claim, inventory)
     others = tuple(records)
-    for one, two in combinations(grants, 2):
+    for one, two in combinations(wanted, 2):
         if _exclude(one, two, inventory):
             raise ClaimError(
                 f"claim {claim.ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
@@ -65,33 +65,30 @@ def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Li
         other.plan.ref
         for other in others
         for held in other.plan.grants
-        if any(_exclude(grant, held, inventory) for grant in grants)
+        if any(_exclude(grant, held, inventory) for grant in wanted)
     }
     if holders:
         return Busy(tuple(sorted(holders)))
     steps: list[Step] = []
-    for grant in grants:
+    for grant in wanted:
         steps += (step for step in _steps(grant, inventory, others, live) if step not in steps)
-    return Plan(claim.ref, grants, tuple(steps))
+    return Plan(claim.ref, wanted, tuple(steps))
 
 
-def gpus(claim: Claim, inventory: Inventory) -> tuple[GpuUuid, ...]:
-    """The GPUs that the claim would take, in the one global order. ClaimError as in `make`."""
-    grants = tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
-    return Plan(claim.ref, grants, ()).gpus
+def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
+    """The hardware behind each allocation. ClaimError as in `make`."""
+    return tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
 
 
-def watched(claim: Claim, inventory: Inventory) -> tuple[GpuUuid, ...]:
-    """Every GPU that the claim names, those it only monitors included."""
-    return tuple(sorted({_grant(claim.ref, allocation, inventory).gpu for allocation in claim.allocations}))
+def serves(record: Record, claim: Claim) -> bool:
+    """Whether a record is finished and for this very allocation; then the inventory of today is not asked any more."""
+    return record.prepared is not None and tuple(g.allocation for g in record.plan.grants) == claim.allocations
 
 
-def stands(record: Record, claim: Claim, live: Live) -> bool:
-    """Whether a finished record serves this very claim: same allocation, and the hardware is still what was made."""
-    same = tuple(grant.allocation for grant in record.plan.grants) == claim.allocations
-    made = {done.uuid for done in record.done}
+def stands(record: Record, live: Live) -> bool:
+    """Whether the hardware is still what was made for a finished record."""
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
-    return record.prepared is not None and same and made <= there
+    return {done.uuid for done in record.done if done.uuid is not None} <= there
 
 
 def settle(record: Record, live: Live, kind: str) -> PreparedClaim:

@@ -21,6 +21,7 @@ from driver.demo import scheduler
 from driver.demo.apiserver import StandInApiServer
 from driver.demo.kubelet import StandInKubelet
 from driver.demo.scheduler import Request
+from driver.nvml import nodespec
 
 DRIVER = "gpuslice.dev"
 NODE = "node-1"
@@ -64,9 +65,7 @@ class DriverProcess:
 class Cluster:
     """Use as `async with Cluster(folder) as cluster`, then `await cluster.start()`."""
 
-    def __init__(
-        self, folder: Path, simulate: str = "h100x2", *, latency: str = "zero", version: str = "1.37"
-    ) -> None:
+    def __init__(self, folder: Path, simulate: str = "h100x2", *, latency: str = "zero", version: str = "1.37") -> None:
         self.folder, self.simulate, self.latency = folder, simulate, latency
         self.api = StandInApiServer(folder / "api", version)
         # Below the kubelet's own names, so that paths look as they do on a node. Socket paths are short of room.
@@ -111,9 +110,13 @@ class Cluster:
             *more,
         ]
 
-    async def start(self, *more: str, environment: Mapping[str, str] | None = None, ready: bool = True) -> DriverProcess:
+    async def start(
+        self, *more: str, environment: Mapping[str, str] | None = None, ready: bool = True
+    ) -> DriverProcess:
         """Start a driver process; with `ready`, return when it is registered and its slices are published."""
+        before = max((plugin.order for plugin in self.kubelet.plugins(DRIVER)), default=0)
         log = self.folder / f"driver-{len(self.drivers)}.log"
+        before = max((plugin.order for plugin in self.kubelet.plugins(DRIVER)), default=0)
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -127,13 +130,14 @@ class Cluster:
         driver = DriverProcess(process, log)
         self.drivers.append(driver)
         if ready:
-            await self.kubelet.registered(DRIVER, count=sum(d.alive for d in self.drivers))
+            await self.kubelet.registered(DRIVER, after=before)
             await self.published()
         return driver
 
     async def published(self, timeout_s: float = 20.0) -> None:
-        """Return when every pool that the API shows is complete, and there is one."""
-        await asyncio.to_thread(self.api.wait, lambda: complete(self.api.all("resourceslices")), timeout_s)
+        """Return when every card has its pool and each pool is complete."""
+        cards = len(nodespec.parse(self.simulate).cards)
+        await asyncio.to_thread(self.api.wait, lambda: complete(self.api.all("resourceslices"), cards), timeout_s)
 
     # ------------------------------------------------------------ claims, as a user and the scheduler make them
 
@@ -183,13 +187,13 @@ class Cluster:
         self.delete(ref)
 
 
-def complete(slices: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether there are pools, and of each as many slices of its newest generation as it says."""
+def complete(slices: Sequence[Mapping[str, Any]], least: int = 1) -> bool:
+    """Whether there are `least` pools, and of each as many slices of its newest generation as it says."""
     pools: dict[str, list[Mapping[str, Any]]] = {}
     for body in slices:
         pools.setdefault(body["spec"]["pool"]["name"], []).append(body["spec"]["pool"])
     newest = {name: max(pool["generation"] for pool in found) for name, found in pools.items()}
-    return bool(pools) and all(
+    return len(pools) >= least and all(
         sum(pool["generation"] == newest[name] for pool in found) == found[0]["resourceSliceCount"]
         for name, found in pools.items()
     )

@@ -176,9 +176,16 @@ class StandInKubelet:
         found = (socket.plugin for socket in self._sockets.values() if socket.plugin is not None)
         return tuple(sorted((p for p in found if driver in ("", p.driver)), key=lambda plugin: plugin.order))
 
-    async def registered(self, driver: str, *, count: int = 1, timeout_s: float = 10.0) -> Plugin:
-        """Wait until `count` plugins of the driver are registered; the newest. KubeletError says what kept it."""
-        await self._until(lambda: len(self.plugins(driver)) >= count, driver, timeout_s)
+    async def registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
+        """Wait until `count` plugins of the driver are registered; the newest. KubeletError says what kept it.
+
+        `after`: count only registrations with a greater `order`, for that of a killed process stays until its socket goes.
+        """
+
+        def there() -> bool:
+            return sum(plugin.order > after for plugin in self.plugins(driver)) >= count
+
+        await self._until(there, driver, timeout_s)
         return self.plugins(driver)[-1]
 
     async def deregistered(self, driver: str, *, timeout_s: float = 10.0) -> None:

@@ -45,7 +45,7 @@ def run(simulate: str) -> int:
     try:
         asyncio.run(_tell(simulate))
     except (BrokenPromiseError, KubeletError, RuntimeError, TimeoutError) as e:
-        print(f"gpuslice demo: {e or type(e).__name__}", file=sys.stderr)
+        print(f"gpuslice demo: {str(e) or type(e).__name__}", file=sys.stderr)
         return 1
     return 0
 
@@ -75,6 +75,7 @@ class Stage:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.held: dict[str, ClaimRef] = {}
+        self.calls: list[asyncio.Task[Any]] = []  # of the kubelet, cut off by a kill
 
     @property
     def driver(self) -> DriverProcess:
@@ -243,12 +244,16 @@ async def several_cards(stage: Stage) -> None:
 
 async def container_view(stage: Stage) -> None:
     """What the container runtime is told: one CDI file per claim, here without its device nodes."""
-    path = max(stage.cluster.cdi.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    written = sorted(stage.cluster.cdi.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not written:
+        print("  (no claim is prepared)")
+        return
+    path = written[-1]
     body = json.loads(path.read_text(encoding="utf-8"))
     print(f"  {path.name}")
     for device in body["devices"]:
         nodes = device["containerEdits"].get("deviceNodes", [])
-        print(f"    {body['kind']}={device['name']}   {len(nodes)} device nodes")
+        print(f"    {body['kind']}={device['name']}   {len(nodes)} device node{'s' * (len(nodes) != 1)}")
         for entry in device["containerEdits"]["env"]:
             print(f"      {entry}")
 
@@ -256,20 +261,23 @@ async def container_view(stage: Stage) -> None:
 async def killed(stage: Stage) -> None:
     """The driver is killed in the middle of a prepare: a GPU instance exists, and nothing in it yet."""
     await stage.give_back("pair")
-    node = SimNode(stage.cluster.node_folder)
-    cue = node.cue("hang", "create_compute_instance")
-    ref = stage.claim("unlucky", "any partition", _partition())
-    if ref is None:
-        return
-    call = asyncio.create_task(stage.cluster.kubelet.prepare([ref]))
-    stage.must(await asyncio.to_thread(node.wait_hung, cue, _ASK_S), "the prepare hangs inside NVML, on cue")
+    ref = stage.claim("unlucky", "a partition with at least 30Gi", _partition(memory=">=30Gi"))
+    if ref is not None:
+        await _hang(stage, ref)
+        stage.held["unlucky"] = ref
     await stage.driver.kill()
-    node.withdraw()
-    node.close()
-    await asyncio.gather(call, return_exceptions=True)
+    SimNode(stage.cluster.node_folder).withdraw()
     print(f"  SIGKILL to process {stage.driver.pid}; the other claims' partitions go on without it")
     stage.show_map()
-    stage.held["unlucky"] = ref
+
+
+async def _hang(stage: Stage, ref: ClaimRef) -> None:
+    """Return while the claim's prepare hangs after its first effect on the card."""
+    node = SimNode(stage.cluster.node_folder)
+    cue = node.cue("hang", "create_compute_instance")
+    stage.calls.append(asyncio.create_task(stage.cluster.kubelet.prepare([ref])))
+    stage.must(await asyncio.to_thread(node.wait_hung, cue, _ASK_S), "the prepare hangs inside NVML, on cue")
+    node.close()
 
 
 async def again(stage: Stage) -> None:
@@ -277,13 +285,13 @@ async def again(stage: Stage) -> None:
 
     From here on the simulated GPU takes the time of a real one (orders of magnitude, not measurements).
     """
+    await asyncio.gather(*stage.calls, return_exceptions=True)
     driver = await stage.cluster.start("--simulate-latency", "realistic")
     print(f"  process {driver.pid} is registered, and the slices are as they were")
-    refs = [ref for name in ("unlucky",) if (ref := stage.held.get(name))]
-    beside = stage.claim("beside", "a whole card, at the same moment", _whole())
+    beside = stage.claim("beside", "any partition, at the same moment", _partition())
     begin = time.monotonic()
-    await asyncio.gather(*(stage.use(ref) for ref in (*refs, *([beside] if beside else []))))
-    print(f"  both after {time.monotonic() - begin:.1f} s: no card waits for another")
+    await asyncio.gather(*(stage.use(ref) for ref in (stage.held.get("unlucky"), beside) if ref is not None))
+    print(f"  all of it took {time.monotonic() - begin:.1f} s: no card waits for another")
     stage.show_map()
     _check(stage)
 

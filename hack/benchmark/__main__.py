@@ -6,13 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from machine import Machine
 from measures import MEASURES, Figures, Size, start
 from subject import BenchError, Subject, at_revision, here, with_byte_code
 
@@ -42,6 +41,8 @@ def _call_rows() -> list[Row]:
                     limit = limits.get(call + eight) if percentile == "p50" else None
                     key = f"{call}_{kind}{eight}_{percentile}_ms"
                     rows.append(Row(key, f"{verb}, {what}, {how}, {percentile}", limit))
+    for kind, what in (("card", "whole card"), ("mig", "MIG partition")):
+        rows.append(Row(f"cpu_{kind}_ms", f"CPU time of the driver for a claim's way, {what}"))
     return rows
 
 
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = Size(
         rounds=options.rounds or size.rounds, calls=options.calls or size.calls, claims=options.claims or size.claims
     )
+    machine = Machine()
     try:
         with contextlib.ExitStack() as stack:
             subjects = [stack.enter_context(at_revision(options.vs))] if options.vs else []
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BenchError as e:
         print(f"hack/bench: {e}", file=sys.stderr)
         return 1
-    report = _report(found, size, notes)
+    report = _report(found, size, notes, machine)
     print(json.dumps(report, indent=1) if options.json else _table(report))
     return 0
 
@@ -117,7 +119,7 @@ async def _measured(subjects: Sequence[Subject], names: Sequence[str], size: Siz
     return found
 
 
-def _report(found: Rounds, size: Size, notes: list[str]) -> dict[str, object]:
+def _report(found: Rounds, size: Size, notes: list[str], machine: Machine) -> dict[str, object]:
     figures = []
     for row in ROWS:
         values = {name: [one[row.key] for one in rounds if row.key in one] for name, rounds in found.items()}
@@ -136,9 +138,14 @@ def _report(found: Rounds, size: Size, notes: list[str]) -> dict[str, object]:
                 "rounds": values,
             }
         )
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
     sizes = {"rounds": size.rounds, "calls": size.calls, "claims": size.claims}
-    return {"what": "driver overhead, simulated", "machine": machine, "size": sizes, "notes": notes, "figures": figures}
+    return {
+        "what": "driver overhead, simulated",
+        "machine": machine.facts(),
+        "size": sizes,
+        "notes": notes,
+        "figures": figures,
+    }
 
 
 def _table(report: Mapping[str, object]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from machine import cpu_s
 from subject import BenchError, Subject
 
 from driver.core.model import ClaimRef
@@ -95,8 +96,12 @@ async def running(subject: Subject, simulate: str = f"h100x{GPUS}", *, latency: 
                 await cluster.kubelet.registered(DRIVER)
                 yield Bench(cluster, driver, ended - began)
             except (RuntimeError, KubeletError, TimeoutError) as e:
-                log = "\n".join(Path(folder, "driver-0.log").read_text(encoding="utf-8").splitlines()[-15:])
-                raise BenchError(f"the driver of {subject.name} could not be measured: {e}\n{log}") from e
+                end = _end_of(Path(folder, "driver-0.log"))
+                raise BenchError(f"the driver of {subject.name} could not be measured: {e}\n{end}") from e
+
+
+def _end_of(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
 
 
 def _all_published(cluster: Cluster) -> float:
@@ -137,12 +142,16 @@ async def calls(subject: Subject, size: Size) -> Figures:
         for kind, where in (("card", CARD), ("mig", PARTITION)):
             devices = bench.allocations(where)
             await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)])  # threads, connections
-            single, waves = [], []
+            cpu, single = cpu_s(bench.driver.pid), []
             for number in range(size.calls):
                 ref = bench.claim(number, devices[number % GPUS])
                 single.append((await bench.prepare(ref), await bench.unprepare(ref)))
-            for _ in range(max(1, size.calls // GPUS)):
-                waves.append(await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)]))
+            waves = [
+                await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)])
+                for _ in range(max(1, size.calls // GPUS))
+            ]
+            spent = (cpu_s(bench.driver.pid) - cpu) / (len(single) + len(waves) * GPUS)
+            figures[f"cpu_{kind}_ms"] = spent * 1e3
             figures |= _percentiles(f"prepare_{kind}", [one for one, _ in single])
             figures |= _percentiles(f"unprepare_{kind}", [one for _, one in single])
             figures |= _percentiles(f"prepare_{kind}_eight", [one for wave, _ in waves for one in wave])
@@ -185,7 +194,7 @@ async def hang(subject: Subject, size: Size) -> Figures:
         asked, prepared = [], []
         for gpu in range(1, GPUS):
             ref = bench.claim(gpu, devices[gpu])
-            asked.append(await _timed(_get_info(bench.cluster.registry)))
+            asked.append(await _timed(_get_info(_socket_in(bench.cluster.registry))))
             prepared.append(await bench.prepare(ref))
             await bench.unprepare(ref)
         if hanging.done():
@@ -196,9 +205,12 @@ async def hang(subject: Subject, size: Size) -> Figures:
         return {"hang_get_info_ms": max(asked) * 1e3, "hang_prepare_ms": max(prepared) * 1e3}
 
 
-async def _get_info(registry: Path) -> None:
+def _socket_in(registry: Path) -> Path:
+    return next(path for path in registry.iterdir() if path.is_socket())
+
+
+async def _get_info(socket: Path) -> None:
     """As the kubelet's plugin watcher asks: on a connection of its own."""
-    socket = next(path for path in registry.iterdir() if path.is_socket())
     async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
         stub: Any = registration_v1_pb2_grpc.RegistrationStub(channel)  # type: ignore[no-untyped-call]
         await stub.GetInfo(registration_v1_pb2.InfoRequest(), timeout=10.0)

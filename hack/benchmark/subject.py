@@ -63,7 +63,7 @@ def with_byte_code(subjects: list[Subject]) -> list[str]:
     notes = []
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         notes.append("PYTHONDONTWRITEBYTECODE was set here; the drivers were started without it")
-    for subject in subjects:
-        if not compileall.compile_dir(str(subject.root / "driver"), quiet=2):
-            notes.append(f"byte-code of {subject.name} could not be written; memory and start are worse than they are")
+    bare = [s.name for s in subjects if not compileall.compile_dir(str(s.root / "driver"), quiet=2)]
+    if bare:
+        notes.append(f"byte-code of {', '.join(bare)} could not be written: memory and start look worse than they are")
     return notes

@@ -1,0 +1,49 @@
+"""What the figures were taken on, and how much of it others had meanwhile: on a busy machine they mean little."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal: proc(5), first line of /proc/stat
+
+
+class Machine:
+    """From construction on it watches who uses the CPUs."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = time.monotonic(), _busy_s(), _own_s()
+
+    def others(self) -> float:
+        """How many CPUs, on average, other processes have kept busy."""
+        wall = time.monotonic() - self._began
+        return max(0.0, (_busy_s() - self._busy) - (_own_s() - self._own)) / wall
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "cpus": os.cpu_count(),
+            "busy_with_others": round(self.others(), 2),
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+        }
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far, all threads, in ticks of 10 ms (proc(5), fields 14 and 15 of its stat)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+
+def _busy_s() -> float:
+    fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    return sum(int(fields[at]) for at in _BUSY) * _TICK_S
+
+
+def _own_s() -> float:
+    """This process and its children that have ended."""
+    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

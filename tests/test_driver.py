@@ -1,0 +1,363 @@
+"""The driver as a process, through its real doors: started, killed, restarted, updated, misconfigured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from driver.core.model import ClaimRef
+from driver.demo.cluster import DRIVER, NODE, Cluster
+from driver.demo.scheduler import Request
+from driver.nvml.sim import SimNvml
+from driver.nvml.simnode import SimNode
+
+MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
+CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})
+
+
+@pytest.fixture
+async def cluster(short: Path) -> AsyncIterator[Cluster]:
+    async with Cluster(short) as cluster:
+        yield cluster
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "driver", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def published(cluster: Cluster) -> dict[str, object]:
+    """Name → everything of each slice that a write would change."""
+    return {
+        body["metadata"]["name"]: (body["metadata"]["resourceVersion"], body["spec"])
+        for body in cluster.api.all("resourceslices")
+    }
+
+
+def half_made(cluster: Cluster) -> list[Path]:
+    records = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
+    return [path for path in records if json.loads(path.read_text())["prepared"] is None]
+
+
+async def agreed(cluster: Cluster, refs: Sequence[ClaimRef]) -> None:
+    """Records, CDI files and partitions are those of exactly these claims."""
+    records = {p.stem: json.loads(p.read_text()) for p in (cluster.plugins / DRIVER / "claims").glob("*/*.json")}
+    files = {path.name for path in cluster.cdi.iterdir()}
+    node = SimNvml(cluster.node_folder, latency="zero")
+    partitions = [p.uuid for gpu in node.gpus() for p in node.look(gpu.uuid).partitions]
+    made = [done["uuid"] for record in records.values() for done in record["done"] if done["uuid"]]
+    assert set(records) == {ref.uid for ref in refs}
+    assert files == {f"{DRIVER}-claim_{ref.uid}.json" for ref in refs}
+    assert sorted(map(str, partitions)) == sorted(made)
+    node.close()
+
+
+# ---------------------------------------------------------------- life
+
+
+@pytest.mark.contract(9, 13)
+async def test_a_restart_keeps_slices_and_claims_and_sigterm_unlinks_the_sockets(cluster: Cluster) -> None:
+    driver = await cluster.start()
+    claim = cluster.claim("one", MIG)
+    names = await cluster.run(claim)
+    before = published(cluster)
+
+    assert await driver.terminate() == 0
+    assert not [path for path in cluster.registry.iterdir() if path.is_socket()]
+    await cluster.start()
+
+    assert await cluster.run(claim) == names
+    assert published(cluster) == before
+    await cluster.end(claim)
+    await agreed(cluster, [])
+
+
+@pytest.mark.contract(33, 41)
+async def test_a_driver_that_is_killed_in_a_prepare_and_started_again_leaves_everything_in_agreement(
+    cluster: Cluster,
+) -> None:
+    driver = await cluster.start()
+    neighbour = cluster.claim("neighbour", MIG)
+    await cluster.run(neighbour)
+    node = SimNode(cluster.node_folder)
+    cue = node.cue("hang", "create_compute_instance")
+    doomed = cluster.claim("doomed", MIG)
+    call = asyncio.create_task(cluster.run(doomed))
+    assert await asyncio.to_thread(node.wait_hung, cue, 10)
+    assert len(half_made(cluster)) == 1
+
+    await driver.kill()
+    with contextlib.suppress(Exception):
+        await call
+    node.withdraw()
+    again = await cluster.start()
+    await cluster.run(doomed)
+
+    assert again.alive
+    await agreed(cluster, [neighbour, doomed])
+    await cluster.end(doomed)
+    await cluster.end(neighbour)
+    await agreed(cluster, [])
+    node.close()
+
+
+async def test_a_restart_alone_undoes_what_was_half_made(cluster: Cluster) -> None:
+    driver = await cluster.start()
+    node = SimNode(cluster.node_folder)
+    cue = node.cue("hang", "create_compute_instance")
+    call = asyncio.create_task(cluster.run(cluster.claim("doomed", MIG)))
+    assert await asyncio.to_thread(node.wait_hung, cue, 10)
+    await driver.kill()
+    with contextlib.suppress(Exception):
+        await call
+    node.withdraw()
+
+    await cluster.start()
+    other = cluster.claim("other", MIG)
+    await cluster.run(other)  # behind the recovery, which has the first ticket of the card
+
+    await agreed(cluster, [other])
+    node.close()
+
+
+@pytest.mark.contract(10, 68, 69)
+async def test_a_rolling_update_serves_on_and_leaves_the_slices_as_they_are(cluster: Cluster) -> None:
+    old = await cluster.start("--pod-uid", "0f0e0d0c-0b0a-4908-8706-050403020100")
+    first, second = cluster.claim("one", MIG), cluster.claim("two", MIG)
+    await cluster.run(first)
+    before = published(cluster)
+
+    await cluster.start("--pod-uid", "1f1e1d1c-1b1a-4918-9716-151413121110")
+    await cluster.run(second)
+    assert await old.terminate() == 0
+    await cluster.end(first)
+    await cluster.end(second)
+
+    assert published(cluster) == before
+    await agreed(cluster, [])
+
+
+@pytest.mark.contract(10)
+async def test_a_second_process_with_the_same_sockets_is_refused_and_the_first_serves_on(cluster: Cluster) -> None:
+    await cluster.start()
+
+    second = await cluster.start(ready=False)
+
+    assert await second.ended() == 2
+    assert "another instance serves" in second.log.read_text()
+    await cluster.run(cluster.claim("one", CARD))
+
+
+@pytest.mark.contract(14)
+async def test_a_driver_that_lost_a_socket_ends_to_be_started_again(cluster: Cluster) -> None:
+    driver = await cluster.start()
+
+    (cluster.plugins / DRIVER / "dra.sock").unlink()
+
+    assert await driver.ended() == 1
+    assert "is gone; the process ends" in driver.log.read_text()
+
+
+async def test_a_hung_gpu_does_not_keep_the_process_from_ending(cluster: Cluster) -> None:
+    driver = await cluster.start()
+    node = SimNode(cluster.node_folder)
+    cue = node.cue("hang", "create_gpu_instance")
+    call = asyncio.create_task(cluster.run(cluster.claim("one", MIG)))
+    assert await asyncio.to_thread(node.wait_hung, cue, 10)
+
+    assert await driver.terminate() == 0
+
+    with pytest.raises(Exception, match=r"."):
+        await call
+    node.withdraw()
+    node.close()
+
+
+async def test_probes_and_metrics_are_served(cluster: Cluster) -> None:
+    driver = await cluster.start("--http-endpoint", "127.0.0.1:0")
+    port = driver.log.read_text().rpartition("probes on 127.0.0.1:")[2].split()[0]
+    await cluster.run(cluster.claim("one", MIG))
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    assert await asyncio.to_thread(get, "/healthz") == "ok\n"
+    assert await asyncio.to_thread(get, "/readyz") == "ok\n"
+    metrics = await asyncio.to_thread(get, "/metrics")
+    assert 'gpuslice_requests_total{operation="prepare",result="ok"} 1.0' in metrics
+    assert "gpuslice_prepared_claims 1.0" in metrics
+
+
+async def test_one_op_id_tells_one_request(cluster: Cluster) -> None:
+    driver = await cluster.start()
+    claim = cluster.claim("one", MIG)
+    await cluster.run(claim)
+    await cluster.end(claim)
+
+    ops = [line.split("op=")[1].split()[0] for line in driver.log.read_text().splitlines() if str(claim.uid) in line]
+
+    assert len(set(ops)) == 2
+    assert "-" not in ops
+
+
+# ---------------------------------------------------------------- older API servers, absent ones
+
+
+async def test_on_1_35_whole_cards_are_published_plainly_and_nothing_that_would_be_over_allocated(short: Path) -> None:
+    async with Cluster(short, version="1.35") as cluster:
+        await cluster.start()
+
+        devices = [device for body in cluster.api.all("resourceslices") for device in body["spec"].get("devices", [])]
+        assert [device["name"] for device in devices] == ["gpu", "monitor"] * 2
+        assert cluster.api.writes["update resourceslices"] == 0
+        claim = cluster.claim("one", CARD)
+        assert await cluster.run(claim)
+
+
+async def test_on_1_35_a_static_layout_of_the_policy_is_published_and_prepared(short: Path) -> None:
+    policy = short / "policy.yaml"
+    policy.write_text(
+        "apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault:\n  static: {3g.40gb: 1, 1g.10gb: 2}\n",
+        encoding="utf-8",
+    )
+    async with Cluster(short, "h100", version="1.35") as cluster:
+        await cluster.start("--policy", str(policy))
+
+        claims = [cluster.claim(f"c{number}", MIG) for number in range(2)]
+        for claim in claims:
+            await cluster.run(claim)
+        await agreed(cluster, claims)
+
+
+async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_comes(cluster: Cluster) -> None:
+    cluster.api.away()
+    driver = await cluster.start(ready=False)
+    await cluster.kubelet.registered(DRIVER)
+    assert driver.alive
+
+    cluster.api.back()
+
+    await cluster.published()
+    await cluster.run(cluster.claim("one", CARD))
+
+
+@pytest.mark.contract(63)
+async def test_a_device_in_use_stays_published_when_the_policy_drops_it(cluster: Cluster, short: Path) -> None:
+    driver = await cluster.start()
+    claim = cluster.claim("one", MIG)
+    await cluster.run(claim)
+    await driver.terminate()
+    policy = short / "policy.yaml"
+    policy.write_text("apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault:\n  modes: [gpu]\n", encoding="utf-8")
+
+    def devices(gpu: int) -> dict[str, bool]:
+        pools = sorted({body["spec"]["pool"]["name"] for body in cluster.api.all("resourceslices")})
+        return {
+            device["name"]: bool(device.get("taints"))
+            for body in cluster.api.all("resourceslices")
+            if body["spec"]["pool"]["name"] == pools[gpu]
+            for device in body["spec"].get("devices", [])
+        }
+
+    await cluster.start("--policy", str(policy))
+    # The card in use keeps its old devices, closed to newcomers; the idle one takes the new shape.
+    await asyncio.to_thread(cluster.api.wait, lambda: set(devices(1)) == {"gpu", "monitor"}, 20)
+    assert devices(0)["mig-1g-19-6"]
+    assert all(devices(0).values())
+    assert await cluster.run(claim)  # the kubelet asks again for running pods
+    cluster.delete(claim)
+    assert await cluster.kubelet.unprepare([claim]) == {claim.uid: ""}
+    await asyncio.to_thread(cluster.api.wait, lambda: set(devices(0)) == {"gpu", "monitor"}, 20)
+
+
+# ---------------------------------------------------------------- commands and bad input
+
+
+async def test_devices_and_claims_show_the_node_of_a_running_driver_without_flags(cluster: Cluster) -> None:
+    await cluster.start()
+    await cluster.run(cluster.claim("one", MIG))
+    where = ("--kubelet-plugins-directory-path", str(cluster.plugins))
+
+    devices = await asyncio.to_thread(command, "devices", *where)
+    claims = await asyncio.to_thread(command, "claims", *where)
+
+    assert devices.returncode == claims.returncode == 0, devices.stderr + claims.stderr
+    assert "[1g.10gb]" in devices.stdout
+    assert "held by default/one as mig-1g-19-6" in devices.stdout
+    assert "default/one" in claims.stdout and "MIG-" in claims.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("run",), 2, "the node has no name; give --node-name or NODE_NAME"),
+        (("run", "--node-name", NODE, "--log-level", "loud"), 2, "log level 'loud' is not known; use one of"),
+        (("run", "--driver-name", "x" * 37), 2, "at most 36 characters"),
+        (("run", "--simulate-folder", "f"), 2, "no effect without --simulate"),
+        (("run", "--no-such-flag"), 2, "unrecognized arguments: --no-such-flag"),
+        (("devices", "--simulate", "h1000"), 2, "h1000"),
+        ((), 2, "COMMAND"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence_and_exit_code_2(arguments: Sequence[str], code: int, says: str) -> None:
+    done = command(*arguments)
+
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.contract(8)
+def test_a_folder_that_is_too_deep_for_a_socket_is_refused_at_start(short: Path) -> None:
+    deep = short / ("d" * 90)
+    done = command("run", "--simulate", "l4", "--node-name", NODE, "--kubelet-plugins-directory-path", str(deep),
+                   "--kubelet-registrar-directory-path", str(short / "reg"), "--cdi-root", str(short / "cdi"),
+                   "--kubeconfig", str(a_kubeconfig(short)))  # fmt: skip
+
+    assert done.returncode == 2
+    assert "107 is the limit of unix sockets" in done.stderr
+
+
+def test_a_folder_that_is_a_file_is_refused_at_start(short: Path) -> None:
+    (short / "plugins").write_text("")
+    done = command("run", "--simulate", "l4", "--node-name", NODE,
+                   "--kubelet-plugins-directory-path", str(short / "plugins"),
+                   "--kubeconfig", str(a_kubeconfig(short)))  # fmt: skip
+
+    assert done.returncode == 3
+    assert "cannot create folder" in done.stderr
+
+
+def test_help_teaches_every_command() -> None:
+    for arguments in (("--help",), ("run", "--help"), ("demo", "--help"), ("devices", "--help"), ("claims", "--help")):
+        done = command(*arguments)
+        assert done.returncode == 0
+        assert "exit codes:" in done.stdout
+
+
+def a_kubeconfig(folder: Path) -> Path:
+    """Of a cluster that is not there."""
+    path = folder / "kubeconfig"
+    path.write_text(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\n"
+        "clusters: [{name: c, cluster: {server: 'https://127.0.0.1:9'}}]\n"
+        "users: [{name: u, user: {token: t}}]\ncontexts: [{name: c, context: {cluster: c, user: u}}]\n",
+        encoding="utf-8",
+    )
+    return path
