@@ -46,8 +46,8 @@ class Config:
     def __post_init__(self) -> None:
         if len(self.driver_name) > _LONGEST_DRIVER_NAME or not _DNS.fullmatch(self.driver_name):
             raise ConfigError(
-                f"driver name {self.driver_name!r} must be a lower-case DNS name of at most {_LONGEST_DRIVER_NAME} characters, "
-                "for it is part of socket paths; choose a shorter one"
+                f"driver name {self.driver_name!r} must be a lower-case DNS name of at most {_LONGEST_DRIVER_NAME} "
+                "characters, for it is part of socket paths; choose a shorter one"
             )
         _one_of("log level", self.log_level, LEVELS)
         _one_of("simulated latency", self.simulate_latency, LATENCIES)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import random
-import threading
-
 from driver.core import reconcile
-from driver.core.pace import DEFAULT_PACE, Pace, Retry
 from driver.core.pool import Features
 from driver.errors import ApiError
 from driver.kube import Body, Kube
-
-log = logging.getLogger(__name__)
 
 
 def features(kube: Kube, driver: str, node: str) -> Features:
@@ -42,17 +35,3 @@ def _keeps(kube: Kube, body: Body) -> bool:
             return False
         raise
     return not reconcile.dropped(body["spec"], returned["spec"])
-
-
-def await_features(
-    kube: Kube, driver: str, node: str, stopped: threading.Event, pace: Pace = DEFAULT_PACE
-) -> Features | None:
-    """`features`, tried until the API server answers; None when `stopped` was set before."""
-    retry = Retry(pace)
-    while not stopped.is_set():
-        try:
-            return features(kube, driver, node)
-        except ApiError as e:
-            log.warning("the features of the API server are not known yet: %s", e)
-            stopped.wait(retry.delay_s(random.random()))  # noqa: S311 - not a secret
-    return None

@@ -27,7 +27,7 @@ from driver.core.pace import CALM_S, DEFAULT_PACE, Pace, Patience, Retry
 from driver.core.pool import PoolSlices
 from driver.core.reconcile import Change, Create, Delete, Owner, Update
 from driver.core.view import View
-from driver.errors import ApiError, ExpiredError, NotFoundError
+from driver.errors import ApiError, ConflictError, ExpiredError, NotFoundError
 from driver.kube import Body, Kube, Watch
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Publisher:
         self._owner: Owner | None = None
         self._due: float | None = None  # when the writer shall look
         self._writing = False
+        self._stale = False
         self._patience = Patience(pace)
         self._adopted: dict[tuple[str, int], tuple[Body, Body]] = {}  # sent → what the server made of it
         self._given_up: dict[str, PoolSlices] = {}
@@ -106,7 +107,7 @@ class Publisher:
         if watch is not None:
             watch.close()
         for thread in self._threads:
-            thread.join(5.0)
+            thread.join(2.0)  # it may be in a call that hangs; it is a daemon and holds nothing
 
     def publish(self, desired: Sequence[PoolSlices]) -> None:
         """Want exactly these pools from now on; returns at once."""
@@ -134,6 +135,8 @@ class Publisher:
                 pass
             except ApiError as e:
                 self._tell(error=str(e))
+            except Exception:  # a thread that died would be silence for ever
+                log.exception("publishing: the watch failed unexpectedly; it starts again")
             if self._now() - began > CALM_S:
                 retry = Retry(self._pace)
             if self._now() - began < self._pace.relist_s:  # else it is time for a new list anyway
@@ -190,9 +193,16 @@ class Publisher:
                 self._sync(wanted)
                 retry = Retry(self._pace)
             except ApiError as e:
-                self._tell(error=str(e))
-                with self._state:
-                    self._wake(retry.delay_s(random.random()))  # noqa: S311 - not a secret
+                self._stale = self._stale or isinstance(e, ConflictError)
+                self._fail(str(e), retry)
+            except Exception as e:
+                log.exception("publishing: writing failed unexpectedly")
+                self._fail(f"unexpected: {e!r}", retry)
+
+    def _fail(self, error: str, retry: Retry) -> None:
+        self._tell(error=error)
+        with self._state:
+            self._wake(retry.delay_s(random.random()))  # noqa: S311 - not a secret
 
     def _next(self) -> tuple[PoolSlices, ...] | None:
         """Wait until there is something to look at; None when we are to stop."""
@@ -207,6 +217,9 @@ class Publisher:
 
     def _sync(self, wanted: tuple[PoolSlices, ...]) -> None:
         """One look: compare, write, tell. ApiError, the first, when something could not be written."""
+        if self._stale:  # a conflict shows that the watch lags or is dead
+            self._list()
+            self._stale = False
         if self._checked != wanted:
             self._checked, self._faults = wanted, {pool.name: limits.faults(pool) for pool in wanted}
         faults = self._faults
@@ -218,9 +231,11 @@ class Publisher:
             existing = [b for b in self._view.bodies() if self._may_touch(b, wanted, sound)]
             todo = reconcile.changes([self._as_adopted(pool) for pool in sound], existing, owner)
             self._writing = True
-        errors = self._write(todo)
-        with self._state:
+        try:
+            errors = self._write(todo)
+        finally:
             self._writing = False
+        with self._state:
             self._patience.answered(self._now(), wrote=bool(todo))
             self._answer_foreign()
             if not errors and self._due is None and self._wanted == wanted:

@@ -27,7 +27,7 @@ EFFECTS = {
 }
 
 
-class Died(BaseException):  # noqa: N818 - it is a death, not an error
+class Died(BaseException):
     """The process is gone at this point."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from driver.core.pool import Features
 from driver.demo import slices
 from driver.demo.apiserver import StandInApiServer
 from driver.errors import ApiError
-from driver.features import await_features, features
+from driver.features import features
 from driver.kube import Kube
 from tests.publishing import (
     DRIVER,
-    FAST,
     NODE,
     an_api_server,
 )
@@ -66,18 +64,3 @@ def test_a_refusal_that_says_nothing_about_fields_is_an_error_and_not_a_missing_
 
     with pytest.raises(ApiError, match="denied by policy"):
         features(Kube(server.kubeconfig), DRIVER, NODE)
-
-
-def test_features_are_awaited_until_the_api_server_answers(server: StandInApiServer) -> None:
-    server.fail(500, times=3, path="dryRun")
-
-    found = await_features(Kube(server.kubeconfig), DRIVER, NODE, threading.Event(), FAST)
-
-    assert found == Features(partitionable=True, consumable=True, taints=True)
-
-
-def test_waiting_for_features_ends_when_the_driver_stops(server: StandInApiServer) -> None:
-    stopped = threading.Event()
-    stopped.set()
-
-    assert await_features(Kube(server.kubeconfig), DRIVER, NODE, stopped, FAST) is None

@@ -99,7 +99,7 @@ def test_the_time_of_a_taint_stays_when_another_device_changes(server: StandInAp
 
 
 @pytest.mark.contract(51)
-def test_misnamed_slices_of_an_older_helper_are_replaced(server: StandInApiServer) -> None:
+def test_slices_named_by_an_older_scheme_are_replaced(server: StandInApiServer) -> None:
     pool = {"name": "n1/a", "generation": 7, "resourceSliceCount": 1}
     spec = {"driver": DRIVER, "nodeName": NODE, "pool": pool, "devices": [{"name": "gpu"}]}
     server.create("resourceslices", {"metadata": {"generateName": "n1-gpuslice.dev-"}, "spec": spec})

@@ -22,6 +22,7 @@ from tests.publishing import (
     a_publisher,
     an_api_server,
     look_again,
+    plain,
     published,
     shown,
     wipe,
@@ -74,6 +75,21 @@ def test_a_watch_that_lags_causes_no_duplicates(server: StandInApiServer) -> Non
         assert server.writes["update resourceslices"] == 1
         server.release()
     assert server.writes["create resourceslices"] == 4
+
+
+@pytest.mark.contract(60)
+def test_a_conflict_that_the_watch_does_not_explain_is_looked_into(server: StandInApiServer) -> None:
+    server.hang(times=9, path="watch=true")
+    with a_publisher(server) as publisher:
+        published(publisher, plain("gpu"))
+        (body,) = server.all("resourceslices")
+        server.update("resourceslices", body | {"spec": body["spec"] | {"devices": []}})
+
+        published(publisher, plain("mps"))
+
+        assert shown(server) == ["n1/a/mps"]
+        assert publisher.last_error == ""
+        server.release()
 
 
 @pytest.mark.contract(56)

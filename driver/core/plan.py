@@ -26,7 +26,6 @@ from driver.core.model import (
     GpuUuid,
     Grant,
     LiveGpu,
-    MadeMig,
     MigSlice,
     MigSlot,
     MigUuid,

@@ -1,0 +1,63 @@
+"""Taints: what cannot be had now, each with its reason."""
+
+from __future__ import annotations
+
+from driver.core import health
+from driver.core.inventory import Inventory
+from driver.core.model import DeviceRef, Gpu, LiveGpu, MigUuid, Partition, Placement, Taint
+from driver.core.policy import Policy
+from tests.builders import a_gpu
+
+OFF, ON = LiveGpu(mig=False, mig_pending=False), LiveGpu(mig=True, mig_pending=True)
+
+
+def tainted(gpu: Gpu, live: LiveGpu | None, unwell: Taint | None = None) -> dict[str, set[str]]:
+    inventory = Inventory.of([gpu], Policy.default(), "n")
+    found = health.taints(
+        inventory, {} if live is None else {gpu.uuid: live}, {} if unwell is None else {gpu.uuid: unwell}, ()
+    )
+    return {ref.device: {f"{t.key}={t.value}" for t in here} for ref, here in found.items()}
+
+
+def test_a_card_that_is_well_has_no_taints() -> None:
+    assert tainted(a_gpu("h100", 0), ON) == tainted(a_gpu("h100", 0), OFF) == tainted(a_gpu("l4", 0), OFF) == {}
+
+
+def test_an_ampere_card_offers_only_what_its_mig_mode_allows() -> None:
+    off, on = tainted(a_gpu("a100-40g", 0), OFF), tainted(a_gpu("a100-40g", 0), ON)
+
+    assert "gpu" not in off
+    assert off["mig-1g-19-0"] == {"mig-mode=off"}
+    assert on == {"gpu": {"mig-mode=on"}}
+
+
+def test_a_pending_change_of_mig_mode_closes_all_but_the_watcher() -> None:
+    found = tainted(a_gpu("a100-40g", 0), LiveGpu(mig=False, mig_pending=True))
+
+    assert found["gpu"] == found["mig-1g-19-0"] == {"mig-mode=pending"}
+    assert "monitor" not in found
+
+
+def test_a_lost_card_is_tainted_as_a_whole() -> None:
+    found = tainted(a_gpu("h100", 0), None, Taint("gpu", "lost", reason="fell off the bus"))
+
+    assert set(map(frozenset, found.values())) == {frozenset({"gpu=lost"})}
+    assert "monitor" in found
+
+
+def test_a_foreign_partition_taints_what_overlaps_it_and_the_whole_card() -> None:
+    foreign = Partition(profile=14, placement=Placement(0, 2), gi=3, ci=0, uuid=MigUuid("MIG-x"))
+    found = tainted(a_gpu("h100", 0), LiveGpu(mig=True, mig_pending=True, partitions=(foreign,)))
+
+    assert found["gpu"] == found["mig-1g-19-1"] == found["mig-7g-0-0"] == {"foreign-partition=profile-14-at-0"}
+    assert "mig-1g-19-2" not in found
+    assert "monitor" not in found
+
+
+def test_each_reason_names_the_thing_and_the_remedy() -> None:
+    gpu = a_gpu("a100-40g", 0)
+    inventory = Inventory.of([gpu], Policy.default(), "n")
+    found = health.taints(inventory, {gpu.uuid: ON}, {}, ())
+
+    (taint,) = found[DeviceRef(inventory.pools[0].name, "gpu")]
+    assert "nvidia-smi" in taint.reason

@@ -1,0 +1,74 @@
+"""Records on disk: whole or absent, one bad file harms one claim, another boot's are dropped unread."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from driver.checkpoint import Checkpoint
+from driver.core.model import ClaimRef, ClaimUid, Plan, Record
+from driver.errors import StateError
+
+
+def a_record(name: str = "one") -> Record:
+    return Record(Plan(ClaimRef("default", name, ClaimUid(f"uid-{name}")), (), ()))
+
+
+def test_what_was_put_is_there_for_another_process(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, "boot-1").put(a_record())
+
+    other = Checkpoint(tmp_path, "boot-1")
+    assert other.get(ClaimUid("uid-one")) == a_record()
+    assert other.records() == {"uid-one": a_record()}
+
+
+def test_what_another_process_changes_is_seen_at_once(tmp_path: Path) -> None:
+    ours, theirs = Checkpoint(tmp_path, "boot-1"), Checkpoint(tmp_path, "boot-1")
+    ours.put(a_record())
+    changed = replace(a_record(), plan=replace(a_record().plan, ref=replace(a_record().plan.ref, name="renamed")))
+
+    theirs.put(changed)
+    assert ours.get(ClaimUid("uid-one")) == changed
+    theirs.drop(ClaimUid("uid-one"))
+    assert ours.get(ClaimUid("uid-one")) is None
+    assert ours.records() == {}
+
+
+def test_records_of_another_boot_are_dropped(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, "boot-1").put(a_record())
+
+    assert Checkpoint(tmp_path, "boot-2").records() == {}
+    assert Checkpoint(tmp_path, "boot-1").records() == {}
+
+
+def test_dropping_what_is_not_there_is_fine(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, "boot-1").drop(ClaimUid("uid-none"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99}', "\x00\x01"])
+def test_a_bad_file_is_named_and_harms_nobody_else(tmp_path: Path, text: str) -> None:
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    checkpoint.put(a_record("fine"))
+    (checkpoint.folder / "uid-bad.json").write_text(text)
+
+    with pytest.raises(StateError, match=r"uid-bad.json of claim uid-bad cannot be read .*move the file away"):
+        checkpoint.get(ClaimUid("uid-bad"))
+    assert checkpoint.records() == {"uid-fine": a_record("fine")}
+    assert len(checkpoint.broken()) == 1
+
+
+def test_temporary_files_of_a_killed_writer_are_no_records(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    (checkpoint.folder / ".uid-one.json.123.tmp").write_text("{")
+
+    assert checkpoint.records() == {}
+    assert checkpoint.broken() == ()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "claims").write_text("")
+
+    with pytest.raises(StateError, match="cannot create folder"):
+        Checkpoint(tmp_path / "claims", "boot-1")
