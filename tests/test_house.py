@@ -68,10 +68,19 @@ def test_the_table_of_the_contract_is_up_to_date() -> None:
 
 
 def test_no_file_of_the_driver_is_longer_than_one_sitting() -> None:
-    files = [path for path in (ROOT / "driver").rglob("*.py") if path.parent.name != "pb"]
-    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    """A file that has to be says so, and why, in its docstring: "Longer than one sitting, for …"."""
+    texts = {p: p.read_text(encoding="utf-8") for p in (ROOT / "driver").rglob("*.py") if p.parent.name != "pb"}
+    long = {str(path.relative_to(ROOT)) for path, text in texts.items() if len(text.splitlines()) > SITTING}
+    excused = {
+        str(p.relative_to(ROOT)) for p, text in texts.items() if "Longer than one sitting, for " in _docstring(text)
+    }
 
-    assert {path: count for path, count in lines.items() if count > SITTING} == {}
+    assert sorted(long - excused) == []
+    assert sorted(excused - long) == [], "these are short enough by now"
+
+
+def _docstring(text: str) -> str:
+    return ast.get_docstring(ast.parse(text)) or ""
 
 
 def test_the_door_to_the_api_server_loads_no_typed_models() -> None:

@@ -84,11 +84,22 @@ class Bench:
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
 
 
+class _Cluster(Cluster):
+    """The stand-ins are always those of this tree, so that two revisions meet the same."""
+
+    def __init__(self, subject: Subject, folder: Path, simulate: str, latency: str) -> None:
+        super().__init__(folder, simulate, latency=latency)
+        self._subject = subject
+
+    def arguments(self, *more: str) -> list[str]:
+        return self._subject.known(super().arguments(*more))
+
+
 @contextlib.asynccontextmanager
 async def running(subject: Subject, simulate: str = f"h100x{GPUS}", *, latency: str = "zero") -> AsyncIterator[Bench]:
     """Start a driver on a fresh node and wait for its last slice. BenchError, with the end of its log, where it fails."""
     with tempfile.TemporaryDirectory(prefix="gs-") as folder:
-        async with Cluster(Path(folder), simulate, latency=latency) as cluster:
+        async with _Cluster(subject, Path(folder), simulate, latency) as cluster:
             try:
                 began = time.perf_counter()
                 driver = await cluster.start(environment=subject.environment(), ready=False)

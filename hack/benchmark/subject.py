@@ -5,13 +5,17 @@ from __future__ import annotations
 import compileall
 import contextlib
 import os
+import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+_WITHOUT = Path(__file__).resolve().parent / "without"  # hides what only a development environment has
 
 
 class BenchError(Exception):
@@ -27,7 +31,23 @@ class Subject:
 
     def environment(self) -> Mapping[str, str]:
         """Without PYTHONSAFEPATH `python -m driver` would take the package of the current folder, whatever the path."""
-        return {"PYTHONPATH": str(self.root), "PYTHONSAFEPATH": "1"}
+        return {"PYTHONPATH": f"{self.root}:{_WITHOUT}", "PYTHONSAFEPATH": "1"}
+
+    def known(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments without flags that this revision does not have yet: `run`, then pairs of flag and value."""
+        command, *pairs = arguments
+        flags = self._flags()
+        kept = (pair for pair in zip(pairs[::2], pairs[1::2], strict=True) if pair[0] in flags)
+        return [command, *(text for pair in kept for text in pair)]
+
+    @cache  # noqa: B019 - two subjects in a run
+    def _flags(self) -> frozenset[str]:
+        environment = {**os.environ, **self.environment()}
+        command = [sys.executable, "-m", "driver", "run", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise BenchError(f"the driver of {self.name} cannot be run: {done.stderr.strip()[-300:]}")
+        return frozenset(re.findall(r"--[a-z-]+", done.stdout))
 
 
 def here() -> Subject:

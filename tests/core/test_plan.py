@@ -136,7 +136,7 @@ def test_a_mode_change_that_is_pending_is_told() -> None:
 )
 def test_what_another_claim_holds_makes_busy_only_what_it_excludes(wanted: str, holder: str, free: bool) -> None:
     if free:
-        assert made(a_claim(wanted), held(holder))
+        assert made(a_claim(wanted), held(holder)).grants
     else:
         assert busy(a_claim(wanted), held(holder)) == ("holder",)
 
@@ -148,14 +148,14 @@ def test_every_holder_in_the_way_is_named_once() -> None:
 
 
 def test_a_watcher_is_in_nobodys_way() -> None:
-    assert made(a_claim("gpu"), held("monitor", admin=True), held("gpu", name="b", admin=True))
+    assert made(a_claim("gpu"), held("monitor", admin=True), held("gpu", name="b", admin=True)).grants
 
 
 def test_a_holder_on_a_card_that_is_unknown_by_now_does_not_stop_the_others() -> None:
     gone = held("gpu")
     gone = replace(gone, plan=replace(gone.plan, grants=(replace(gone.plan.grants[0], gpu=GpuUuid("GPU-gone")),)))
 
-    assert made(a_claim("gpu"), gone)
+    assert made(a_claim("gpu"), gone).grants
 
 
 def test_a_claim_whose_devices_exclude_each_other_is_the_schedulers_fault() -> None:
@@ -179,7 +179,9 @@ def test_undo_names_the_partition_by_its_uuid_where_one_was_written() -> None:
 
 
 def test_what_another_record_stands_on_is_not_undone() -> None:
-    assert plan.undo(a_record(), [held("mig-1g-19-0")]) == ()
+    other = Record(made(a_claim("mig-1g-19-0", name="other")))
+
+    assert plan.undo(a_record(), [other]) == ()
 
 
 def a_partition(uuid: str | None, *, start: int = 0, gi: int = 7) -> Partition:
