@@ -26,27 +26,24 @@ from driver.core.health import Taints
 from driver.core.inventory import Inventory
 from driver.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu, Record
 from driver.core.policy import Policy
-from driver.errors import ConfigError, DeviceError, DriverError, StateError
+from driver.errors import ConfigError, DeviceError, StateError
 from driver.gate import Departures
 from driver.host import Host, RealHost, SimHost
 from driver.injection import Injector
 from driver.kube import Kube
 from driver.kubelet import Doors
-from driver.mps.client import MpsClient
 from driver.nvml.api import Nvml
 from driver.nvml.real import RealNvml
 from driver.nvml.sim import Latency, SimNvml
 from driver.offering import Offering
 from driver.prepare import Preparer
 from driver.service import ClaimService
-from driver.steps import Steps
 from driver.survey import Surveyor
 from driver.telemetry import Check, HttpServer, Telemetry, setup_logging
 
 log = logging.getLogger(__name__)
 
 _COLLECT_PERIOD_S = 60.0
-_MPS_PERIOD_S = 2.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 16
 
@@ -139,24 +136,19 @@ class App:
         gpus = known_gpus(self._nvml, host, folder / "gpus.json")
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
-        static = Inventory.of(gpus, policy, config.node_name, static=True)
         inventory = Inventory.of(gpus, policy, config.node_name)
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         for sentence in self._checkpoint.broken():
             log.error("%s", sentence)
-        self._mps = MpsClient(config.mps_root)
-        injector = Injector(
-            host=host, nvml=self._nvml, mps=self._mps, inventory=inventory, folder=config.cdi_root, kind=kind
-        )
+        injector = Injector(host=host, nvml=self._nvml, inventory=inventory, folder=config.cdi_root, kind=kind)
         self._preparer = Preparer(
             nvml=self._nvml,
             checkpoint=self._checkpoint,
             inventory=inventory,
-            steps=Steps(self._nvml, self._mps),
             injector=injector,
             locks=folder / "locks",
         )
-        self._inventories = (inventory, static)
+        self._inventories = (inventory, Inventory.of(gpus, policy, config.node_name, static=True))
         _note_running(config)
 
     async def serve(self) -> int:
@@ -176,7 +168,7 @@ class App:
             offering = self._build_offering(service)
             stack.callback(self._hear_of_departures(loop, offering))
             doors = self._build_doors(service)
-            work = (service.recover(), self._collect(service), self._keep_mps(service, offering))
+            work = (service.recover(), self._collect(service))
             jobs = [loop.create_task(_guarded(job, stop)) for job in work]
             try:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before a door can let anybody in
@@ -211,7 +203,7 @@ class App:
 
     def _build_offering(self, service: ClaimService) -> Offering:
         dynamic, static = self._inventories
-        surveyor = Surveyor(nvml=self._nvml, mps=self._mps, checkpoint=self._checkpoint, hung=service.tickets.hung)
+        surveyor = Surveyor(nvml=self._nvml, checkpoint=self._checkpoint, hung=service.tickets.hung)
         return Offering(
             kube=self._kube,
             driver=self._config.driver_name,
@@ -251,23 +243,6 @@ class App:
         server = HttpServer(self._config.http_endpoint, self._telemetry, healthy=doors.probe, ready=ready)
         log.info("metrics and probes on %s", server.address)
         return server.close
-
-    async def _keep_mps(self, service: ClaimService, offering: Offering) -> str:
-        """When the MPS supervisor is another process than before, have it make the daemons of all records again."""
-        known = ""
-        while True:
-            try:
-                incarnation = await asyncio.to_thread(self._mps.incarnation)
-                if incarnation != known:
-                    await service.mend()
-                    known = incarnation
-                    offering.nudge()
-            except DriverError as e:  # the survey tells why, and taints; it is tried again
-                log.debug("MPS daemons cannot be mended yet: %s", e)
-                if known:
-                    offering.nudge()
-                known = ""
-            await asyncio.sleep(_MPS_PERIOD_S)
 
     async def _collect(self, service: ClaimService) -> str:
         """Give back what vanished claims hold, once a minute."""
@@ -323,7 +298,7 @@ def looked_at(config: Config) -> Iterator[Node]:
             with contextlib.suppress(DeviceError):
                 live[pool.gpu.uuid] = nvml.look(pool.gpu.uuid)
         records = checkpoint.records() if checkpoint is not None else {}
-        yield Node(inventory, live, records, health.taints(inventory, live, {}, records.values(), {}))
+        yield Node(inventory, live, records, health.taints(inventory, live, {}, records.values()))
     finally:
         nvml.close()
 

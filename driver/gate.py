@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import contextvars
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -260,7 +260,7 @@ class _Waiter:
         self.changed = asyncio.Event()
         self.error: DriverError | None = None
 
-    async def any_of(self, uids: Collection[ClaimUid], timeout_s: float) -> bool:
+    async def any_of(self, uids: Sequence[ClaimUid], timeout_s: float) -> bool:
         """Wait until one of these records is gone; False when the time is up. An overflow ("") counts as all of them."""
         try:
             async with asyncio.timeout(timeout_s):

@@ -242,8 +242,6 @@ class Publisher:
                 self.published.set()
         if errors:
             raise errors[0]
-        if todo:
-            log.info("published pools=%d writes=%d", len(sound), len(todo))
         self._tell(error="")
 
     @staticmethod

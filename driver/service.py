@@ -22,7 +22,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from driver.core import claims
-from driver.core.model import Busy, Claim, ClaimRef, ClaimUid, GpuUuid, PreparedClaim, Record, StartMps
+from driver.core.model import Busy, Claim, ClaimRef, ClaimUid, GpuUuid, PreparedClaim, Record
 from driver.errors import ApiError, ClaimError, DriverError, NotFoundError
 from driver.gate import Departures, Gate, Ticket, Tickets, Turn, Workers
 from driver.prepare import Preparer
@@ -80,14 +80,6 @@ class ClaimService:
         unfinished = await self._in_pool(self._preparer.unfinished)
         await asyncio.gather(*(self._recover(uid) for uid in unfinished))
 
-    async def mend(self) -> None:
-        """Have the MPS daemons of all records running, each card in its turn."""
-        records = await self._in_pool(self._preparer.records)
-        shared = {s.gpu for record in records.values() for s in record.plan.steps if isinstance(s, StartMps)}
-        for gpu in sorted(shared):
-            ticket = await self.tickets.take([gpu], self.tickets.arrive())
-            await self.workers.run(ticket, Turn(), partial(self._preparer.mend, gpu), f"mend {gpu}")
-
     async def collect(self, now: float) -> None:
         """Give back what claims hold that the API server has not had for ten minutes, if nothing runs on it."""
         records = await self._in_pool(self._preparer.records)
@@ -128,14 +120,13 @@ class ClaimService:
                 if isinstance(answer, PreparedClaim):
                     await self._unwanted(ref, turn)
                     return answer
-                leaving = await self._leaving(claim, answer)
-                names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
-                log.info("waiting for holders to leave claim=%s holders=%s", ref, names)
+                await self._refuse_double(claim, answer)
+                log.info("waiting for holders to leave claim=%s holders=%s", ref, ", ".join(map(str, answer.holders)))
                 left = deadline - asyncio.get_running_loop().time()
-                if not await news.any_of(leaving, left):
+                if not await news.any_of([holder.uid for holder in answer.holders], left):
                     raise ClaimError(
-                        f"the devices of claim {ref} are still held by {names}, which the kubelet has not unprepared yet; "
-                        "it is tried again"
+                        f"the devices of claim {ref} are still held by {', '.join(map(str, answer.holders))}, which the "
+                        "kubelet has not unprepared yet; it is tried again"
                     )
 
     async def _unprepare(self, uid: ClaimUid, turn: Turn) -> None:
@@ -181,20 +172,15 @@ class ClaimService:
         except ApiError as e:
             log.info("cannot tell whether claim %s is still wanted, keeping it: %s", ref, e)
 
-    async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
-        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
+    async def _refuse_double(self, claim: Claim, busy: Busy) -> None:
         records: Mapping[ClaimUid, Record] = await self._in_pool(self._preparer.records)
-        gone: set[ClaimUid] = set()
         for holder in busy.holders:
-            if holder.uid not in records or not await self._held(records[holder.uid]):
-                gone.add(holder.uid)
-        still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
-        if still:
-            raise ClaimError(
-                f"claim {claim.ref} was given devices that {', '.join(map(str, still))} holds; this is a double allocation: "
-                "delete this pod to have it scheduled again, and update a scheduler older than 1.37"
-            )
-        return frozenset(gone)
+            record = records.get(holder.uid)
+            if record is not None and await self._held(record):
+                raise ClaimError(
+                    f"claim {claim.ref} was given devices that claim {holder} holds; this is a double allocation: delete "
+                    "this pod to have it scheduled again, and update a scheduler older than 1.37"
+                )
 
     async def _held(self, record: Record) -> bool:
         """Whether the API server still gives the record's devices to its claim."""

@@ -9,9 +9,8 @@ from driver.checkpoint import Checkpoint
 from driver.core import health
 from driver.core.health import Taints
 from driver.core.inventory import Inventory
-from driver.core.model import GpuUuid, LiveGpu, Mps, Taint
+from driver.core.model import GpuUuid, LiveGpu, Taint
 from driver.errors import DeviceError
-from driver.mps.api import Mps as MpsDaemons
 from driver.nvml.api import Nvml
 
 log = logging.getLogger(__name__)
@@ -22,12 +21,10 @@ class Surveyor:
         self,
         *,
         nvml: Nvml,
-        mps: MpsDaemons,
         checkpoint: Checkpoint,
         hung: Callable[[], Mapping[GpuUuid, str]],
     ) -> None:
         self._nvml = nvml
-        self._mps = mps
         self._checkpoint = checkpoint
         self._hung = hung
         self._told: Taints = {}
@@ -48,18 +45,9 @@ class Surveyor:
             except DeviceError as e:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
         records |= self._checkpoint.records()
-        taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
+        taints = health.taints(inventory, live, unwell, records.values())
         self._tell(taints)
         return taints
-
-    def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
-        """MPS daemons that are not well; asked only where a card offers MPS."""
-        if not any(isinstance(device.offer.sharing, Mps) for pool in inventory.pools for device in pool.devices):
-            return {}
-        try:
-            return {r.key: Taint("mps", "fault", reason=r.problem) for r in self._mps.running() if r.problem}
-        except DeviceError as e:
-            return {"": Taint("mps", "supervisor-away", reason=str(e))}
 
     def _tell(self, taints: Taints) -> None:
         def reasons(of: Taints) -> set[str]:

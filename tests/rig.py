@@ -25,11 +25,9 @@ from driver.core.model import (
 from driver.core.policy import Policy
 from driver.host import SimHost
 from driver.injection import Injector
-from driver.mps.client import MpsClient
 from driver.nvml.api import Nvml
 from driver.nvml.sim import SimNvml
 from driver.prepare import Preparer
-from driver.steps import Steps
 
 NODE = "node-1"
 KIND = "gpuslice.dev/claim"
@@ -59,7 +57,6 @@ class Rig:
     folder: Path
     spec: str = "h100x2"
     nvml: SimNvml = field(init=False)
-    mps: MpsClient = field(init=False)
     checkpoint: Checkpoint = field(init=False)
     preparer: Preparer = field(init=False)
 
@@ -73,15 +70,11 @@ class Rig:
         """Build the transaction anew over `nvml`, as a process does when it starts."""
         host = SimHost(self.folder / "node")
         self.checkpoint = Checkpoint(self.folder / "claims", host.boot_id())
-        self.mps = MpsClient(self.folder / "mps")
-        self.injector = Injector(
-            host=host, nvml=nvml, mps=self.mps, inventory=self.inventory, folder=self.folder / "cdi", kind=KIND
-        )
+        self.injector = Injector(host=host, nvml=nvml, inventory=self.inventory, folder=self.folder / "cdi", kind=KIND)
         self.preparer = Preparer(
             nvml=nvml,
             checkpoint=self.checkpoint,
             inventory=self.inventory,
-            steps=Steps(nvml, self.mps),
             injector=self.injector,
             locks=self.folder / "locks",
         )

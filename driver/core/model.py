@@ -164,36 +164,7 @@ class Monitor:
     """Admin access to a whole card, beside whoever uses it; takes nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class TimeSlicing:
-    """Up to `shares` claims take turns on the slice. `memory_mib` is what can be budgeted in all; nobody enforces it.
-
-    `interval` is the level that the policy fixes for the card. `part` numbers the fixed parts of a static plan, which are
-    plain exclusive devices of 1/`shares` each; None for the one device that many claims share.
-    """
-
-    shares: int
-    memory_mib: int
-    interval: str = "default"
-    part: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Mps:
-    """Up to `shares` claims (by default) run at once on the slice, through one MPS daemon.
-
-    `clients` is the most CUDA contexts that the daemon serves, `memory_mib` what can be sold in all. `part` as above.
-    """
-
-    shares: int
-    memory_mib: int
-    clients: int
-    part: int | None = None
-
-
-Sharing = Exclusive | Monitor | TimeSlicing | Mps
-
-INTERVALS = ("default", "short", "medium", "long")  # nvidia-smi compute-policy --set-timeslice 0 … 3
+Sharing = Exclusive | Monitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +208,6 @@ class Settings:
     """What opaque config asks of one allocation; None where nobody said anything."""
 
     enforcement: str | None = None  # "required" or "preferred"
-    interval: str | None = None  # time slice of an exclusive card whose containers share it, one of `INTERVALS`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,28 +241,7 @@ class CreateMig:
     slot: MigSlot
 
 
-@dataclass(frozen=True, slots=True)
-class SetComputeMode:
-    """Only the MPS server may open the GPU, so that a client which misses the daemon fails instead of running unlimited."""
-
-    gpu: GpuUuid
-
-
-@dataclass(frozen=True, slots=True)
-class SetTimeSlice:
-    gpu: GpuUuid
-    interval: str
-
-
-@dataclass(frozen=True, slots=True)
-class StartMps:
-    """Have the daemon of this card or partition running, with ceilings for the largest share of those that hold it."""
-
-    gpu: GpuUuid
-    slot: MigSlot | None
-
-
-Step = SetMigMode | CreateMig | SetComputeMode | SetTimeSlice | StartMps
+Step = SetMigMode | CreateMig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,31 +292,7 @@ class DestroyMig:
     uuid: MigUuid | None
 
 
-@dataclass(frozen=True, slots=True)
-class ResetComputeMode:
-    gpu: GpuUuid
-
-
-@dataclass(frozen=True, slots=True)
-class ResetTimeSlice:
-    gpu: GpuUuid
-
-
-@dataclass(frozen=True, slots=True)
-class StopMps:
-    gpu: GpuUuid
-    slot: MigSlot | None
-
-
-@dataclass(frozen=True, slots=True)
-class AdjustMps:
-    """The daemon stays for the other shares; its ceilings are for the largest of those."""
-
-    gpu: GpuUuid
-    slot: MigSlot | None
-
-
-Undo = DestroyMig | ResetComputeMode | ResetTimeSlice | StopMps | AdjustMps
+Undo = DestroyMig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
