@@ -171,11 +171,13 @@ def _table(report: Mapping[str, object]) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
     what = (
-        f"{report['what']}: {machine['cpus']} CPUs, Python {machine['python']}; medians of {size['rounds']} round(s), "
+        f"{report['what']}: {machine['cpus']} CPUs, {machine['busy_with_others']} of them busy with others, Python "
+        f"{machine['python']}; medians of {size['rounds']} round(s), {size['calls']} calls of a kind, "
+        f"{size['claims']} claims"
     )
     notes = report["notes"]
     assert isinstance(notes, list)
-    return "\n".join([*text, "", f"{what}{size['calls']} calls of a kind, {size['claims']} claims", *notes])
+    return "\n".join([*text, "", what, *notes])
 
 
 if __name__ == "__main__":
