@@ -1,6 +1,8 @@
 """What the node offers, kept up to date: probe the API server once, look at the node, plan the pools, hand them on.
 
-One thread. It plans again when it is nudged and every half minute; the publisher writes only what differs. Before the
+One thread. It plans again when it is nudged and every half minute; the publisher writes only what differs. News is
+gathered for a tenth of a second, so that eight claims at once cost one look at the node and none of them waits for it
+(without that, looks and plans took two thirds of the driver's time under load: measured). Before the
 first write it finds out by dry runs what the API server keeps: a device whose counters are dropped would be given out
 twice, so without them the plan is static (Kubernetes 1.34 and 1.35), and nothing is sent before that is known.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from driver import files
 from driver.checkpoint import Checkpoint
 from driver.core import pool, shape
+from driver.core.health import Taints
 from driver.core.inventory import Inventory
 from driver.core.model import DeviceRef, PoolName, Record
 from driver.core.pool import Features, PoolSlices
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _PERIOD_S = 30.0
 _RETRY_S = 2.0
+_GATHER_S = 0.1
 
 
 class Shapes:
@@ -72,7 +76,7 @@ class Shapes:
     def _keep(self, kept: dict[PoolName, PoolSlices]) -> None:
         if kept != self._kept:
             files.write_atomic(self._path, json.dumps(shape.encode(tuple(kept.values()))))
-            self._kept = kept
+        self._kept = kept  # also where it is equal: the same objects compare at once the next time
 
 
 class Offering:
@@ -96,6 +100,8 @@ class Offering:
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
+        self._planned_from: tuple[Features, Taints, frozenset[DeviceRef]] | None = None
+        self._wanted: tuple[PoolSlices, ...] = ()
         self._thread = threading.Thread(target=self._run, name="offering", daemon=True)
 
     def start(self) -> None:
@@ -156,8 +162,12 @@ class Offering:
         taints = self._surveyor.look(inventory)
         records = tuple(self._checkpoint.records().values())
         held = frozenset[DeviceRef](grant.allocation.device for record in records for grant in record.plan.grants)
-        wanted = pool.resource_slices(inventory, taints, driver=self._driver, features=features, held=held)
-        return self._shapes.admit(wanted, records, taints=features.taints, published=self._publisher.published.is_set())
+        question = (features, taints, held & taints.keys())
+        if question != self._planned_from:
+            self._wanted = pool.resource_slices(inventory, taints, driver=self._driver, features=features, held=held)
+            self._planned_from = question
+        published = self._publisher.published.is_set()
+        return self._shapes.admit(self._wanted, records, taints=features.taints, published=published)
 
     def _without_dropped(self, features: Features) -> Features:
         """What the probe promised, less what the server was seen to drop since (an API server that was downgraded)."""
@@ -170,5 +180,6 @@ class Offering:
 
     def _pause(self, seconds: float) -> None:
         with self._wake:
-            self._wake.wait_for(lambda: self._nudged or self._stopped, seconds)
+            if self._wake.wait_for(lambda: self._nudged or self._stopped, seconds):
+                self._wake.wait_for(lambda: self._stopped, _GATHER_S)
             self._nudged = False

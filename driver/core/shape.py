@@ -21,6 +21,8 @@ _COST = ("consumesCounters", "allowMultipleAllocations")
 
 def allows(kept: PoolSlices, wanted: PoolSlices) -> bool:
     """Whether `wanted` may replace `kept` while claims hold devices of it."""
+    if kept is wanted:
+        return True
     new = {device["name"]: _cost(device) for device in _devices(wanted)}
     same = all(new.get(device["name"]) == _cost(device) for device in _devices(kept))
     return same and _counters(kept) == _counters(wanted)
