@@ -19,6 +19,7 @@ from driver import files
 from driver.core import codec
 from driver.core.model import ClaimUid, Record
 from driver.errors import StateError
+from driver.files import Version
 
 
 class Checkpoint:
@@ -29,17 +30,17 @@ class Checkpoint:
             if other.name != boot and other.is_dir():
                 shutil.rmtree(other, ignore_errors=True)
         self.folder = files.ensure_folder(folder / boot)
-        self._read: dict[str, tuple[tuple[int, int], Record]] = {}
+        self._read: dict[str, tuple[Version, Record]] = {}
 
     def get(self, uid: ClaimUid) -> Record | None:
         """The claim's record, None where there is none; StateError where it cannot be read."""
-        path = self._path(uid)
+        name = f"{uid}.json"
         try:
-            stat = path.stat()
+            stat = os.stat(f"{self.folder}/{name}")  # noqa: PTH116 - several a claim; a Path costs more than the call
         except FileNotFoundError:
-            self._read.pop(path.name, None)
+            self._read.pop(name, None)
             return None
-        return self._load(path.name, (stat.st_ino, stat.st_mtime_ns))
+        return self._load(name, Version.of(stat))
 
     def records(self) -> dict[ClaimUid, Record]:
         """Every record that can be read; `broken` names the others."""
@@ -51,8 +52,7 @@ class Checkpoint:
                 continue
             names.add(entry.name)
             try:
-                stat = entry.stat()
-                record = self._load(entry.name, (stat.st_ino, stat.st_mtime_ns))
+                record = self._load(entry.name, Version.of(entry.stat()))
             except (FileNotFoundError, StateError):
                 continue
             if record is not None:
@@ -75,7 +75,8 @@ class Checkpoint:
 
     def put(self, record: Record) -> None:
         path = self._path(record.plan.ref.uid)
-        files.write_atomic(path, json.dumps(codec.encode(record), separators=(",", ":")))
+        version = files.write_atomic(path, json.dumps(codec.encode(record), separators=(",", ":")))
+        self._read[path.name] = (version, record)
 
     def drop(self, uid: ClaimUid) -> None:
         files.remove(self._path(uid))
@@ -83,7 +84,7 @@ class Checkpoint:
     def _path(self, uid: ClaimUid) -> Path:
         return self.folder / f"{uid}.json"
 
-    def _load(self, name: str, version: tuple[int, int]) -> Record | None:
+    def _load(self, name: str, version: Version) -> Record | None:
         known = self._read.get(name)
         if known is not None and known[0] == version:
             return known[1]

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import queue
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from driver.core.model import ClaimUid, GpuUuid
@@ -164,19 +166,26 @@ class Tickets:
 
 
 class Workers:
-    """Runs blocking work in a thread of its own, under tickets, and says when it does not come back."""
+    """Runs blocking work in threads, under tickets, and says when it does not come back.
+
+    A thread that has ended its work waits for the next; a thread is started where none waits, so hung ones are never
+    counted on, however many they are. (Starting one costs more than a whole-card prepare's own work: the loop waits until
+    the new thread has had the interpreter.)
+    """
 
     def __init__(self, tickets: Tickets, limit_s: float = 15.0) -> None:
         self._tickets = tickets
         self._limit_s = limit_s
-        self._threads: set[threading.Thread] = set()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting = 0  # threads that have no job
+        self._working = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def run(self, ticket: Ticket, turn: Turn, work: Callable[[], T], name: str) -> T:
         """The result of `work`; HungError after the limit, while the thread goes on and keeps the ticket.
 
-        The ticket is given back when the thread ends. Context variables (the `op=` id) are taken along.
+        The ticket is given back when the work ends. Context variables (the `op=` id) are taken along.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
@@ -184,9 +193,7 @@ class Workers:
         def ended(set_answer: Callable[[], None]) -> None:
             watchdog.cancel()
             turn.working -= 1
-            self._threads.discard(thread)
-            if not self._threads:
-                self._idle.set()
+            self._leave()
             self._tickets.give_back(ticket)
             if not answer.done():
                 set_answer()
@@ -209,20 +216,44 @@ class Workers:
             if not answer.done():
                 answer.set_exception(HungError(text))
 
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(body,), name=name, daemon=True)
         watchdog = loop.call_later(self._limit_s, overdue)
         turn.working += 1
-        self._threads.add(thread)
-        self._idle.clear()
-        thread.start()
+        self._give(partial(contextvars.copy_context().run, body))
         return await answer
 
+    def _give(self, job: Callable[[], None]) -> None:
+        self._working += 1
+        self._idle.clear()
+        if self._waiting:
+            self._waiting -= 1
+        else:
+            threading.Thread(target=_work_off, args=(self._jobs,), name="worker", daemon=True).start()
+        self._jobs.put(job)
+
+    def _leave(self) -> None:
+        self._waiting += 1
+        self._working -= 1
+        if not self._working:
+            self._idle.set()
+
     async def drained(self, timeout_s: float) -> bool:
-        """Wait until no thread works any more; False when the time is up (a hung call: the process must `_exit`)."""
+        """Wait until no thread works any more; False when the time is up (a hung call: the process must `_exit`).
+
+        Threads that wait for work are sent home.
+        """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
+        while self._waiting:
+            self._waiting -= 1
+            self._jobs.put(None)
         return self._idle.is_set()
+
+
+def _work_off(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """A thread's life, until it is sent home."""
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # the claim's result, or its error with all its frames, hangs on it
 
 
 class Departures:

@@ -111,8 +111,7 @@ class ClaimService:
         while True:
             if self._closed is not None:
                 raise self._closed
-            claim = await self._fetch(ref)
-            gpus = await self._in_pool(partial(self._preparer.gpus_of, claim))
+            claim, gpus = await self._in_pool(lambda: self._wanted(ref))
             with self._departures.listening() as news:
                 answer = await self._work(
                     gpus, arrival, turn, f"prepare {ref.uid}", partial(self._preparer.prepare, claim)
@@ -152,9 +151,14 @@ class ClaimService:
         ticket: Ticket = await self.tickets.take(gpus, arrival)
         return await self.workers.run(ticket, turn, work, name)
 
-    async def _fetch(self, ref: ClaimRef) -> Claim:
+    def _wanted(self, ref: ClaimRef) -> tuple[Claim, tuple[GpuUuid, ...]]:
+        """The claim as the API server has it now, and the GPUs that a prepare of it works on. Blocks."""
+        claim = self._fetch(ref)
+        return claim, self._preparer.gpus_of(claim)
+
+    def _fetch(self, ref: ClaimRef) -> Claim:
         try:
-            body = await self._in_pool(lambda: self._api.claim(ref.namespace, ref.name))
+            body = self._api.claim(ref.namespace, ref.name)
         except NotFoundError:
             raise ClaimError(
                 f"claim {ref} does not exist (any more); its pod cannot start and should be deleted"
@@ -166,7 +170,7 @@ class ClaimService:
         if turn.listeners:
             return
         try:
-            await self._fetch(ref)
+            await self._in_pool(lambda: self._fetch(ref))
         except ClaimError:
             await self._unprepare(ref.uid, turn)
         except ApiError as e:

@@ -83,7 +83,10 @@ class Cues:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = folder.parent / "cues.lock"
+        self._lock = folder.parent / "cues.lock"  # its mtime grows with each cue added
+        with locked(self._lock):  # made where it is missing, its mtime left alone
+            pass
+        self._none_at: int | None = None  # no cue was pending when the mtime was this
         self._hanging: set[int] = set()  # one eventfd(2) for each hang of this process
         self._guard = threading.Lock()
         self._closed = False
@@ -93,6 +96,8 @@ class Cues:
         name = str(uuid.uuid4())
         with locked(self._lock):
             self._put(name, cue)
+            after = max(time.time_ns(), self._added_at() + 1)
+            os.utime(self._lock, ns=(after, after))
         return name
 
     def withdraw(self, name: str | None) -> None:
@@ -103,6 +108,17 @@ class Cues:
 
     def pending(self) -> dict[str, Cue]:
         """Cues still to come or in effect, by name."""
+        added_at = self._added_at()
+        if added_at == self._none_at:
+            return {}
+        found = self._found()
+        self._none_at = None if found else added_at  # from before the folder was read: what came in between is news
+        return found
+
+    def _added_at(self) -> int:
+        return os.stat(self._lock).st_mtime_ns  # noqa: PTH116  each simulated call begins with it
+
+    def _found(self) -> dict[str, Cue]:
         names = (name[:-5] for name in os.listdir(self._folder) if name.endswith(".json") and name[0] != ".")  # noqa: PTH208
         return {name: cue for name in sorted(names) if (cue := self._get(name)) is not None}
 

@@ -23,7 +23,7 @@ from typing import cast
 
 from driver.core.model import LiveGpu, MigUuid, Partition, Placement
 from driver.errors import ConfigError, StateError
-from driver.files import ensure_folder, locked, write_atomic
+from driver.files import Version, ensure_folder, locked, write_atomic
 from driver.nvml.api import ComputeMode, Process
 from driver.nvml.nodespec import NodeSpec, from_body
 
@@ -55,6 +55,7 @@ class StateFolder:
 
     def __init__(self, folder: Path, spec: NodeSpec | None) -> None:
         self.path = ensure_folder(folder)
+        self._parts: dict[str, Path] = {}
         with locked(folder / "node.lock"):
             if not (folder / "node.json").exists():
                 self._create(spec)
@@ -64,7 +65,7 @@ class StateFolder:
                 f"folder {folder} holds another simulated node than the one asked for; "
                 f"use another folder, or remove it to start anew"
             )
-        self._cache: dict[int, tuple[tuple[int, int], GpuState]] = {}
+        self._cache: dict[int, tuple[Version, GpuState]] = {}
 
     def _create(self, spec: NodeSpec | None) -> None:
         if spec is None:
@@ -88,14 +89,20 @@ class StateFolder:
             raise StateError(f"{path} is not a simulated node ({e}); remove its folder to start anew") from e
 
     def _file(self, index: int) -> Path:
-        return self.path / f"gpu{index}.json"
+        return self._part(f"gpu{index}.json")
+
+    def _part(self, name: str) -> Path:
+        """A file of the folder. Kept, for each call on a GPU asks for some, and a Path costs as much as its use."""
+        path = self._parts.get(name)
+        if path is None:
+            path = self._parts[name] = self.path / name
+        return path
 
     def read(self, index: int) -> GpuState:
         """The card's state, from the cache where the file is still the same."""
         path = self._file(index)
         try:
-            there = os.stat(path)  # noqa: PTH116  twice as fast as Path.stat, and `look` calls nothing else
-            key = (there.st_ino, there.st_mtime_ns)
+            key = Version.of(os.stat(path))  # noqa: PTH116  twice as fast as Path.stat, and `look` calls nothing else
             held = self._cache.get(index)
             if held is not None and held[0] == key:
                 return held[1]
@@ -108,17 +115,16 @@ class StateFolder:
     def change(self, index: int, change: Change) -> GpuState:
         """Apply `change` to the card's state under its lock and return what it made; an error leaves it as it was."""
         path = self._file(index)
-        with locked(self.path / f"gpu{index}.lock"):
+        with locked(self._part(f"gpu{index}.lock")):
             state = change(self.read(index))
             after = max(time.time_ns(), path.stat().st_mtime_ns + 1)
-            write_atomic(path, _encode(state))
-            os.utime(path, ns=(after, after))
+            self._cache[index] = (write_atomic(path, _encode(state), mtime_ns=after), state)
             return state
 
     @contextmanager
     def turn(self, index: int | None) -> Iterator[None]:
         """Wait for this card's turn, or with None for the whole node's, in whatever process others wait."""
-        with locked(self.path / ("node.turn" if index is None else f"gpu{index}.turn")):
+        with locked(self._part("node.turn" if index is None else f"gpu{index}.turn")):
             yield
 
     def boot_id(self) -> str:
