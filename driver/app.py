@@ -18,7 +18,7 @@ from typing import cast
 
 import yaml
 
-from driver import files
+from driver import files, libc
 from driver.checkpoint import Checkpoint
 from driver.config import Config
 from driver.core import cdi, gpucodec, health
@@ -45,12 +45,13 @@ log = logging.getLogger(__name__)
 
 _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
-_FETCHES_AT_ONCE = 16
+_FETCHES_AT_ONCE = 8
 
 
 def run(config: Config) -> int:
     """Run the kubelet plugin until it is told to stop; the exit code."""
     setup_logging(config.log_level)
+    libc.use_one_arena()
     app = App(config)
     code = asyncio.run(app.serve())
     if app.hanging:

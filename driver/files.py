@@ -9,7 +9,6 @@ milliseconds for each of a prepare's writes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -18,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from driver import libc
 from driver.errors import StateError
 
-_IN_CLOEXEC, _IN_NONBLOCK = 0o2000000, 0o4000
 _IN_DELETE, _IN_CREATE, _IN_MOVED_FROM, _IN_MOVED_TO = 0x200, 0x100, 0x40, 0x80
 _EVENT = struct.Struct("iIII")  # struct inotify_event without its name (inotify(7))
 
@@ -150,16 +149,14 @@ class FolderWatch:
     """
 
     def __init__(self, folder: Path, *, arrivals: bool = False) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._fd: int = libc.inotify_init1(_IN_CLOEXEC | _IN_NONBLOCK)
         # A bound socket appears by IN_CREATE, a file that was written atomically by IN_MOVED_TO.
         mask = _IN_DELETE | (_IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE if arrivals else 0)
-        if self._fd < 0 or libc.inotify_add_watch(self._fd, os.fsencode(folder), mask) < 0:
-            reason = os.strerror(ctypes.get_errno())
-            self.close()
+        try:
+            self._fd = libc.watch_folder(folder, mask)
+        except OSError as e:
             raise StateError(
-                f"cannot watch {folder}: {reason}; raise fs.inotify.max_user_instances or check the folder"
-            )
+                f"cannot watch {folder}: {e.strerror}; raise fs.inotify.max_user_instances or check the folder"
+            ) from e
 
     def fileno(self) -> int:
         return self._fd

@@ -292,10 +292,11 @@ class Publisher:
 
     def _took(self, change: Update | Create, returned: Body) -> None:
         """Note what the server made of a write; what it dropped is told and becomes what is wanted, never fought."""
-        with self._state:
-            self._view.wrote(returned)
         sent = change.body["spec"]
-        if not (lost := reconcile.dropped(sent, returned["spec"])):
+        lost = reconcile.dropped(sent, returned["spec"])
+        with self._state:
+            self._view.wrote(reconcile.sharing(sent, returned))
+        if not lost:
             return
         log.warning("the API server dropped fields of pool %s: features %s are off", change.pool, sorted(lost))
         with self._state:

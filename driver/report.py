@@ -52,8 +52,11 @@ def gpu_report(pool: Pool, live: LiveGpu | None, records: Sequence[Record], tain
 def memory_map(pool: Pool, live: LiveGpu | None, grants: Sequence[Grant], records: Sequence[Record]) -> list[str]:
     """The card's memory slices in order, each under its number, with what occupies them."""
     gpu = pool.gpu
-    width = max((place.start + place.size for profile in gpu.profiles for place in profile.placements), default=1)
-    if any(grant.slot is None and not isinstance(grant.sharing, Monitor) for grant in grants):
+    whole = any(grant.slot is None and not isinstance(grant.sharing, Monitor) for grant in grants)
+    if not gpu.profiles:
+        return [f"  memory  [{('whole card' if whole else '.').center(2 * _CELL)}]"]
+    width = max(place.start + place.size for profile in gpu.profiles for place in profile.placements)
+    if whole:
         return _ruled(width, [(0, width, "whole card")])
     blocks = []
     foreign = () if live is None else plan.strays(gpu.uuid, live, records)

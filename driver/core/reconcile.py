@@ -192,6 +192,18 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) or _plain(one.get(key)) == _plain(other.get(key)) for key in _CONTENT)
 
 
+def sharing(sent: Mapping[str, Any], returned: Body) -> Body:
+    """The returned body with what came back to the letter replaced by the very objects that were sent.
+
+    Keeping both costs a megabyte for eight cards (measured).
+    """
+    spec = returned["spec"]
+    return {
+        **returned,
+        "spec": {**spec, **{key: sent[key] for key in _CONTENT if key in spec and spec[key] == sent.get(key)}},
+    }
+
+
 def _plain(node: Any, key: str = "") -> Any:
     if isinstance(node, Mapping):
         if key == "taint":

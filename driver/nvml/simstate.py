@@ -117,7 +117,7 @@ class StateFolder:
         path = self._file(index)
         with locked(self._part(f"gpu{index}.lock")):
             state = change(self.read(index))
-            after = max(time.time_ns(), path.stat().st_mtime_ns + 1)
+            after = max(time.time_ns(), self._cache[index][0].mtime_ns + 1)
             self._cache[index] = (write_atomic(path, _encode(state), mtime_ns=after), state)
             return state
 
@@ -156,7 +156,7 @@ def _encode(state: GpuState) -> str:
             {"pid": p.pid, "name": p.name, "gi": p.gi, "ci": p.ci, "usedBytes": p.used_bytes} for p in state.processes
         ],
     }
-    return json.dumps(body, indent=1) + "\n"
+    return json.dumps(body) + "\n"
 
 
 def _decode(body: Mapping[str, object]) -> GpuState:
