@@ -149,8 +149,8 @@ def _map(node: Node) -> list[str]:
     records = tuple(node.records.values())
     for pool in node.inventory.pools:
         grants = [grant for record in records for grant in record.plan.grants if grant.gpu == pool.gpu.uuid]
-        ruler, cells = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records)
-        lines += [f"GPU {pool.gpu.index}".ljust(10) + ruler[10:], cells]
+        *ruler, cells = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records)
+        lines += [f"GPU {pool.gpu.index}".ljust(10) + "".join(ruler)[10:], cells]
     return lines
 
 
