@@ -4,46 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import cast
+from functools import partial
 
-import yaml
-
-from driver import files, libc
+from driver import files, libc, node
 from driver.checkpoint import Checkpoint
 from driver.config import Config
-from driver.core import cdi, gpucodec, health
-from driver.core.health import Taints
+from driver.core import cdi, share
 from driver.core.inventory import Inventory
-from driver.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu, Record
-from driver.core.policy import Policy
-from driver.errors import ConfigError, DeviceError, StateError
+from driver.core.model import ClaimUid
+from driver.errors import ConfigError, DeviceError, DriverError
 from driver.gate import Departures
-from driver.host import Host, RealHost, SimHost
 from driver.injection import Injector
 from driver.kube import Kube
 from driver.kubelet import Doors
-from driver.nvml.api import Nvml
-from driver.nvml.real import RealNvml
-from driver.nvml.sim import Latency, SimNvml
+from driver.mps.client import MpsClient
 from driver.offering import Offering
 from driver.prepare import Preparer
 from driver.service import ClaimService
+from driver.steps import Steps
 from driver.survey import Surveyor
 from driver.telemetry import Check, HttpServer, Telemetry, setup_logging
 
 log = logging.getLogger(__name__)
 
+_MpsState = tuple[str, frozenset[str]]
+
 _COLLECT_PERIOD_S = 60.0
+_MPS_PERIOD_S = 2.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
 
@@ -62,61 +56,6 @@ def run(config: Config) -> int:
     return code
 
 
-# ---------------------------------------------------------------- parts that depend on the node
-
-
-def build_node(config: Config) -> tuple[Nvml, Host]:
-    """The GPUs and the machine around them, real or simulated."""
-    if config.simulate:
-        folder = files.ensure_folder(config.simulated_node)
-        return SimNvml(folder, config.simulate, latency=cast(Latency, config.simulate_latency)), SimHost(folder)
-    host = RealHost(
-        config.driver_root_ctr_path, host_root=config.nvidia_driver_root, cdi_hook=config.nvidia_cdi_hook_path
-    )
-    return RealNvml(config.driver_root_ctr_path), host
-
-
-def read_policy(path: Path | None) -> Policy:
-    """The policy file, or the default of everything. ConfigError names the file."""
-    if path is None:
-        return Policy.default()
-    try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"policy file {path} cannot be read ({' '.join(str(e).split())}); see docs/policy.md") from e
-    try:
-        return Policy.parse({} if body is None else body)
-    except ConfigError as e:
-        raise ConfigError(f"policy file {path}: {e}") from e
-
-
-def known_gpus(nvml: Nvml, host: Host, path: Path) -> tuple[Gpu, ...]:
-    """The node's cards in bus order; one that cannot be read now is as it was when last seen, so that its pool stays."""
-    seen = tuple(host.locate(gpu) for gpu in nvml.gpus())
-    lost = nvml.lost()
-    for sentence in (*lost, *nvml.notes()):
-        log.warning("%s", sentence)
-    before = {gpu.bus_id: gpu for gpu in _last_seen(path)}
-    here = {gpu.bus_id: gpu for gpu in seen}
-    # Drivers of about 535 list no profiles while MIG mode is off (NVML field 199): then the list of last time counts.
-    for bus_id, gpu in here.items():
-        if not gpu.profiles and bus_id in before and before[bus_id].uuid == gpu.uuid:
-            here[bus_id] = replace(gpu, profiles=before[bus_id].profiles)
-    gpus = tuple(gpu for _, gpu in sorted({**(before if lost else {}), **here}.items()))
-    files.write_atomic(path, json.dumps(gpucodec.encode(gpus)))
-    return gpus
-
-
-def _last_seen(path: Path) -> tuple[Gpu, ...]:
-    try:
-        return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return ()  # the first start, or a torn file of a power loss: then only what is here now is known
-
-
-# ---------------------------------------------------------------- the driver process
-
-
 class App:
     """One driver process, built but not yet running."""
 
@@ -129,28 +68,33 @@ class App:
         kind = cdi.kind_of(config.driver_name)
         folder = files.ensure_folder(config.plugin_folder)
         files.ensure_folder(config.kubelet_registrar_directory_path)
-        policy = read_policy(config.policy)
+        policy = node.read_policy(config.policy)
         self._kube = Kube(config.kubeconfig)
         self._telemetry = Telemetry()
         self._departures = Departures()
-        self._nvml, host = build_node(config)
-        gpus = known_gpus(self._nvml, host, folder / "gpus.json")
+        self._nvml, host = node.build(config)
+        gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
+        static = Inventory.of(gpus, policy, config.node_name, static=True)
         inventory = Inventory.of(gpus, policy, config.node_name)
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         for sentence in self._checkpoint.broken():
             log.error("%s", sentence)
-        injector = Injector(host=host, nvml=self._nvml, inventory=inventory, folder=config.cdi_root, kind=kind)
+        self._mps = MpsClient(config.mps_root)
+        injector = Injector(
+            host=host, nvml=self._nvml, mps=self._mps, inventory=inventory, folder=config.cdi_root, kind=kind
+        )
         self._preparer = Preparer(
             nvml=self._nvml,
             checkpoint=self._checkpoint,
             inventory=inventory,
+            steps=Steps(self._nvml, self._mps),
             injector=injector,
             locks=folder / "locks",
         )
-        self._inventories = (inventory, Inventory.of(gpus, policy, config.node_name, static=True))
-        _note_running(config)
+        self._inventories = (inventory, static)
+        node.note_running(config)
 
     async def serve(self) -> int:
         """Run until SIGTERM or SIGINT (0), or until a door or a background job is lost (1)."""
@@ -169,7 +113,7 @@ class App:
             offering = self._build_offering(service)
             stack.callback(self._hear_of_departures(loop, offering))
             doors = self._build_doors(service)
-            work = (service.recover(), self._collect(service))
+            work = (service.recover(), self._collect(service), self._keep_mps(service, offering))
             jobs = [loop.create_task(_guarded(job, stop)) for job in work]
             try:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before a door can let anybody in
@@ -204,7 +148,7 @@ class App:
 
     def _build_offering(self, service: ClaimService) -> Offering:
         dynamic, static = self._inventories
-        surveyor = Surveyor(nvml=self._nvml, checkpoint=self._checkpoint, hung=service.tickets.hung)
+        surveyor = Surveyor(nvml=self._nvml, mps=self._mps, checkpoint=self._checkpoint, hung=service.tickets.hung)
         return Offering(
             kube=self._kube,
             driver=self._config.driver_name,
@@ -238,12 +182,52 @@ class App:
         gauge("gpuslice_prepared_claims", "Claims with a record.", lambda: len(self._checkpoint.records()))
         gauge("gpuslice_hung_gpus", "GPUs with a call that does not come back.", lambda: len(service.tickets.hung()))
         gauge("gpuslice_published", "1 while the API shows what the node offers.", lambda: not offering.problem())
+        self._telemetry.gauges(
+            "gpuslice_prepared_devices",
+            "Devices that claims hold.",
+            "type",
+            {m: partial(self._held, m) for m in share.MODES},
+        )
+        gauge("gpuslice_mps_daemons_unwell", "MPS daemons in trouble; -1 without supervisor.", self._mps_unwell)
         if not self._config.http_endpoint:
             return lambda: None
         ready: Check = lambda: offering.problem() or doors.status.refusal  # noqa: E731
         server = HttpServer(self._config.http_endpoint, self._telemetry, healthy=doors.probe, ready=ready)
         log.info("metrics and probes on %s", server.address)
         return server.close
+
+    def _held(self, mode: str) -> int:
+        records = self._checkpoint.records().values()
+        return sum(share.mode(grant) == mode for record in records for grant in record.plan.grants)
+
+    def _mps_unwell(self) -> int:
+        try:
+            return sum(bool(daemon.problem) for daemon in self._mps.running())
+        except DeviceError:
+            return -1
+
+    async def _keep_mps(self, service: ClaimService, offering: Offering) -> str:
+        """Look after the MPS daemons: where one was lost, or the whole supervisor is another process than before, have
+        them ensured again from the records. What is wrong meanwhile is told, and tainted, by the survey."""
+        known: _MpsState = ("", frozenset())
+        while True:
+            try:
+                now = await asyncio.to_thread(self._mps_state)
+                if now != known:
+                    offering.nudge()
+                if now[0] != known[0] or now[1]:
+                    await service.mend()
+                known = now
+            except DriverError as e:
+                log.debug("MPS daemons cannot be mended yet: %s", e)
+                if known[0]:
+                    offering.nudge()
+                known = ("", frozenset())
+            await asyncio.sleep(_MPS_PERIOD_S)
+
+    def _mps_state(self) -> _MpsState:
+        """Which supervisor it is, and what is wrong with its daemons."""
+        return self._mps.incarnation(), frozenset(daemon.problem for daemon in self._mps.running() if daemon.problem)
 
     async def _collect(self, service: ClaimService) -> str:
         """Give back what vanished claims hold, once a minute."""
@@ -270,65 +254,3 @@ async def _guarded(job: Coroutine[None, None, str | None], stop: asyncio.Future[
 def _end(stop: asyncio.Future[str], reason: str) -> None:
     if not stop.done():
         stop.set_result(reason)
-
-
-# ---------------------------------------------------------------- a look from outside
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What `devices` and `claims` show."""
-
-    inventory: Inventory
-    live: Mapping[GpuUuid, LiveGpu]
-    records: Mapping[ClaimUid, Record]
-    taints: Taints
-
-
-@contextlib.contextmanager
-def looked_at(config: Config) -> Iterator[Node]:
-    """One look at the node beside a driver that may run; changes nothing. What is not said is as `run` had it."""
-    config = _as_running(config)
-    nvml, host = build_node(config)
-    try:
-        inventory = Inventory.of(nvml.gpus(), read_policy(config.policy), config.node_name)
-        folder = config.plugin_folder / "claims" / host.boot_id()
-        checkpoint = Checkpoint(folder.parent, folder.name) if folder.is_dir() else None
-        live: dict[GpuUuid, LiveGpu] = {}
-        for pool in inventory.pools:
-            with contextlib.suppress(DeviceError):
-                live[pool.gpu.uuid] = nvml.look(pool.gpu.uuid)
-        records = checkpoint.records() if checkpoint is not None else {}
-        yield Node(inventory, live, records, health.taints(inventory, live, {}, records.values()))
-    finally:
-        nvml.close()
-
-
-def _note_running(config: Config) -> None:
-    """Leave a note for `devices` and `claims`, so that they need no flags on the node of a running driver."""
-    note = {
-        "node_name": config.node_name,
-        "policy": str(config.policy or ""),
-        "simulate": config.simulate,
-        "simulate_folder": str(config.simulate_folder or ""),
-        "simulate_latency": config.simulate_latency,
-    }
-    files.write_atomic(config.plugin_folder / "running.json", json.dumps(note))
-
-
-def _as_running(config: Config) -> Config:
-    path = config.plugin_folder / "running.json"
-    if config.node_name or config.simulate or not path.exists():
-        return replace(config, node_name=config.node_name or "this-node")
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise StateError(f"{path} cannot be read ({e}); give --node-name, and --simulate if it is simulated") from e
-    return replace(
-        config,
-        node_name=note["node_name"],
-        policy=config.policy or (Path(note["policy"]) if note["policy"] else None),
-        simulate=note["simulate"],
-        simulate_folder=Path(note["simulate_folder"]) if note["simulate_folder"] else None,
-        simulate_latency=note.get("simulate_latency", config.simulate_latency),
-    )

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from driver import files
 from driver.core import codec
-from driver.core.model import ClaimUid, Record
+from driver.core.model import ClaimUid
+from driver.core.record import Record
 from driver.errors import StateError
 from driver.files import Version
 

@@ -24,11 +24,13 @@ exit codes:
 """
 
 _ABOUT = """\
-A Kubernetes DRA driver for NVIDIA GPU slices: whole cards and MIG partitions from the same card, chosen by each claim.
+A Kubernetes DRA driver for NVIDIA GPU slices: whole cards, MIG, MPS and time-slicing from the same card,
+chosen by each claim.
 
   gpuslice demo                          see it all on a simulated node: no GPU, no cluster, half a minute
   gpuslice run --simulate h100x2         the kubelet plugin, on simulated cards, beside a kubelet
   gpuslice run                           the same on a GPU node
+  gpuslice mps-supervisor                beside it: owns the MPS daemons
   gpuslice devices                       what each GPU offers and who holds what, with a map of its memory
   gpuslice claims                        what is prepared on this node
 """
@@ -39,6 +41,13 @@ Run the kubelet plugin: publish the node's GPUs as ResourceSlices, and prepare t
 It needs a Node name, an API server (a service account in a pod, else --kubeconfig), the kubelet's two plugin folders and
 the container runtime's CDI folder. It keeps its records below the plugin folder and may be killed at any moment: the
 next start puts node, records and CDI files in agreement.
+"""
+
+_SUPERVISOR = """\
+Own the MPS daemons of this node, one for each card or partition that is shared by MPS.
+
+A process of its own, beside `run` and with the same --mps-root, so that restarting or upgrading the driver leaves MPS
+clients running. It runs nvidia-cuda-mps-control from the driver root, or with --simulate a stand-in for it.
 """
 
 _DEMO = """\
@@ -78,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run = _add(commands, "run", "run the kubelet plugin", _RUN, _run)
     config.add_flags(run)
+    supervisor = _add(commands, "mps-supervisor", "own the MPS daemons of this node", _SUPERVISOR, _supervise)
+    config.add_flags(supervisor, *config.SUPERVISOR_FLAGS)
     demo = _add(commands, "demo", "see it all on a simulated node", _DEMO, _demo)
     demo.add_argument(
         "--simulate", default="h100x2", metavar="NODE", help="cards of the simulated node; default h100x2"
@@ -126,6 +137,14 @@ def _run(parsed: argparse.Namespace) -> int:
     return app.run(config.read(parsed))
 
 
+def _supervise(parsed: argparse.Namespace) -> int:
+    from driver.mps import control, supervisor
+
+    settings = config.read(parsed)
+    node = settings.simulated_node if settings.simulate else None
+    return supervisor.run(settings.mps_root, control.program(settings.driver_root_ctr_path, node))
+
+
 def _demo(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from driver.demo import show
@@ -134,16 +153,16 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _devices(parsed: argparse.Namespace) -> int:
-    from driver import app, report
+    from driver import node, report
 
-    with app.looked_at(config.read(parsed)) as node:
-        print(report.node(node.inventory, node.live, node.records.values(), node.taints))
+    with node.looked_at(config.read(parsed)) as seen:
+        print(report.node(seen.inventory, seen.live, seen.records.values(), seen.taints))
     return 0
 
 
 def _claims(parsed: argparse.Namespace) -> int:
-    from driver import app, report
+    from driver import node, report
 
-    with app.looked_at(config.read(parsed)) as node:
-        print(report.claims(node.records))
+    with node.looked_at(config.read(parsed)) as seen:
+        print(report.claims(seen.records))
     return 0

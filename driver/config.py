@@ -37,6 +37,7 @@ class Config:
     driver_root_ctr_path: Path = Path("/")
     nvidia_cdi_hook_path: Path | None = None
     policy: Path | None = None
+    mps_root: Path = Path("/run/gpuslice/mps")
     http_endpoint: str = ""
     log_level: str = "info"
     simulate: str = ""
@@ -66,6 +67,17 @@ class Config:
         return self.simulate_folder or self.plugin_folder / "simulated"
 
 
+# What `mps-supervisor` needs of them.
+SUPERVISOR_FLAGS = (
+    "mps_root",
+    "driver_root_ctr_path",
+    "log_level",
+    "driver_name",
+    "kubelet_plugins_directory_path",
+    "simulate",
+    "simulate_folder",
+)
+
 # What `devices` and `claims` need of them.
 NODE_FLAGS = (
     "driver_name",
@@ -91,6 +103,7 @@ _HELP = {
     "driver_root_ctr_path": "the same folder as this process sees it",
     "nvidia_cdi_hook_path": "nvidia-cdi-hook, a host path; found in the usual places if not given",
     "policy": "policy file: what each GPU may offer (docs/policy.md)",
+    "mps_root": "folder of the MPS supervisor and its daemons; the same path on the host and in every container",
     "http_endpoint": "host:port for /metrics, /healthz, /readyz; none if empty",
     "log_level": f"one of {', '.join(LEVELS)}",
     "simulate": "no GPU: simulate this node, e.g. h100x8 or a100-40gx2+l4, or a file (docs/simulator.md)",

@@ -24,6 +24,10 @@ _IN_DELETE, _IN_CREATE, _IN_MOVED_FROM, _IN_MOVED_TO = 0x200, 0x100, 0x40, 0x80
 _EVENT = struct.Struct("iIII")  # struct inotify_event without its name (inotify(7))
 
 
+# In temporary names: two driver pods of a rolling update may both be process 1 of their containers.
+_MINE = f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
 class Version(NamedTuple):
     """What tells one content of a file from another without reading it.
 
@@ -47,7 +51,7 @@ def write_atomic(path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | No
     containerd 1.7 and 2.1), and its name has no suffix that they would read. Plain system calls: Python's file objects
     make three times as many, each of which lets go of the interpreter and queues for it again.
     """
-    temporary = f"{path.parent}/.{path.name}.{os.getpid()}.tmp"
+    temporary = f"{path.parent}/.{path.name}.{_MINE}.tmp"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:

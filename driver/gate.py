@@ -13,7 +13,7 @@ import contextlib
 import contextvars
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,8 @@ from driver.core.model import ClaimUid, GpuUuid
 from driver.errors import ClaimError, DriverError, HungError
 
 T = TypeVar("T")
+
+_MOST_WAITING = 8  # threads kept for the next work; a burst may use more
 
 
 class Turn:
@@ -55,7 +57,7 @@ class Gate:
         for job in line:
             if job.kind == calls_off and not job.turn.working:
                 job.task.cancel()
-        if line and line[-1].kind == kind:
+        if line and line[-1].kind == kind and not line[-1].task.cancelling():
             job = line[-1]
         else:
             job = _Job(kind, Turn())
@@ -216,22 +218,30 @@ class Workers:
             if not answer.done():
                 answer.set_exception(HungError(text))
 
+        try:
+            self._give(partial(contextvars.copy_context().run, body))
+        except RuntimeError as e:
+            self._tickets.give_back(ticket)
+            raise ClaimError(f"{name} cannot begin: {e}; raise the limit of processes of this container") from e
         watchdog = loop.call_later(self._limit_s, overdue)
         turn.working += 1
-        self._give(partial(contextvars.copy_context().run, body))
         return await answer
 
     def _give(self, job: Callable[[], None]) -> None:
-        self._working += 1
-        self._idle.clear()
+        """RuntimeError where no thread waits and none can be started."""
         if self._waiting:
             self._waiting -= 1
         else:
             threading.Thread(target=_work_off, args=(self._jobs,), name="worker", daemon=True).start()
+        self._working += 1
+        self._idle.clear()
         self._jobs.put(job)
 
     def _leave(self) -> None:
-        self._waiting += 1
+        if self._waiting < _MOST_WAITING:
+            self._waiting += 1
+        else:
+            self._jobs.put(None)  # this thread, or one beside it, goes home
         self._working -= 1
         if not self._working:
             self._idle.set()
@@ -291,7 +301,7 @@ class _Waiter:
         self.changed = asyncio.Event()
         self.error: DriverError | None = None
 
-    async def any_of(self, uids: Sequence[ClaimUid], timeout_s: float) -> bool:
+    async def any_of(self, uids: Collection[ClaimUid], timeout_s: float) -> bool:
         """Wait until one of these records is gone; False when the time is up. An overflow ("") counts as all of them."""
         try:
             async with asyncio.timeout(timeout_s):

@@ -8,18 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from driver import files
-from driver.core import cdi, plan
+from driver.core import cdi, plan, share
 from driver.core.inventory import Inventory
-from driver.core.model import ClaimUid, GpuUuid, Grant, LiveGpu, PreparedClaim, PreparedDevice, Record
+from driver.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Mps
+from driver.core.record import Grant, PreparedClaim, PreparedDevice, Record
+from driver.core.share import Share
 from driver.host import Host
+from driver.mps.api import Mps as MpsDaemons
 from driver.nvml.api import Nvml
 
 
 class Injector:
-    def __init__(self, *, host: Host, nvml: Nvml, inventory: Inventory, folder: Path, kind: str) -> None:
+    def __init__(
+        self, *, host: Host, nvml: Nvml, mps: MpsDaemons, inventory: Inventory, folder: Path, kind: str
+    ) -> None:
         """`folder` is where the container runtime looks for transient specs; `kind` is "<vendor>/<class>"."""
         self._host = host
         self._nvml = nvml
+        self._mps = mps
         self._inventory = inventory
         self._folder = files.ensure_folder(folder, 0o755)
         self._kind = kind
@@ -65,18 +71,41 @@ class Injector:
     def _edits(
         self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
     ) -> cdi.Injection:
-        pool = self._inventory.pool(grant.gpu)
-        profile = pool.gpu.profile(grant.slot.profile) if pool is not None and grant.slot is not None else None
         partition = live[grant.gpu].at(grant.slot) if grant.slot is not None else None
         # The minor is asked for now: a switch of MIG mode may have changed it.
         minor = self._nvml.minor(grant.gpu)
         nodes = self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
-        whole = None if pool is None else pool.memory_mib
+        part = share.of(grant)
+        client = self._client(grant, part)
         env = cdi.budget(
             label,
             device=device.device,
             uuid=device.uuid,
-            memory_mib=whole if profile is None else profile.memory_mib,
-            profile="" if profile is None else profile.name,
+            enforcement=share.enforcement(grant),
+            memory_mib=self._memory_mib(grant) if part is None else part.memory_mib,
+            percent=0 if part is None else part.percent,
+            profile=self._profile_name(grant),
         )
-        return cdi.Injection(nodes=nodes, env=env)
+        return replace(client, nodes=nodes, env={**client.env, **env})
+
+    def _client(self, grant: Grant, part: Share | None) -> cdi.Injection:
+        if not isinstance(grant.sharing, Mps) or part is None:
+            return cdi.Injection()
+        key = share.daemon_key(grant.gpu, grant.slot)
+        return cdi.mps_client(
+            str(self._mps.pipe(key)), str(self._mps.shm(key)), memory_mib=part.memory_mib, percent=part.percent
+        )
+
+    def _profile(self, grant: Grant) -> MigProfile | None:
+        pool = self._inventory.pool(grant.gpu)
+        return None if pool is None or grant.slot is None else pool.gpu.profile(grant.slot.profile)
+
+    def _profile_name(self, grant: Grant) -> str:
+        profile = self._profile(grant)
+        return "" if profile is None else profile.name
+
+    def _memory_mib(self, grant: Grant) -> int | None:
+        profile, pool = self._profile(grant), self._inventory.pool(grant.gpu)
+        if profile is not None:
+            return profile.memory_mib
+        return None if pool is None else pool.memory_mib

@@ -23,7 +23,8 @@ import grpc
 import grpc.aio
 
 from driver import files
-from driver.core.model import ClaimRef, ClaimUid, PreparedClaim, PreparedDevice
+from driver.core.model import ClaimRef, ClaimUid
+from driver.core.record import PreparedClaim, PreparedDevice
 from driver.errors import ConfigError, DriverError
 from driver.pb import (
     dra_v1_pb2,
@@ -227,7 +228,7 @@ class Doors:
     async def lost(self) -> str:
         """Wait until a server ends or a socket is taken from us, which only a restart mends; says which."""
         loop = asyncio.get_running_loop()
-        watches = [files.FolderWatch(path.parent) for path in (self.endpoint, self.registration)]
+        watches = [files.FolderWatch(path.parent, arrivals=True) for path in (self.endpoint, self.registration)]
         changed = asyncio.Event()
         try:
             for watch in watches:

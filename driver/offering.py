@@ -20,11 +20,13 @@ from driver.checkpoint import Checkpoint
 from driver.core import pool, shape
 from driver.core.health import Taints
 from driver.core.inventory import Inventory
-from driver.core.model import DeviceRef, PoolName, Record
+from driver.core.model import DeviceRef, PoolName
 from driver.core.pool import Features, PoolSlices
 from driver.core.reconcile import CONSUMABLE, PARTITIONABLE, TAINTS
+from driver.core.record import Record
 from driver.errors import ApiError, DriverError
 from driver.features import features as probe
+from driver.files import Version
 from driver.kube import Kube
 from driver.publish import Publisher, Status
 from driver.survey import Surveyor
@@ -37,11 +39,16 @@ _GATHER_S = 0.1
 
 
 class Shapes:
-    """The shapes that were last published, on disk: they outlive the kubelet's wipe and a new version of the driver."""
+    """The shapes that were last published, on disk: they outlive the kubelet's wipe and a new version of the driver.
 
-    def __init__(self, path: Path, kube: Kube, driver: str) -> None:
-        self._path, self._kube, self._driver = path, kube, driver
-        self._kept = shape.decode(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    Two instances of a rolling update take turns, and each reads what the other has left: neither may forget a shape of
+    which claims hold devices.
+    """
+
+    def __init__(self, path: Path, kube: Kube, driver: str, node: str) -> None:
+        self._path, self._kube, self._driver, self._node = path, kube, driver, node
+        self._kept: dict[PoolName, PoolSlices] = {}
+        self._version: Version | None = None  # of the file that `_kept` is
         self._closed: set[PoolName] = set()
         self.settling = False  # a pool waits for nothing but its taints to be in force
 
@@ -53,30 +60,51 @@ class Shapes:
         `published` says that what was admitted last is in force: only then do taints keep the scheduler away. Blocks
         on the API server while a change waits (ApiError where it does not answer).
         """
-        new = {p.name: p for p in wanted}
-        waiting = [kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))]
-        held = self._held(records) if waiting else set()
-        admitted = dict(new)
-        for kept in waiting:
-            if kept.name in held or (taints and not (published and kept.name in self._closed)):
-                admitted[kept.name] = shape.closed(kept, self._driver) if taints else kept
-                if kept.name not in self._closed:
-                    log.warning("pool changes its shape when its claims have left pool=%s", kept.name)
-                self._closed.add(kept.name)
-            else:
-                self._closed.discard(kept.name)
-        self.settling = bool(self._closed - held)
-        self._keep({name: self._kept[name] if name in self._closed else p for name, p in admitted.items()})
-        return tuple(admitted[name] for name in sorted(admitted))
+        with files.locked(self._path.with_suffix(".lock")):
+            self._read()
+            new = {p.name: p for p in wanted}
+            waiting = [kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))]
+            self._closed &= {kept.name for kept in waiting}
+            held = self._held(records) if waiting else set()
+            admitted = dict(new)
+            for kept in waiting:
+                if kept.name in held or (taints and not (published and kept.name in self._closed)):
+                    admitted[kept.name] = shape.closed(kept, self._driver) if taints else kept
+                    if kept.name not in self._closed:
+                        log.warning("pool changes its shape when its claims have left pool=%s", kept.name)
+                    self._closed.add(kept.name)
+                else:
+                    self._closed.discard(kept.name)
+            self.settling = bool(self._closed - held)
+            self._keep({name: self._kept[name] if name in self._closed else p for name, p in admitted.items()})
+            return tuple(admitted[name] for name in sorted(admitted))
 
     def _held(self, records: Sequence[Record]) -> set[PoolName]:
         ours = {grant.allocation.device.pool for record in records for grant in record.plan.grants}
         return ours | set(shape.pools_of(self._kube.claims(), self._driver))
 
+    def _read(self) -> None:
+        """Take in what the file says, if it is news; where it is lost or torn, the shapes that the API server has."""
+        try:
+            version = Version.of(self._path.stat())
+            if version == self._version:
+                return
+            self._kept, self._version = shape.decode(json.loads(self._path.read_bytes())), version
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            if not isinstance(e, FileNotFoundError):
+                log.warning("%s cannot be read (%s); what is published counts instead", self._path, e)
+            bodies, _ = self._kube.resource_slices(self._driver, self._node)
+            self._kept = shape.published(bodies)
+            self._write()
+
     def _keep(self, kept: dict[PoolName, PoolSlices]) -> None:
-        if kept != self._kept:
-            files.write_atomic(self._path, json.dumps(shape.encode(tuple(kept.values()))))
+        same = kept.keys() == self._kept.keys() and all(shape.same(kept[name], self._kept[name]) for name in kept)
         self._kept = kept  # also where it is equal: the same objects compare at once the next time
+        if not same:
+            self._write()
+
+    def _write(self) -> None:
+        self._version = files.write_atomic(self._path, json.dumps(shape.encode(tuple(self._kept.values()))))
 
 
 class Offering:
@@ -95,11 +123,12 @@ class Offering:
         self._kube, self._driver, self._node = kube, driver, node
         self._dynamic, self._static = dynamic, static
         self._surveyor, self._checkpoint = surveyor, checkpoint
-        self._shapes = Shapes(folder / "shapes.json", kube, driver)
+        self._shapes = Shapes(folder / "shapes.json", kube, driver, node)
         self._publisher = Publisher(kube, driver, node, changed=self._changed)
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
+        self._failed = ""  # why the last try to plan came to nothing
         self._planned_from: tuple[Features, Taints, frozenset[DeviceRef]] | None = None
         self._wanted: tuple[PoolSlices, ...] = ()
         self._thread = threading.Thread(target=self._run, name="offering", daemon=True)
@@ -123,6 +152,8 @@ class Offering:
 
     def problem(self) -> str | None:
         """Why the API does not show what this node offers, or None when it does."""
+        if self._failed:
+            return self._failed
         return None if self._publisher.published.is_set() else self._publisher.status.error or self._problem
 
     def _changed(self, status: Status) -> None:
@@ -136,13 +167,22 @@ class Offering:
             features = self._without_dropped(features)
             try:
                 self._publisher.publish(self._planned(features))
+                self._failed = ""
             except DriverError as e:
-                self._problem = str(e)
-                log.warning("cannot plan what to publish, trying again: %s", e)
-            if self._shapes.settling:
+                self._fail(str(e))
+            except Exception as e:
+                log.exception("planning failed unexpectedly")
+                self._fail(f"unexpected: {e!r}")
+            if self._shapes.settling and not self._publisher.published.is_set():
                 self._publisher.published.wait(_RETRY_S)
             else:
-                self._pause(_PERIOD_S)
+                self._pause(_RETRY_S if self._failed or self._shapes.settling else _PERIOD_S)
+
+    def _fail(self, error: str) -> None:
+        news = error != self._failed
+        self._failed = error
+        if news:
+            log.warning("cannot plan what to publish, trying again: %s", error)
 
     def _probed(self) -> Features | None:
         while not self._stopped:

@@ -13,33 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import assert_never
 
 from driver import files
 from driver.checkpoint import Checkpoint
 from driver.core import plan
 from driver.core.inventory import Inventory
-from driver.core.model import (
-    Busy,
-    Claim,
-    ClaimUid,
-    CreateMig,
-    GpuUuid,
-    LiveGpu,
-    MadeMig,
-    Plan,
-    PreparedClaim,
-    Record,
-    SetMigMode,
-    Step,
-    Undo,
-)
+from driver.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu
+from driver.core.record import Busy, Plan, PreparedClaim, Record, StartMps
 from driver.errors import DeviceError, DriverError
 from driver.injection import Injector
-from driver.nvml.api import Code, Nvml
+from driver.nvml.api import Nvml
+from driver.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +37,14 @@ class Preparer:
         nvml: Nvml,
         checkpoint: Checkpoint,
         inventory: Inventory,
+        steps: Steps,
         injector: Injector,
         locks: Path,
     ) -> None:
         self._nvml = nvml
         self._checkpoint = checkpoint
         self._inventory = inventory
+        self._steps = steps
         self._injector = injector
         self._locks = files.ensure_folder(locks)
 
@@ -110,6 +98,15 @@ class Preparer:
                 log.warning("undoing what was left half-made claim=%s", record.plan.ref)
                 self._undo(record)
 
+    def mend(self, gpu: GpuUuid) -> None:
+        """Have the MPS daemons of a card as its records want them: the supervisor may have lost them."""
+        with files.locked(self._gpu_lock(gpu)):
+            records = tuple(self._checkpoint.records().values())
+            for record in records:
+                for step in record.plan.steps:
+                    if isinstance(step, StartMps) and step.gpu == gpu and record.prepared is not None:
+                        self._steps.do(step, record, records, lambda _: None)
+
     # ------------------------------------------------------------ what others ask
 
     def records(self) -> Mapping[ClaimUid, Record]:
@@ -130,6 +127,11 @@ class Preparer:
         record = self._checkpoint.get(uid)
         return () if record is None else record.plan.gpus
 
+    def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
+        """Claims that would still be in the way if those in `gone` had left."""
+        others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
+        return plan.in_the_way(plan.grants(claim, self._inventory), others, self._inventory)
+
     def in_use(self, record: Record) -> bool:
         """Whether a process runs on what the record holds; a GPU that cannot be asked counts as in use."""
         made = {(done.slot.gpu, done.gi) for done in record.done}
@@ -146,11 +148,12 @@ class Preparer:
     # ------------------------------------------------------------ forward
 
     def _carry_out(self, decided: Plan) -> PreparedClaim:
-        record = Record(decided)
+        others = tuple(self._others(decided.ref.uid).values())
+        record = Record(decided, plan.inherited(decided, others))
         self._checkpoint.put(record)
         try:
             for step in decided.steps:
-                record = self._do(step, record)
+                record = self._steps.do(step, record, others, self._checkpoint.put)
             finished = self._injector.inject(record, self._look(decided.named))
             self._checkpoint.put(finished)
         except DriverError:
@@ -159,43 +162,15 @@ class Preparer:
         assert finished.prepared is not None
         return finished.prepared
 
-    def _do(self, step: Step, record: Record) -> Record:
-        """Carry out one step and write down what came into being, before the next effect."""
-        match step:
-            case SetMigMode(gpu, on):
-                self._set_mig_mode(gpu, on)
-                return record
-            case CreateMig(slot):
-                made = MadeMig(slot=slot, gi=self._nvml.create_gpu_instance(slot.gpu, slot.profile, slot.placement))
-                self._checkpoint.put(replace(record, done=(*record.done, made)))
-                ci, uuid = self._nvml.create_compute_instance(slot.gpu, made.gi)
-                record = replace(record, done=(*record.done, replace(made, ci=ci, uuid=uuid)))
-                self._checkpoint.put(record)
-                return record
-            case _:
-                assert_never(step)
-
-    def _set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
-        try:
-            self._nvml.set_mig_mode(gpu, on)
-        except DeviceError as e:
-            if e.code != Code.IN_USE:
-                raise
-            names = ", ".join(f"{p.name or 'process'} (pid {p.pid})" for p in self._nvml.processes(gpu))
-            raise DeviceError(
-                f"MIG mode of GPU {gpu} cannot be switched while it is in use by {names or 'another NVML client'}; stop it "
-                "or wait until it leaves",
-                e.code,
-            ) from e
-
     # ------------------------------------------------------------ back
 
     def _undo(self, record: Record) -> None:
         """Take everything back, the record last. Raises where the hardware refuses; the record then stays."""
         uid = record.plan.ref.uid
+        others = tuple(self._others(uid).values())
         self._injector.remove(uid)
-        for undoing in plan.undo(record, self._others(uid).values()):
-            self._undo_one(undoing)
+        for undoing in plan.undo(record, others):
+            self._steps.undo(undoing, others)
         self._checkpoint.drop(uid)
 
     def _roll_back(self, uid: ClaimUid) -> None:
@@ -206,17 +181,6 @@ class Preparer:
                 self._undo(record)
         except DriverError as e:
             log.error("cannot take a failed prepare back yet claim=%s: %s", uid, e)
-
-    def _undo_one(self, undoing: Undo) -> None:
-        gpu = undoing.slot.gpu
-        partition = plan.target(undoing, self._nvml.look(gpu))
-        if partition is None:
-            return
-        if partition.ci is not None:
-            with _gone_is_fine():
-                self._nvml.destroy_compute_instance(gpu, partition.gi, partition.ci)
-        with _gone_is_fine():
-            self._nvml.destroy_gpu_instance(gpu, partition.gi)
 
     # ------------------------------------------------------------ parts
 
@@ -231,14 +195,8 @@ class Preparer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(files.locked(self._locks / f"claim-{uid}.lock", unlink=True))
             for gpu in sorted(gpus):
-                stack.enter_context(files.locked(self._locks / f"gpu-{gpu}.lock"))
+                stack.enter_context(files.locked(self._gpu_lock(gpu)))
             yield
 
-
-@contextlib.contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except DeviceError as e:
-        if e.code != Code.NOT_FOUND:
-            raise
+    def _gpu_lock(self, gpu: GpuUuid) -> Path:
+        return self._locks / f"gpu-{gpu}.lock"

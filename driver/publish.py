@@ -242,6 +242,8 @@ class Publisher:
                 self.published.set()
         if errors:
             raise errors[0]
+        if todo:
+            log.info("published pools=%d writes=%d", len(sound), len(todo))
         self._tell(error="")
 
     @staticmethod

@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from driver.core import plan
+from driver.core import plan, share
 from driver.core.health import Taints
 from driver.core.inventory import Inventory, Pool
 from driver.core.model import (
     MIB,
     ClaimUid,
+    Exclusive,
+    Gpu,
     GpuUuid,
-    Grant,
     LiveGpu,
     MigSlice,
+    MigSlot,
     Monitor,
-    Record,
+    Mps,
+    Partition,
+    TimeSlicing,
     WholeGpu,
 )
+from driver.core.record import Grant, Record
 
 _CELL = 9
+_SHARED = {Exclusive: "", Monitor: "", Mps: " by MPS", TimeSlicing: " by time"}
 
 
 def node(
@@ -52,25 +58,30 @@ def gpu_report(pool: Pool, live: LiveGpu | None, records: Sequence[Record], tain
 def memory_map(pool: Pool, live: LiveGpu | None, grants: Sequence[Grant], records: Sequence[Record]) -> list[str]:
     """The card's memory slices in order, each under its number, with what occupies them."""
     gpu = pool.gpu
-    whole = any(grant.slot is None and not isinstance(grant.sharing, Monitor) for grant in grants)
+    whole = [grant for grant in grants if grant.slot is None and not isinstance(grant.sharing, Monitor)]
+    text = (share.together(whole) or "whole card") if whole else ""
     if not gpu.profiles:
-        return [f"  memory  [{('whole card' if whole else '.').center(2 * _CELL)}]"]
+        return [f"  memory  [{(text or '.').center(4 * _CELL)}]"]
     width = max(place.start + place.size for profile in gpu.profiles for place in profile.placements)
     if whole:
-        return _ruled(width, [(0, width, "whole card")])
-    blocks = []
+        return _ruled(width, [(0, width, text)])
     foreign = () if live is None else plan.strays(gpu.uuid, live, records)
-    for partition in () if live is None else live.partitions:
-        profile = gpu.profile(partition.profile)
-        name = profile.name if profile is not None else f"profile {partition.profile}"
-        mark = " (foreign)" if partition in foreign else "" if partition.uuid else " (half-made)"
-        blocks.append((partition.placement.start, partition.placement.size, name + mark))
-    return _ruled(width, blocks)
+    return _ruled(width, [_block(gpu, p, p in foreign, grants) for p in (live.partitions if live is not None else ())])
+
+
+def _block(gpu: Gpu, partition: Partition, foreign: bool, grants: Sequence[Grant]) -> tuple[int, int, str]:
+    place = partition.placement
+    slot = MigSlot(gpu.uuid, partition.profile, place)
+    profile = gpu.profile(partition.profile)
+    name = profile.name if profile is not None else f"profile {partition.profile}"
+    mark = " (foreign)" if foreign else "" if partition.uuid else " (half-made)"
+    shared = share.together([grant for grant in grants if grant.slot == slot])
+    return place.start, place.size, f"{name}{mark} {shared}".rstrip()
 
 
 def claims(records: Mapping[ClaimUid, Record]) -> str:
     """Every prepared claim with its devices, one line a device, as a table."""
-    rows = [("CLAIM", "UID", "STATE", "REQUEST", "DEVICE", "UUID")]
+    rows = [("CLAIM", "UID", "STATE", "REQUEST", "DEVICE", "SHARE", "UUID")]
     for uid, record in sorted(records.items(), key=lambda item: item[1].plan.ref):
         ref = record.plan.ref
         state = "prepared" if record.prepared else "half-made"
@@ -78,9 +89,19 @@ def claims(records: Mapping[ClaimUid, Record]) -> str:
         for number, grant in enumerate(record.plan.grants):
             found = made[number].uuid if made else "-"
             what = f"{grant.allocation.device}"
-            rows.append((f"{ref.namespace}/{ref.name}", uid, state, grant.allocation.request, what, found))
+            rows.append(
+                (
+                    f"{ref.namespace}/{ref.name}",
+                    uid,
+                    state,
+                    grant.allocation.request,
+                    what,
+                    share.words(grant) or "-",
+                    found,
+                )
+            )
         if not record.plan.grants:
-            rows.append((f"{ref.namespace}/{ref.name}", uid, state, "-", "-", "-"))
+            rows.append((f"{ref.namespace}/{ref.name}", uid, state, "-", "-", "-", "-"))
     return table(rows) if len(rows) > 1 else "no claims are prepared on this node"
 
 
@@ -103,7 +124,7 @@ def _offers(pool: Pool) -> str:
     for device in pool.devices:
         match device.offer.slice_:
             case MigSlice(profile=profile):
-                counts[profile.name] += 1
+                counts[f"{profile.name}{_SHARED[type(device.offer.sharing)]}"] += 1
             case WholeGpu():
                 counts[device.ref.device] += 1
     return (
@@ -114,4 +135,5 @@ def _offers(pool: Pool) -> str:
 def _holding(record: Record, grant: Grant) -> str:
     verb = "watched by" if isinstance(grant.sharing, Monitor) else "held by"
     state = "" if record.prepared else " (half-made)"
-    return f"{verb} {record.plan.ref.namespace}/{record.plan.ref.name} as {grant.allocation.device.device}{state}"
+    what = f"{grant.allocation.device.device}{state}"
+    return f"{verb} {record.plan.ref.namespace}/{record.plan.ref.name} as {what} {share.words(grant)}".rstrip()

@@ -22,8 +22,9 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from driver.core import claims
-from driver.core.model import Busy, Claim, ClaimRef, ClaimUid, GpuUuid, PreparedClaim, Record
-from driver.errors import ApiError, ClaimError, DriverError, NotFoundError
+from driver.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
+from driver.core.record import Busy, PreparedClaim, Record, StartMps
+from driver.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
 from driver.gate import Departures, Gate, Ticket, Tickets, Turn, Workers
 from driver.prepare import Preparer
 
@@ -80,6 +81,21 @@ class ClaimService:
         unfinished = await self._in_pool(self._preparer.unfinished)
         await asyncio.gather(*(self._recover(uid) for uid in unfinished))
 
+    async def mend(self) -> None:
+        """Have the MPS daemons of all records running, each card in its turn; the first error, after all were tried."""
+        records = await self._in_pool(self._preparer.records)
+        shared = {s.gpu for record in records.values() for s in record.plan.steps if isinstance(s, StartMps)}
+        errors = [error for gpu in sorted(shared) if (error := await self._mend(gpu))]
+        if errors:
+            raise errors[0]
+
+    async def _mend(self, gpu: GpuUuid) -> DriverError | None:
+        try:
+            await self._work([gpu], self.tickets.arrive(), Turn(), f"mend {gpu}", partial(self._preparer.mend, gpu))
+        except DriverError as e:
+            return e
+        return None
+
     async def collect(self, now: float) -> None:
         """Give back what claims hold that the API server has not had for ten minutes, if nothing runs on it."""
         records = await self._in_pool(self._preparer.records)
@@ -94,9 +110,17 @@ class ClaimService:
                 log.info("cannot tell whether claim %s still exists: %s", record.plan.ref, e)
                 continue
             since = self._absent_since.setdefault(uid, now)
-            if now - since >= ORPHAN_AGE_S and not await self._in_pool(partial(self._preparer.in_use, record)):
+            if now - since >= ORPHAN_AGE_S and not await self._in_use(record):
                 log.warning("claim is gone from the API server, giving its devices back claim=%s", record.plan.ref)
                 await self.unprepare(uid)
+
+    async def _in_use(self, record: Record) -> bool:
+        work = partial(self._preparer.in_use, record)
+        name = f"a look at what claim {record.plan.ref} holds"
+        try:
+            return await self._work(record.plan.gpus, self.tickets.arrive(), Turn(), name, work)
+        except HungError:
+            return True
 
     async def close(self, timeout_s: float) -> bool:
         """Refuse and wake whoever waits, let running work end; False when something hangs."""
@@ -119,25 +143,27 @@ class ClaimService:
                 if isinstance(answer, PreparedClaim):
                     await self._unwanted(ref, turn)
                     return answer
-                await self._refuse_double(claim, answer)
-                log.info("waiting for holders to leave claim=%s holders=%s", ref, ", ".join(map(str, answer.holders)))
+                leaving = await self._leaving(claim, answer)
+                names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
+                log.info("waiting for holders to leave claim=%s holders=%s", ref, names)
                 left = deadline - asyncio.get_running_loop().time()
-                if not await news.any_of([holder.uid for holder in answer.holders], left):
+                if not await news.any_of(leaving, left):
                     raise ClaimError(
-                        f"the devices of claim {ref} are still held by {', '.join(map(str, answer.holders))}, which the "
-                        "kubelet has not unprepared yet; it is tried again"
+                        f"the devices of claim {ref} are still held by {names}, which the kubelet has not unprepared yet; "
+                        "it is tried again"
                     )
 
     async def _unprepare(self, uid: ClaimUid, turn: Turn) -> None:
         while True:
-            gpus = await self._in_pool(lambda: self._preparer.gpus_of_record(uid))
+            # On the loop, for it is one stat(2): fetches that wait for a silent API server may fill the pool.
+            gpus = self._preparer.gpus_of_record(uid)
             arrival = self.tickets.arrive()
             if await self._work(gpus, arrival, turn, f"unprepare {uid}", partial(self._preparer.unprepare, uid, gpus)):
                 return
 
     async def _recover(self, uid: ClaimUid) -> None:
         async def work(turn: Turn) -> None:
-            gpus = await self._in_pool(lambda: self._preparer.gpus_of_record(uid))
+            gpus = self._preparer.gpus_of_record(uid)
             await self._work(gpus, self.tickets.arrive(), turn, f"recover {uid}", lambda: self._preparer.recover(uid))
 
         try:
@@ -176,15 +202,20 @@ class ClaimService:
         except ApiError as e:
             log.info("cannot tell whether claim %s is still wanted, keeping it: %s", ref, e)
 
-    async def _refuse_double(self, claim: Claim, busy: Busy) -> None:
+    async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
+        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
         records: Mapping[ClaimUid, Record] = await self._in_pool(self._preparer.records)
+        gone: set[ClaimUid] = set()
         for holder in busy.holders:
-            record = records.get(holder.uid)
-            if record is not None and await self._held(record):
-                raise ClaimError(
-                    f"claim {claim.ref} was given devices that claim {holder} holds; this is a double allocation: delete "
-                    "this pod to have it scheduled again, and update a scheduler older than 1.37"
-                )
+            if holder.uid not in records or not await self._held(records[holder.uid]):
+                gone.add(holder.uid)
+        still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
+        if still:
+            raise ClaimError(
+                f"claim {claim.ref} was given devices that {', '.join(map(str, still))} holds; this is a double allocation: "
+                "delete this pod to have it scheduled again, and update a scheduler older than 1.37"
+            )
+        return frozenset(gone)
 
     async def _held(self, record: Record) -> bool:
         """Whether the API server still gives the record's devices to its claim."""

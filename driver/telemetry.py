@@ -13,7 +13,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -69,6 +69,12 @@ class Telemetry:
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A figure that is looked up when somebody asks."""
         Gauge(name, text, registry=self.registry).set_function(value)
+
+    def gauges(self, name: str, text: str, label: str, values: Mapping[str, Callable[[], float]]) -> None:
+        """Several of them under one name, told apart by a label."""
+        family = Gauge(name, text, (label,), registry=self.registry)
+        for key, value in values.items():
+            family.labels(key).set_function(value)
 
     @contextlib.contextmanager
     def request(self, operation: str) -> Iterator[str]:

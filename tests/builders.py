@@ -9,6 +9,7 @@ from typing import Any
 from driver.core.inventory import Inventory
 from driver.core.model import MIB, Gpu, GpuUuid
 from driver.core.policy import Policy
+from driver.core.terms import API_VERSION, KIND
 from driver.nvml import models
 
 
@@ -37,6 +38,11 @@ def a_gpu(product: str = "h100", index: int = 0, **changes: Any) -> Gpu:
     """A card of this product as NVML would describe it; each index has a UUID and a place on the bus of its own."""
     own = {"uuid": GpuUuid(f"GPU-{index:08x}-0000-0000-0000-000000000000"), "bus_id": f"0000:{0x3B + index:02x}:00.0"}
     return replace(_card(product), index=index, **(own | changes))
+
+
+def a_policy(**default: object) -> Policy:
+    """A policy that says this of every card, in the words of the document."""
+    return Policy.parse({"apiVersion": API_VERSION, "kind": KIND, "default": default})
 
 
 def an_inventory(*gpus: Gpu, policy: Policy | None = None, node: str = "node-1", static: bool = False) -> Inventory:

@@ -11,7 +11,6 @@ from driver.checkpoint import Checkpoint
 from driver.core.inventory import Inventory
 from driver.core.model import (
     Allocation,
-    Busy,
     Claim,
     ClaimRef,
     ClaimUid,
@@ -19,15 +18,17 @@ from driver.core.model import (
     Gpu,
     Partition,
     PoolName,
-    PreparedClaim,
     Settings,
 )
 from driver.core.policy import Policy
+from driver.core.record import Busy, PreparedClaim
 from driver.host import SimHost
 from driver.injection import Injector
-from driver.nvml.api import Nvml
+from driver.mps.client import MpsClient
+from driver.nvml.api import ComputeMode, Nvml
 from driver.nvml.sim import SimNvml
 from driver.prepare import Preparer
+from driver.steps import Steps
 
 NODE = "node-1"
 KIND = "gpuslice.dev/claim"
@@ -50,38 +51,59 @@ def a_claim(
     )
 
 
+def a_share(
+    name: str, device: DeviceRef, charged: Mapping[str, int] | None = None, settings: Settings | None = None
+) -> Claim:
+    """A claim that was given one share of a device, with what the scheduler charged for it (memory in bytes)."""
+    allocation = Allocation(
+        request="gpu-0",
+        device=device,
+        share_id=f"share-{name}",
+        consumed=charged or {},
+        settings=settings or Settings(),
+    )
+    return Claim(a_ref(name), (allocation,))
+
+
 @dataclass
 class Rig:
     """One driver's transaction on a node. `restarted` is the same node seen by a new process."""
 
     folder: Path
     spec: str = "h100x2"
+    policy: Policy = field(default_factory=Policy.default)
+    static: bool = False
     nvml: SimNvml = field(init=False)
+    mps: MpsClient = field(init=False)
     checkpoint: Checkpoint = field(init=False)
     preparer: Preparer = field(init=False)
 
     def __post_init__(self) -> None:
         self.nvml = SimNvml(self.folder / "node", self.spec, latency="zero")
         self.gpus: tuple[Gpu, ...] = self.nvml.gpus()
-        self.inventory = Inventory.of(self.gpus, Policy.default(), NODE)
+        self.inventory = Inventory.of(self.gpus, self.policy, NODE, static=self.static)
         self.build(self.nvml)
 
     def build(self, nvml: Nvml) -> None:
         """Build the transaction anew over `nvml`, as a process does when it starts."""
         host = SimHost(self.folder / "node")
         self.checkpoint = Checkpoint(self.folder / "claims", host.boot_id())
-        self.injector = Injector(host=host, nvml=nvml, inventory=self.inventory, folder=self.folder / "cdi", kind=KIND)
+        self.mps = MpsClient(self.folder / "mps")
+        self.injector = Injector(
+            host=host, nvml=nvml, mps=self.mps, inventory=self.inventory, folder=self.folder / "cdi", kind=KIND
+        )
         self.preparer = Preparer(
             nvml=nvml,
             checkpoint=self.checkpoint,
             inventory=self.inventory,
+            steps=Steps(nvml, self.mps),
             injector=self.injector,
             locks=self.folder / "locks",
         )
 
     def restarted(self) -> Rig:
         self.nvml.close()
-        return Rig(self.folder, self.spec)
+        return Rig(self.folder, self.spec, self.policy, self.static)
 
     # ------------------------------------------------------------ asking
 
@@ -136,7 +158,13 @@ class Rig:
         files = {f"gpuslice.dev-claim_{uid}.json" for uid, r in records.items() if r.prepared and r.prepared.devices}
         assert set(self.cdi_files()) == files
 
+    def figures(self, gpu: int = 0) -> tuple[ComputeMode, int]:
+        """Compute mode and time slice of a card, as they are after a start."""
+        uuid = self.gpus[gpu].uuid
+        return self.nvml.compute_mode(uuid), 0 if self.mig(gpu) else self.nvml.time_slice(uuid)
+
     def assert_empty(self) -> None:
         self.assert_agreed()
         assert self.records() == set()
+        assert all(self.figures(gpu) == (ComputeMode.DEFAULT, 0) for gpu in range(len(self.gpus)))
         assert not any(path.name.startswith("claim-") for path in (self.folder / "locks").iterdir())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from driver.checkpoint import Checkpoint
-from driver.core.model import ClaimRef, ClaimUid, Plan, Record
+from driver.core.model import ClaimRef, ClaimUid
+from driver.core.record import Plan, Record
 from driver.errors import StateError
 
 

@@ -266,6 +266,35 @@ async def test_an_error_of_the_work_reaches_the_caller() -> None:
         await Workers(tickets).run(ticket, Turn(), fails, "prepare")
 
 
+async def test_work_after_work_runs_in_one_thread_that_goes_home_when_all_is_done() -> None:
+    tickets = Tickets()
+    workers = Workers(tickets)
+    ran = [
+        await workers.run(await tickets.take([A], tickets.arrive()), Turn(), threading.current_thread, "look")
+        for _ in range(3)
+    ]
+
+    assert len(set(ran)) == 1
+    assert await workers.drained(10)
+    ran[0].join(10)
+    assert not ran[0].is_alive()
+
+
+async def test_a_thread_that_cannot_be_started_costs_the_gpu_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tickets = Tickets()
+    workers = Workers(tickets, limit_s=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ClaimError, match="can't start new thread; raise the limit of processes"):
+            await workers.run(await tickets.take([A], tickets.arrive()), Turn(), lambda: None, "prepare u-1")
+
+    assert await workers.drained(0.01)
+    assert (await tickets.take([A], tickets.arrive())).gpus == (A,)
+
+
 async def test_a_waiter_hears_of_a_departure_that_came_before_it_waited() -> None:
     departures = Departures()
     with departures.listening() as news:

@@ -259,7 +259,7 @@ def test_a_claim_without_devices_of_ours_is_prepared_without_a_file(node: Rig) -
 
 
 @pytest.mark.contract(32)
-@pytest.mark.parametrize("name", ["mig-1g-19-7", "mig-9g-1-0", "gpu-7", "mps"])
+@pytest.mark.parametrize("name", ["mig-1g-19-7", "mig-9g-1-0", "gpu-7", "mps-0"])
 def test_an_unknown_device_is_refused_with_a_sentence(node: Rig, name: str) -> None:
     with pytest.raises(ClaimError, match=rf"{name}, which this node does not offer.*delete the pod"):
         node.prepare(a_claim("one", node.device(name)))
@@ -412,3 +412,17 @@ def test_a_claim_that_moved_to_other_cards_tells_so_to_an_unprepare_with_the_old
 
     assert not node.preparer.unprepare(ClaimUid(claim.ref.uid), [node.gpus[0].uuid])
     assert node.records() == {claim.ref.uid}
+
+
+def test_a_watcher_does_not_keep_what_its_owner_gives_back(node: Rig) -> None:
+    """An administrator's claim on a partition once kept it from being destroyed, and then nobody's record explained it."""
+    owner = a_claim("owner", node.device("mig-1g-19-0"))
+    watcher = a_claim("watcher", node.device("mig-1g-19-0"), admin=True)
+    node.prepare(owner)
+    node.prepare(watcher)
+
+    node.unprepare(owner)
+
+    assert node.partitions() == ()
+    node.unprepare(watcher)
+    node.assert_empty()

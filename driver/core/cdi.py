@@ -160,20 +160,45 @@ def _label(request: str) -> str:
 
 
 def budget(
-    label: str, *, device: DeviceRef, uuid: str, memory_mib: int | None = None, profile: str = ""
+    label: str,
+    *,
+    device: DeviceRef,
+    uuid: str,
+    enforcement: str,
+    memory_mib: int | None = None,
+    percent: int = 0,
+    profile: str = "",
 ) -> dict[str, str]:
     """Environment that tells a program what it was given; `label` from `labels`, `profile` empty for a whole GPU.
 
-    The runtime merges the environment of all devices of a container, so every name carries the label. Two claims that
-    use the same request name in one container overwrite each other's figures: names of claims are random for templates.
+    `enforcement` is by which means the memory limit holds, `percent` a ceiling on SMs (0: none). The runtime merges the
+    environment of all devices of a container, so every name carries the label. Two claims that use the same request name
+    in one container overwrite each other's figures: names of claims are random for templates.
     """
     facts = {
         "DEVICE": str(device),
         "UUID": uuid,
         "MEMORY_MIB": None if memory_mib is None else str(memory_mib),
+        "MEMORY_ENFORCEMENT": enforcement,
+        "SM_PERCENT": str(percent) if percent else None,
         "PROFILE": profile or None,
     }
     return {f"GPUSLICE_{label}_{name}": value for name, value in facts.items() if value is not None}
+
+
+def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> Injection:
+    """What makes a program in the container a client of an MPS daemon, with its own share of memory and SMs.
+
+    The daemon's /dev/shm has to be the container's (NVIDIA's MPS documentation), in the place of one that the pod mounts
+    there. The variables can only lower what the daemon allows (the same, v2 interface); the device is the client's
+    first, for its daemon serves no other.
+    """
+    env = {"CUDA_MPS_PIPE_DIRECTORY": pipe, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={memory_mib}M"}
+    if percent:
+        env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(percent)
+    options = ("rw", "nosuid", "nodev", "bind", "rprivate")
+    shared = Mount(shm, "/dev/shm", options)  # noqa: S108 - a path in the container
+    return Injection(mounts=(Mount(pipe, pipe, options), shared), env=env)
 
 
 # ---------------------------------------------------------------- the file

@@ -60,7 +60,8 @@ def _allocation(result: Json, layers: Sequence[tuple[Sequence[str], Settings]], 
         device=DeviceRef(PoolName(_text(result, "pool", ref)), _text(result, "device", ref)),
         admin=result.get("adminAccess") is True,
         share_id=str(share_id) if share_id else None,
-        consumed={str(name): _whole(str(value), ref) for name, value in consumed.items()},
+        # The scheduler writes the name as the slice has it: without our domain, or with it.
+        consumed={str(name).rpartition("/")[2]: _whole(str(value), ref) for name, value in consumed.items()},
         settings=params.merge(layer for names, layer in layers if not names or request in names or base in names),
     )
 

@@ -6,31 +6,39 @@ A golden file of every released format stays in tests/golden: the kubelet asks f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, assert_never
 
 from driver.core.model import (
     Allocation,
     ClaimRef,
     ClaimUid,
-    CreateMig,
     DeviceRef,
-    Done,
     Exclusive,
     GpuUuid,
-    Grant,
-    MadeMig,
     MigSlot,
     MigUuid,
     Monitor,
+    Mps,
     Placement,
-    Plan,
     PoolName,
+    Settings,
+    Sharing,
+    TimeSlicing,
+)
+from driver.core.record import (
+    CreateMig,
+    Done,
+    Grant,
+    MadeMig,
+    Plan,
     PreparedClaim,
     PreparedDevice,
     Record,
+    SetComputeMode,
     SetMigMode,
-    Settings,
-    Sharing,
+    SetTimeSlice,
+    StartMps,
     Step,
 )
 
@@ -77,17 +85,32 @@ def _to_slot(body: Json) -> MigSlot:
     return MigSlot(GpuUuid(body["gpu"]), body["profile"], Placement(body["start"], body["size"]))
 
 
-def _sharing(sharing: Sharing) -> str:
+def _sharing(sharing: Sharing) -> dict[str, object]:
     match sharing:
         case Exclusive():
-            return "exclusive"
+            return {"by": "exclusive"}
         case Monitor():
-            return "monitor"
+            return {"by": "monitor"}
+        case TimeSlicing():
+            return {"by": "timeSlicing", **asdict(sharing)}
+        case Mps():
+            return {"by": "mps", **asdict(sharing)}
         case _:
             assert_never(sharing)
 
 
-_SHARING: dict[str, Sharing] = {"exclusive": Exclusive(), "monitor": Monitor()}
+def _to_sharing(body: Json) -> Sharing:
+    match body["by"]:
+        case "exclusive":
+            return Exclusive()
+        case "monitor":
+            return Monitor()
+        case "timeSlicing":
+            return TimeSlicing(body["shares"], body["memory_mib"], body.get("interval", "default"), body.get("part"))
+        case "mps":
+            return Mps(body["shares"], body["memory_mib"], body["clients"], body.get("part"))
+        case other:
+            raise ValueError(f"sharing {other!r} is not known to this version")
 
 
 def _grant(grant: Grant) -> dict[str, object]:
@@ -100,6 +123,7 @@ def _grant(grant: Grant) -> dict[str, object]:
         "shareID": allocation.share_id,
         "consumed": dict(allocation.consumed),
         "enforcement": allocation.settings.enforcement,
+        "interval": allocation.settings.interval,
         "gpu": grant.gpu,
         "slot": None if grant.slot is None else _slot(grant.slot),
         "sharing": _sharing(grant.sharing),
@@ -115,11 +139,11 @@ def _to_grant(body: Json) -> Grant:
             admin=body.get("admin", False),
             share_id=body.get("shareID"),
             consumed=body.get("consumed", {}),
-            settings=Settings(body.get("enforcement")),
+            settings=Settings(body.get("enforcement"), body.get("interval")),
         ),
         gpu=GpuUuid(body["gpu"]),
         slot=None if slot is None else _to_slot(slot),
-        sharing=_SHARING[body["sharing"]],
+        sharing=_to_sharing(body["sharing"]),
     )
 
 
@@ -129,6 +153,12 @@ def _step(step: Step) -> dict[str, object]:
             return {"do": "setMigMode", "gpu": gpu, "on": on}
         case CreateMig(slot):
             return {"do": "createMig", "slot": _slot(slot)}
+        case SetComputeMode(gpu):
+            return {"do": "setComputeMode", "gpu": gpu}
+        case SetTimeSlice(gpu, interval):
+            return {"do": "setTimeSlice", "gpu": gpu, "interval": interval}
+        case StartMps(gpu, place):
+            return {"do": "startMps", "gpu": gpu, "slot": None if place is None else _slot(place)}
         case _:
             assert_never(step)
 
@@ -139,6 +169,13 @@ def _to_step(body: Json) -> Step:
             return SetMigMode(GpuUuid(body["gpu"]), body["on"])
         case "createMig":
             return CreateMig(_to_slot(body["slot"]))
+        case "setComputeMode":
+            return SetComputeMode(GpuUuid(body["gpu"]))
+        case "setTimeSlice":
+            return SetTimeSlice(GpuUuid(body["gpu"]), body["interval"])
+        case "startMps":
+            slot = body.get("slot")
+            return StartMps(GpuUuid(body["gpu"]), None if slot is None else _to_slot(slot))
         case other:
             raise ValueError(f"step {other!r} is not known to this version")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from driver.core import layout, plan
+from driver.core import layout, plan, share
 from driver.core.inventory import Inventory
 from driver.core.model import (
     DeviceRef,
@@ -18,12 +18,13 @@ from driver.core.model import (
     MigSlice,
     MigSlot,
     Monitor,
+    Mps,
     Offer,
     Partition,
-    Record,
     Taint,
     WholeGpu,
 )
+from driver.core.record import Record
 
 Taints = Mapping[DeviceRef, tuple[Taint, ...]]
 
@@ -33,8 +34,13 @@ def taints(
     live: Mapping[GpuUuid, LiveGpu],
     unwell: Mapping[GpuUuid, Taint],
     records: Iterable[Record],
+    daemons: Mapping[str, Taint],
 ) -> Taints:
-    """Taints of every device that has any. `unwell` names GPUs that cannot be looked at (lost, hung), with their taint."""
+    """Taints of every device that has any.
+
+    `unwell` names GPUs that cannot be looked at (lost, hung), with their taint; `daemons` MPS daemons that are, by key,
+    or all of them by "" (the supervisor is away).
+    """
     known = tuple(records)
     found: dict[DeviceRef, tuple[Taint, ...]] = {}
     for pool in inventory.pools:
@@ -46,6 +52,7 @@ def taints(
             if now is not None and not isinstance(device.offer.sharing, Monitor):
                 here += _mode(device.offer, gpu, now)
                 here += _foreign(device.offer, gpu, foreign)
+            here += _daemon(device.offer, daemons)
             if here:
                 found[device.ref] = tuple(sorted(set(here)))
     return found
@@ -71,3 +78,11 @@ def _foreign(offer: Offer, gpu: Gpu, foreign: tuple[Partition, ...]) -> Iterator
                 reason=f"GPU {gpu.index} has partition {partition.uuid or slot}, which gpuslice did not make; destroy it "
                 "to free its place",
             )
+
+
+def _daemon(offer: Offer, daemons: Mapping[str, Taint]) -> Iterator[Taint]:
+    if isinstance(offer.sharing, Mps):
+        slot = offer.slice_.slot if isinstance(offer.slice_, MigSlice) else None
+        for key in ("", share.daemon_key(offer.gpu.uuid, slot)):
+            if key in daemons:
+                yield daemons[key]

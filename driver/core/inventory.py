@@ -3,15 +3,18 @@
 One pool per card, named after its place on the PCI bus: stable over reboots and changes of MIG mode, cheap for the
 scheduler to check, and one card's trouble never makes another's pool incomplete. The scheduler takes the first device
 that fits (DRA contract, 5.2), so partitions come first, the smallest first, and of one profile the place that keeps the
-fewest others from being used.
+fewest others from being used; then the card's MPS shares, its time slices, and the card as a whole. Shared twins of
+partitions come after all partitions of their profile and before any larger one: whoever wants "9Gi, however you do it"
+gets a partition of their own while there is one, then a share of such a partition, and only then spends a larger one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import assert_never
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TypeVar, assert_never
 
 from driver.core import layout
 from driver.core.layout import Place
@@ -24,13 +27,16 @@ from driver.core.model import (
     MigProfile,
     MigSlice,
     Monitor,
+    Mps,
     Offer,
     PoolName,
     Sharing,
+    Slice,
+    TimeSlicing,
     WholeGpu,
 )
 from driver.core.policy import GpuPolicy, Policy
-from driver.core.terms import Mode
+from driver.core.terms import SHARED, Mode, Parts
 from driver.errors import ConfigError
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -55,7 +61,7 @@ class Pool:
     @property
     def memory_mib(self) -> int:
         """What a claim for the whole card gets."""
-        return (self.gpu.memory_bytes - self.reserve_bytes) // MIB
+        return _sellable_mib(self.gpu, self.reserve_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +69,12 @@ class Inventory:
     """All pools of a node, in bus order."""
 
     pools: tuple[Pool, ...]
+    known: tuple[Pool, ...] = field(default=(), compare=False)  # not published, but `offer` finds their devices
     _offers: dict[DeviceRef, Offer] = field(init=False, repr=False, compare=False)
     _pools: dict[GpuUuid, Pool] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        offers = {device.ref: device.offer for pool in self.pools for device in pool.devices}
+        offers = {device.ref: device.offer for pool in (*self.known, *self.pools) for device in pool.devices}
         object.__setattr__(self, "_offers", offers)
         object.__setattr__(self, "_pools", {pool.gpu.uuid: pool for pool in self.pools})
 
@@ -76,10 +83,18 @@ class Inventory:
         """What this node offers under this policy. ConfigError where the policy cannot be followed.
 
         `static` is for clusters that know no partitionable devices (Kubernetes 1.34 and 1.35): then devices exclude
-        each other by nothing, so a card is either whole or has the policy's static MIG layout.
+        each other by nothing, so a card is either whole, or cut as the policy's `static` says: into a MIG layout, or into
+        equal parts for MPS or time-slicing, which are plain exclusive devices.
         """
         in_bus_order = sorted(gpus, key=lambda gpu: _bus(gpu.bus_id))
         return Inventory(tuple(_pool(gpu, policy.of(gpu), node, static=static) for gpu in in_bus_order))
+
+    def knowing(self, other: Inventory) -> Inventory:
+        """The same pools, of which `offer` also finds the devices of `other`; its own where both have one of a name.
+
+        So a claim is served that was made under another plan, before the API server was upgraded.
+        """
+        return replace(self, known=other.pools)
 
     def offer(self, ref: DeviceRef) -> Offer | None:
         return self._offers.get(ref)
@@ -96,21 +111,44 @@ def offer_name(offer: Offer) -> str:
     """Name of the device in its pool, a DNS label. It holds the profile's id: names change with the driver branch."""
     match offer.slice_:
         case WholeGpu():
-            return _whole_name(offer.sharing)
+            return _manner(offer.sharing) or "gpu"
         case MigSlice(profile=profile, placement=placement):
-            return f"mig-{profile.compute_slices}g-{profile.id}-{placement.start}"
+            partition = f"mig-{profile.compute_slices}g-{profile.id}-{placement.start}"
+            return "-".join(filter(None, (partition, _manner(offer.sharing))))
         case _:
             assert_never(offer.slice_)
 
 
-def _whole_name(sharing: Sharing) -> str:
+def _manner(sharing: Sharing) -> str:
     match sharing:
         case Exclusive():
-            return "gpu"
+            return ""
         case Monitor():
             return "monitor"
+        case Mps(part=part):
+            return "mps" if part is None else f"mps-{part}"
+        case TimeSlicing(part=part):
+            return "timeslice" if part is None else f"timeslice-{part}"
         case _:
             assert_never(sharing)
+
+
+def sm_percent(slice_: Slice) -> int:
+    """The slice's part of its card's multiprocessors in percent, rounded down; 100 for a whole card, 0 where unknown."""
+    mine, card = _multiprocessors(slice_)
+    return 100 * mine // card
+
+
+def _multiprocessors(slice_: Slice) -> tuple[int, int]:
+    """Of the slice, and of its card; only their ratio counts."""
+    match slice_:
+        case WholeGpu():
+            return 1, 1
+        case MigSlice(gpu, profile, _):
+            card = layout.full(gpu.profiles)
+            return (profile.multiprocessors, card.multiprocessors) if card and card.multiprocessors else (0, 1)
+        case _:
+            assert_never(slice_)
 
 
 def _bus(bus_id: str) -> str:
@@ -130,6 +168,10 @@ def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
     return Pool(name=name, gpu=gpu, devices=devices, reserve_bytes=policy.reserve_bytes)
 
 
+def _sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
+    return (gpu.memory_bytes - reserve_bytes) // MIB
+
+
 def _pool_name(node: str, gpu: Gpu) -> PoolName:
     name = f"{node}/{_bus(gpu.bus_id)}"
     if any(_SUBDOMAIN.fullmatch(part) is None for part in name.split("/")):
@@ -140,19 +182,72 @@ def _pool_name(node: str, gpu: Gpu) -> PoolName:
 
 
 def _offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
-    for place in _in_order(gpu, policy.profiles):
-        yield Offer(MigSlice(gpu, place.profile, place.placement), Exclusive())
+    for _, places in groupby(_in_order(gpu, policy.profiles), key=lambda place: place.profile):
+        slices = [MigSlice(gpu, place.profile, place.placement) for place in places]
+        for slice_ in slices:
+            yield Offer(slice_, Exclusive())
+        for mode in (mode for mode in SHARED if mode in policy.twins):
+            for slice_ in slices:
+                yield Offer(slice_, _sharing(mode, slice_, policy))
+    whole = WholeGpu(gpu)
+    for mode in (mode for mode in SHARED if mode in policy.modes):
+        yield Offer(whole, _sharing(mode, whole, policy))
     if Mode.GPU in policy.modes:
-        yield Offer(WholeGpu(gpu), Exclusive())
+        yield Offer(whole, Exclusive())
+
+
+def _sharing(mode: Mode, slice_: Slice, policy: GpuPolicy) -> Mps | TimeSlicing:
+    """How this slice is shared: memory and clients of a card as the policy says, of a partition in proportion."""
+    gpu = slice_.gpu
+    match slice_:
+        case WholeGpu():
+            memory, interval = _sellable_mib(gpu, policy.reserve_bytes), policy.interval
+        case MigSlice(profile=profile):
+            memory, interval = profile.memory_mib, "default"  # only a card's time slice can be set (nvidia-smi)
+        case _:
+            assert_never(slice_)
+    mine, card = _multiprocessors(slice_)
+    clients = max(1, policy.mps_clients * mine // card)
+    if mode is Mode.MPS:
+        return _enough(Mps(min(policy.mps_shares, clients), memory, clients), gpu)
+    return _enough(TimeSlicing(policy.timeslice_shares, memory, interval), gpu)
+
+
+_Shared = TypeVar("_Shared", Mps, TimeSlicing)
+
+
+def _enough(sharing: _Shared, gpu: Gpu) -> _Shared:
+    """The API wants a capacity to be at least its least request and one step more."""
+    if sharing.memory_mib < 2 * sharing.shares:
+        raise ConfigError(
+            f"policy: {sharing.shares} shares of GPU {gpu.index} ({gpu.product}) would have less than 2Mi each of"
+            f" {sharing.memory_mib}Mi; make fewer shares or reserve less"
+        )
+    return sharing
 
 
 def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
-    """The policy's layout at places of our choice, or the whole card; never both, for nothing would keep them apart."""
-    if policy.static:
+    """The card as the policy cuts it, or as a whole; never two of these, for nothing would keep them apart."""
+    whole = WholeGpu(gpu)
+    if isinstance(policy.static, Parts):
+        sharing = _parted(policy.static, gpu, policy)
+        yield from (Offer(whole, replace(sharing, part=part)) for part in range(sharing.shares))
+    elif policy.static:
         for place in _static_layout(gpu, policy.static):
             yield Offer(MigSlice(gpu, place.profile, place.placement), Exclusive())
     elif Mode.GPU in policy.modes:
-        yield Offer(WholeGpu(gpu), Exclusive())
+        yield Offer(whole, Exclusive())
+
+
+def _parted(parts: Parts, gpu: Gpu, policy: GpuPolicy) -> Mps | TimeSlicing:
+    wanted = replace(policy, mps_shares=parts.count, timeslice_shares=parts.count)
+    sharing = _sharing(parts.mode, WholeGpu(gpu), wanted)
+    if sharing.shares < parts.count:
+        raise ConfigError(
+            f"policy: static.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts, and it has"
+            f" {policy.mps_clients} MPS clients, of which each part needs one; make fewer parts"
+        )
+    return sharing
 
 
 def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[Place]:

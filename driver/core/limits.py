@@ -112,6 +112,8 @@ def _policy_faults(policy: Body, value: int) -> Iterator[str]:
     if default is None:
         yield "its request policy needs a default"
         return
+    if bounds and policy.get("validValues"):
+        yield "its request policy has a range and values; keep one of them"
     if bounds:
         low, high, step = (_amount(bounds.get(key)) for key in ("min", "max", "step"))
         if low is None or not low <= default <= (value if high is None else high) <= value:
@@ -122,8 +124,9 @@ def _policy_faults(policy: Body, value: int) -> Iterator[str]:
             yield "its request policy's step does not lead from min to default and max within the value"
     elif values := [_amount(v) for v in policy.get("validValues") or ()]:
         known = [v for v in values if v is not None]
-        if len(values) > 10 or len(known) < len(values) or known != sorted(known) or default not in known:
-            yield "its request policy needs at most 10 valid values, ascending, the default among them"
+        ordered = len(known) == len(values) <= 10 and known == sorted(known) and known[-1] <= value
+        if not ordered or default not in known:
+            yield "its request policy needs at most 10 valid values, ascending up to the value, the default among them"
 
 
 def _use_faults(uses: list[Body]) -> Iterator[str]:

@@ -164,7 +164,36 @@ class Monitor:
     """Admin access to a whole card, beside whoever uses it; takes nothing."""
 
 
-Sharing = Exclusive | Monitor
+@dataclass(frozen=True, slots=True)
+class TimeSlicing:
+    """Up to `shares` claims take turns on the slice. `memory_mib` is what can be budgeted in all; nobody enforces it.
+
+    `interval` is the level that the policy fixes for the card. `part` numbers the fixed parts of a static plan, which are
+    plain exclusive devices of 1/`shares` each; None for the one device that many claims share.
+    """
+
+    shares: int
+    memory_mib: int
+    interval: str = "default"
+    part: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mps:
+    """Up to `shares` claims (by default) run at once on the slice, through one MPS daemon.
+
+    `clients` is the most CUDA contexts that the daemon serves, `memory_mib` what can be sold in all. `part` as above.
+    """
+
+    shares: int
+    memory_mib: int
+    clients: int
+    part: int | None = None
+
+
+Sharing = Exclusive | Monitor | TimeSlicing | Mps
+
+INTERVALS = ("default", "short", "medium", "long")  # nvidia-smi compute-policy --set-timeslice 0 … 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +237,7 @@ class Settings:
     """What opaque config asks of one allocation; None where nobody said anything."""
 
     enforcement: str | None = None  # "required" or "preferred"
+    interval: str | None = None  # time slice of an exclusive card whose containers share it, one of `INTERVALS`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,106 +256,6 @@ class Allocation:
 class Claim:
     ref: ClaimRef
     allocations: tuple[Allocation, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SetMigMode:
-    gpu: GpuUuid
-    on: bool
-
-
-@dataclass(frozen=True, slots=True)
-class CreateMig:
-    """Create the partition of this slot, which was seen empty before the plan was written."""
-
-    slot: MigSlot
-
-
-Step = SetMigMode | CreateMig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
-    """One allocation and the hardware it takes; enough to know a holder without any inventory."""
-
-    allocation: Allocation
-    gpu: GpuUuid
-    slot: MigSlot | None = None
-    sharing: Sharing
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    ref: ClaimRef
-    grants: tuple[Grant, ...]
-    steps: tuple[Step, ...]
-
-    @property
-    def gpus(self) -> tuple[GpuUuid, ...]:
-        """GPUs the claim takes (not those it only monitors), in the one global order."""
-        return tuple(sorted({grant.gpu for grant in self.grants if grant.sharing != Monitor()}))
-
-    @property
-    def named(self) -> tuple[GpuUuid, ...]:
-        """Every GPU of the claim, those it only monitors included."""
-        return tuple(sorted({grant.gpu for grant in self.grants}))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MadeMig:
-    """What a `CreateMig` brought into being so far."""
-
-    slot: MigSlot
-    gi: int
-    ci: int | None = None
-    uuid: MigUuid | None = None
-
-
-Done = MadeMig
-
-
-@dataclass(frozen=True, slots=True)
-class DestroyMig:
-    """Destroy what stands in the slot; with a UUID only that very partition, for ids and slots are used again."""
-
-    slot: MigSlot
-    uuid: MigUuid | None
-
-
-Undo = DestroyMig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedDevice:
-    """One device as the kubelet is told of it, and what it turned out to be."""
-
-    request: str
-    device: DeviceRef
-    share_id: str | None = None
-    uuid: GpuUuid | MigUuid
-    cdi_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedClaim:
-    ref: ClaimRef
-    devices: tuple[PreparedDevice, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is written down of a claim. `prepared` is None until it is finished: that *is* the phase."""
-
-    plan: Plan
-    done: tuple[Done, ...] = ()
-    prepared: PreparedClaim | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """The devices are free for this claim as soon as these other claims have left."""
-
-    holders: tuple[ClaimRef, ...]
 
 
 # ---------------------------------------------------------------- what may not be used now

@@ -7,39 +7,50 @@ The scheduler's counters are not trusted alone: schedulers of early 1.36 patches
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import combinations
 from typing import assert_never
 
-from driver.core import cdi, layout, params
+from driver.core import cdi, layout, params, share
 from driver.core.inventory import Inventory
 from driver.core.model import (
     Allocation,
-    Busy,
     Claim,
     ClaimRef,
-    CreateMig,
-    DestroyMig,
-    Done,
     Exclusive,
     Gpu,
     GpuUuid,
-    Grant,
     LiveGpu,
     MigSlice,
     MigSlot,
     MigUuid,
     Monitor,
+    Mps,
     Offer,
     Partition,
+    TimeSlicing,
+    WholeGpu,
+)
+from driver.core.record import (
+    AdjustMps,
+    Busy,
+    CreateMig,
+    DestroyMig,
+    Done,
+    Grant,
     Plan,
     PreparedClaim,
     PreparedDevice,
     Record,
+    ResetComputeMode,
+    ResetTimeSlice,
+    SetComputeMode,
     SetMigMode,
+    SetTimeSlice,
+    StartMps,
     Step,
+    StopMps,
     Undo,
-    WholeGpu,
 )
 from driver.errors import ClaimError, DeviceError
 
@@ -60,18 +71,50 @@ def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Li
                 f"claim {claim.ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
                 "together; delete the pod to have it scheduled again"
             )
-    holders = {
-        other.plan.ref
-        for other in others
-        for held in other.plan.grants
-        if any(_exclude(grant, held, inventory) for grant in wanted)
-    }
+    for number, grant in enumerate(wanted):
+        too_much = share.excess(grant, [other for other in wanted[:number] if share.beside(grant, other)])
+        if too_much:
+            raise ClaimError(
+                f"claim {claim.ref} was given {too_much} on {grant.allocation.device}; delete the pod to have it "
+                "scheduled again"
+            )
+    holders = in_the_way(wanted, others, inventory)
     if holders:
-        return Busy(tuple(sorted(holders)))
+        return Busy(holders)
     steps: list[Step] = []
     for grant in wanted:
         steps += (step for step in _steps(grant, inventory, others, live) if step not in steps)
     return Plan(claim.ref, wanted, tuple(steps))
+
+
+def in_the_way(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
+    """Claims of which at least one has to leave before `wanted` can be had: it holds the same, or the shares are too many."""
+    held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
+    found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
+    for grant in wanted:
+        sharers = [(ref, other) for ref, other in held if share.beside(grant, other)]
+        mine = [other for other in wanted if other is not grant and share.beside(grant, other)]
+        if share.excess(grant, [*mine, *(other for _, other in sharers)]):
+            found |= {ref for ref, _ in sharers}
+    return tuple(sorted(found))
+
+
+def inherited(decided: Plan, records: Iterable[Record]) -> tuple[Done, ...]:
+    """What other claims have made already of what this plan wants made: the partition that a further share joins."""
+    slots = {step.slot for step in decided.steps if isinstance(step, CreateMig)}
+    finished = (done for record in records for done in record.done if done.uuid is not None)
+    return tuple({done.slot: done for done in finished if done.slot in slots}.values())
+
+
+def sharers(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
+    """Every share that stands on this MPS daemon."""
+    return tuple(
+        grant
+        for record in records
+        if step in record.plan.steps
+        for grant in record.plan.grants
+        if (grant.gpu, grant.slot) == (step.gpu, step.slot)
+    )
 
 
 def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
@@ -119,16 +162,11 @@ def _uuid(grant: Grant, live: LiveGpu) -> GpuUuid | MigUuid:
 
 def undo(record: Record, others: Iterable[Record]) -> tuple[Undo, ...]:
     """What takes a record's steps back, last step first; nothing that another record still stands on."""
-    kept = {grant.slot for other in others for grant in other.plan.grants}
-    return tuple(
-        undoing
-        for step in reversed(record.plan.steps)
-        for undoing in _undo_step(step, record.done)
-        if undoing.slot not in kept
-    )
+    kept = {step for other in others for step in other.plan.steps}
+    return tuple(undoing for step in reversed(record.plan.steps) for undoing in _undo_step(step, record.done, kept))
 
 
-def target(undoing: Undo, live: LiveGpu) -> Partition | None:
+def target(undoing: DestroyMig, live: LiveGpu) -> Partition | None:
     """The partition to destroy, or None when it is gone.
 
     By UUID where one was written down. Without, or when only its compute instance is gone already, by slot: the slot
@@ -182,6 +220,8 @@ def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:
     """Whether the two cannot be held at the same time."""
     if one.gpu != two.gpu or isinstance(one.sharing, Monitor) or isinstance(two.sharing, Monitor):
         return False
+    if share.beside(one, two):
+        return False
     if one.slot is None or two.slot is None:
         return True
     gpu = inventory.gpu(one.gpu)
@@ -192,9 +232,16 @@ def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:
 
 
 def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: Live) -> Iterator[Step]:
+    """First the slice, then how it is shared: the two know nothing of each other."""
     gpu = inventory.gpu(grant.gpu)
     assert gpu is not None  # _grant found the offer in the same inventory
     now = live[grant.gpu]
+    if not isinstance(grant.sharing, Monitor):
+        foreign = strays(gpu.uuid, now, records)
+        if grant.slot is None:
+            yield from _whole(grant, gpu, now, foreign)
+        else:
+            yield from _partition(grant, grant.slot, gpu, now, foreign)
     match grant.sharing:
         case Monitor():
             if grant.slot is not None and now.at(grant.slot) is None:
@@ -202,13 +249,22 @@ def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: 
                     f"{grant.allocation.device} does not exist now, so there is nothing to watch; ask for monitor"
                 )
         case Exclusive():
-            foreign = strays(gpu.uuid, now, records)
-            if grant.slot is None:
-                yield from _whole(grant, gpu, now, foreign)
-            else:
-                yield from _partition(grant, grant.slot, gpu, now, foreign)
+            yield from _time_slice(gpu, grant.allocation.settings.interval)
+        case TimeSlicing(interval=interval):
+            yield from _time_slice(gpu, interval if grant.slot is None else None)
+        case Mps():
+            if (
+                grant.slot is None
+            ):  # whether a partition takes a compute mode is not known, and not needed: see `docs/mps.md`
+                yield SetComputeMode(gpu.uuid)
+            yield StartMps(gpu.uuid, grant.slot)
         case _:
             assert_never(grant.sharing)
+
+
+def _time_slice(gpu: Gpu, interval: str | None) -> Iterator[Step]:
+    if interval not in (None, "default"):
+        yield SetTimeSlice(gpu.uuid, str(interval))
 
 
 def _whole(grant: Grant, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:
@@ -258,12 +314,22 @@ def _named(partitions: Sequence[Partition]) -> str:
     )
 
 
-def _undo_step(step: Step, done: Sequence[Done]) -> Iterator[Undo]:
+def _undo_step(step: Step, done: Sequence[Done], kept: Set[Step]) -> Iterator[Undo]:
     match step:
         case SetMigMode():
             return  # lazily: the next claim of another mode switches back, MIG after MIG costs no toggle
+        case StartMps(gpu, slot):
+            yield AdjustMps(gpu, slot) if step in kept else StopMps(gpu, slot)
+        case _ if step in kept:
+            return
         case CreateMig(slot):
             made = [d for d in done if d.slot == slot]
             yield DestroyMig(slot, made[-1].uuid if made else None)
+        case SetComputeMode(gpu):
+            yield ResetComputeMode(gpu)
+        case SetTimeSlice(gpu):
+            # By GPU, not by interval: a new policy may have given a later share another one.
+            if not any(isinstance(other, SetTimeSlice) and other.gpu == gpu for other in kept):
+                yield ResetTimeSlice(gpu)
         case _:
             assert_never(step)

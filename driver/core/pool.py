@@ -7,18 +7,22 @@ capacity names ("0" where it has none, or where the hardware does not say).
 The set of devices is static. A device in use that vanishes frees its counters and is given out twice
 (kubernetes/kubernetes#140802), so what is not to be had now is tainted; and counters are computed from everything that
 the inventory offers, whatever of it is published at the moment.
+
+A shared device has a request policy for each capacity, for the first share takes all of one that has none. What cannot be
+had in shares (engines, or clients of a time slice) is shown with its value for selectors, and has a policy by which a
+share takes nothing and a request for any of it is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from driver.core import counters, layout, quantity
 from driver.core.counters import Counters
-from driver.core.inventory import Device, Inventory, Pool
+from driver.core.inventory import Device, Inventory, Pool, sm_percent
 from driver.core.layout import Place
 from driver.core.model import (
     DeviceRef,
@@ -27,10 +31,13 @@ from driver.core.model import (
     MigProfile,
     MigSlice,
     Monitor,
+    Mps,
     Offer,
     PoolName,
+    Sharing,
     Slice,
     Taint,
+    TimeSlicing,
     WholeGpu,
 )
 from driver.errors import StateError
@@ -40,6 +47,8 @@ Body = Mapping[str, object]
 COUNTER_SET = "card"  # one per pool; unique in its pool, as it has to be
 DEVICES_PER_SLICE = 64  # with taints or counters; without them 128, but a first taint must not move devices about
 _TEXT = 64  # characters of a string attribute
+_ALL_SMS = 100  # percent
+_NOTHING = {"default": "0", "validValues": ["0"]}  # the policy of a capacity that no share takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +83,9 @@ def resource_slices(
     """The slices of every pool. `driver` is the domain of the taints' keys.
 
     `held` are the devices that claims have now: they stay published whatever happens to them, while other tainted
-    devices are left out where the API server knows no taints. StateError where a pool needs counters that the API
-    server drops, for then it would give the same memory out twice.
+    devices are left out where the API server knows no taints. Shared devices are left out where it knows no consumable
+    capacity, held or not, for what is left of one there is a whole card for a single claim. StateError where a pool needs
+    counters that the API server drops, for then it would give the same memory out twice.
     """
     return tuple(_pool(pool, taints, driver, features, held) for pool in inventory.pools)
 
@@ -92,7 +102,12 @@ def _pool(
         raise StateError(
             f"pool {pool.name} cannot be published without counters, which this API server drops; plan it statically"
         )
-    usable = [d for d in pool.devices if features.taints or d.ref in held or d.ref not in taints]
+    usable = [
+        d
+        for d in pool.devices
+        if (features.taints or d.ref in held or d.ref not in taints)
+        and (features.consumable or not _is_shared(d.offer.sharing))
+    ]
     marks = taints if features.taints else {}
     bodies = [_device(d, _face(d.offer, pool, needed), marks.get(d.ref, ()), driver) for d in usable]
     specs: list[Body] = [{"sharedCounters": [_counter_set(needed)]}] if needed.chosen else []
@@ -113,8 +128,8 @@ def counters_of(pool: Pool) -> Counters:
     at: dict[Place, int] = {}
     wholes = 0
     for device in pool.devices:
-        if isinstance(device.offer.sharing, Monitor):
-            continue
+        if isinstance(device.offer.sharing, Monitor) or _part(device.offer.sharing) is not None:
+            continue  # what takes nothing, or stands beside its like by plan
         match device.offer.slice_:
             case WholeGpu():
                 wholes += 1
@@ -124,6 +139,14 @@ def counters_of(pool: Pool) -> Counters:
             case _:
                 assert_never(device.offer.slice_)
     return counters.minimal(pool.gpu.profiles, tuple(at), tuple(at.values()), wholes)
+
+
+def _part(sharing: Sharing) -> int | None:
+    return sharing.part if isinstance(sharing, Mps | TimeSlicing) else None
+
+
+def _is_shared(sharing: Sharing) -> bool:
+    return isinstance(sharing, Mps | TimeSlicing) and sharing.part is None
 
 
 def _counter_set(needed: Counters) -> Body:
@@ -145,9 +168,14 @@ class _Face:
     uuid: str = ""
     profile: str = ""
     enforcement: str  # what keeps a claim within its memory
+    interval: str = ""
     memory_mib: int
+    sm_percent: int = 0
+    clients: int = 0
+    shares: int = 0
     engines: MigProfile | None = None  # the profile whose engine counts the device has
     consumed: Mapping[str, int]
+    policies: Mapping[str, Body] | None = None  # of the capacities that a share takes; None: an exclusive device
 
 
 def _face(offer: Offer, pool: Pool, needed: Counters) -> _Face:
@@ -156,6 +184,10 @@ def _face(offer: Offer, pool: Pool, needed: Counters) -> _Face:
             return _Face(type="monitor", uuid=offer.gpu.uuid, enforcement="none", memory_mib=0, consumed={})
         case Exclusive():
             return _exclusive(offer.slice_, pool, needed)
+        case Mps() as mps:
+            return _mps(mps, _exclusive(offer.slice_, pool, needed))
+        case TimeSlicing() as timeslice:
+            return _timeslice(timeslice, _exclusive(offer.slice_, pool, needed))
         case _:
             assert_never(offer.sharing)
 
@@ -168,6 +200,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> _Face:
                 uuid=gpu.uuid,
                 enforcement="hardware",
                 memory_mib=pool.memory_mib,
+                sm_percent=sm_percent(slice_),
                 engines=layout.full(gpu.profiles),
                 consumed=needed.whole(),
             )
@@ -177,11 +210,68 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> _Face:
                 profile=profile.name,
                 enforcement="hardware",
                 memory_mib=profile.memory_mib,
+                sm_percent=sm_percent(slice_),
                 engines=profile,
                 consumed=needed.at(Place(profile, placement)),
             )
         case _:
             assert_never(slice_)
+
+
+def _mps(mps: Mps, alone: _Face) -> _Face:
+    """The same hardware, shared; a fixed part has its part of all that can be divided.
+
+    `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, for so does MPS count them
+    (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE).
+    """
+    shared = replace(
+        alone,
+        type="mps",
+        enforcement="mps",
+        memory_mib=mps.memory_mib,
+        sm_percent=_ALL_SMS,
+        clients=mps.clients,
+    )
+    if mps.part is not None:
+        return _fixed(replace(shared, clients=mps.clients // mps.shares, sm_percent=_ALL_SMS // mps.shares), mps)
+    policies = {
+        "memory": _memory_policy(mps),
+        "smPercent": _policy(0, 0, _ALL_SMS),  # a ceiling, not a reservation; 0 is "no ceiling"
+        "clients": _policy(mps.clients // mps.shares, 1, mps.clients),
+    }
+    return replace(shared, policies=policies)
+
+
+def _timeslice(sharing: TimeSlicing, alone: _Face) -> _Face:
+    shared = replace(
+        alone,
+        type="timeslice",
+        enforcement="none",
+        interval="" if alone.profile else sharing.interval,  # of partitions it cannot be set
+        memory_mib=sharing.memory_mib,
+        sm_percent=0,  # turns have no ceiling
+        shares=sharing.shares,
+    )
+    if sharing.part is not None:
+        return _fixed(replace(shared, shares=1), sharing)
+    return replace(shared, policies={"memory": _memory_policy(sharing), "shares": _policy(1, 1, sharing.shares)})
+
+
+def _fixed(whole: _Face, sharing: Mps | TimeSlicing) -> _Face:
+    return replace(whole, memory_mib=sharing.memory_mib // sharing.shares, consumed={})
+
+
+def _memory_policy(sharing: Mps | TimeSlicing) -> Body:
+    """Whole MiB, and an equal part by default."""
+    default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
+    return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
+
+
+def _policy(default: int, least: int, value: int) -> Body:
+    """Whole numbers from `least` on; where there is but one, by name, for the API wants room for a step in a range."""
+    if value <= least:
+        return {"default": str(value), "validValues": [str(value)]}
+    return {"default": str(default), "validRange": {"min": str(least), "step": "1"}}
 
 
 def _device(device: Device, face: _Face, taints: Iterable[Taint], driver: str) -> Body:
@@ -190,6 +280,8 @@ def _device(device: Device, face: _Face, taints: Iterable[Taint], driver: str) -
         "attributes": _attributes(device.offer.gpu, face),
         "capacity": _capacity(face),
     }
+    if face.policies is not None:
+        body["allowMultipleAllocations"] = True
     if face.consumed:
         body["consumesCounters"] = [{"counterSet": COUNTER_SET, "counters": _values(face.consumed)}]
     marks = [{"key": f"{driver}/{taint.key}", "value": taint.value, "effect": taint.effect} for taint in sorted(taints)]
@@ -210,6 +302,7 @@ def _attributes(gpu: Gpu, face: _Face) -> Body:
         "parentUUID": _text(gpu.uuid),
         "productName": _text(gpu.product),
         "profile": _text(face.profile),
+        "timeSliceInterval": _text(face.interval),
         "type": _text(face.type),
         "uuid": _text(face.uuid),
         "resource.kubernetes.io/pciBusID": _text(gpu.bus_id),
@@ -222,18 +315,24 @@ def _attributes(gpu: Gpu, face: _Face) -> Body:
 
 
 def _capacity(face: _Face) -> Body:
-    """Memory, and the engine counts by NVIDIA's names (KEP-4815)."""
+    """Memory, what shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
     engines = face.engines
-    return {"memory": {"value": quantity.mebibytes(face.memory_mib)}} | _values(
+    found = {"memory": {"value": quantity.mebibytes(face.memory_mib)}} | _values(
         {
+            "clients": face.clients,
             "copyEngines": engines.copy_engines if engines else 0,
             "decoders": engines.decoders if engines else 0,
             "encoders": engines.encoders if engines else 0,
             "jpegEngines": engines.jpegs if engines else 0,
             "multiprocessors": engines.multiprocessors if engines else 0,
             "ofaEngines": engines.ofas if engines else 0,
+            "shares": face.shares,
+            "smPercent": face.sm_percent,
         }
     )
+    if face.policies is None:
+        return found
+    return {name: {**value, "requestPolicy": face.policies.get(name, _NOTHING)} for name, value in found.items()}
 
 
 def _text(value: str) -> Body:

@@ -23,9 +23,13 @@ def allows(kept: PoolSlices, wanted: PoolSlices) -> bool:
     """Whether `wanted` may replace `kept` while claims hold devices of it."""
     if kept is wanted:
         return True
-    new = {device["name"]: _cost(device) for device in _devices(wanted)}
-    same = all(new.get(device["name"]) == _cost(device) for device in _devices(kept))
-    return same and _counters(kept) == _counters(wanted)
+    new = _costs(wanted)
+    return all(new.get(name) == cost for name, cost in _costs(kept).items()) and _counters(kept) == _counters(wanted)
+
+
+def same(one: PoolSlices, other: PoolSlices) -> bool:
+    """Whether two states of a pool have one shape, whatever else differs."""
+    return one is other or (_counters(one) == _counters(other) and _costs(one) == _costs(other))
 
 
 def closed(kept: PoolSlices, driver: str) -> PoolSlices:
@@ -51,14 +55,27 @@ def pools_of(claims: Iterable[Json], driver: str) -> Iterator[PoolName]:
                 yield PoolName(result["pool"])
 
 
+def published(bodies: Iterable[Json]) -> dict[PoolName, PoolSlices]:
+    """The pools that these ResourceSlices are, the newest generation of each."""
+    found: dict[PoolName, tuple[int, list[Json]]] = {}
+    for body in bodies:
+        spec = body["spec"]
+        name, generation = PoolName(spec["pool"]["name"]), spec["pool"].get("generation", 0)
+        newest, specs = found.get(name, (generation, []))
+        if generation >= newest:
+            part = {key: spec[key] for key in ("sharedCounters", "devices") if spec.get(key)}
+            found[name] = (generation, [*(specs if generation == newest else []), part])
+    return {name: PoolSlices(name, tuple(specs)) for name, (_, specs) in found.items()}
+
+
 def encode(pools: Sequence[PoolSlices]) -> dict[str, object]:
     return {"format": 1, "pools": {pool.name: list(pool.specs) for pool in pools}}
 
 
 def decode(body: Any) -> dict[PoolName, PoolSlices]:
-    """What `encode` wrote; nothing where it is of another format, for then nothing is known."""
-    if not isinstance(body, dict) or body.get("format") != 1:
-        return {}
+    """What `encode` wrote. ValueError, LookupError or TypeError for anything else, a newer format among it."""
+    if body["format"] != 1:
+        raise ValueError(f"format {body['format']} is not 1")
     return {PoolName(name): PoolSlices(PoolName(name), tuple(specs)) for name, specs in body["pools"].items()}
 
 
@@ -73,6 +90,10 @@ def _devices(pool: PoolSlices) -> Iterator[Json]:
 
 def _counters(pool: PoolSlices) -> list[Any]:
     return [counters for spec in _specs(pool) for counters in spec.get("sharedCounters", ())]
+
+
+def _costs(pool: PoolSlices) -> dict[str, list[Any]]:
+    return {device["name"]: _cost(device) for device in _devices(pool)}
 
 
 def _cost(device: Json) -> list[Any]:

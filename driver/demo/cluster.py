@@ -16,11 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from driver import files
 from driver.core.model import ClaimRef, ClaimUid
 from driver.demo import scheduler
 from driver.demo.apiserver import StandInApiServer
 from driver.demo.kubelet import StandInKubelet
 from driver.demo.scheduler import Request
+from driver.errors import DeviceError
+from driver.mps.client import MpsClient
 from driver.nvml import nodespec
 
 DRIVER = "gpuslice.dev"
@@ -70,10 +73,12 @@ class Cluster:
         self.api = StandInApiServer(folder / "api", version)
         # Below the kubelet's own names, so that paths look as they do on a node. Socket paths are short of room.
         self.registry, self.plugins, self.cdi = folder / "registry", folder / "plugins", folder / "cdi"
+        self.mps = folder / "mps"
         for path in (self.registry, self.plugins, self.cdi):
             path.mkdir(parents=True, exist_ok=True)
         self.kubelet = StandInKubelet(self.registry)
         self.drivers: list[DriverProcess] = []
+        self.supervisors: list[DriverProcess] = []
         self._uids = itertools.count(1)
 
     @property
@@ -92,6 +97,10 @@ class Cluster:
     ) -> None:
         for driver in self.drivers:
             await driver.kill()
+        for supervisor in self.supervisors:
+            with contextlib.suppress(TimeoutError):
+                await supervisor.terminate()  # it ends its daemons
+            await supervisor.kill()
         await self.kubelet.__aexit__(kind, error, trace)
         self.api.stop()
 
@@ -107,27 +116,58 @@ class Cluster:
             *("--kubelet-plugins-directory-path", str(self.plugins)),
             *("--kubelet-registrar-directory-path", str(self.registry)),
             *("--cdi-root", str(self.cdi)),
+            *("--mps-root", str(self.mps)),
             *more,
         ]
+
+    async def supervise(self) -> DriverProcess:
+        """Start the MPS supervisor, as the DaemonSet of its own does; returns when it answers."""
+        arguments = ["mps-supervisor", "--mps-root", str(self.mps), "--simulate", self.simulate]
+        arguments += ["--kubelet-plugins-directory-path", str(self.plugins)]
+        self.mps.mkdir(exist_ok=True)
+        watch = files.FolderWatch(self.mps, arrivals=True)
+        arrived = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(watch.fileno(), arrived.set)
+        try:
+            supervisor = await self._spawn(f"supervisor-{len(self.supervisors)}.log", arguments, {})
+            self.supervisors.append(supervisor)
+            await asyncio.wait_for(self._answers(arrived, watch), 20)
+        finally:
+            loop.remove_reader(watch.fileno())
+            watch.close()
+        return supervisor
+
+    async def _answers(self, arrived: asyncio.Event, watch: files.FolderWatch) -> None:
+        while True:
+            with contextlib.suppress(DeviceError):
+                await asyncio.to_thread(MpsClient(self.mps).incarnation)
+                return
+            await arrived.wait()
+            arrived.clear()
+            watch.read()
+
+    async def _spawn(self, log_name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> DriverProcess:
+        log = self.folder / log_name
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "driver",
+                *arguments,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **environment},
+            )
+        return DriverProcess(process, log)
 
     async def start(
         self, *more: str, environment: Mapping[str, str] | None = None, ready: bool = True
     ) -> DriverProcess:
         """Start a driver process; with `ready`, return when it is registered and its slices are published."""
         before = max((plugin.order for plugin in self.kubelet.plugins(DRIVER)), default=0)
-        log = self.folder / f"driver-{len(self.drivers)}.log"
-        before = max((plugin.order for plugin in self.kubelet.plugins(DRIVER)), default=0)
-        with log.open("wb") as output:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "driver",
-                *self.arguments(*more),
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **(environment or {})},
-            )
-        driver = DriverProcess(process, log)
+        name = f"driver-{len(self.drivers)}.log"
+        driver = await self._spawn(name, self.arguments(*more), environment or {})
         self.drivers.append(driver)
         if ready:
             await self.kubelet.registered(DRIVER, after=before)

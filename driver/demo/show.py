@@ -14,26 +14,19 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from driver import app, report
-from driver.app import Node
-from driver.config import Config
+from driver import report
 from driver.core.model import ClaimRef
-from driver.demo.cluster import DRIVER, Cluster, DriverProcess, UnschedulableError
+from driver.demo.cluster import DRIVER, Cluster
 from driver.demo.kubelet import KubeletError
-from driver.demo.scheduler import Request
+from driver.demo.stage import BrokenPromiseError, Stage, a_card, a_partition, a_share
 from driver.nvml import nodespec
 from driver.nvml.simnode import SimNode
 
 # The kernel takes 107 bytes of socket path, and 44 of them are ours: /gs-12345678/plugins/gpuslice.dev/dra.sock.
 _LONGEST_FOLDER = 63
 _ASK_S = 30.0
-_T = TypeVar("_T")
-
-
-class BrokenPromiseError(Exception):
-    """The demo saw what must not be; the text says what."""
 
 
 def run(simulate: str) -> int:
@@ -69,110 +62,16 @@ def _short_folder() -> str | None:
     return "/tmp" if len(tempfile.gettempdir().encode()) > _LONGEST_FOLDER else None
 
 
-class Stage:
-    """The cluster, and who holds what at this point of the story."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.held: dict[str, ClaimRef] = {}
-        self.calls: list[asyncio.Task[Any]] = []  # of the kubelet, cut off by a kill
-
-    @property
-    def driver(self) -> DriverProcess:
-        return self.cluster.drivers[-1]
-
-    def log(self) -> str:
-        """The end of the newest driver's log."""
-        return "\n".join(self.driver.log.read_text(encoding="utf-8").splitlines()[-20:]) if self.cluster.drivers else ""
-
-    def devices(self) -> dict[tuple[str, str], Mapping[str, Any]]:
-        """What the node publishes, by pool and device name."""
-        specs = [body["spec"] for body in self.cluster.api.all("resourceslices")]
-        return {(spec["pool"]["name"], d["name"]): d for spec in specs for d in spec.get("devices", [])}
-
-    # ------------------------------------------------------------ what users do
-
-    def claim(self, name: str, words: str, *requests: Request) -> ClaimRef | None:
-        """Create a claim and let the scheduler choose; None where its pod stays Pending."""
-        print(f"  claim {name}: {words}")
-        try:
-            ref = self.cluster.claim(name, *requests)
-        except UnschedulableError:
-            print("    the scheduler: nothing fits; the pod stays Pending until something does")
-            return None
-        return ref
-
-    async def use(self, ref: ClaimRef) -> None:
-        """Prepare a claim as the kubelet does for its pod, and show what the pod gets."""
-        begin = time.monotonic()
-        await self.cluster.run(ref)
-        took_ms = (time.monotonic() - begin) * 1000
-        self.held[ref.name] = ref
-        record = self.look(lambda node: node.records[ref.uid])
-        published = self.devices()
-        for device in record.prepared.devices if record.prepared else ():
-            memory = published[device.device.pool, device.device.device]["capacity"]["memory"]["value"]
-            print(f"    {ref.name} has {device.device}, {memory}, {device.uuid}, ready after {took_ms:.0f} ms")
-
-    async def take(self, name: str, words: str, *requests: Request) -> None:
-        ref = self.claim(name, words, *requests)
-        if ref is not None:
-            await self.use(ref)
-
-    async def give_back(self, name: str) -> None:
-        if ref := self.held.pop(name, None):
-            await self.cluster.end(ref)
-            print(f"  claim {name} is given back")
-
-    # ------------------------------------------------------------ what there is to see
-
-    def look(self, what: Callable[[Node], _T]) -> _T:
-        """A look at the node beside the driver, as `gpuslice devices` takes it."""
-        with app.looked_at(
-            Config(kubelet_plugins_directory_path=self.cluster.plugins, simulate_latency="zero")
-        ) as node:
-            return what(node)
-
-    def show_map(self) -> None:
-        """What occupies the memory slices of each card, and whose it is."""
-        for line in self.look(_map):
-            print(f"  {line}")
-
-    def must(self, so: bool, what: str) -> None:
-        if not so:
-            raise BrokenPromiseError(f"this should never be seen: {what}; please report it with the log above")
-        print(f"  checked: {what}")
-
-
-def _map(node: Node) -> list[str]:
-    lines = []
-    records = tuple(node.records.values())
-    for pool in node.inventory.pools:
-        grants = [grant for record in records for grant in record.plan.grants if grant.gpu == pool.gpu.uuid]
-        *ruler, cells = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records)
-        lines += [f"GPU {pool.gpu.index}".ljust(10) + "".join(ruler)[10:], cells]
-    return lines
-
-
-# ---------------------------------------------------------------- what is asked for
-
-
-def _partition(name: str = "gpu", **where: str | int) -> Request:
-    return Request(name=name, driver=DRIVER, where={"type": "mig", **where})
-
-
-def _whole(name: str = "gpu") -> Request:
-    return Request(name=name, driver=DRIVER, where={"type": "gpu"})
-
-
 # ---------------------------------------------------------------- the story
 
 
 async def start(stage: Stage) -> None:
-    """The driver starts on a simulated node, beside a stand-in API server and kubelet.
+    """The driver starts on a simulated node, and the MPS supervisor beside it; API server and kubelet are stand-ins.
 
     No latency is simulated at first, so that times are the driver's own.
     """
+    supervisor = await stage.cluster.supervise()
+    print(f"  python -m driver mps-supervisor --simulate {stage.cluster.simulate} …   (process {supervisor.pid})")
     driver = await stage.cluster.start()
     print(f"  python -m driver run --simulate {stage.cluster.simulate} …   (process {driver.pid})")
     for line in driver.log.read_text(encoding="utf-8").splitlines():
@@ -201,21 +100,21 @@ async def by_profile(stage: Stage) -> None:
     """A claim names a MIG profile. No card was partitioned before: the driver makes the partition."""
     profiles = (device["attributes"]["profile"]["string"] for device in stage.devices().values())
     smallest = next(filter(None, profiles), "1g.10gb")
-    await stage.take("small", f"a partition with profile {smallest}", _partition(profile=smallest))
+    await stage.take("small", f"a partition with profile {smallest}", a_partition(profile=smallest))
     stage.show_map()
 
 
 async def by_memory(stage: Stage) -> None:
     """Two claims only say how much memory they need, and get the smallest partition that has it."""
-    await stage.take("nine", "a partition with at least 9Gi", _partition(memory=">=9Gi"))
-    await stage.take("thirty", "a partition with at least 30Gi", _partition(memory=">=30Gi"))
+    await stage.take("nine", "a partition with at least 9Gi", a_partition(memory=">=9Gi"))
+    await stage.take("thirty", "a partition with at least 30Gi", a_partition(memory=">=30Gi"))
     stage.show_map()
 
 
 async def whole_card(stage: Stage) -> None:
     """A whole card: the scheduler's counters lead it to one that nobody partitions. A second one has to wait."""
-    await stage.take("train", "a whole card", _whole())
-    await stage.take("late", "another whole card", _whole())
+    await stage.take("train", "a whole card", a_card())
+    await stage.take("late", "another whole card", a_card())
     stage.show_map()
 
 
@@ -237,9 +136,24 @@ async def double_allocation(stage: Stage) -> None:
 async def several_cards(stage: Stage) -> None:
     """One claim over two cards: a whole one and a partition of the other."""
     await stage.give_back("train")
-    smaller = _partition("helper")
-    await stage.take("pair", "a whole card, and beside it any partition", _whole("main"), smaller)
+    smaller = a_partition("helper")
+    await stage.take("pair", "a whole card, and beside it any partition", a_card("main"), smaller)
     stage.show_map()
+
+
+async def mps_shares(stage: Stage) -> None:
+    """The other card is free again and is shared by MPS: two programs run at once, each with its own budget."""
+    await stage.give_back("pair")
+    await stage.take("infer", "an MPS share: 20Gi, a quarter of the SMs", a_share("mps", memory="20Gi", smPercent="25"))
+    await stage.take("embed", "an MPS share: 10Gi", a_share("mps", memory="10Gi"))
+    stage.show_map()
+    _daemons(stage)
+
+
+def _daemons(stage: Stage) -> None:
+    for daemon in stage.mps.running():
+        memory = "none" if daemon.memory_mib is None else f"{daemon.memory_mib} MiB"
+        print(f"  MPS daemon of {daemon.device}, process {daemon.pid}: ceiling of every client {memory}")
 
 
 async def container_view(stage: Stage) -> None:
@@ -258,16 +172,45 @@ async def container_view(stage: Stage) -> None:
             print(f"      {entry}")
 
 
+async def time_slices(stage: Stage) -> None:
+    """No mode stands beside another on one card: shares by time wait until the last MPS share has left."""
+    await stage.take("notebook", "a share by time: 16Gi", a_share("timeslice", memory="16Gi"))
+    shared = [name for name in ("infer", "embed") if name in stage.held]
+    for name in shared:
+        await stage.give_back(name)
+    stage.must(not stage.mps.running(), "no MPS daemon is left")
+    await stage.take("notebook", "the same again", a_share("timeslice", memory="16Gi"))
+    await stage.take(
+        "shell", "another share by time, of the size that a share has if nobody says", a_share("timeslice")
+    )
+    stage.show_map()
+
+
+async def back_again(stage: Stage) -> None:
+    """And back: the same card as a whole, then partitioned, then by MPS. Nobody switched anything."""
+    for name in ("notebook", "shell"):
+        await stage.give_back(name)
+    for name, words, request in (
+        ("again", "a whole card", a_card()),
+        ("half", "a partition with at least 30Gi", a_partition(memory=">=30Gi")),
+        ("serve", "an MPS share: 30Gi", a_share("mps", memory="30Gi")),
+    ):
+        if await stage.take(name, words, request):
+            stage.show_map()
+        if name != "serve":
+            await stage.give_back(name)
+
+
 async def killed(stage: Stage) -> None:
     """The driver is killed in the middle of a prepare: a GPU instance exists, and nothing in it yet."""
-    await stage.give_back("pair")
-    ref = stage.claim("unlucky", "a partition with at least 30Gi", _partition(memory=">=30Gi"))
+    await stage.give_back("thirty")
+    ref = stage.claim("unlucky", "a partition with at least 30Gi", a_partition(memory=">=30Gi"))
     if ref is not None:
         await _hang(stage, ref)
         stage.held["unlucky"] = ref
     await stage.driver.kill()
     SimNode(stage.cluster.node_folder).withdraw()
-    print(f"  SIGKILL to process {stage.driver.pid}; the other claims' partitions go on without it")
+    print(f"  SIGKILL to process {stage.driver.pid}; partitions and MPS shares of other claims go on without it")
     stage.show_map()
 
 
@@ -288,7 +231,9 @@ async def again(stage: Stage) -> None:
     await asyncio.gather(*stage.calls, return_exceptions=True)
     driver = await stage.cluster.start("--simulate-latency", "realistic")
     print(f"  process {driver.pid} is registered, and the slices are as they were")
-    beside = stage.claim("beside", "any partition, at the same moment", _partition())
+    beside = stage.claim(
+        "beside", "an MPS share of the other card: 10Gi, at the same moment", a_share("mps", memory="10Gi")
+    )
     begin = time.monotonic()
     await asyncio.gather(*(stage.use(ref) for ref in (stage.held.get("unlucky"), beside) if ref is not None))
     print(f"  all of it took {time.monotonic() - begin:.1f} s: no card waits for another")
@@ -320,6 +265,9 @@ async def the_end(stage: Stage) -> None:
         await stage.give_back(name)
     code = await stage.driver.terminate()
     stage.must(code == 0, "the driver ends with exit code 0")
+    stage.must(not stage.mps.running(), "no MPS daemon is left")
+    code = await stage.cluster.supervisors[-1].terminate()
+    stage.must(code == 0, "the MPS supervisor ends with exit code 0")
     left = stage.look(lambda node: [p for live in node.live.values() for p in live.partitions])
     stage.must(not left, "no partition is left on the node")
     stage.must(not stage.look(lambda node: dict(node.records)), "no record is left")
@@ -334,7 +282,10 @@ _STEPS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     whole_card,
     double_allocation,
     several_cards,
+    mps_shares,
     container_view,
+    time_slices,
+    back_again,
     killed,
     again,
     whole_report,

@@ -36,6 +36,9 @@ class Code(IntEnum):
     UNKNOWN = 999
 
 
+TIME_SLICES = (0, 1, 2, 3)  # nvidia-smi compute-policy --set-timeslice; milliseconds are not published
+
+
 class ComputeMode(IntEnum):
     """`nvmlComputeMode_t`; lost at reboot."""
 
@@ -112,6 +115,15 @@ class Nvml(Protocol):
     def compute_mode(self, gpu: GpuUuid) -> ComputeMode: ...
 
     def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None: ...
+
+    def time_slice(self, gpu: GpuUuid) -> int:
+        """How long processes that share the card keep it in turn: 0 default, 1 short, 2 medium, 3 long; lost at reboot.
+
+        NOT_SUPPORTED on cards that cannot interrupt a kernel half-way, and while MIG mode is on.
+        """
+
+    def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
+        """INVALID_ARGUMENT for a level that is none of 0 … 3, NOT_SUPPORTED as above."""
 
     def wait_event(self, timeout_s: float) -> XidEvent | None:
         """The next XID since the first call, or None after the timeout. One caller only."""

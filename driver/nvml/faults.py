@@ -43,6 +43,9 @@ CODES: Mapping[str, frozenset[Code]] = {
     "memory": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND},
     "compute_mode": _ANYWHERE,
     "set_compute_mode": _ANYWHERE | {Code.NO_PERMISSION},
+    # Not NVML's: what nvidia-smi says is translated to these.
+    "time_slice": _ANYWHERE | {Code.NO_PERMISSION},
+    "set_time_slice": _ANYWHERE | {Code.NO_PERMISSION},
     "wait_event": frozenset({Code.UNINITIALIZED, Code.INVALID_ARGUMENT, Code.GPU_IS_LOST, Code.UNKNOWN}),
 }
 

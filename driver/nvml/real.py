@@ -20,9 +20,10 @@ import pynvml
 from driver.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Placement
 from driver.errors import DeviceError
 from driver.nvml import mig
-from driver.nvml.api import Code, ComputeMode, Memory, Process, XidEvent
-from driver.nvml.library import asking, refusal, start
+from driver.nvml.api import TIME_SLICES, Code, ComputeMode, Memory, Process, XidEvent
+from driver.nvml.library import asking, find, refusal, start
 from driver.nvml.mig import Handle, tolerating
+from driver.nvml.smi import Smi
 
 _ARCHITECTURES = {
     pynvml.NVML_DEVICE_ARCH_MAXWELL: "Maxwell",
@@ -46,6 +47,7 @@ class RealNvml:
 
     def __init__(self, driver_root: Path | None = None) -> None:
         start(driver_root)
+        self._smi = Smi(driver_root, find(driver_root) if driver_root else None)
         with asking("this node", "read the versions of the NVIDIA driver"):
             cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
             self._driver_version = str(pynvml.nvmlSystemGetDriverVersion())
@@ -208,6 +210,15 @@ class RealNvml:
         device, label = self._device(gpu)
         with asking(label, f"set compute mode {mode.name}"):
             pynvml.nvmlDeviceSetComputeMode(device, int(mode))
+
+    def time_slice(self, gpu: GpuUuid) -> int:
+        return self._smi.time_slice(gpu, self._device(gpu)[1])
+
+    def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
+        label = self._device(gpu)[1]
+        if level not in TIME_SLICES:
+            raise refusal(label, f"set time slice {level}", Code.INVALID_ARGUMENT)
+        self._smi.set_time_slice(gpu, label, level)
 
     # ------------------------------------------------------------ events
 

@@ -18,11 +18,15 @@ from typing import Literal
 from driver.core.model import MIB, Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Partition, Placement
 from driver.errors import DeviceError
 from driver.nvml import geometry
-from driver.nvml.api import Code, ComputeMode, Memory, Process, XidEvent
+from driver.nvml.api import TIME_SLICES, Code, ComputeMode, Memory, Process, XidEvent
 from driver.nvml.simnode import SimNode
 from driver.nvml.simstate import Change, GpuState
 
 Latency = Literal["realistic", "zero", "serial"]
+
+# First compute capability whose time slice we let be set. Pascal is split over it, and nobody lists which of its cards
+# are in; Volta and later are.
+_TIME_SLICED = 7
 
 # Seconds a call takes: orders of magnitude, not measurements. NVIDIA's DRA driver notes about 1 s for destroying a GPU
 # instance and the like for creating one in its comments; the others are our guess at their proportion to that.
@@ -39,6 +43,8 @@ SECONDS = {
     "memory": 0.001,
     "compute_mode": 0.0005,
     "set_compute_mode": 0.01,
+    "time_slice": 0.02,  # a run of nvidia-smi
+    "set_time_slice": 0.02,
 }
 
 
@@ -128,7 +134,7 @@ class SimNvml(SimNode):
             return state.with_mig(state.live.mig, pending=on)
         if busy := _busy(state):
             raise self._refusal(index, Code.IN_USE, f"MIG mode cannot be switched while {busy}; end that first")
-        return replace(state.with_mig(on), compute_mode=ComputeMode.DEFAULT)
+        return replace(state.with_mig(on), compute_mode=ComputeMode.DEFAULT, time_slice=0)
 
     # ------------------------------------------------------------ partitions
 
@@ -231,6 +237,26 @@ class SimNvml(SimNode):
             return replace(state, compute_mode=mode)
 
         self._change("set_compute_mode", gpu, switch)
+
+    def time_slice(self, gpu: GpuUuid) -> int:
+        return self._sliced(self.index(gpu), self._read("time_slice", gpu)).time_slice
+
+    def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
+        index = self.index(gpu)
+        if level not in TIME_SLICES:
+            text = f"there is no time slice {level}; use one of 0 (default) to 3 (long)"
+            raise self._refusal(index, Code.INVALID_ARGUMENT, text)
+        self._change("set_time_slice", gpu, lambda state: replace(self._sliced(index, state), time_slice=level))
+
+    def _sliced(self, index: int, state: GpuState) -> GpuState:
+        gpu = self.cards[index]
+        if state.live.mig:
+            raise self._refusal(
+                index, Code.NOT_SUPPORTED, "it has no time slice in MIG mode; switch MIG mode off first"
+            )
+        if int(gpu.compute_capability.partition(".")[0]) < _TIME_SLICED:
+            raise self._refusal(index, Code.NOT_SUPPORTED, f"{gpu.product} has no time slice to set; use another GPU")
+        return state
 
     def close(self) -> None:
         """End this session; calls that hang or wait fail as uninitialized. The node stays as it is."""

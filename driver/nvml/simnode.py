@@ -20,6 +20,7 @@ from driver.nvml.nodespec import parse
 from driver.nvml.simstate import GpuState, StateFolder
 
 XID_OFF_THE_BUS = 79
+MPS_SERVER = "nvidia-cuda-mps-server"  # as NVML's lists of processes show it
 
 
 class SimNode:
@@ -142,9 +143,18 @@ class SimNode:
         self._events.add(event)
 
     def run_process(
-        self, device: GpuUuid | MigUuid, *, pid: int | None = None, name: str = "python", used_bytes: int = 0
+        self,
+        device: GpuUuid | MigUuid,
+        *,
+        pid: int | None = None,
+        name: str = "python",
+        used_bytes: int = 0,
+        mps: bool = False,
     ) -> int:
-        """Start a process on a card or a partition and return its pid; refused where CUDA would not start."""
+        """Start a process on a card or a partition and return its pid; refused where CUDA would not start.
+
+        `mps`: it is a client of the MPS server there, and so it is let in beside it in EXCLUSIVE_PROCESS.
+        """
         if device.startswith("MIG-"):
             index, partition = self.find(MigUuid(device))
             gi, ci = partition.gi, partition.ci
@@ -154,12 +164,12 @@ class SimNode:
         def start(state: GpuState) -> GpuState:
             chosen = pid or max((p.pid for p in state.processes), default=10_000 * (index + 1)) + 1
             process = Process(pid=chosen, name=name, gi=gi, ci=ci, used_bytes=used_bytes)
-            self._admit(index, state, process)
+            self._admit(index, state, process, mps)
             return replace(state, processes=(*state.processes, process))
 
         return self._state.change(index, start).processes[-1].pid
 
-    def _admit(self, index: int, state: GpuState, process: Process) -> None:
+    def _admit(self, index: int, state: GpuState, process: Process, mps: bool) -> None:
         here = self.label(index)
         beside = [p for p in state.processes if (p.gi, p.ci) == (process.gi, process.ci)]
         if state.lost:
@@ -168,7 +178,8 @@ class SimNode:
             raise DeviceError(f"{here} is in MIG mode, where CUDA needs a partition; name one", Code.NOT_SUPPORTED)
         if state.compute_mode == ComputeMode.PROHIBITED:
             raise DeviceError(f"{here} is in compute mode PROHIBITED; set it to DEFAULT", Code.NOT_SUPPORTED)
-        if state.compute_mode == ComputeMode.EXCLUSIVE_PROCESS and beside:
+        through = mps and any(p.name == MPS_SERVER for p in beside)
+        if state.compute_mode == ComputeMode.EXCLUSIVE_PROCESS and beside and not through:
             raise DeviceError(
                 f"{here} is in compute mode EXCLUSIVE_PROCESS and pid {beside[0].pid} has it", Code.IN_USE
             )

@@ -34,6 +34,7 @@ class GpuState:
 
     live: LiveGpu
     compute_mode: ComputeMode = ComputeMode.DEFAULT
+    time_slice: int = 0
     processes: tuple[Process, ...] = ()
     lost: bool = False
 
@@ -140,6 +141,7 @@ def _encode(state: GpuState) -> str:
         "mig": live.mig,
         "migPending": live.mig_pending,
         "computeMode": int(state.compute_mode),
+        "timeSlice": state.time_slice,
         "lost": state.lost,
         "partitions": [
             {
@@ -170,6 +172,7 @@ def _decode(body: Mapping[str, object]) -> GpuState:
     return GpuState(
         live=live,
         compute_mode=ComputeMode(cast("int", body["computeMode"])),
+        time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release does not say
         processes=tuple(
             Process(pid=p["pid"], name=str(p["name"]), gi=p["gi"], ci=p["ci"], used_bytes=p["usedBytes"])
             for p in processes

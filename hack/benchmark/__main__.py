@@ -8,13 +8,22 @@ import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from machine import Machine
-from measures import MEASURES, Figures, Size, start
+from measures import Figures, Size, calls, hang, memory, mig, start
+from shares import shares
 from subject import BenchError, Subject, at_revision, here, with_byte_code
 
+MEASURES: Mapping[str, Callable[[Subject, Size], Awaitable[Figures]]] = {
+    "start": start,
+    "calls": calls,
+    "shares": shares,
+    "mig": mig,
+    "memory": memory,
+    "hang": hang,
+}
 FULL = Size(rounds=3, calls=200, claims=1000)
 QUICK = Size(rounds=1, calls=40, claims=200)
 
@@ -49,6 +58,15 @@ def _call_rows() -> list[Row]:
 ROWS = [
     Row("start_s", "exec to all slices of 8 GPUs stored", 1.0),
     *_call_rows(),
+    Row("mps_first_p50_ms", "NodePrepareResources, a card's first MPS share, its daemon's start included, p50", 500.0),
+    Row("mps_first_p99_ms", "NodePrepareResources, a card's first MPS share, its daemon's start included, p99"),
+    Row("mps_share_p50_ms", "NodePrepareResources, each further MPS share, p50", 15.0),
+    Row("mps_share_p99_ms", "NodePrepareResources, each further MPS share, p99"),
+    Row("mps_share_back_p50_ms", "NodeUnprepareResources, an MPS share that is not the last, p50"),
+    Row("timeslice_share_p50_ms", "NodePrepareResources, each further share by time, p50", 15.0),
+    Row("timeslice_share_p99_ms", "NodePrepareResources, each further share by time, p99"),
+    Row("timeslice_share_back_p50_ms", "NodeUnprepareResources, a share by time that is not the last, p50"),
+    Row("mps_supervisor_mb", "resident memory of the MPS supervisor, eight daemons", 30.0),
     Row("mig_one_s", "one MIG creation, NVML taking its time"),
     Row("mig_eight_s", "eight MIG creations at once, eight GPUs, the same"),
     Row("mig_ratio", "eight MIG creations against one", 1.3),

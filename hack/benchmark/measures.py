@@ -11,7 +11,7 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,12 @@ class Bench:
 
     def resident_mb(self, field: str = "VmRSS") -> float:
         """Megabytes (10^6 bytes) as the kernel counts them for the driver process; shared libraries included."""
-        lines = Path(f"/proc/{self.driver.pid}/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
+        return resident_mb(self.driver.pid, field)
+
+
+def resident_mb(pid: int, field: str = "VmRSS") -> float:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
 
 
 class _Cluster(Cluster):
@@ -96,11 +100,15 @@ class _Cluster(Cluster):
 
 
 @contextlib.asynccontextmanager
-async def running(subject: Subject, simulate: str = f"h100x{GPUS}", *, latency: str = "zero") -> AsyncIterator[Bench]:
+async def running(
+    subject: Subject, simulate: str = f"h100x{GPUS}", *, latency: str = "zero", supervised: bool = False
+) -> AsyncIterator[Bench]:
     """Start a driver on a fresh node and wait for its last slice. BenchError, with the end of its log, where it fails."""
     with tempfile.TemporaryDirectory(prefix="gs-") as folder:
         async with _Cluster(subject, Path(folder), simulate, latency) as cluster:
             try:
+                if supervised:
+                    await cluster.supervise()
                 began = time.perf_counter()
                 driver = await cluster.start(environment=subject.environment(), ready=False)
                 ended = await asyncio.to_thread(_all_published, cluster)
@@ -132,7 +140,7 @@ async def _timed(work: Awaitable[object]) -> float:
     return time.perf_counter() - began
 
 
-def _percentiles(name: str, seconds: Sequence[float]) -> Figures:
+def percentiles(name: str, seconds: Sequence[float]) -> Figures:
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {f"{name}_p50_ms": cuts[49] * 1e3, f"{name}_p99_ms": cuts[98] * 1e3}
 
@@ -163,10 +171,10 @@ async def calls(subject: Subject, size: Size) -> Figures:
             ]
             spent = (cpu_s(bench.driver.pid) - cpu) / (len(single) + len(waves) * GPUS)
             figures[f"cpu_{kind}_ms"] = spent * 1e3
-            figures |= _percentiles(f"prepare_{kind}", [one for one, _ in single])
-            figures |= _percentiles(f"unprepare_{kind}", [one for _, one in single])
-            figures |= _percentiles(f"prepare_{kind}_eight", [one for wave, _ in waves for one in wave])
-            figures |= _percentiles(f"unprepare_{kind}_eight", [one for _, wave in waves for one in wave])
+            figures |= percentiles(f"prepare_{kind}", [one for one, _ in single])
+            figures |= percentiles(f"unprepare_{kind}", [one for _, one in single])
+            figures |= percentiles(f"prepare_{kind}_eight", [one for wave, _ in waves for one in wave])
+            figures |= percentiles(f"unprepare_{kind}_eight", [one for _, wave in waves for one in wave])
     return figures
 
 
@@ -225,12 +233,3 @@ async def _get_info(socket: Path) -> None:
     async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
         stub: Any = registration_v1_pb2_grpc.RegistrationStub(channel)  # type: ignore[no-untyped-call]
         await stub.GetInfo(registration_v1_pb2.InfoRequest(), timeout=10.0)
-
-
-MEASURES: Mapping[str, Callable[[Subject, Size], Awaitable[Figures]]] = {
-    "start": start,
-    "calls": calls,
-    "mig": mig,
-    "memory": memory,
-    "hang": hang,
-}

@@ -133,20 +133,34 @@ def test_a_uid_never_leads_out_of_the_cdi_folder(uid: str) -> None:
 def test_a_program_is_told_its_budget_under_the_name_of_its_request() -> None:
     device = DeviceRef(PoolName("node-a/0000-3b-00-0"), "mig-1g-19-0")
 
-    env = cdi.budget(cdi.labels(["small-gpu"])[0], device=device, uuid="MIG-1", memory_mib=9856, profile="1g.10gb")
+    (label,) = cdi.labels(["small-gpu"])
+
+    env = cdi.budget(label, device=device, uuid="MIG-1", enforcement="hardware", memory_mib=9856, profile="1g.10gb")
 
     assert env == {
         "GPUSLICE_SMALL_GPU_DEVICE": "node-a/0000-3b-00-0/mig-1g-19-0",
         "GPUSLICE_SMALL_GPU_UUID": "MIG-1",
         "GPUSLICE_SMALL_GPU_MEMORY_MIB": "9856",
+        "GPUSLICE_SMALL_GPU_MEMORY_ENFORCEMENT": "hardware",
         "GPUSLICE_SMALL_GPU_PROFILE": "1g.10gb",
     }
 
 
 def test_what_a_device_does_not_have_is_not_told() -> None:
-    env = cdi.budget("GPU", device=DeviceRef(PoolName("p"), "monitor"), uuid="GPU-1")
+    env = cdi.budget("GPU", device=DeviceRef(PoolName("p"), "monitor"), uuid="GPU-1", enforcement="none")
 
-    assert env.keys() == {"GPUSLICE_GPU_DEVICE", "GPUSLICE_GPU_UUID"}
+    assert env.keys() == {"GPUSLICE_GPU_DEVICE", "GPUSLICE_GPU_UUID", "GPUSLICE_GPU_MEMORY_ENFORCEMENT"}
+
+
+@pytest.mark.contract(35)
+def test_a_share_is_told_its_own_figures_and_by_what_means_they_hold() -> None:
+    device = DeviceRef(PoolName("p"), "mps")
+
+    env = cdi.budget("GPU", device=device, uuid="GPU-1", enforcement="mps", memory_mib=10240, percent=25)
+
+    assert env["GPUSLICE_GPU_MEMORY_MIB"] == "10240"
+    assert env["GPUSLICE_GPU_MEMORY_ENFORCEMENT"] == "mps"
+    assert env["GPUSLICE_GPU_SM_PERCENT"] == "25"
 
 
 def test_a_request_with_several_devices_is_numbered() -> None:
@@ -173,7 +187,7 @@ def test_no_two_devices_of_a_claim_share_a_variable(requests: list[str]) -> None
     names = [
         name
         for label in cdi.labels(requests)
-        for name in cdi.budget(label, device=ref, uuid="GPU-1", memory_mib=1, profile="x")
+        for name in cdi.budget(label, device=ref, uuid="GPU-1", enforcement="mps", memory_mib=1, percent=1, profile="x")
     ]
 
     assert len(set(names)) == len(names)

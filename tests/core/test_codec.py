@@ -12,23 +12,31 @@ from driver.core.model import (
     Allocation,
     ClaimRef,
     ClaimUid,
-    CreateMig,
     DeviceRef,
     Exclusive,
     GpuUuid,
-    Grant,
-    MadeMig,
     MigSlot,
     MigUuid,
     Monitor,
+    Mps,
     Placement,
-    Plan,
     PoolName,
+    Settings,
+    Sharing,
+    TimeSlicing,
+)
+from driver.core.record import (
+    CreateMig,
+    Grant,
+    MadeMig,
+    Plan,
     PreparedClaim,
     PreparedDevice,
     Record,
+    SetComputeMode,
     SetMigMode,
-    Settings,
+    SetTimeSlice,
+    StartMps,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -36,21 +44,34 @@ REF = ClaimRef("default", "one", ClaimUid("uid-1"))
 SLOT = MigSlot(GpuUuid("GPU-a"), 19, Placement(6, 1))
 
 
-def a_grant(device: str, *, slot: MigSlot | None = None, monitor: bool = False) -> Grant:
+def a_grant(device: str, sharing: Sharing, *, slot: MigSlot | None = None) -> Grant:
     allocation = Allocation(
         request="gpu",
         device=DeviceRef(PoolName("n/p"), device),
-        admin=monitor,
+        admin=isinstance(sharing, Monitor),
         share_id="s-1",
         consumed={"memory": 1024},
-        settings=Settings("required"),
+        settings=Settings("preferred", "long"),
     )
-    return Grant(allocation=allocation, gpu=GpuUuid("GPU-a"), slot=slot, sharing=Monitor() if monitor else Exclusive())
+    return Grant(allocation=allocation, gpu=GpuUuid("GPU-a"), slot=slot, sharing=sharing)
 
 
 def a_record() -> Record:
-    grants = (a_grant("mig-1g-19-6", slot=SLOT), a_grant("monitor", monitor=True))
-    steps = (SetMigMode(GpuUuid("GPU-a"), True), CreateMig(SLOT))
+    grants = (
+        a_grant("mig-1g-19-6", Exclusive(), slot=SLOT),
+        a_grant("monitor", Monitor()),
+        a_grant("mps", Mps(shares=4, memory_mib=8000, clients=60)),
+        a_grant("timeslice-1", TimeSlicing(shares=4, memory_mib=8000, interval="short", part=1)),
+    )
+    gpu = GpuUuid("GPU-a")
+    steps = (
+        SetMigMode(gpu, True),
+        CreateMig(SLOT),
+        SetComputeMode(gpu),
+        SetTimeSlice(gpu, "short"),
+        StartMps(gpu, None),
+        StartMps(gpu, SLOT),
+    )
     made = MadeMig(slot=SLOT, gi=7, ci=0, uuid=MigUuid("MIG-b"))
     devices = (
         PreparedDevice(request="gpu", device=grants[0].allocation.device, uuid=MigUuid("MIG-b"), cdi_ids=("v/c=1",)),

@@ -14,7 +14,7 @@ OFF, ON = LiveGpu(mig=False, mig_pending=False), LiveGpu(mig=True, mig_pending=T
 def tainted(gpu: Gpu, live: LiveGpu | None, unwell: Taint | None = None) -> dict[str, set[str]]:
     inventory = Inventory.of([gpu], Policy.default(), "n")
     found = health.taints(
-        inventory, {} if live is None else {gpu.uuid: live}, {} if unwell is None else {gpu.uuid: unwell}, ()
+        inventory, {} if live is None else {gpu.uuid: live}, {} if unwell is None else {gpu.uuid: unwell}, (), {}
     )
     return {ref.device: {f"{t.key}={t.value}" for t in here} for ref, here in found.items()}
 
@@ -28,7 +28,7 @@ def test_an_ampere_card_offers_only_what_its_mig_mode_allows() -> None:
 
     assert "gpu" not in off
     assert off["mig-1g-19-0"] == {"mig-mode=off"}
-    assert on == {"gpu": {"mig-mode=on"}}
+    assert on == {device: {"mig-mode=on"} for device in ("gpu", "mps", "timeslice")}
 
 
 def test_a_pending_change_of_mig_mode_closes_all_but_the_watcher() -> None:
@@ -57,7 +57,7 @@ def test_a_foreign_partition_taints_what_overlaps_it_and_the_whole_card() -> Non
 def test_each_reason_names_the_thing_and_the_remedy() -> None:
     gpu = a_gpu("a100-40g", 0)
     inventory = Inventory.of([gpu], Policy.default(), "n")
-    found = health.taints(inventory, {gpu.uuid: ON}, {}, ())
+    found = health.taints(inventory, {gpu.uuid: ON}, {}, (), {})
 
     (taint,) = found[DeviceRef(inventory.pools[0].name, "gpu")]
     assert "nvidia-smi" in taint.reason

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from driver.core.inventory import Inventory
-from driver.core.model import DeviceRef, Exclusive, GpuUuid, MigSlice, Monitor, PoolName, WholeGpu
-from driver.core.policy import Policy
+from driver.core.model import (
+    DeviceRef,
+    Exclusive,
+    GpuUuid,
+    MigSlice,
+    Monitor,
+    Mps,
+    Offer,
+    PoolName,
+    TimeSlicing,
+    WholeGpu,
+)
 from driver.errors import ConfigError
 from driver.nvml import geometry, models
-from tests.builders import a_gpu, an_inventory
+from tests.builders import a_gpu, a_policy, an_inventory
 
 POOL = PoolName("node-1/0000-3b-00-0")
-
-
-def policy(**default: object) -> Policy:
-    return Policy.parse({"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": default})
 
 
 def names(inventory: Inventory, pool: int = 0) -> list[str]:
@@ -56,13 +63,15 @@ def test_partitions_come_smallest_first_and_at_the_place_that_excludes_fewest() 
         "mig-3g-9-0",
         "mig-4g-5-0",
         "mig-7g-0-0",
+        "mps",
+        "timeslice",
         "gpu",
         "monitor",
     ]
 
 
 def test_a_plain_partition_comes_before_one_of_its_size_with_media_engines() -> None:
-    found = names(an_inventory(a_gpu("h100"), policy=policy(suffixes=["+me"])))
+    found = names(an_inventory(a_gpu("h100"), policy=a_policy(suffixes=["+me"])))
 
     assert found.index("mig-1g-19-0") < found.index("mig-1g-20-6") < found.index("mig-1g-15-6")
 
@@ -86,21 +95,25 @@ def test_first_fit_in_this_order_leaves_room_for_the_large_ones() -> None:
     ]
 
 
-def test_a_card_that_cannot_be_partitioned_is_offered_whole() -> None:
-    assert names(an_inventory(a_gpu("l4"))) == ["gpu", "monitor"]
+def test_a_card_that_cannot_be_partitioned_is_offered_whole_and_in_shares() -> None:
+    assert names(an_inventory(a_gpu("l4"))) == ["mps", "timeslice", "gpu", "monitor"]
+
+
+def test_a_card_older_than_volta_is_not_offered_by_mps() -> None:
+    assert names(an_inventory(a_gpu("l4", compute_capability="6.1"))) == ["timeslice", "gpu", "monitor"]
 
 
 def test_without_mode_gpu_no_card_is_offered_whole() -> None:
-    assert "gpu" not in names(an_inventory(policy=policy(modes=["mig"])))
+    assert "gpu" not in names(an_inventory(policy=a_policy(modes=["mig"])))
 
 
 def test_without_mode_mig_no_card_is_partitioned() -> None:
-    assert names(an_inventory(policy=policy(modes=["gpu"]))) == ["gpu", "monitor"]
+    assert names(an_inventory(policy=a_policy(modes=["gpu"]))) == ["gpu", "monitor"]
 
 
 @pytest.mark.parametrize("product", models.known())
 def test_device_names_are_unique_labels_on_every_product(product: str) -> None:
-    found = names(an_inventory(a_gpu(product), policy=policy(suffixes=["+me", "+gfx", "-me", "+me.all"])))
+    found = names(an_inventory(a_gpu(product), policy=a_policy(suffixes=["+me", "+gfx", "-me", "+me.all"])))
 
     assert len(set(found)) == len(found)
     assert all(re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in found)
@@ -117,7 +130,7 @@ def test_an_offer_is_found_by_pool_and_device() -> None:
     assert (whole.slice_, whole.sharing) == (WholeGpu(gpu), Exclusive())
     assert isinstance(partition.slice_, MigSlice)
     assert (partition.slice_.profile.name, partition.slice_.placement.start) == ("3g.40gb", 4)
-    assert inventory.offer(DeviceRef(POOL, "mps")) is None
+    assert inventory.offer(DeviceRef(POOL, "mps-0")) is None
     assert inventory.offer(DeviceRef(PoolName("node-2/0000-3b-00-0"), "gpu")) is None
 
 
@@ -141,6 +154,75 @@ def test_the_same_node_has_the_same_inventory() -> None:
     assert an_inventory(a_gpu("h100"), a_gpu("a30", 1)) == an_inventory(a_gpu("a30", 1), a_gpu("h100"))
 
 
+# ---------------------------------------------------------------- sharing
+
+
+def sold(inventory: Inventory, device: str) -> Offer:
+    offer = inventory.offer(DeviceRef(POOL, device))
+    assert offer is not None
+    return offer
+
+
+def test_a_card_is_shared_by_what_the_reserve_leaves_of_it() -> None:
+    gpu = a_gpu("h100")
+    inventory = an_inventory(gpu, policy=a_policy(reserve="1Gi", mps={"shares": 8}, timeslice={"interval": "long"}))
+    left = gpu.memory_bytes // 2**20 - 1024
+
+    assert sold(inventory, "mps") == Offer(WholeGpu(gpu), Mps(8, left, 48))
+    assert sold(inventory, "timeslice") == Offer(WholeGpu(gpu), TimeSlicing(4, left, "long"))
+
+
+def test_shared_twins_come_after_all_partitions_of_their_profile() -> None:
+    inventory = an_inventory(policy=a_policy(profiles=[9, 5], sharedPartitions=["timeslice", "mps"]))
+
+    assert names(inventory) == [
+        "mig-3g-9-4",
+        "mig-3g-9-0",
+        "mig-3g-9-4-mps",
+        "mig-3g-9-0-mps",
+        "mig-3g-9-4-timeslice",
+        "mig-3g-9-0-timeslice",
+        "mig-4g-5-0",
+        "mig-4g-5-0-mps",
+        "mig-4g-5-0-timeslice",
+        "mps",
+        "timeslice",
+        "gpu",
+        "monitor",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "sharing"),
+    [
+        ("mig-1g-19-0-mps", Mps(5, 9984, 5)),  # 48 x 16 / 132 clients, and no more shares than clients
+        ("mig-3g-9-4-mps", Mps(8, 40448, 21)),
+        ("mig-7g-0-0-mps", Mps(8, 81152, 48)),
+        ("mig-1g-19-0-timeslice", TimeSlicing(4, 9984)),  # an interval is the card's
+    ],
+)
+def test_a_shared_partition_has_its_own_memory_and_its_part_of_the_clients(
+    device: str, sharing: Mps | TimeSlicing
+) -> None:
+    offered = a_policy(mps={"shares": 8}, timeslice={"interval": "short"}, sharedPartitions=["mps", "timeslice"])
+
+    offer = sold(an_inventory(policy=offered), device)
+
+    assert isinstance(offer.slice_, MigSlice)
+    assert offer.sharing == sharing
+
+
+def test_the_smallest_partition_serves_at_least_one_client() -> None:
+    inventory = an_inventory(policy=a_policy(mps={"shares": 2, "clients": 2}, sharedPartitions=["mps"]))
+
+    assert sold(inventory, "mig-1g-19-0-mps").sharing == Mps(1, 9984, 1)
+
+
+def test_shares_too_small_to_be_asked_for_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"50000 shares of GPU 0 .* would have less than 2Mi each of 81152Mi"):
+        an_inventory(policy=a_policy(timeslice={"shares": 50000}))
+
+
 # ---------------------------------------------------------------- clusters without partitionable devices
 
 
@@ -149,13 +231,13 @@ def test_statically_a_card_is_whole_by_default() -> None:
 
 
 def test_statically_a_layout_of_the_policy_replaces_the_whole_card() -> None:
-    inventory = an_inventory(policy=policy(static={"1g.10gb": 2, "2g.20gb": 1, "3g.40gb": 1}), static=True)
+    inventory = an_inventory(policy=a_policy(static={"1g.10gb": 2, "2g.20gb": 1, "3g.40gb": 1}), static=True)
 
     assert names(inventory) == ["mig-1g-19-0", "mig-1g-19-1", "mig-2g-14-2", "mig-3g-9-4", "monitor"]
 
 
 def test_statically_all_offered_partitions_stand_together() -> None:
-    inventory = an_inventory(policy=policy(static={"1g.10gb": 4, "3g.40gb": 1}), static=True)
+    inventory = an_inventory(policy=a_policy(static={"1g.10gb": 4, "3g.40gb": 1}), static=True)
     slices = [device.offer.slice_ for device in inventory.pools[0].devices]
 
     instances = [(slice_.profile, slice_.placement) for slice_ in slices if isinstance(slice_, MigSlice)]
@@ -174,11 +256,38 @@ def test_statically_all_offered_partitions_stand_together() -> None:
 )
 def test_a_static_layout_that_does_not_fit_is_refused_with_its_card(layout: dict[str, int], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"static layout of GPU 0 \(NVIDIA H100 .*\), {named}, does not fit"):
-        an_inventory(policy=policy(static=layout), static=True)
+        an_inventory(policy=a_policy(static=layout), static=True)
 
 
 def test_where_partitions_are_dynamic_the_static_layout_is_not_used() -> None:
-    assert an_inventory(policy=policy(static={"1g.10gb": 7})) == an_inventory()
+    assert an_inventory(policy=a_policy(static={"1g.10gb": 7})) == an_inventory()
+
+
+@pytest.mark.parametrize(("mode", "sharing"), [("mps", Mps(3, 81152, 48)), ("timeslice", TimeSlicing(3, 81152))])
+def test_statically_a_card_may_be_cut_into_equal_parts(mode: str, sharing: Mps | TimeSlicing) -> None:
+    inventory = an_inventory(policy=a_policy(static={mode: 3}), static=True)
+
+    assert names(inventory) == [f"{mode}-0", f"{mode}-1", f"{mode}-2", "monitor"]
+    for part in range(3):
+        assert sold(inventory, f"{mode}-{part}").sharing == replace(sharing, part=part)
+
+
+def test_more_static_parts_than_mps_clients_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cuts GPU 0 .* into 49 parts, and it has 48 MPS clients"):
+        an_inventory(policy=a_policy(static={"mps": 49}), static=True)
+
+
+def test_an_inventory_that_knows_another_finds_its_devices_and_publishes_its_own() -> None:
+    offered = a_policy(static={"mps": 2})
+    dynamic, static = an_inventory(policy=offered), an_inventory(policy=offered, static=True)
+
+    both = dynamic.knowing(static)
+
+    assert both.pools == dynamic.pools
+    assert both == dynamic
+    assert sold(both, "mps-1") == sold(static, "mps-1")
+    assert sold(both, "mps") == sold(dynamic, "mps")
+    assert dynamic.offer(DeviceRef(POOL, "mps-1")) is None
 
 
 # ---------------------------------------------------------------- what cannot be
@@ -186,7 +295,7 @@ def test_where_partitions_are_dynamic_the_static_layout_is_not_used() -> None:
 
 def test_a_reserve_of_the_whole_card_is_refused() -> None:
     with pytest.raises(ConfigError, match="reserve of GPU 0 is 107374182400 bytes, and the card has"):
-        an_inventory(policy=policy(reserve="100Gi"))
+        an_inventory(policy=a_policy(reserve="100Gi"))
 
 
 @pytest.mark.parametrize("node", ["Node-1", "a_b", "", "a" * 250])

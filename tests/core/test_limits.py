@@ -158,6 +158,9 @@ def test_a_shared_device_without_a_capacity_or_a_policy_for_each_is_told() -> No
         {"default": "1Gi", "validValues": ["2Gi", "3Gi"]},
         {"default": "1Gi", "validValues": ["2Gi", "1Gi"]},
         {"default": "1", "validValues": [str(i) for i in range(1, 12)]},
+        {"default": "1Gi", "validValues": ["1Gi", "9Gi"]},
+        {"default": "1", "validValues": ["lots"]},
+        {"default": "1Gi", "validRange": {"min": "1Gi"}, "validValues": ["1Gi"]},
     ],
 )
 def test_a_request_policy_that_the_server_refuses_is_told(policy: dict[str, Any]) -> None:
@@ -170,6 +173,7 @@ def test_a_request_policy_that_the_server_refuses_is_told(policy: dict[str, Any]
         {"default": "0", "validRange": {"min": "0", "step": "1"}},
         {"default": "2Gi", "validRange": {"min": "1Mi", "max": "8Gi", "step": "1Mi"}},
         {"default": "1", "validValues": ["1"]},
+        {"default": "0", "validValues": ["0"]},
     ],
 )
 def test_a_request_policy_that_the_server_accepts_is_no_fault(policy: dict[str, Any]) -> None:

@@ -10,26 +10,20 @@ from driver.core import plan
 from driver.core.inventory import Inventory
 from driver.core.model import (
     Allocation,
-    Busy,
     Claim,
     ClaimRef,
     ClaimUid,
-    CreateMig,
-    DestroyMig,
     DeviceRef,
     Gpu,
     GpuUuid,
     LiveGpu,
-    MadeMig,
     MigSlot,
     MigUuid,
     Partition,
     Placement,
-    Plan,
-    Record,
-    SetMigMode,
 )
 from driver.core.policy import Policy
+from driver.core.record import Busy, CreateMig, DestroyMig, MadeMig, Plan, Record, SetMigMode
 from driver.errors import ClaimError, DeviceError
 from tests.builders import a_gpu
 

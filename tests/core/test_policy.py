@@ -11,7 +11,7 @@ import yaml
 
 from driver.core import terms
 from driver.core.policy import Policy
-from driver.core.terms import Mode
+from driver.core.terms import Mode, Parts
 from driver.errors import ConfigError
 from tests.builders import a_gpu
 
@@ -40,9 +40,10 @@ def test_the_default_offers_every_mode_and_the_profiles_without_a_suffix() -> No
 
     mine = Policy.default().of(gpu)
 
-    assert mine.modes == {Mode.GPU, Mode.MIG}
+    assert mine.modes == set(Mode)
     assert mine.profiles == tuple(profile for profile in gpu.profiles if not profile.suffix)
     assert (mine.reserve_bytes, mine.static) == (gpu.reserved_bytes, ())
+    assert (mine.mps_shares, mine.timeslice_shares, mine.interval, mine.twins) == (4, 4, "default", frozenset())
 
 
 def test_a_document_without_sections_is_the_default() -> None:
@@ -77,7 +78,7 @@ gpus:
 """
     assert policy(text).of(a_gpu("h100", 0)).modes == {Mode.GPU}
     assert policy(text).of(a_gpu("h100", 1)).modes == {Mode.MIG}
-    assert policy(text).of(a_gpu("a30", 1)).modes == {Mode.GPU, Mode.MIG}
+    assert policy(text).of(a_gpu("a30", 1)).modes == set(Mode)
 
 
 def test_all_facts_of_a_match_must_agree() -> None:
@@ -106,11 +107,80 @@ def test_a_reserve_is_a_kubernetes_quantity(text: object, reserve: int) -> None:
 def test_a_static_layout_counts_profiles_by_name_or_number() -> None:
     mine = policy("default: {static: {1g.10gb: 2, 14: 1}}").of(a_gpu("h100"))
 
+    assert not isinstance(mine.static, Parts)
     assert [(profile.name, count) for profile, count in mine.static] == [("1g.10gb", 2), ("2g.20gb", 1)]
 
 
 def test_a_card_that_cannot_be_partitioned_has_no_static_layout() -> None:
     assert policy("default: {static: {1g.10gb: 2}}").of(a_gpu("l4")).static == ()
+
+
+# ---------------------------------------------------------------- sharing
+
+
+def test_shares_clients_and_interval_are_set_one_by_one() -> None:
+    text = """
+default: {mps: {shares: 8, clients: 40}, timeslice: {interval: short}}
+gpus:
+- match: {index: 1}
+  mps: {shares: 10}
+  timeslice: {shares: 2}
+"""
+    first, second = (policy(text).of(a_gpu("h100", index)) for index in (0, 1))
+
+    assert (first.mps_shares, first.mps_clients, first.timeslice_shares, first.interval) == (8, 40, 4, "short")
+    assert (second.mps_shares, second.mps_clients, second.timeslice_shares, second.interval) == (10, 40, 2, "short")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "clients"), [("12.4", 48), ("13.0", 48), ("13.1", 60), ("13.10", 60), ("14.0", 60), ("", 48)]
+)
+def test_mps_serves_48_clients_and_60_from_cuda_13_1_on(cuda: str, clients: int) -> None:
+    assert Policy.default().of(a_gpu("l4", cuda_version=cuda)).mps_clients == clients
+
+
+def test_more_clients_than_the_nvidia_driver_serves_are_not_offered_and_said() -> None:
+    offered, gpu = policy("default: {mps: {clients: 60, shares: 50}}"), a_gpu("l4", cuda_version="13.0")
+
+    assert (offered.of(gpu).mps_clients, offered.of(gpu).mps_shares) == (48, 48)
+    assert offered.unused([gpu]) == (
+        "policy: mps.clients is 60, and GPU 0 has 48 with CUDA 13.0",
+        "policy: mps.shares is 50, and GPU 0 has 48 with CUDA 13.0",
+    )
+    assert offered.unused([a_gpu("l4", cuda_version="13.1")]) == ()
+
+
+@pytest.mark.parametrize(("capability", "offered"), [("6.1", False), ("7.0", True), ("7.5", True), ("12.0", True)])
+def test_cards_older_than_volta_offer_no_mps(capability: str, offered: bool) -> None:
+    assert (Mode.MPS in Policy.default().of(a_gpu("l4", compute_capability=capability)).modes) == offered
+
+
+def test_a_product_that_is_too_old_for_the_mps_that_is_asked_of_it_is_an_error() -> None:
+    text = "gpus: [{match: {product: NVIDIA L4}, modes: [gpu, mps]}]"
+
+    with pytest.raises(ConfigError, match=r"gpus\[0\] asks for mode mps, for which its GPUs are too old"):
+        policy(text).of(a_gpu("l4", compute_capability="6.1"))
+
+
+def test_partitions_are_shared_only_where_the_policy_says_so() -> None:
+    text = "default: {sharedPartitions: [timeslice, mps]}\ngpus: [{match: {index: 1}, modes: [gpu, mps]}]"
+
+    assert policy(text).of(a_gpu("h100")).twins == {Mode.MPS, Mode.TIMESLICE}
+    assert policy(text).of(a_gpu("h100", 1)).twins == frozenset()
+
+
+def test_shares_of_partitions_need_no_shares_of_cards() -> None:
+    mine = policy("default: {modes: [mig], sharedPartitions: [mps], mps: {shares: 2}}").of(a_gpu("h100"))
+
+    assert (set(mine.modes), set(mine.twins), mine.mps_shares) == ({Mode.MIG}, {Mode.MPS}, 2)
+
+
+@pytest.mark.parametrize("mode", [Mode.MPS, Mode.TIMESLICE])
+def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
+    text = f"default: {{static: {{{mode}: 3}}}}\ngpus: [{{match: {{index: 1}}, modes: [gpu]}}]"
+
+    assert policy(text).of(a_gpu("h100")).static == Parts(mode, 3)
+    assert policy(text).of(a_gpu("h100", 1)).static == ()
 
 
 # ---------------------------------------------------------------- mistakes
@@ -125,14 +195,36 @@ def test_a_card_that_cannot_be_partitioned_has_no_static_layout() -> None:
         ("default: {modes: []}", "default.modes is an empty list"),
         ("default: {modes: gpu}", "default.modes must be a list, not a text"),
         ("default: {modes: [gpu, gpu]}", "default.modes names gpu twice; name it once"),
-        ("default: {modes: [mps]}", "names mps, which this release does not offer yet; use gpu, mig"),
-        ("default: {modes: [gpu, timeslice]}", "names timeslice, which this release does not offer yet"),
-        ("default: {modes: [whole]}", "names 'whole', which is no mode; use gpu, mig"),
+        ("default: {modes: [whole]}", "names 'whole', which it does not know; use gpu, mig, mps, timeslice"),
+        ("default: {modes: [gpu], mps: {shares: 2}}", "default.mps has no effect without mode mps; add it to"),
+        ("default: {modes: [mps], timeslice: {shares: 2}}", "default.timeslice has no effect without mode timeslice"),
+        (
+            "default: {modes: [mig], sharedPartitions: [timeslice], timeslice: {interval: short}}",
+            "default.timeslice.interval has no effect on partitions, only on whole cards",
+        ),
+        ("default: {mps: {}}", "default.mps says nothing; name shares or another of its settings"),
+        ("default: {mps: 4}", "default.mps must be a mapping with the keys shares, clients, not 4"),
+        (
+            "default: {mps: {interval: short}}",
+            "default.mps has the unknown key 'interval'; known keys: shares, clients",
+        ),
+        ("default: {mps: {shares: 0}}", "default.mps.shares is 0, which has no effect"),
+        ("default: {mps: {clients: '9'}}", "default.mps.clients is the text '9' and must be a number; write 9"),
+        ("default: {mps: {clients: 3}}", "default.mps leaves 3 clients for 4 shares, of which each needs one"),
+        ("default: {timeslice: {interval: 2ms}}", "is '2ms' and must be one of default, short, medium, long"),
+        ("default: {timeslice: {shares: true}}", "default.timeslice.shares must be a whole number from 0 on"),
+        ("default: {sharedPartitions: [gpu]}", "names 'gpu', which it does not know; use mps, timeslice"),
+        ("default: {sharedPartitions: mps}", "default.sharedPartitions must be a list, not a text"),
+        ("default: {modes: [mps], sharedPartitions: [mps]}", "default.sharedPartitions has no effect without mode mig"),
+        ("default: {static: {mps: 2, 19: 1}}", "default.static mixes mps, 19, which nothing would keep apart"),
+        ("default: {static: {mps: 2, timeslice: 2}}", "default.static mixes mps, timeslice"),
+        ("default: {static: {timeslice: 0}}", "default.static.timeslice is 0, which has no effect"),
+        ("default: {modes: [gpu], static: {mps: 2}}", "default.static has no effect without mode mps"),
         ("default: {modes: [true]}", "default.modes[0] must be a text, not true or false"),
         ("default: {modes: [gpu], profiles: [19]}", "default.profiles has no effect without mode mig"),
         ("default: {modes: [gpu], static: {19: 1}}", "default.static has no effect without mode mig"),
         ("default: {modes: [gpu], suffixes: ['+me']}", "default.suffixes has no effect without mode mig"),
-        ("default: {modes: [mig], reserve: 1Gi}", "default.reserve has no effect without mode gpu"),
+        ("default: {modes: [mig], reserve: 1Gi}", "default.reserve has no effect without mode gpu or mps or timeslice"),
         ("default: {profiles: [19], suffixes: ['+me']}", "default.suffixes has no effect beside profiles"),
         ("default: {profiles: [19, 19]}", "default.profiles names 19 twice"),
         ("default: {profiles: ['19']}", "is the text '19'; a profile id is a number: write 19 without quotes"),
@@ -145,7 +237,7 @@ def test_a_card_that_cannot_be_partitioned_has_no_static_layout() -> None:
         ("default: {reserve: 512}", "is 512 without a unit; write bytes with a suffix, such as 512Mi or 2Gi"),
         ("default: {reserve: true}", "is True without a unit"),
         ("default: {reserve: much}", "is 'much', which is no Kubernetes quantity"),
-        ("default: {static: [19]}", "default.static must say how many partitions of each profile"),
+        ("default: {static: [19]}", "default.static must say what a card is cut into, such as"),
         ("default: {static: {19: 0}}", "default.static.19 is 0, which has no effect"),
         ("default: {static: {19: '7'}}", "default.static.19 is the text '7' and must be a number; write 7"),
         ("default: {static: {19: true}}", "default.static.19 must be a whole number from 0 on, not true or false"),
@@ -239,7 +331,7 @@ gpus:
 
 def test_a_card_left_with_nothing_to_offer_is_said() -> None:
     assert policy("default: {modes: [mig]}").unused([a_gpu("l4")]) == (
-        "policy: GPU 0 (NVIDIA L4) offers nothing: mode mig only, and no profile to offer",
+        "policy: GPU 0 (NVIDIA L4) offers nothing: of modes mig it can do none",
     )
 
 
@@ -256,8 +348,10 @@ def test_the_documented_policy_means_what_the_text_says() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     documented = Policy.parse(yaml.safe_load(example))
 
-    assert documented.of(a_gpu("l4")).modes == {Mode.GPU}
-    assert {profile.id for profile in documented.of(a_gpu("a100-80g", 1)).profiles} == {9, 19}
+    l4, a100 = documented.of(a_gpu("l4")), documented.of(a_gpu("a100-80g", 1))
+    assert (set(l4.modes), l4.timeslice_shares, l4.interval) == ({Mode.GPU, Mode.TIMESLICE}, 6, "short")
+    assert {profile.id for profile in a100.profiles} == {9, 19}
+    assert (set(a100.modes), set(a100.twins), a100.mps_shares) == ({Mode.MIG}, {Mode.MPS}, 8)
     assert {profile.suffix for profile in documented.of(a_gpu("a100-80g", 2)).profiles} == {"", "+me"}
 
 

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driver.core import shape
 from driver.core.inventory import Inventory
 from driver.core.limits import faults
-from driver.core.model import DeviceRef, MigSlice, Monitor, Taint, WholeGpu
+from driver.core.model import DeviceRef, MigSlice, Monitor, Mps, Taint, TimeSlicing, WholeGpu
 from driver.core.policy import Policy
 from driver.core.pool import Features, PoolSlices, resource_slices
 from driver.errors import StateError
 from driver.nvml import geometry, models
-from tests.builders import a_gpu, an_inventory
+from tests.builders import a_gpu, a_policy, an_inventory
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ALL = Features(partitionable=True, consumable=True, taints=True)
@@ -27,10 +28,6 @@ OLD = Features(partitionable=False, consumable=False, taints=False)
 MEDIA = ["+me", "-me", "+gfx", "+me.all"]
 
 Device = Mapping[str, Any]
-
-
-def policy(**default: object) -> Policy:
-    return Policy.parse({"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": default})
 
 
 def slices(
@@ -87,7 +84,8 @@ def allows(pool: PoolSlices, names: Sequence[str]) -> bool:
     ("name", "cards", "offered"),
     [
         ("h100", ["h100"], Policy.default()),
-        ("mixed", ["h100", "a30", "rtx-pro-6000", "l4"], policy(suffixes=MEDIA, reserve="1Gi")),
+        ("mixed", ["h100", "a30", "rtx-pro-6000", "l4"], a_policy(suffixes=MEDIA, reserve="1Gi")),
+        ("shared", ["h100"], a_policy(profiles=[9, 0], mps={"shares": 8}, sharedPartitions=["mps", "timeslice"])),
     ],
 )
 def test_a_node_publishes_what_it_published_before(name: str, cards: list[str], offered: Policy) -> None:
@@ -100,7 +98,7 @@ def test_a_node_publishes_what_it_published_before(name: str, cards: list[str], 
 @pytest.mark.contract(61, 62)
 @pytest.mark.parametrize("product", models.known())
 def test_every_product_with_all_its_profiles_is_within_the_limits(product: str) -> None:
-    inventory = an_inventory(a_gpu(product), policy=policy(suffixes=MEDIA))
+    inventory = an_inventory(a_gpu(product), policy=a_policy(suffixes=MEDIA, sharedPartitions=["mps", "timeslice"]))
     taint = (Taint("mig-mode", "off"),)
     taints = {device.ref: taint for device in inventory.pools[0].devices}
 
@@ -123,7 +121,7 @@ def test_the_counters_of_a_card_come_first_in_a_slice_of_their_own() -> None:
 
 
 def test_a_card_that_is_only_whole_has_no_counters() -> None:
-    (pool,) = slices(an_inventory(a_gpu("l4")))
+    (pool,) = slices(an_inventory(a_gpu("l4"), policy=a_policy(modes=["gpu"])))
 
     assert [sorted(spec) for spec in pool.specs] == [["devices"]]
     assert all("consumesCounters" not in device for device in devices(pool).values())
@@ -173,6 +171,9 @@ def test_a_partition_shows_its_profile_and_what_it_has() -> None:
     assert device["attributes"]["resource.kubernetes.io/pciBusID"] == {"string": "0000:3b:00.0"}
     assert {name: value["value"] for name, value in device["capacity"].items()} == {
         "memory": "20096Mi",
+        "smPercent": "24",
+        "clients": "0",
+        "shares": "0",
         "multiprocessors": "32",
         "copyEngines": "2",
         "decoders": "2",
@@ -184,12 +185,13 @@ def test_a_partition_shows_its_profile_and_what_it_has() -> None:
 
 def test_a_whole_card_sells_its_memory_less_the_reserve() -> None:
     gpu = a_gpu("h100")
-    (pool,) = slices(an_inventory(gpu, policy=policy(reserve="1Gi")))
+    (pool,) = slices(an_inventory(gpu, policy=a_policy(reserve="1Gi")))
 
     device = devices(pool)["gpu"]
 
     assert device["capacity"]["memory"] == {"value": f"{gpu.memory_bytes // 2**20 - 1024}Mi"}
     assert device["capacity"]["multiprocessors"] == {"value": "132"}
+    assert device["capacity"]["smPercent"] == {"value": "100"}
     assert device["attributes"]["uuid"] == {"string": gpu.uuid}
 
 
@@ -223,10 +225,86 @@ def test_a_node_without_numa_or_pcie_root_leaves_the_attribute_out() -> None:
 
 @pytest.mark.contract(64)
 def test_exclusive_devices_carry_no_request_policy() -> None:
-    for pool in slices(an_inventory(a_gpu("h100"), a_gpu("l4", 1))):
+    for pool in slices(an_inventory(a_gpu("h100"), a_gpu("l4", 1), policy=a_policy(modes=["gpu", "mig"]))):
         for device in devices(pool).values():
             assert "allowMultipleAllocations" not in device
             assert all(set(value) == {"value"} for value in device["capacity"].values())
+
+
+# ---------------------------------------------------------------- what a share shows
+
+
+def range_of(default: str, least: str, step: str) -> dict[str, object]:
+    return {"default": default, "validRange": {"min": least, "step": step}}
+
+
+def taken(device: Device) -> dict[str, tuple[str, object]]:
+    """The capacities of which a share takes something, or may."""
+    found = {name: (entry["value"], entry["requestPolicy"]) for name, entry in device["capacity"].items()}
+    return {name: entry for name, entry in found.items() if entry[1] != {"default": "0", "validValues": ["0"]}}
+
+
+@pytest.mark.contract(64)
+def test_a_share_takes_memory_a_ceiling_and_clients_or_memory_and_turns() -> None:
+    (pool,) = slices(an_inventory(a_gpu("h100")))
+    mps, timeslice = devices(pool)["mps"], devices(pool)["timeslice"]
+
+    assert mps["allowMultipleAllocations"] is timeslice["allowMultipleAllocations"] is True
+    assert taken(mps) == {
+        "memory": ("81152Mi", range_of("20288Mi", "1Mi", "1Mi")),
+        "smPercent": ("100", range_of("0", "0", "1")),
+        "clients": ("48", range_of("12", "1", "1")),
+    }
+    assert taken(timeslice) == {
+        "memory": ("81152Mi", range_of("20288Mi", "1Mi", "1Mi")),
+        "shares": ("4", range_of("1", "1", "1")),
+    }
+
+
+def test_a_shared_partition_is_of_the_type_of_its_sharing_and_has_a_profile() -> None:
+    (pool,) = slices(an_inventory(policy=a_policy(sharedPartitions=["mps", "timeslice"])))
+    mps, timeslice, card = (devices(pool)[name] for name in ("mig-1g-19-6-mps", "mig-1g-19-6-timeslice", "mps"))
+
+    shown = [(d["attributes"]["type"]["string"], d["attributes"]["profile"]["string"]) for d in (mps, timeslice, card)]
+    assert shown == [("mps", "1g.10gb"), ("timeslice", "1g.10gb"), ("mps", "")]
+    assert taken(mps) == {
+        "memory": ("9984Mi", range_of("2496Mi", "1Mi", "1Mi")),
+        "smPercent": ("100", range_of("0", "0", "1")),
+        "clients": ("5", range_of("1", "1", "1")),
+    }
+    assert consumed(mps) == consumed(timeslice) == consumed(devices(pool)["mig-1g-19-6"])
+
+
+def test_what_there_is_only_one_of_is_had_by_name_for_a_range_needs_room_for_a_step() -> None:
+    offered = a_policy(timeslice={"shares": 1}, mps={"shares": 1, "clients": 1})
+    (pool,) = slices(an_inventory(policy=offered))
+
+    assert taken(devices(pool)["mps"])["clients"] == ("1", {"default": "1", "validValues": ["1"]})
+    assert taken(devices(pool)["timeslice"])["shares"] == ("1", {"default": "1", "validValues": ["1"]})
+    assert faults(pool) == ()
+
+
+def test_a_selector_sees_how_memory_is_kept_and_how_long_a_turn_is() -> None:
+    (pool,) = slices(an_inventory(policy=a_policy(timeslice={"interval": "short"}, sharedPartitions=["timeslice"])))
+
+    def shown(name: str) -> tuple[str, str]:
+        attributes = devices(pool)[name]["attributes"]
+        return attributes["memoryEnforcement"]["string"], attributes["timeSliceInterval"]["string"]
+
+    assert shown("mps") == ("mps", "")
+    assert shown("timeslice") == ("none", "short")
+    assert shown("mig-1g-19-6-timeslice") == ("none", "")
+    assert shown("gpu") == shown("mig-1g-19-6") == ("hardware", "")
+
+
+def test_modes_cost_the_scheduler_as_few_counters_as_can_be() -> None:
+    def entries(pool: PoolSlices) -> int:
+        return sum(len(consumed(device)) for device in devices(pool).values())
+
+    (h100,), (l4,) = slices(an_inventory()), slices(an_inventory(a_gpu("l4")))
+    (shared,) = slices(an_inventory(policy=a_policy(sharedPartitions=["mps", "timeslice"])))
+
+    assert (entries(h100), entries(l4), entries(shared)) == (36, 3, 135)
 
 
 # ---------------------------------------------------------------- counters, as the scheduler counts
@@ -234,12 +312,12 @@ def test_exclusive_devices_carry_no_request_policy() -> None:
 
 @pytest.mark.parametrize("product", ["h100", "a30", "rtx-pro-6000"])
 def test_whoever_has_the_whole_card_keeps_out_every_partition(product: str) -> None:
-    (pool,) = slices(an_inventory(a_gpu(product), policy=policy(suffixes=MEDIA)))
+    (pool,) = slices(an_inventory(a_gpu(product), policy=a_policy(suffixes=MEDIA, sharedPartitions=["mps"])))
 
     for name in devices(pool):
         assert allows(pool, [name])
-        if name != "monitor":
-            assert not allows(pool, ["gpu", name])
+        for whole in ("gpu", "mps", "timeslice"):
+            assert name == "monitor" or not allows(pool, [whole, name])
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,7 +325,7 @@ def test_whoever_has_the_whole_card_keeps_out_every_partition(product: str) -> N
 def test_any_sequence_of_claims_that_the_counters_allow_is_one_that_the_hardware_accepts(
     data: st.DataObject, product: str, media: bool
 ) -> None:
-    inventory = an_inventory(a_gpu(product), policy=policy(suffixes=MEDIA) if media else None)
+    inventory = an_inventory(a_gpu(product), policy=a_policy(suffixes=MEDIA) if media else None)
     (pool,) = slices(inventory)
     offers = {d.ref.device: d.offer for d in inventory.pools[0].devices if d.offer.sharing != Monitor()}
     held: list[str] = []
@@ -313,7 +391,7 @@ def test_where_taints_are_dropped_a_tainted_device_is_left_out_unless_a_claim_ha
 
 @pytest.mark.contract(47)
 def test_a_pool_without_a_usable_device_is_published_empty() -> None:
-    inventory = an_inventory(a_gpu("l4"))
+    inventory = an_inventory(a_gpu("l4"), static=True)
     taints = {device.ref: (Taint("lost", "true"),) for device in inventory.pools[0].devices}
 
     (pool,) = slices(inventory, taints, OLD)
@@ -328,8 +406,47 @@ def test_nothing_that_needs_counters_is_published_where_they_are_dropped() -> No
 
 @pytest.mark.parametrize("layout", [{"1g.10gb": 7}, {"3g.40gb": 2}, {"2g.20gb": 3, "1g.10gb": 1}])
 def test_a_static_layout_needs_no_counters(layout: dict[str, int]) -> None:
-    (pool,) = slices(an_inventory(policy=policy(static=layout), static=True), features=OLD)
+    (pool,) = slices(an_inventory(policy=a_policy(static=layout), static=True), features=OLD)
 
     assert capacities(pool) == {}
     assert len(devices(pool)) == sum(layout.values()) + 1
     assert faults(pool) == ()
+
+
+@pytest.mark.parametrize(
+    ("mode", "amounts"),
+    [
+        ("mps", {"memory": "20288Mi", "smPercent": "25", "clients": "12", "shares": "0"}),
+        ("timeslice", {"memory": "20288Mi", "smPercent": "0", "clients": "0", "shares": "1"}),
+    ],
+)
+def test_static_parts_are_plain_devices_with_a_part_of_everything(mode: str, amounts: dict[str, str]) -> None:
+    (pool,) = slices(an_inventory(policy=a_policy(static={mode: 4}), static=True), features=OLD)
+
+    assert capacities(pool) == {}
+    assert faults(pool) == ()
+    assert list(devices(pool)) == [*(f"{mode}-{part}" for part in range(4)), "monitor"]
+    for part in range(4):
+        device = devices(pool)[f"{mode}-{part}"]
+        assert {"consumesCounters", "allowMultipleAllocations"}.isdisjoint(device)
+        assert device["attributes"]["type"] == {"string": mode}
+        assert {name: device["capacity"][name] for name in amounts} == {n: {"value": v} for n, v in amounts.items()}
+
+
+def test_where_shares_are_dropped_no_shared_device_is_published_not_even_one_in_use() -> None:
+    inventory = an_inventory(policy=a_policy(sharedPartitions=["mps"]))
+    shared = [d.ref for d in inventory.pools[0].devices if isinstance(d.offer.sharing, Mps | TimeSlicing)]
+    without = replace(ALL, consumable=False)
+
+    (everything,), (pool,) = slices(inventory), slices(inventory, features=without, held=frozenset(shared))
+
+    assert set(devices(everything)) - set(devices(pool)) == {ref.device for ref in shared}
+    assert not any("allowMultipleAllocations" in device for device in devices(pool).values())
+
+
+def test_shares_may_join_a_pool_in_use_once_the_api_server_knows_them_but_not_leave_it() -> None:
+    inventory = an_inventory()
+    (without,), (everything,) = slices(inventory, features=replace(ALL, consumable=False)), slices(inventory)
+
+    assert shape.allows(without, everything)
+    assert not shape.allows(everything, without)

@@ -15,7 +15,7 @@ import pytest
 from driver.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Placement
 from driver.errors import DeviceError
 from driver.nvml import geometry
-from driver.nvml.api import Code, ComputeMode, Nvml
+from driver.nvml.api import TIME_SLICES, Code, ComputeMode, Nvml
 from driver.nvml.models import known, product
 from driver.nvml.real import RealNvml
 from driver.nvml.sim import SimNvml
@@ -142,9 +142,25 @@ def test_a_card_has_a_compute_mode(nvml: Nvml) -> None:
     assert all(nvml.compute_mode(gpu.uuid) in ComputeMode for gpu in nvml.gpus())
 
 
+def test_a_card_has_a_time_slice_or_says_that_it_is_not_supported(nvml: Nvml) -> None:
+    for gpu in nvml.gpus():
+        try:
+            assert nvml.time_slice(gpu.uuid) in TIME_SLICES
+        except DeviceError as e:
+            assert e.code in (Code.NOT_SUPPORTED, Code.NO_PERMISSION, Code.LIBRARY_NOT_FOUND), e
+
+
+def test_a_time_slice_that_does_not_exist_is_an_invalid_argument(nvml: Nvml) -> None:
+    for gpu in nvml.gpus():
+        for level in (-1, 4):
+            with pytest.raises(DeviceError) as refused:
+                nvml.set_time_slice(gpu.uuid, level)
+            assert code_of(refused) == Code.INVALID_ARGUMENT
+
+
 def test_an_unknown_card_is_refused_by_name(nvml: Nvml) -> None:
     unknown = GpuUuid("GPU-00000000-0000-0000-0000-000000000000")
-    for verb in (nvml.look, nvml.minor, nvml.processes, nvml.memory, nvml.compute_mode):
+    for verb in (nvml.look, nvml.minor, nvml.processes, nvml.memory, nvml.compute_mode, nvml.time_slice):
         with pytest.raises(DeviceError, match=unknown) as refused:
             verb(unknown)
         assert code_of(refused) in (Code.NOT_FOUND, Code.INVALID_ARGUMENT)

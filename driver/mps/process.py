@@ -1,0 +1,133 @@
+"""A process that may not be our child: recognised by pid, start and boot, watched by a descriptor (pidfd_open(2))."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_MPS = b"nvidia-cuda-mps"  # what the kernel keeps of the names of both programs (15 bytes, proc(5))
+
+
+def boot_id() -> str:
+    return _BOOT.read_text(encoding="ascii").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """Pids are used again, and so are start times after a boot; all three together are not."""
+
+    pid: int
+    started: int  # clock ticks since boot (proc(5), field 22)
+    boot: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """ProcessLookupError where there is none."""
+        return cls(pid, _started(pid), boot_id())
+
+    def alive(self) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            return self == ProcessId.of(self.pid)
+        return False
+
+
+class Watched:
+    """A process. `descriptor` becomes readable when it ends.
+
+    The descriptor is closed with the last reference and never by a call: another thread that still looks at it would
+    find a stranger's under the same number.
+    """
+
+    def __init__(self, process: ProcessId) -> None:
+        self.id = process
+        self.descriptor = os.pidfd_open(process.pid)
+        weakref.finalize(self, os.close, self.descriptor)
+        if not process.alive():  # it ended, and its pid went to another, before we had the descriptor
+            raise ProcessLookupError(process.pid)
+
+    def ended(self, timeout_s: float = 0.0) -> bool:
+        """Whether it has ended, after waiting so long for it."""
+        return bool(wait(timeout_s, self.descriptor))
+
+    def reap(self) -> str:
+        """How it ended, in words; a process that is not our child does not tell."""
+        try:
+            _, status = os.waitpid(self.id.pid, os.WNOHANG)
+        except ChildProcessError:
+            return "ended"
+        code = os.waitstatus_to_exitcode(status)
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            signal.pidfd_send_signal(self.descriptor, signal.SIGKILL)
+
+
+class Bell:
+    """Wakes a thread that waits in poll(2) on `descriptor`; closed with the last reference, as above."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def ring(self) -> None:
+        os.eventfd_write(self.descriptor, 1)
+
+    def heard(self) -> bool:
+        """Whether it rang since the last time that this was asked."""
+        with contextlib.suppress(BlockingIOError):
+            return os.eventfd_read(self.descriptor) > 0
+        return False
+
+
+def wait(timeout_s: float, *descriptors: int) -> frozenset[int]:
+    """Those that became readable within the time. Not select(2), which knows 1024 descriptors only."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return frozenset(descriptor for descriptor, _ in poll.poll(timeout_s * 1000))
+
+
+def kill_all(pipe: Path, timeout_s: float) -> int:
+    """Kill every MPS process of this pipe directory and wait for their ends; how many there were.
+
+    By what they were started with, not by process group or a list from before: servers outlive a daemon that was killed,
+    hold the card against the next one's, and a supervisor that has just started knows none of them. The name is looked
+    at as well, for clients have the same variable.
+    """
+    wanted = f"CUDA_MPS_PIPE_DIRECTORY={pipe}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _read(entry / "comm").startswith(_MPS):
+            with contextlib.suppress(ProcessLookupError):
+                process = Watched(ProcessId.of(int(entry.name)))
+                if wanted in _read(entry / "environ").split(b"\0"):
+                    process.kill()
+                    found.append(process)
+    until = time.monotonic() + timeout_s
+    for process in found:
+        process.ended(max(0.0, until - time.monotonic()))
+    return len(found)
+
+
+def _started(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError) as e:
+        raise ProcessLookupError(pid) from e
+    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces
+    return int(fields[19])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended meanwhile, or is somebody else's
+        return b""
