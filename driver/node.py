@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import yaml
 
@@ -24,17 +24,22 @@ from driver.core.record import Record
 from driver.errors import ConfigError, DeviceError, StateError
 from driver.host import Host, RealHost, SimHost
 from driver.nvml.api import Nvml
-from driver.nvml.real import RealNvml
-from driver.nvml.sim import Latency, SimNvml
+
+if TYPE_CHECKING:
+    from driver.nvml.sim import Latency
 
 log = logging.getLogger(__name__)
 
 
 def build(config: Config) -> tuple[Nvml, Host]:
-    """The GPUs and the machine around them, real or simulated."""
+    """The GPUs and the machine around them, real or simulated. Only what is chosen is loaded: NVML's bindings are 2 MB."""
     if config.simulate:
+        from driver.nvml.sim import SimNvml
+
         folder = files.ensure_folder(config.simulated_node)
-        return SimNvml(folder, config.simulate, latency=cast(Latency, config.simulate_latency)), SimHost(folder)
+        return SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency)), SimHost(folder)
+    from driver.nvml.real import RealNvml
+
     host = RealHost(
         config.driver_root_ctr_path, host_root=config.nvidia_driver_root, cdi_hook=config.nvidia_cdi_hook_path
     )

@@ -75,8 +75,9 @@ class Preparer:
             if record is not None:
                 self._undo(record)
             live = self._look(wanted.named)
-            decision = plan.make(claim, self._inventory, self._others(uid).values(), live)
-            return decision if isinstance(decision, Busy) else self._carry_out(decision)
+            others = tuple(self._others(uid).values())
+            decision = plan.make(claim, self._inventory, others, live)
+            return decision if isinstance(decision, Busy) else self._carry_out(decision, others)
 
     def unprepare(self, uid: ClaimUid, gpus: Sequence[GpuUuid]) -> bool:
         """Give back what the claim holds. False where it holds other GPUs than expected: ask again with those."""
@@ -147,8 +148,7 @@ class Preparer:
 
     # ------------------------------------------------------------ forward
 
-    def _carry_out(self, decided: Plan) -> PreparedClaim:
-        others = tuple(self._others(decided.ref.uid).values())
+    def _carry_out(self, decided: Plan, others: Sequence[Record]) -> PreparedClaim:
         record = Record(decided, plan.inherited(decided, others))
         self._checkpoint.put(record)
         try:
