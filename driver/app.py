@@ -213,6 +213,8 @@ class App:
         while True:
             try:
                 now = await asyncio.to_thread(self._mps_state)
+                for problem in sorted(now[1] - known[1]):
+                    log.warning("MPS: %s", problem)
                 if now != known:
                     offering.nudge()
                 if now[0] != known[0] or now[1]:

@@ -142,7 +142,8 @@ def _supervise(parsed: argparse.Namespace) -> int:
 
     settings = config.read(parsed)
     node = settings.simulated_node if settings.simulate else None
-    return supervisor.run(settings.mps_root, control.program(settings.driver_root_ctr_path, node))
+    command = control.program(settings.driver_root_ctr_path, node)
+    return supervisor.run(settings.mps_root, command, settings.log_level)
 
 
 def _demo(parsed: argparse.Namespace) -> int:

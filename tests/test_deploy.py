@@ -22,6 +22,7 @@ from driver.demo.slices import amount
 from driver.mps import control
 from tests.builders import a_policy
 from tests.rig import NODE, Rig
+from tests.test_mps_shares import a_supervisor
 
 Body = Mapping[str, Any]
 ROOT = Path(__file__).parent.parent
@@ -374,24 +375,16 @@ class Node:
         return claims.parse(self._claims[-1], ClaimRef("default", str(uid), uid), DRIVER)
 
 
-BY_MPS = [path for path in EXAMPLES if "deviceClassName: mps.gpuslice.dev" in path.read_text(encoding="utf-8")]
-NOT_BY_MPS = [path for path in EXAMPLES if path not in BY_MPS]
-
-
-@pytest.mark.parametrize("path", NOT_BY_MPS, ids=lambda path: path.stem)
-def test_every_example_is_scheduled_and_prepared_on_the_simulated_node(tmp_path: Path, path: Path) -> None:
-    node = Node(tmp_path)
-
-    for body in Example(path).claims():
-        assert node.rig.prepare(node.allocate(body)).devices
-
-
-@pytest.mark.parametrize("path", BY_MPS, ids=lambda path: path.stem)
-def test_every_example_by_mps_is_scheduled_which_leaves_its_daemon_out(tmp_path: Path, path: Path) -> None:
-    node = Node(tmp_path)
-
-    for body in Example(path).claims():
-        assert all(allocation.device.device == "mps" for allocation in node.allocate(body).allocations)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_is_scheduled_and_prepared_on_the_simulated_node(short: Path, path: Path) -> None:
+    node, supervisor = Node(short), a_supervisor(short)
+    supervisor.open()
+    try:
+        for body in Example(path).claims():
+            assert node.rig.prepare(node.allocate(body)).devices
+    finally:
+        supervisor.close()
+        node.rig.nvml.close()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

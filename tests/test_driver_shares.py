@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import urllib.request
 from collections.abc import AsyncIterator
@@ -15,6 +16,8 @@ import pytest
 from driver.core.model import ClaimRef
 from driver.demo.cluster import DRIVER, Cluster, DriverProcess
 from driver.demo.scheduler import Request
+from driver.files import FolderWatch
+from driver.mps.api import Running
 from driver.mps.client import MpsClient
 from tests.mps.node import Program
 
@@ -60,6 +63,16 @@ def taints(cluster: Cluster) -> dict[str, set[str]]:
 
 async def until_tainted(cluster: Cluster, so: bool) -> None:
     await asyncio.to_thread(cluster.api.wait, lambda: bool(taints(cluster)["mps"]) is so, 20.0)
+
+
+def mended(client: MpsClient, watch: FolderWatch, old_pid: int) -> Running:
+    """Wait until the only daemon is another process and the driver has ensured it."""
+    while True:
+        (running,) = client.running()
+        if running.pid not in (0, old_pid) and not running.problem:
+            return running
+        assert select.select([watch], [], [], 20)[0], running
+        watch.read()
 
 
 async def test_a_driver_that_is_killed_disturbs_none_of_eight_clients(cluster: Cluster) -> None:
@@ -116,13 +129,13 @@ async def test_a_daemon_that_dies_is_told_and_mended(cluster: Cluster) -> None:
     client = MpsClient(cluster.mps)
     (before,) = client.running()
 
+    watch = FolderWatch(cluster.mps / before.key, arrivals=True)  # its record is written at each start and each ensure
     os.kill(before.pid, signal.SIGKILL)
-    await until_tainted(cluster, True)
-    await until_tainted(cluster, False)
+    after = await asyncio.to_thread(mended, client, watch, before.pid)
+    watch.close()
 
-    (after,) = client.running()
-    assert (after.memory_mib, after.problem) == (8192, "")
-    assert after.pid not in (0, before.pid)
+    assert after.memory_mib == 8192
+    await until_tainted(cluster, False)
     assert "was killed by SIGKILL" in driver.log.read_text()
 
 

@@ -97,6 +97,7 @@ class Process:
 def start(place: Place, daemon: Daemon, command: Sequence[str], answer_s: float) -> Process:
     """Start a daemon in its folder and give it its ceilings. DeviceError where it fails, and then nothing runs."""
     place.make(daemon.key)
+    _give_shm(place, daemon.key)
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
     for flags in first:
         try:
@@ -107,6 +108,24 @@ def start(place: Place, daemon: Daemon, command: Sequence[str], answer_s: float)
     if first:
         log.warning("MPS daemon %s serves one uid at a time; with more it fails: %s", daemon.key, why)
     return process
+
+
+def remove(place: Place, key: str) -> None:
+    """Remove the daemon's folder, with the tmpfs on it; gone is fine. DeviceError where it is somebody else's."""
+    if place.folder(key).exists():
+        place.own(key)
+        launch.take_tmpfs(str(place.shm(key)))
+    place.remove(key)
+
+
+def _give_shm(place: Place, key: str) -> None:
+    try:
+        if launch.give_tmpfs(str(place.shm(key))):
+            return
+        why = "mounts do not propagate from here"
+    except OSError as e:
+        why = e.strerror or str(e)
+    log.warning("programs of MPS daemon %s fill %s with their shared memory: %s", key, place.root, why)
 
 
 class _EndedError(DeviceError):

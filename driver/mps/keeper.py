@@ -148,7 +148,7 @@ class Keeper:
         with self._turn:
             if not self._retired.is_set():
                 self._end()
-                self._place.remove(self._key)
+                daemons.remove(self._place, self._key)
 
     def close(self) -> None:
         """For the supervisor's own end: drain and end the daemon; its folder stays, for containers hold it."""
@@ -165,7 +165,7 @@ class Keeper:
     def _end_failed_start(self) -> None:
         self._retire()
         with suppress(DeviceError):  # what failed first is the news
-            self._place.remove(self._key)
+            daemons.remove(self._place, self._key)
 
     def _retire(self) -> None:
         self._retired.set()

@@ -11,6 +11,7 @@ import os
 import sys
 
 _CLONE_NEWNS = 0x20000  # linux/sched.h
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 0x2, 0x8  # sys/mount.h
 _MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000  # linux/mount.h
 NOTE = "gpuslice: no /dev/shm of its own"
 
@@ -22,6 +23,39 @@ def isolate(shm: str) -> None:
     # Slave, not private: what the node unmounts must not stay mounted, hence busy, for as long as the daemon lives.
     _check(libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None))
     _check(libc.mount(os.fsencode(shm), b"/dev/shm", None, _MS_BIND, None))
+
+
+def give_tmpfs(folder: str) -> bool:
+    """Mount a tmpfs of half of the memory, its default, on a folder without one; False where that would do harm.
+
+    Files of programs must not fill the node's /run, which would stop its container runtime. But the runtime must see the
+    mount too, and it does only where mounts propagate; else daemon and programs would have two different folders. OSError
+    where it is not allowed.
+    """
+    if os.stat(folder).st_dev != os.stat(os.path.dirname(folder)).st_dev:  # noqa: PTH116, PTH120
+        return True
+    if not _propagates(folder):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    _check(libc.mount(b"gpuslice", os.fsencode(folder), b"tmpfs", 0, b"mode=1777"))
+    return True
+
+
+def take_tmpfs(folder: str) -> None:
+    """Undo it, at once for new users and for the others when they end; nothing mounted, or nothing there, is fine."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    while not libc.umount2(os.fsencode(folder), _MNT_DETACH | _UMOUNT_NOFOLLOW):
+        pass
+
+
+def _propagates(folder: str) -> bool:
+    """Whether what is mounted there is seen by others (proc(5), mountinfo: `shared:` among the optional fields)."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        mounts = [line.split() for line in file]
+    real = f"{os.path.realpath(folder)}/"
+    above = [fields for fields in mounts if real.startswith(f"{fields[4].rstrip('/')}/")]
+    nearest = max(reversed(above), key=lambda fields: len(fields[4]))  # of several on one place the last is on top
+    return any(field.startswith("shared:") for field in nearest[6 : nearest.index("-")])
 
 
 def _check(result: int) -> None:

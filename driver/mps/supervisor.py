@@ -26,6 +26,7 @@ from pathlib import Path
 
 from driver import __version__, files
 from driver.errors import DeviceError, DriverError
+from driver.mps import daemon as daemons
 from driver.mps import wire
 from driver.mps.api import Daemon, Running
 from driver.mps.daemon import Patience
@@ -94,7 +95,7 @@ class Supervisor:
             self._forget(key, keeper)
             log.warning("nothing is adopted key=%s: %s", key, e)
             try:
-                self._place.remove(key)
+                daemons.remove(self._place, key)
             except DriverError as error:
                 log.warning("a folder stays key=%s: %s", key, error)
 
@@ -130,7 +131,7 @@ class Supervisor:
         with self._lock:
             keeper = self._keepers.get(key)
         if keeper is None:
-            self._place.remove(key)  # what a failed removal left
+            daemons.remove(self._place, key)  # what a failed removal left
             return
         try:
             keeper.stop()

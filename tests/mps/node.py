@@ -113,11 +113,11 @@ class Node:
         self.supervisor.open()
         return self.supervisor
 
-    def supervise_in_process(self) -> subprocess.Popen[str]:
+    def supervise_in_process(self, *prefix: str) -> subprocess.Popen[str]:
         """As it is run on a node; returns when it serves."""
         arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "driver", "mps-supervisor", *arguments],
+            [*prefix, sys.executable, "-m", "driver", "mps-supervisor", *arguments],
             stderr=subprocess.PIPE,
             text=True,
         )

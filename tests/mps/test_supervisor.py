@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -262,6 +263,26 @@ def test_a_daemon_has_the_shared_memory_that_its_programs_are_given(node: Node) 
     if node.heard.lines("no /dev/shm of its own"):
         pytest.skip("needs CAP_SYS_ADMIN: a mount namespace of its own")
     assert Path(f"/proc/{running.pid}/root/dev/shm").stat().st_ino == node.client.shm("gpu-0").stat().st_ino
+
+
+@MOUNTS
+def test_where_mounts_propagate_each_daemon_has_shared_memory_of_its_own(node: Node) -> None:
+    apart = ("unshare", "--mount", "--propagation", "shared")
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs CAP_SYS_ADMIN: a mount namespace of its own")
+    supervisor = node.supervise_in_process(*apart)
+    mounts = Path(f"/proc/{supervisor.pid}/mountinfo")
+
+    daemon = node.client.ensure(node.daemon())
+    node.client.ensure(node.daemon(1))
+    with_two = mounts.read_text(encoding="utf-8").count(" - tmpfs gpuslice ")
+    inside = Path(f"/proc/{daemon.pid}/mountinfo").read_text(encoding="utf-8")
+    node.client.stop("gpu-0")
+    with_one = mounts.read_text(encoding="utf-8").count(" - tmpfs gpuslice ")
+
+    assert (with_two, with_one) == (2, 1)
+    assert [line.split()[4] for line in inside.splitlines() if "tmpfs gpuslice" in line].count("/dev/shm") == 1
+    assert not node.client.shm("gpu-0").exists()
 
 
 # ---------------------------------------------------------------- folders
