@@ -191,41 +191,41 @@ class Workers:
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
+        context = contextvars.copy_context()
 
-        def ended(set_answer: Callable[[], None]) -> None:
+        def body() -> None:
+            end: Callable[[], None]
+            try:
+                end = partial(answer.set_result, context.run(work))
+            except BaseException as e:  # noqa: BLE001 - handed to whoever awaits the answer
+                end = partial(answer.set_exception, e)
+            loop.call_soon_threadsafe(ended, end)
+
+        def ended(end: Callable[[], None]) -> None:
             watchdog.cancel()
             turn.working -= 1
             self._leave()
             self._tickets.give_back(ticket)
             if not answer.done():
-                set_answer()
-
-        def body() -> None:
-            try:
-                result = work()
-            except BaseException as e:  # noqa: BLE001 - handed to whoever awaits the answer
-                error = e
-                loop.call_soon_threadsafe(ended, lambda: answer.set_exception(error))
-            else:
-                loop.call_soon_threadsafe(ended, lambda: answer.set_result(result))
-
-        def overdue() -> None:
-            text = (
-                f"{name} has not come back for {self._limit_s:g} s, so GPU {', '.join(ticket.gpus)} counts as hung until it "
-                "does; look at the kernel log of the node, reset the GPU or restart the node if it stays so"
-            )
-            self._tickets.hang(ticket, text)
-            if not answer.done():
-                answer.set_exception(HungError(text))
+                end()
 
         try:
-            self._give(partial(contextvars.copy_context().run, body))
+            self._give(body)
         except RuntimeError as e:
             self._tickets.give_back(ticket)
             raise ClaimError(f"{name} cannot begin: {e}; raise the limit of processes of this container") from e
-        watchdog = loop.call_later(self._limit_s, overdue)
+        watchdog = loop.call_later(self._limit_s, self._overdue, ticket, answer, name)
         turn.working += 1
         return await answer
+
+    def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
+        text = (
+            f"{name} has not come back for {self._limit_s:g} s, so GPU {', '.join(ticket.gpus)} counts as hung until it "
+            "does; look at the kernel log of the node, reset the GPU or restart the node if it stays so"
+        )
+        self._tickets.hang(ticket, text)
+        if not answer.done():
+            answer.set_exception(HungError(text))
 
     def _give(self, job: Callable[[], None]) -> None:
         """RuntimeError where no thread waits and none can be started."""

@@ -17,23 +17,12 @@ from typing import Protocol
 from driver.core.cdi import DeviceNode, Hook, Injection, Mount
 from driver.core.model import Gpu
 from driver.errors import DeviceError, StateError
+from driver.programs import LIBRARY_FOLDERS, PROGRAM_FOLDERS
 
 _GPU_MAJOR, _CONTROL_MINOR, _MODESET_MINOR = 195, 255, 254  # nv.h of the open kernel modules
 _READ_ONLY = ("ro", "nosuid", "nodev", "rbind", "rprivate")
 _SOCKET = ("nosuid", "nodev", "noexec", "rbind", "rprivate")
 
-# Below the driver root. "usr" before its aliases, for "lib64" is often a link to it; the rest are driver folders of
-# Debian's own packages, and of container-optimised systems that keep the driver in a folder without "usr".
-_ARCHES = ("x86_64-linux-gnu", "aarch64-linux-gnu")
-_LIBRARY_FOLDERS = (
-    *(f"usr/lib/{arch}{tail}" for arch in _ARCHES for tail in ("", "/nvidia/current")),
-    "usr/lib64",
-    "usr/lib",
-    *(f"lib/{arch}" for arch in _ARCHES),
-    "lib64",
-    "lib",
-)
-_PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/lib/nvidia/current", "bin", "sbin")
 _PROGRAMS = ("smi", "debugdump", "persistenced", "cuda-mps-control", "cuda-mps-server")  # each after "nvidia-"
 # Libraries of the driver that carry a version of their own, and data for graphics, OpenCL and ray tracing.
 _MORE_LIBRARIES = ("libnvidia-nvvm70.so.*", "libnvidia-egl-*.so.*.*")
@@ -203,7 +192,7 @@ def _search(root: Path, loaded: str | None) -> _Driver:
     libraries = [path for pattern in (f"*.so.{version}", *_MORE_LIBRARIES) for path in sorted(folder.glob(pattern))]
     libraries += sorted(folder.glob(f"vdpau/*.so.{version}"))
     libraries = [anchor, *(path for path in _files(libraries) if path != anchor)]
-    programs = (root / place / f"nvidia-{name}" for name in _PROGRAMS for place in _PROGRAM_FOLDERS)
+    programs = (root / place / f"nvidia-{name}" for name in _PROGRAMS for place in PROGRAM_FOLDERS)
     firmware = (
         path for lib in ("lib", "usr/lib") for path in sorted(root.glob(f"{lib}/firmware/nvidia/{version}/gsp*.bin"))
     )
@@ -220,7 +209,7 @@ def _search(root: Path, loaded: str | None) -> _Driver:
 
 def _anchor(root: Path, loaded: str | None) -> tuple[Path, str]:
     """The library whose name tells the version: that of the loaded kernel module if it is there, else the newest."""
-    places = (sorted((root / folder).glob("lib*.so.*.*")) for folder in _LIBRARY_FOLDERS)
+    places = (sorted((root / folder).glob("lib*.so.*.*")) for folder in LIBRARY_FOLDERS)
     names = ((path, _VERSIONED.fullmatch(path.name)) for place in places for path in _files(place))
     found = [(path, match[1]) for path, match in names if match]
     if not found:

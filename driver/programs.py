@@ -15,9 +15,11 @@ from pathlib import Path
 
 from driver.errors import DeviceError, HungError
 
-_PROGRAMS = ("usr/bin", "usr/sbin", "usr/lib/nvidia/current", "usr/local/bin", "bin", "sbin")
+# Below the driver root. "usr" before its aliases, for "lib64" is often a link to it; the rest are driver folders of
+# Debian's own packages, and of container-optimised systems that keep the driver in a folder without "usr".
+PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/lib/nvidia/current", "usr/local/bin", "bin", "sbin")
 _ARCHES = ("x86_64-linux-gnu", "aarch64-linux-gnu")
-_LIBRARIES = (
+LIBRARY_FOLDERS = (
     *(f"usr/lib/{arch}{tail}" for arch in _ARCHES for tail in ("", "/nvidia/current")),
     "usr/lib64",
     "usr/lib",
@@ -30,11 +32,11 @@ _OURS = ("libcuda.so*", "libnvidia-*.so*")
 
 def find(root: Path, name: str) -> Path:
     """The program below a driver root; DeviceError where there is none."""
-    for folder in _PROGRAMS:
+    for folder in PROGRAM_FOLDERS:
         if os.access(path := root / folder / name, os.X_OK) and path.is_file():
             return path
     raise DeviceError(
-        f"{name} is not in {root} ({', '.join(_PROGRAMS)}); install the NVIDIA driver with its programs, "
+        f"{name} is not in {root} ({', '.join(PROGRAM_FOLDERS)}); install the NVIDIA driver with its programs, "
         f"or name the folder that it is mounted in as the driver root"
     )
 
@@ -44,13 +46,13 @@ def environment(root: Path, links: Path) -> dict[str, str]:
     if root == Path("/"):
         return {}
     links.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(_LIBRARIES):  # the first folder wins
+    for folder in reversed(LIBRARY_FOLDERS):  # the first folder wins
         for path in (path for pattern in _OURS for path in (root / folder).glob(pattern)):
             link = links / path.name
             if not (link.is_symlink() and link.readlink() == path):
                 link.unlink(missing_ok=True)
                 link.symlink_to(path)
-    folders = os.pathsep.join(str(root / folder) for folder in _PROGRAMS)
+    folders = os.pathsep.join(str(root / folder) for folder in PROGRAM_FOLDERS)
     return {"LD_LIBRARY_PATH": str(links), "PATH": f"{folders}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
 
