@@ -69,7 +69,11 @@ class Bench:
         return await _timed(self.cluster.run(ref))
 
     async def unprepare(self, ref: ClaimRef) -> float:
-        seconds = await _timed(self.cluster.kubelet.unprepare([ref]))
+        began = time.perf_counter()
+        error = (await self.cluster.kubelet.unprepare([ref]))[ref.uid]
+        seconds = time.perf_counter() - began
+        if error:
+            raise BenchError(f"an unprepare failed: {error}")
         self.cluster.delete(ref)
         return seconds
 
