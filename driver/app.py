@@ -35,9 +35,10 @@ from driver.telemetry import Check, HttpServer, Telemetry, setup_logging
 log = logging.getLogger(__name__)
 
 _MpsState = tuple[str, frozenset[str]]
+_AWAY: _MpsState = ("", frozenset())
 
 _COLLECT_PERIOD_S = 60.0
-_MPS_PERIOD_S = 2.0
+_MPS_PERIOD_S, _MPS_MOST_S = 2.0, 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
 
@@ -208,28 +209,41 @@ class App:
 
     async def _keep_mps(self, service: ClaimService, offering: Offering) -> str:
         """Look after the MPS daemons: where one was lost, or the whole supervisor is another process than before, have
-        them ensured again from the records. What is wrong meanwhile is told, and tainted, by the survey."""
-        known: _MpsState = ("", frozenset())
+        them ensured again from the records. What is wrong meanwhile is told, and tainted, by the survey.
+
+        What stays wrong is tried after pauses that double: each try holds the card, and a daemon that hangs at its start
+        takes ten seconds.
+        """
+        known, pause_s, due, pending = _AWAY, _MPS_PERIOD_S, 0.0, False
         while True:
-            try:
-                now = await asyncio.to_thread(self._mps_state)
+            now = await asyncio.to_thread(self._mps_state)
+            if now != known:
                 for problem in sorted(now[1] - known[1]):
                     log.warning("MPS: %s", problem)
-                if now != known:
-                    offering.nudge()
-                if now[0] != known[0] or now[1]:
-                    await service.mend()
-                known = now
-            except DriverError as e:
-                log.debug("MPS daemons cannot be mended yet: %s", e)
-                if known[0]:
-                    offering.nudge()
-                known = ("", frozenset())
+                offering.nudge()
+                pause_s, due = _MPS_PERIOD_S, 0.0
+            pending = pending or now[0] != known[0] or bool(now[1])
+            known = now
+            if pending and now != _AWAY and time.monotonic() >= due:
+                pause_s, due = min(2 * pause_s, _MPS_MOST_S), time.monotonic() + pause_s
+                pending = not await self._mended(service)
             await asyncio.sleep(_MPS_PERIOD_S)
 
+    async def _mended(self, service: ClaimService) -> bool:
+        try:
+            await service.mend()
+        except DriverError as e:  # the daemon's own problem is told and tainted
+            log.debug("MPS daemons cannot be mended yet: %s", e)
+            return False
+        return True
+
     def _mps_state(self) -> _MpsState:
-        """Which supervisor it is, and what is wrong with its daemons."""
-        return self._mps.incarnation(), frozenset(daemon.problem for daemon in self._mps.running() if daemon.problem)
+        """Which supervisor it is, and what is wrong with its daemons; `_AWAY` where none answers."""
+        try:
+            problems = frozenset(daemon.problem for daemon in self._mps.running() if daemon.problem)
+            return self._mps.incarnation(), problems
+        except DriverError:
+            return _AWAY
 
     async def _collect(self, service: ClaimService) -> str:
         """Give back what vanished claims hold, once a minute."""

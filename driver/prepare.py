@@ -14,17 +14,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 from driver import files
 from driver.checkpoint import Checkpoint
-from driver.core import plan
+from driver.core import plan, sharers
 from driver.core.inventory import Inventory
 from driver.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu
-from driver.core.record import Busy, Plan, PreparedClaim, Record, StartMps
+from driver.core.plan import Live
+from driver.core.record import Busy, Plan, PreparedClaim, Record
 from driver.errors import DeviceError, DriverError
 from driver.injection import Injector
-from driver.nvml.api import Nvml
+from driver.nvml.api import MPS_SERVER, Nvml
 from driver.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Preparer:
             if record is not None and record.prepared is not None and plan.serves(record, claim):
                 live = self._look(record.plan.named)
                 if plan.stands(record, live):
+                    self._steps.uphold(sharers.daemons([record]), tuple(self._checkpoint.records().values()))
                     self._injector.ensure(record, live)
                     return record.prepared
             wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
@@ -77,7 +80,7 @@ class Preparer:
             live = self._look(wanted.named)
             others = tuple(self._others(uid).values())
             decision = plan.make(claim, self._inventory, others, live)
-            return decision if isinstance(decision, Busy) else self._carry_out(decision, others)
+            return decision if isinstance(decision, Busy) else self._carry_out(decision, others, live)
 
     def unprepare(self, uid: ClaimUid, gpus: Sequence[GpuUuid]) -> bool:
         """Give back what the claim holds. False where it holds other GPUs than expected: ask again with those."""
@@ -100,13 +103,11 @@ class Preparer:
                 self._undo(record)
 
     def mend(self, gpu: GpuUuid) -> None:
-        """Have the MPS daemons of a card as its records want them: the supervisor may have lost them."""
+        """Have the MPS daemons of a card as its records want them, for the supervisor may have lost them; the first error,
+        after all were tried."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
-            for record in records:
-                for step in record.plan.steps:
-                    if isinstance(step, StartMps) and step.gpu == gpu and record.prepared is not None:
-                        self._steps.do(step, record, records, lambda _: None)
+            self._steps.uphold(sharers.daemons(records, gpu), records)
 
     # ------------------------------------------------------------ what others ask
 
@@ -142,18 +143,24 @@ class Preparer:
                 (gpu, process.gi) in made if gpu in partitioned else True
                 for gpu in record.plan.gpus
                 for process in self._nvml.processes(gpu)
+                if process.name != MPS_SERVER  # it outlives its clients
             )
         except DeviceError:
             return True
 
     # ------------------------------------------------------------ forward
 
-    def _carry_out(self, decided: Plan, others: Sequence[Record]) -> PreparedClaim:
-        record = Record(decided, plan.inherited(decided, others))
+    def _carry_out(self, decided: Plan, others: Sequence[Record], live: Live) -> PreparedClaim:
+        record = Record(decided, sharers.inherited(decided, others, live))
         self._checkpoint.put(record)
         try:
             for step in decided.steps:
                 record = self._steps.do(step, record, others, self._checkpoint.put)
+                for other in sharers.remade(record, others):
+                    self._checkpoint.put(other)
+                    self._injector.remove(
+                        other.plan.ref.uid
+                    )  # it names what vanished; the next prepare writes it again
             finished = self._injector.inject(record, self._look(decided.named))
             self._checkpoint.put(finished)
         except DriverError:
@@ -165,12 +172,26 @@ class Preparer:
     # ------------------------------------------------------------ back
 
     def _undo(self, record: Record) -> None:
-        """Take everything back, the record last. Raises where the hardware refuses; the record then stays."""
+        """Take everything back, the record last. Where a card refuses, the others' are taken back all the same; then the
+        error is raised and the record stays.
+
+        The record is unfinished from the first moment: nobody may build on what is being taken away, and a new process
+        goes on with it.
+        """
         uid = record.plan.ref.uid
         others = tuple(self._others(uid).values())
+        if record.prepared is not None:
+            self._checkpoint.put(replace(record, prepared=None))
         self._injector.remove(uid)
+        refused: dict[GpuUuid, DeviceError] = {}
         for undoing in plan.undo(record, others):
-            self._steps.undo(undoing, others)
+            if undoing.gpu not in refused:
+                try:
+                    self._steps.undo(undoing, others)
+                except DeviceError as e:
+                    refused[undoing.gpu] = e
+        for error in refused.values():
+            raise error
         self._checkpoint.drop(uid)
 
     def _roll_back(self, uid: ClaimUid) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import assert_never
 
-from driver.core import plan, share
+from driver.core import plan, share, sharers
 from driver.core.model import INTERVALS, GpuUuid, MigSlot, MigUuid
 from driver.core.record import (
     AdjustMps,
@@ -67,15 +67,31 @@ class Steps:
                 assert_never(step)
         return record
 
+    def uphold(self, steps: Sequence[StartMps], records: Sequence[Record]) -> None:
+        """Have these MPS daemons running, which may have ended without us; at once where it is so. All are tried, and the
+        first error is raised."""
+        errors = []
+        for step in steps:
+            try:
+                self._ensure(step, records)
+            except DeviceError as e:
+                errors.append(e)
+        if errors:
+            raise errors[0]
+
     def undo(self, undoing: Undo, others: Sequence[Record]) -> None:
         """Take one step back; `others` are the records that stay."""
         match undoing:
             case DestroyMig():
                 self._destroy(undoing)
             case ResetComputeMode(gpu):
-                self._nvml.set_compute_mode(gpu, ComputeMode.DEFAULT)
+                if self._nvml.compute_mode(gpu) != ComputeMode.DEFAULT:  # also where the step was never carried out
+                    with _fine(Code.NOT_SUPPORTED):
+                        self._nvml.set_compute_mode(gpu, ComputeMode.DEFAULT)
             case ResetTimeSlice(gpu):
-                self._nvml.set_time_slice(gpu, 0)
+                # In MIG mode, or where nvidia-smi cannot do it, nothing was set.
+                with _fine(Code.NOT_SUPPORTED, Code.LIBRARY_NOT_FOUND):
+                    self._nvml.set_time_slice(gpu, 0)
             case StopMps(gpu, slot):
                 self._mps.stop(share.daemon_key(gpu, slot))
             case AdjustMps(gpu, slot):
@@ -101,15 +117,15 @@ class Steps:
         if partition is None:
             return
         if partition.ci is not None:
-            with _gone_is_fine():
+            with _fine(Code.NOT_FOUND):
                 self._nvml.destroy_compute_instance(gpu, partition.gi, partition.ci)
-        with _gone_is_fine():
+        with _fine(Code.NOT_FOUND):
             self._nvml.destroy_gpu_instance(gpu, partition.gi)
 
     # ------------------------------------------------------------ MPS
 
     def _ensure(self, step: StartMps, records: Sequence[Record]) -> None:
-        grants = plan.sharers(step, records)
+        grants = sharers.of(step, records)
         memory_mib, percent = share.ceilings(grants)
         self._mps.ensure(
             Daemon(
@@ -159,9 +175,9 @@ def _device(step: StartMps, records: Sequence[Record]) -> GpuUuid | MigUuid:
 
 
 @contextlib.contextmanager
-def _gone_is_fine() -> Iterator[None]:
+def _fine(*codes: Code) -> Iterator[None]:
     try:
         yield
     except DeviceError as e:
-        if e.code != Code.NOT_FOUND:
+        if e.code not in codes:
             raise

@@ -9,6 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e import wanted
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cluster", action="store_true", help="run tests/e2e, and build the cluster's programs if need be"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if wanted.asked_for(config) and wanted.refusal(config):
+        terminalreporter.write_line(f"tests/e2e is left out: {wanted.refusal(config)}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Nothing to run is no failure where it was said why."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and wanted.asked_for(session.config):
+        session.exitstatus = pytest.ExitCode.OK
+
 
 @pytest.fixture
 def short(request: pytest.FixtureRequest) -> Iterator[Path]:

@@ -9,13 +9,14 @@ import pytest
 
 from driver.core.model import MIB, Claim
 from driver.core.policy import Policy
-from driver.errors import DeviceError
+from driver.errors import ClaimError, DeviceError
 from driver.mps import control
 from driver.mps.api import Running
 from driver.mps.supervisor import Supervisor
-from driver.nvml.api import ComputeMode
+from driver.nvml.api import MPS_SERVER, ComputeMode
+from driver.nvml.simnode import SimNode
 from tests.mps.node import Program
-from tests.rig import Rig, a_claim, a_share
+from tests.rig import Rig, a_claim, a_ref, a_share
 from tests.test_shares import GIB, env
 
 TWINS = Policy.parse(
@@ -213,3 +214,57 @@ def test_a_share_beyond_what_is_left_waits_for_those_who_hold_it(rig: Rig) -> No
     assert rig.busy(by_mps(rig, "percent", gib=1, percent=30)) == (first.ref,)
     assert rig.busy(by_mps(rig, "clients", gib=1, clients=20)) == (first.ref,)
     assert daemon(rig).memory_mib == 50 * GIB // MIB
+
+
+def test_a_repeated_prepare_has_its_daemon_made_again(short: Path) -> None:
+    rig = Rig(short)
+    first = a_supervisor(short)
+    first.open()
+    claim = by_mps(rig, "one")
+    rig.prepare(claim)
+    first.close()
+    with pytest.raises(DeviceError, match="no MPS supervisor answers"):
+        rig.preparer.prepare(claim)
+
+    second = a_supervisor(short)
+    second.open()
+    rig.prepare(claim)
+
+    assert (daemon(rig).memory_mib, daemon(rig).problem) == (10240, "")
+    rig.unprepare(claim)
+    second.close()
+
+
+def test_several_mps_shares_in_one_request_are_refused_for_a_program_can_use_one(rig: Rig) -> None:
+    (first,) = by_mps(rig, "one").allocations
+    (second,) = by_mps(rig, "two").allocations
+
+    with pytest.raises(ClaimError, match=r"request gpu-0 of claim .* has 2 MPS shares, and a program can use one"):
+        rig.preparer.prepare(Claim(a_ref("both"), (first, second)))
+    rig.assert_empty()
+
+
+def test_a_daemon_that_cannot_be_mended_keeps_none_of_its_neighbours(rig: Rig) -> None:
+    shares = [by_mps(rig, name, gib=2, device=f"mig-1g-19-{place}-mps") for place, name in enumerate(("one", "two"))]
+    uuids = [str(rig.prepare(claim).devices[0].uuid) for claim in shares]
+    for running in rig.mps.running():
+        rig.mps.stop(running.key)
+    cues = rig.folder / "node" / "mps"
+    cues.mkdir(exist_ok=True)
+    (cues / f"refuse-start.{uuids[0]}").touch()
+
+    with pytest.raises(DeviceError):
+        rig.preparer.mend(rig.gpus[0].uuid)
+
+    assert [running.device for running in rig.mps.running() if not running.problem] == [uuids[1]]
+
+
+def test_a_server_of_mps_alone_does_not_keep_an_orphan(rig: Rig) -> None:
+    claim = by_mps(rig, "one")
+    rig.prepare(claim)
+    (record,) = rig.checkpoint.records().values()
+    assert not rig.preparer.in_use(record)
+
+    SimNode(rig.folder / "node").run_process(rig.gpus[0].uuid, name=MPS_SERVER)
+
+    assert not rig.preparer.in_use(record)

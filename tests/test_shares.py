@@ -215,3 +215,74 @@ def test_shares_of_a_static_plan_are_devices_of_their_own(tmp_path: Path, spec: 
 def test_a_share_of_another_device_than_the_claim_s_is_unknown(rig: Rig) -> None:
     with pytest.raises(ClaimError, match="timeslice-9"):
         rig.preparer.prepare(a_claim("one", DeviceRef(rig.device("gpu").pool, "timeslice-9")))
+
+
+# ---------------------------------------------------------------- on the way back
+
+
+def test_a_refused_switch_of_mig_mode_leaves_nothing_that_sticks(rig: Rig) -> None:
+    """The card was partitioned before, so MIG mode is still on; a monitoring agent's session once keeps it so."""
+    before = a_claim("before", rig.device("mig-1g-19-0"))
+    rig.prepare(before)
+    rig.unprepare(before)
+    cue = rig.nvml.cue("fail", "set_mig_mode", code=Code.IN_USE)
+    claim = a_turn(rig, "one")
+
+    with pytest.raises(DeviceError, match=r"MIG mode of GPU .* cannot be switched while it is in use"):
+        rig.preparer.prepare(claim)
+
+    rig.nvml.withdraw(cue)
+    rig.assert_empty()
+    rig.prepare(claim)
+
+
+def test_a_card_that_cannot_be_reset_keeps_no_other_card(rig: Rig) -> None:
+    (first,) = a_share("one", rig.device("timeslice"), {"memory": GIB, "shares": 1}).allocations
+    (second,) = a_share("two", rig.device("timeslice", gpu=1), {"memory": GIB, "shares": 1}).allocations
+    both = Claim(a_ref("both"), (first, second))
+    rig.prepare(both)
+    rig.nvml.lose(rig.gpus[1].uuid)
+
+    with pytest.raises(DeviceError, match="lost"):
+        rig.unprepare(both)
+
+    assert rig.figures(0) == (ComputeMode.DEFAULT, 0)
+    assert rig.records() == {both.ref.uid}
+
+
+def test_nobody_builds_on_a_share_that_is_being_given_back(rig: Rig) -> None:
+    """The driver dies between the last share's reset and its record's end."""
+    first = a_turn(rig, "first")
+    rig.prepare(first)
+    cue = rig.nvml.cue("fail", "set_time_slice", code=Code.UNKNOWN, done=True)
+    with pytest.raises(DeviceError):
+        rig.unprepare(first)
+    rig.nvml.withdraw(cue)
+    assert rig.figures() == (ComputeMode.DEFAULT, 0)
+
+    rig.prepare(a_turn(rig, "second"))
+
+    assert rig.figures() == (ComputeMode.DEFAULT, 1)
+    again = rig.restarted()
+    again.recover()
+    assert again.records() == {a_ref("second").uid}
+    assert again.figures() == (ComputeMode.DEFAULT, 1)
+
+
+def test_a_partition_that_vanished_under_its_sharers_is_made_again_for_all_of_them(rig: Rig) -> None:
+    device = rig.device("mig-1g-19-0-timeslice")
+    first, second = (a_share(name, device, {"memory": 2 * GIB, "shares": 1}) for name in ("one", "two"))
+    rig.prepare(first)
+    (gone,) = rig.partitions()
+    assert gone.ci is not None
+    rig.nvml.destroy_compute_instance(rig.gpus[0].uuid, gone.gi, gone.ci)
+    rig.nvml.destroy_gpu_instance(rig.gpus[0].uuid, gone.gi)
+
+    (prepared,) = rig.prepare(second).devices
+
+    (there,) = rig.partitions()
+    assert prepared.uuid == there.uuid != gone.uuid
+    rig.unprepare(second)
+    assert rig.prepare(first).devices[0].uuid == there.uuid
+    rig.unprepare(first)
+    rig.assert_empty()

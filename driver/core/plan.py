@@ -71,6 +71,7 @@ def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Li
                 f"claim {claim.ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
                 "together; delete the pod to have it scheduled again"
             )
+    _refuse_several_daemons(claim.ref, wanted)
     for number, grant in enumerate(wanted):
         too_much = share.excess(grant, [other for other in wanted[:number] if share.beside(grant, other)])
         if too_much:
@@ -87,6 +88,17 @@ def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Li
     return Plan(claim.ref, wanted, tuple(steps))
 
 
+def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
+    """A container is the client of one MPS daemon, with one figure: its environment and /dev/shm have room for no more."""
+    requests = [grant.allocation.request for grant in wanted if isinstance(grant.sharing, Mps)]
+    for request in requests:
+        if requests.count(request) > 1:
+            raise ClaimError(
+                f"request {request} of claim {ref} has {requests.count(request)} MPS shares, and a program can use one; ask "
+                "for one share of the size that it needs"
+            )
+
+
 def in_the_way(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
     """Claims of which at least one has to leave before `wanted` can be had: it holds the same, or the shares are too many."""
     held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
@@ -97,24 +109,6 @@ def in_the_way(wanted: Sequence[Grant], records: Sequence[Record], inventory: In
         if share.excess(grant, [*mine, *(other for _, other in sharers)]):
             found |= {ref for ref, _ in sharers}
     return tuple(sorted(found))
-
-
-def inherited(decided: Plan, records: Iterable[Record]) -> tuple[Done, ...]:
-    """What other claims have made already of what this plan wants made: the partition that a further share joins."""
-    slots = {step.slot for step in decided.steps if isinstance(step, CreateMig)}
-    finished = (done for record in records for done in record.done if done.uuid is not None)
-    return tuple({done.slot: done for done in finished if done.slot in slots}.values())
-
-
-def sharers(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
-    """Every share that stands on this MPS daemon."""
-    return tuple(
-        grant
-        for record in records
-        if step in record.plan.steps
-        for grant in record.plan.grants
-        if (grant.gpu, grant.slot) == (step.gpu, step.slot)
-    )
 
 
 def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:

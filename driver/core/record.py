@@ -94,6 +94,10 @@ class DestroyMig:
     slot: MigSlot
     uuid: MigUuid | None
 
+    @property
+    def gpu(self) -> GpuUuid:
+        return self.slot.gpu
+
 
 @dataclass(frozen=True, slots=True)
 class ResetComputeMode:

@@ -33,11 +33,11 @@ def of(grant: Grant) -> Share | None:
         case TimeSlicing(shares, memory_mib):
             memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
             return Share(memory_mib=memory, turns=charged.get("shares", 1))
-        case Mps(shares, memory_mib, clients):
+        case Mps(shares, memory_mib, clients, part):
             memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
             return Share(
                 memory_mib=memory,
-                percent=charged.get("smPercent", 0),
+                percent=charged.get("smPercent", 0 if part is None else 100 // shares),
                 clients=charged.get("clients", max(1, clients // shares)),
             )
         case _:

@@ -191,7 +191,6 @@ class Keeper:
         """Nothing runs; the next start is after a pause."""
         pause = pause_s(self._failures)
         problem = f"{self._why}{more}; it is started again in {pause:g} s"
-        log.error("an MPS daemon is down key=%s: %s", self._key, problem)
         running = Running(
             key=self._key,
             device=daemon.device,
@@ -202,6 +201,7 @@ class Keeper:
             problem=problem,
         )
         self._set(_State(daemon, None, running), pause)
+        log.error("an MPS daemon is down key=%s: %s", self._key, problem)
 
     def _set(self, state: _State, due_s: float) -> None:
         self._due = time.monotonic() + due_s

@@ -10,6 +10,8 @@ import ctypes
 import os
 import sys
 
+# Containers write there, and it can be seen on the node: no file of theirs may become root's there.
+_MS_NOSUID, _MS_NODEV = 2, 4
 _CLONE_NEWNS = 0x20000  # linux/sched.h
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 0x2, 0x8  # sys/mount.h
 _MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000  # linux/mount.h
@@ -37,7 +39,7 @@ def give_tmpfs(folder: str) -> bool:
     if not _propagates(folder):
         return False
     libc = ctypes.CDLL(None, use_errno=True)
-    _check(libc.mount(b"gpuslice", os.fsencode(folder), b"tmpfs", 0, b"mode=1777"))
+    _check(libc.mount(b"gpuslice", os.fsencode(folder), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=1777"))
     return True
 
 

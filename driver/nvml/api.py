@@ -39,6 +39,9 @@ class Code(IntEnum):
 TIME_SLICES = (0, 1, 2, 3)  # nvidia-smi compute-policy --set-timeslice; milliseconds are not published
 
 
+MPS_SERVER = "nvidia-cuda-mps-server"  # as NVML's lists of processes show it
+
+
 class ComputeMode(IntEnum):
     """`nvmlComputeMode_t`; lost at reboot."""
 

@@ -13,14 +13,13 @@ from pathlib import Path
 
 from driver.core.model import MIB, Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Partition
 from driver.errors import DeviceError
-from driver.nvml.api import Code, ComputeMode, Process, XidEvent
+from driver.nvml.api import MPS_SERVER, Code, ComputeMode, Process, XidEvent
 from driver.nvml.faults import Cue, Cues, Effect, Events
 from driver.nvml.models import Product
 from driver.nvml.nodespec import parse
 from driver.nvml.simstate import GpuState, StateFolder
 
 XID_OFF_THE_BUS = 79
-MPS_SERVER = "nvidia-cuda-mps-server"  # as NVML's lists of processes show it
 
 
 class SimNode:

@@ -45,7 +45,8 @@ def test_a_share_is_what_the_scheduler_charged() -> None:
 
 
 def test_a_fixed_part_is_one_nth_of_everything() -> None:
-    assert share.of(a_grant(Mps(shares=4, memory_mib=8000, clients=60, part=2))) == Share(memory_mib=2000, clients=15)
+    part = a_grant(Mps(shares=4, memory_mib=8000, clients=60, part=2))
+    assert share.of(part) == Share(memory_mib=2000, clients=15, percent=25)
     assert share.of(a_grant(TimeSlicing(shares=4, memory_mib=8000, part=2))) == Share(memory_mib=2000, turns=1)
 
 

@@ -9,9 +9,8 @@ import pytest
 
 from driver.core.model import GpuUuid
 from driver.errors import DeviceError
-from driver.nvml.api import TIME_SLICES, Code, ComputeMode
+from driver.nvml.api import MPS_SERVER, TIME_SLICES, Code, ComputeMode
 from driver.nvml.sim import SimNvml
-from driver.nvml.simnode import MPS_SERVER
 from driver.nvml.smi import Smi
 
 GPU = GpuUuid("GPU-00000000-1111-2222-3333-444444444444")

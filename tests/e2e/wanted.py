@@ -1,0 +1,31 @@
+"""Whether the tests on a real Kubernetes run, and the one sentence why not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+PLAYGROUND = (sys.executable, str(ROOT / "hack" / "playground"))
+
+
+def asked_for(config: pytest.Config) -> bool:
+    """Whether what was typed covers this folder at all."""
+    given = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
+    return any(HERE.is_relative_to(path) or path.is_relative_to(HERE) for path in given)
+
+
+@cache
+def refusal(config: pytest.Config) -> str:
+    """Why these tests are left out; "" if they run."""
+    if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+        return "one machine has room for one cluster, and several processes run the tests; run pytest tests/e2e beside them"
+    if config.getoption("cluster"):
+        return ""
+    checked = subprocess.run([*PLAYGROUND, "check"], capture_output=True, text=True, check=False)
+    return checked.stderr.strip()
