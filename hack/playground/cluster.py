@@ -1,0 +1,305 @@
+"""The cluster from outside: make it, find it, end it.
+
+Which one runs is not a matter of a file that says so: whoever runs it holds a lock on the work folder, and the kernel lets
+go of that when the last of it has ended, however it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import software
+from binaries import Binaries
+from errors import PlaygroundError
+from layout import CGROUP, Facts, Place, Ports, work_folder
+
+_PROGRAMS = {
+    "runc": "runs the containers; apt-get install runc (one with libseccomp)",
+    "openssl": "makes the key of service-account tokens; apt-get install openssl",
+    "unshare": "keeps the cluster apart from this machine; apt-get install util-linux",
+    "mount": "keeps the cluster apart from this machine; apt-get install mount",
+    "nsenter": "enters the cluster's node; apt-get install util-linux",
+}
+_ROOM_GIB = 1
+_LONGEST = 40  # of the work folder's path: sockets below it have 107 bytes
+_WAIT_S = 30.0
+_TAKEN = (
+    "a cluster is there already, and this machine has room for one; use it (hack/cluster status) or end it first "
+    "(hack/cluster down)"
+)
+
+Say = Callable[[str], None]
+
+
+def up(version: str, gpus: str, say: Say) -> Facts:
+    """Start a cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays."""
+    check_machine()
+    _check_gpus(gpus)
+    binaries = Binaries(version)
+    binaries.ensure()
+    place = Place(work_folder())
+    with _owned(place.root) as lock:
+        _clear(place.root)
+        (place.root / "log").mkdir()
+        tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
+        facts = Facts(version, gpus, tokens, Ports.free())
+        facts.write(place.facts)
+        try:
+            _start(place, lock, say)
+        except BaseException:
+            _end(place)
+            raise
+    return facts
+
+
+def check(version: str) -> None:
+    """PlaygroundError with the first reason why `up` would not start at once."""
+    check_machine()
+    if running() is not None:
+        raise PlaygroundError(_TAKEN)
+    missing = Binaries(version).missing()
+    if missing:
+        raise PlaygroundError(
+            f"{missing[0]} is not built; hack/cluster build makes it, in about ten minutes the first time"
+        )
+
+
+def down() -> bool:
+    """End the cluster and remove all of it; whether there was one."""
+    place = Place(work_folder())
+    if not place.root.exists():
+        return False
+    _check_owner(place.root)
+    _end(place)
+    return True
+
+
+def running() -> Facts | None:
+    """The cluster that serves, or None."""
+    place = Place(work_folder())
+    if not place.root.exists() or not _locked(place.root):
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        return Facts.read(place.facts)
+    return None
+
+
+def wait() -> None:
+    """Return when the cluster has ended."""
+    outer = _outer(Place(work_folder()))
+    if outer:
+        handle = os.pidfd_open(outer)
+        try:
+            select.select([handle], [], [])
+        finally:
+            os.close(handle)
+
+
+def processes() -> dict[str, int]:
+    """Process ids of the running parts, as this machine counts them."""
+    place = Place(work_folder())
+    inside: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):
+        inside = json.loads(place.pids.read_text())
+    here = _counted_inside(_first(place))
+    return {name: here[pid] for name, pid in inside.items() if pid in here}
+
+
+# ---------------------------------------------------------------- start and end
+
+
+def _start(place: Place, lock: int, say: Say) -> None:
+    """Run the keeper in namespaces of its own, until it says that all is ready."""
+    apart = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    keeper = Path(__file__).with_name("keeper.py")
+    errors = place.root / "log" / "keeper.log"
+    with errors.open("wb") as log:
+        process = subprocess.Popen(
+            [*apart, sys.executable, str(keeper), str(place.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C is for us: we end it in order
+        )
+    place.keeper.write_text(str(process.pid))
+    assert process.stdout is not None
+    said: list[str] = []
+    for line in process.stdout:
+        said.append(line.rstrip())
+        if said[-1] == "ready":
+            process.returncode = 0  # it stays; we do not wait for it
+            return
+        if not any(word.startswith("failed ") for word in said):  # what follows that is the reason's further lines
+            say(said[-1])
+    process.wait()
+    told = "\n".join(said).partition("failed ")[2]
+    raise PlaygroundError(
+        told or f"the cluster ended while it started: {errors.read_text().strip()[-600:] or 'it was killed'}"
+    )
+
+
+def _end(place: Place) -> None:
+    first, outer = _first(place), _outer(place)
+    for pid in (first, outer):
+        _kill(pid)
+    _remove_cgroups()
+    shutil.rmtree(place.root, ignore_errors=True)
+    if place.root.exists():
+        raise PlaygroundError(f"{place.root} could not be removed; see what is mounted below it and remove it")
+
+
+def _kill(pid: int) -> None:
+    """End a process and wait until it is gone; process 1 of a namespace goes after all others there."""
+    with contextlib.suppress(ProcessLookupError):
+        if not pid:
+            return
+        handle = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            if not select.select([handle], [], [], _WAIT_S)[0]:
+                raise PlaygroundError(
+                    f"process {pid} does not end within {_WAIT_S:.0f} s of SIGKILL; see its state in ps"
+                )
+        finally:
+            os.close(handle)
+
+
+def _outer(place: Place) -> int:
+    """The `unshare` that waits for the keeper; 0 if it is gone."""
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        pid = int(place.keeper.read_text())
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if str(place.root).encode() in words:  # else the number has gone to somebody else
+            return pid
+    return 0
+
+
+def _first(place: Place) -> int:
+    """The keeper itself, process 1 of the cluster; 0 if it is gone."""
+    outer = _outer(place)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        children = Path(f"/proc/{outer}/task/{outer}/children").read_text().split() if outer else []
+        return int(children[0]) if children else 0
+    return 0
+
+
+def _counted_inside(first: int) -> dict[int, int]:
+    """Process id inside the cluster → process id on this machine."""
+    if not first:
+        return {}
+    namespace = Path(f"/proc/{first}/ns/pid").stat().st_ino
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not to be looked at
+            if (folder / "ns" / "pid").stat().st_ino == namespace:
+                line = next(s for s in (folder / "status").read_text().splitlines() if s.startswith("NSpid:"))
+                found[int(line.split()[-1])] = int(folder.name)
+    return found
+
+
+def _remove_cgroups() -> None:
+    """Remove the empty cgroups that containers leave: one tree for each hierarchy, or the one of version 2."""
+    top = Path("/sys/fs/cgroup")
+    for tree in (top / CGROUP, *top.glob(f"*/{CGROUP}")):
+        for folder, _, _ in os.walk(tree, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+
+
+# ---------------------------------------------------------------- the lock
+
+
+@contextlib.contextmanager
+def _owned(root: Path) -> Iterator[int]:
+    """The work folder, made and locked by us. PlaygroundError where a cluster has it."""
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    _check_owner(root)
+    lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _lock(lock):
+            raise PlaygroundError(_TAKEN)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _locked(root: Path) -> bool:
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear(root: Path) -> None:
+    """Remove what a cluster left that ended with the machine."""
+    _remove_cgroups()
+    for path in root.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _check_owner(root: Path) -> None:
+    """In a folder that all may write to, the name could be somebody else's."""
+    found = root.lstat()
+    if root.is_symlink() or not root.is_dir() or found.st_uid != os.geteuid():
+        raise PlaygroundError(f"{root} is not a folder of ours; remove it, or set TMPDIR to another place")
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def check_machine() -> None:
+    """PlaygroundError with the remedy where this machine cannot run a cluster."""
+    if sys.platform != "linux":
+        raise PlaygroundError("a cluster needs Linux; use a virtual machine, or hack/demo, which runs anywhere")
+    if os.geteuid() != 0:
+        raise PlaygroundError(
+            "a kubelet needs root; run it with sudo, or try hack/demo, which needs no root and no cluster"
+        )
+    for program, why in _PROGRAMS.items():
+        if shutil.which(program) is None:
+            raise PlaygroundError(f"there is no {program} on PATH, which {why}")
+    software.busybox()
+    root = work_folder()
+    if len(str(root)) > _LONGEST:
+        raise PlaygroundError(
+            f"{root} is longer than {_LONGEST} characters, and names of sockets are short; set TMPDIR to a shorter path"
+        )
+    free = shutil.disk_usage(root.parent).free / (1 << 30)
+    if free < _ROOM_GIB:
+        raise PlaygroundError(
+            f"a cluster needs {_ROOM_GIB} GiB and {root.parent} has {free:.1f} GiB; make room or set TMPDIR"
+        )
+
+
+def _check_gpus(gpus: str) -> None:
+    from driver.errors import DriverError
+    from driver.nvml import nodespec
+
+    try:
+        if gpus:
+            nodespec.parse(gpus)
+    except DriverError as e:
+        raise PlaygroundError(str(e)) from e

@@ -1,0 +1,144 @@
+"""Where everything of the running cluster lies: one folder, and ports of the loopback address."""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+NODE = "node1"
+CGROUP = "gpuslice-cluster"
+REPOSITORY = Path(__file__).parents[2]
+
+
+def work_folder() -> Path:
+    return Path(tempfile.gettempdir()) / "gpuslice-cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The work folder's tree. Names are short: many are sockets, whose paths have 107 bytes."""
+
+    root: Path
+
+    @property
+    def facts(self) -> Path:
+        """What was started, for `status`, `kubectl` and `down`."""
+        return self.root / "cluster.json"
+
+    @property
+    def keeper(self) -> Path:
+        """Holds the process id of what waits for the keeper."""
+        return self.root / "keeper"
+
+    @property
+    def pids(self) -> Path:
+        """Process ids of the parts, as they are counted inside."""
+        return self.root / "pids.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "log"
+
+    @property
+    def admin(self) -> Path:
+        return self.root / "admin.conf"
+
+    @property
+    def driver(self) -> Path:
+        return self.root / "driver.conf"
+
+    @property
+    def api(self) -> Path:
+        return self.root / "api"
+
+    @property
+    def certificate(self) -> Path:
+        """The API server makes it for itself; it is its own authority."""
+        return self.api / "apiserver.crt"
+
+    @property
+    def key(self) -> Path:
+        """Signs service-account tokens."""
+        return self.root / "sa.key"
+
+    @property
+    def kubelet(self) -> Path:
+        return self.root / "kubelet"
+
+    @property
+    def plugins(self) -> Path:
+        return self.kubelet / "plugins"
+
+    @property
+    def registry(self) -> Path:
+        return self.kubelet / "plugins_registry"
+
+    @property
+    def containerd(self) -> Path:
+        return self.root / "containerd"
+
+    @property
+    def socket(self) -> Path:
+        return self.root / "containerd.sock"
+
+    @property
+    def cdi(self) -> Path:
+        return self.root / "cdi"
+
+    @property
+    def cni(self) -> Path:
+        return self.root / "cni"
+
+    @property
+    def mps(self) -> Path:
+        return self.root / "mps"
+
+    @property
+    def node(self) -> Path:
+        """What takes the place of files and folders of this machine, for the cluster's processes only."""
+        return self.root / "node"
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    etcd: int
+    peer: int
+    api: int
+    controllers: int
+    scheduler: int
+    kubelet: int
+    driver: int
+
+    @classmethod
+    def free(cls) -> Ports:
+        """Ports nobody listens on now. All are held until all are known, so that they differ."""
+        with ExitStack() as held:
+            sockets = [held.enter_context(socket.socket()) for _ in cls.__dataclass_fields__]
+            for one in sockets:
+                one.bind(("127.0.0.1", 0))
+            return cls(*(one.getsockname()[1] for one in sockets))
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One running cluster, as it was asked for."""
+
+    version: str
+    gpus: str  # "" for none: no driver is started
+    tokens: dict[str, str]
+    ports: Ports
+
+    def write(self, path: Path) -> None:
+        values = {name: getattr(self, name) for name in ("version", "gpus", "tokens")}
+        ports = {name: getattr(self.ports, name) for name in Ports.__dataclass_fields__}
+        path.touch(mode=0o600)
+        path.write_text(json.dumps({**values, "ports": ports}))
+
+    @classmethod
+    def read(cls, path: Path) -> Facts:
+        values = json.loads(path.read_text())
+        return cls(**{**values, "ports": Ports(**values["ports"])})
