@@ -27,7 +27,7 @@ from tests.test_mps_shares import a_supervisor
 Body = Mapping[str, Any]
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-FILES = sorted(DEPLOY.rglob("*.yaml"))
+FILES = sorted((*DEPLOY.glob("*.yaml"), *(DEPLOY / "examples").glob("*.yaml")))
 EXAMPLES = sorted(path for path in (DEPLOY / "examples").glob("*.yaml"))
 DRIVER = config.DRIVER_NAME
 
