@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -104,7 +105,7 @@ def _up(version: str, gpus: str, foreground: bool) -> int:
 
 
 def _devices(place: Place, facts: Facts) -> str:
-    return f"gpuslice devices --simulate {facts.gpus} --kubelet-plugins-directory-path {place.plugins}"
+    return f".venv/bin/gpuslice devices --simulate {facts.gpus} --kubelet-plugins-directory-path {place.plugins}"
 
 
 def _status(as_json: bool, part: str | None) -> int:
@@ -148,7 +149,14 @@ def _say(text: str) -> None:
     print(f"hack/cluster: {text}", file=sys.stderr, flush=True)
 
 
+def _stop(*_: object) -> None:
+    """Told to end in another way than Ctrl-C, it ends in the same."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     try:
         sys.exit(main())
     except PlaygroundError as e:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,23 +82,15 @@ class Binaries:
             )
 
 
-class _built_into:  # noqa: N801
+@contextlib.contextmanager
+def _built_into(folder: Path) -> Iterator[Path]:
     """A folder to build in, beside `folder`; its files are moved there when all went well."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> Path:
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self._made = Path(tempfile.mkdtemp(prefix=".building-", dir=self._folder.parent))
-        return self._made
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._folder.mkdir(exist_ok=True)
-            for path in self._made.iterdir():
-                path.rename(self._folder / path.name)
-        shutil.rmtree(self._made)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as made:
+        yield Path(made)
+        folder.mkdir(exist_ok=True)
+        for path in Path(made).iterdir():
+            path.rename(folder / path.name)
 
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:

@@ -29,7 +29,6 @@ _PROGRAMS = {
     "openssl": "makes the key of service-account tokens; apt-get install openssl",
     "unshare": "keeps the cluster apart from this machine; apt-get install util-linux",
     "mount": "keeps the cluster apart from this machine; apt-get install mount",
-    "nsenter": "enters the cluster's node; apt-get install util-linux",
 }
 _ROOM_GIB = 1
 _LONGEST = 40  # of the work folder's path: sockets below it have 107 bytes
@@ -46,16 +45,17 @@ def up(version: str, gpus: str, say: Say) -> Facts:
     """Start a cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays."""
     check_machine()
     _check_gpus(gpus)
-    binaries = Binaries(version)
-    binaries.ensure()
+    if running() is not None:
+        raise PlaygroundError(_TAKEN)
+    Binaries(version).ensure()
     place = Place(work_folder())
+    tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
+    facts = Facts(version, gpus, tokens, Ports.free())
     with _owned(place.root) as lock:
-        _clear(place.root)
-        (place.root / "log").mkdir()
-        tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
-        facts = Facts(version, gpus, tokens, Ports.free())
-        facts.write(place.facts)
         try:
+            _clear(place.root)
+            place.logs.mkdir()
+            facts.write(place.facts)
             _start(place, lock, say)
         except BaseException:
             _end(place)
@@ -134,21 +134,32 @@ def _start(place: Place, lock: int, say: Say) -> None:
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C is for us: we end it in order
         )
-    place.keeper.write_text(str(process.pid))
+    try:
+        place.keeper.write_text(str(process.pid))
+        reason = _listen(process, say)
+    except BaseException:
+        process.kill()  # and the keeper with it: --kill-child
+        process.wait()
+        raise
+    if reason is not None:
+        last = errors.read_text().strip()[-600:] or "it was killed"
+        raise PlaygroundError(reason or f"the cluster ended while it started: {last}")
+
+
+def _listen(process: subprocess.Popen[str], say: Say) -> str | None:
+    """Pass on what the keeper says; None when all is ready, else why not, as far as it said."""
     assert process.stdout is not None
-    said: list[str] = []
+    failed: list[str] = []
     for line in process.stdout:
-        said.append(line.rstrip())
-        if said[-1] == "ready":
-            process.returncode = 0  # it stays; we do not wait for it
-            return
-        if not any(word.startswith("failed ") for word in said):  # what follows that is the reason's further lines
-            say(said[-1])
+        if line == "ready\n":
+            process.returncode = 0  # it stays; nobody waits for it
+            return None
+        if failed or line.startswith("failed "):  # what follows are the reason's further lines
+            failed.append(line)
+        else:
+            say(line.rstrip())
     process.wait()
-    told = "\n".join(said).partition("failed ")[2]
-    raise PlaygroundError(
-        told or f"the cluster ended while it started: {errors.read_text().strip()[-600:] or 'it was killed'}"
-    )
+    return "".join(failed).removeprefix("failed ").rstrip()
 
 
 def _end(place: Place) -> None:
@@ -198,10 +209,11 @@ def _first(place: Place) -> int:
 
 def _counted_inside(first: int) -> dict[int, int]:
     """Process id inside the cluster → process id on this machine."""
-    if not first:
-        return {}
-    namespace = Path(f"/proc/{first}/ns/pid").stat().st_ino
-    found = {}
+    found: dict[int, int] = {}
+    try:
+        namespace = Path(f"/proc/{first}/ns/pid").stat().st_ino
+    except FileNotFoundError:
+        return found
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile, or is not to be looked at
             if (folder / "ns" / "pid").stat().st_ino == namespace:
@@ -211,7 +223,7 @@ def _counted_inside(first: int) -> dict[int, int]:
 
 
 def _remove_cgroups() -> None:
-    """Remove the empty cgroups that containers leave: one tree for each hierarchy, or the one of version 2."""
+    """Remove the cgroups that containers leave, in each hierarchy. One with processes in it is somebody else's and stays."""
     top = Path("/sys/fs/cgroup")
     for tree in (top / CGROUP, *top.glob(f"*/{CGROUP}")):
         for folder, _, _ in os.walk(tree, topdown=False):

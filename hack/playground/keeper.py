@@ -15,7 +15,6 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +34,12 @@ _PAUSE_S = 1.0  # before what has ended is started again
 class Processes:
     """The parts that run, by name. Those that end are started again once `keep` is called."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, programs: Path) -> None:
+        """`programs` has containerd's, which look for each other on PATH."""
         self._place = place
+        path = f"{programs}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        # Nothing of the developer's own cluster may leak into ours.
+        self._environment = {**{k: v for k, v in os.environ.items() if k != "KUBECONFIG"}, "PATH": path}
         self._commands: dict[str, parts.Command] = {}
         self._pids: dict[str, int] = {}
         self._ended: dict[str, int] = {}
@@ -48,21 +51,19 @@ class Processes:
         self._commands[name] = command
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY, env=_environment()
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY, env=self._environment
             )
         self._pids[name] = process.pid
         process.returncode = 0  # it is ours to wait for, not its object's
         self._note()
 
     def until(self, name: str, ready: Callable[[], bool], what: str) -> None:
-        """Return when `ready`. PlaygroundError where the part `name` ends before, or the time is up."""
+        """Return when `ready`. PlaygroundError where any part ends before, or `name` takes too long."""
         end = time.monotonic() + _PATIENCE_S
         while not ready():
             self._reap()
-            if name in self._ended:
-                raise PlaygroundError(
-                    f"{name} ended (status {self._ended[name]}) before {what}; {self.last_words(name)}"
-                )
+            for part, status in self._ended.items():
+                raise PlaygroundError(f"{part} ended (status {status}) before {what}; {self.last_words(part)}")
             if time.monotonic() > end:
                 raise PlaygroundError(f"{what} took longer than {_PATIENCE_S:.0f} s; {self.last_words(name)}")
             self._rest(_GLANCE_S)
@@ -113,7 +114,7 @@ class Keeper:
         self._place, self._facts = place, facts
         self._binaries = Binaries(facts.version)
         self._commands = parts.commands(place, facts, self._binaries)
-        self.processes = Processes(place)
+        self.processes = Processes(place, self._binaries.runtime)
 
     def start(self) -> None:
         for name in ("etcd", "containerd", "kube-apiserver"):
@@ -127,9 +128,8 @@ class Keeper:
             self._spawn(name)
         _tell("the node")
         kubectl = software.Kubectl(self._binaries.kube, self._place.admin)
-        for what in (f"node/{NODE}", "serviceaccount/default"):
-            kubectl("wait", "--for=create", what, f"--timeout={_PATIENCE_S:.0f}s")
-        kubectl("wait", "--for=condition=Ready", f"node/{NODE}", f"--timeout={_PATIENCE_S:.0f}s")
+        self.processes.until("kubelet", self._node_is_ready, "the node was ready")
+        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={_PATIENCE_S:.0f}s")
         if self._facts.gpus:
             self._start_driver(kubectl)
 
@@ -156,28 +156,31 @@ class Keeper:
         archive.unlink()
 
     def _api_is_ready(self) -> bool:
-        if not self._place.certificate.exists():
-            return False
-        trust = ssl.create_default_context(cafile=str(self._place.certificate))
-        return _answers(f"https://{parts.LOOPBACK}:{self._facts.ports.api}/readyz", trust)
+        return self._place.certificate.exists() and self._ask_api("/readyz") is not None
+
+    def _node_is_ready(self) -> bool:
+        node = json.loads(self._ask_api(f"/api/v1/nodes/{NODE}") or "{}")
+        conditions = node.get("status", {}).get("conditions", ())
+        return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
     def _driver_is_ready(self) -> bool:
-        return _answers(f"http://{parts.LOOPBACK}:{self._facts.ports.driver}/readyz")
+        return _ask(urllib.request.Request(f"http://{parts.LOOPBACK}:{self._facts.ports.driver}/readyz")) is not None
+
+    def _ask_api(self, path: str) -> bytes | None:
+        url = f"https://{parts.LOOPBACK}:{self._facts.ports.api}{path}"
+        who = {"Authorization": f"Bearer {self._facts.tokens['admin']}"}
+        trust = ssl.create_default_context(cafile=str(self._place.certificate))
+        return _ask(urllib.request.Request(url, headers=who), trust)
 
 
-def _answers(url: str, trust: ssl.SSLContext | None = None) -> bool:
+def _ask(request: urllib.request.Request, trust: ssl.SSLContext | None = None) -> bytes | None:
+    """What a server of ours answers, past any proxy; None where it does not, or refuses."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust))
     try:
-        with urllib.request.urlopen(url, timeout=5, context=trust) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.HTTPError):
-        return False
-
-
-def _environment() -> dict[str, str]:
-    """For containerd, its shims and runc; nothing of the developer's cluster may leak into ours."""
-    programs = str(Binaries(Facts.read(Place(Path(sys.argv[1])).facts).version).runtime)
-    path = f"{programs}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return {**{k: v for k, v in os.environ.items() if k != "KUBECONFIG"}, "PATH": path}
+        with direct.open(request, timeout=5) as response:
+            return bytes(response.read())
+    except OSError:
+        return None
 
 
 def _tell(text: str) -> None:
@@ -224,7 +227,7 @@ def main() -> None:
         sys.exit(1)
     _tell("ready")
     nothing = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
+    for number in (0, 1):  # nobody reads the pipe from now on
         os.dup2(nothing, number)
     keeper.processes.keep()
 

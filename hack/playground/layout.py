@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODE = "node1"
-CGROUP = "gpuslice-cluster"
+CGROUP = "k8s.io"  # where containerd puts the containers of a kubelet that makes no cgroups itself
 REPOSITORY = Path(__file__).parents[2]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from binaries import Binaries
-from layout import CGROUP, NODE, Facts, Place
+from layout import NODE, Facts, Place
 
 Command = list[str]
 LOOPBACK = "127.0.0.1"
@@ -171,7 +171,6 @@ def _kubelet_config(place: Place, facts: Facts) -> Mapping[str, Any]:
         "containerRuntimeEndpoint": f"unix://{place.socket}",
         "failCgroupV1": False,
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": f"/{CGROUP}",
         "cgroupsPerQOS": False,
         "enforceNodeAllocatable": [],
         "failSwapOn": False,

@@ -12,19 +12,21 @@ import yaml
 
 from tests.e2e.wanted import PLAYGROUND, ROOT
 
-_WAIT = "--timeout=60s"
+EXAMPLES = ROOT / "deploy" / "examples"
+_WAIT = "--timeout=30s"
 
 
 class Cluster:
     def __init__(self) -> None:
         self.facts: dict[str, Any] = json.loads(_call("status", "--json"))
         self.folder = Path(self.facts["folder"])
+        self.spoiled = ""  # what could not be removed; no further test can tell anything then
 
     def kubectl(self, *arguments: str, given: str | None = None) -> str:
         return _call("kubectl", *arguments, given=given)
 
     def get(self, *what: str) -> list[dict[str, Any]]:
-        found: dict[str, Any] = json.loads(self.kubectl("get", *what, "--output=json"))
+        found: dict[str, Any] = json.loads(self.kubectl("get", *what, "--output=json", "--show-managed-fields"))
         return list(found["items"])
 
     def process(self, part: str) -> int:
@@ -32,13 +34,30 @@ class Cluster:
 
     # ------------------------------------------------------------ pods
 
-    def apply(self, example: str, *, name: str = "", stay: bool = True) -> str:
-        """Create what an example says; the name of its pod. With `stay` its container says what it has and then waits."""
-        documents = [dict(document) for document in _documents(example)]
+    def run_as_it_is(self, example: str) -> list[str]:
+        """Apply an example, wait until its pods have done what they do, and delete it; what the pods wrote."""
+        file = str(EXAMPLES / f"{example}.yaml")
+        self.kubectl("apply", "-f", file)
+        logs = []
+        for document in _documents(example):
+            kind, name = document["kind"], document["metadata"]["name"]
+            place = f"--namespace={document['metadata'].get('namespace', 'default')}"
+            if kind == "Deployment":
+                self.kubectl("rollout", "status", f"deployment/{name}", place, _WAIT)
+            elif kind == "Pod":
+                self.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", f"pod/{name}", place, _WAIT)
+            if kind in ("Deployment", "Pod"):
+                logs.append(self.kubectl("logs", f"{kind}/{name}", place, "--all-containers"))
+        self.kubectl("delete", "-f", file, "--grace-period=1", _WAIT)
+        return logs
+
+    def apply(self, example: str, *, name: str = "") -> str:
+        """Create what an example says, but with a container that stays; the name of its pod."""
+        documents = list(_documents(example))
         for document in documents:
             if name:
                 _rename(document, name)
-            if document["kind"] == "Pod" and stay:
+            if document["kind"] == "Pod":
                 _stay(document["spec"])
         self.kubectl("apply", "-f", "-", given=yaml.safe_dump_all(documents))
         return name or example
@@ -46,9 +65,6 @@ class Cluster:
     def runs(self, pod: str) -> None:
         """Return when the pod is ready."""
         self.kubectl("wait", "--for=condition=Ready", f"pod/{pod}", _WAIT)
-
-    def finishes(self, pod: str) -> None:
-        self.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", f"pod/{pod}", _WAIT)
 
     def has_to_wait(self, pod: str) -> str:
         """Return when the scheduler has found no place for it; its sentence."""
@@ -67,7 +83,11 @@ class Cluster:
 
     def clear(self) -> None:
         kinds = "pods,resourceclaims,resourceclaimtemplates"
-        self.kubectl("delete", kinds, "--all", "--grace-period=1", "--ignore-not-found", _WAIT)
+        try:
+            self.kubectl("delete", kinds, "--all", "--grace-period=1", "--ignore-not-found", _WAIT)
+        except AssertionError as e:
+            self.spoiled = str(e)
+            raise
 
     # ------------------------------------------------------------ the node
 
@@ -75,7 +95,7 @@ class Cluster:
         return sorted(path.name for path in (self.folder / "cdi").iterdir())
 
     def records(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "kubelet/plugins/gpuslice.dev/claims").iterdir())
+        return sorted(path.name for path in (self.folder / "kubelet/plugins/gpuslice.dev/claims").rglob("*.json"))
 
 
 def environment(text: str) -> dict[str, str]:
@@ -84,8 +104,7 @@ def environment(text: str) -> dict[str, str]:
 
 
 def _documents(example: str) -> Iterator[dict[str, Any]]:
-    text = (ROOT / "deploy" / "examples" / f"{example}.yaml").read_text(encoding="utf-8")
-    yield from yaml.safe_load_all(text)
+    yield from yaml.safe_load_all((EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8"))
 
 
 def _rename(document: dict[str, Any], name: str) -> None:
@@ -97,7 +116,7 @@ def _rename(document: dict[str, Any], name: str) -> None:
 
 def _stay(spec: dict[str, Any]) -> None:
     for container in spec["containers"]:
-        container["command"] = ["sleep", "2147483647"]
+        container["command"] = ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]  # ends at once when told to
 
 
 def _call(*arguments: str, given: str | None = None) -> str:

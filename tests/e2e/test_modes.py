@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.live import Cluster, environment
-
-MODES = ("whole-gpu", "mig-profile", "time-slice-share", "mps-share")
+from tests.e2e.live import EXAMPLES, Cluster, environment
 
 
 @pytest.mark.parametrize(
@@ -27,13 +25,12 @@ def test_a_pod_of_each_mode_runs_and_is_told_what_it_has(cluster: Cluster, examp
     assert {name: told.get(f"GPUSLICE_GPU_{name}") for name in said} == said
 
 
-@pytest.mark.parametrize("example", [*MODES, "extended-resource"])
-def test_an_example_runs_to_its_end_as_it_is(cluster: Cluster, example: str) -> None:
-    pod = cluster.apply(example, stay=False)
+@pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+def test_every_example_runs_as_it_is(cluster: Cluster, example: str) -> None:
+    logs = cluster.run_as_it_is(example)
 
-    cluster.finishes(pod)
-
-    assert environment(cluster.kubectl("logs", pod))["GPUSLICE_SIMULATED"] == "true"
+    assert logs
+    assert all(environment(log)["GPUSLICE_SIMULATED"] == "true" for log in logs)
 
 
 def test_the_mode_of_a_card_excludes_the_others(cluster: Cluster) -> None:

@@ -20,6 +20,12 @@ def asked_for(config: pytest.Config) -> bool:
     return any(HERE.is_relative_to(path) or path.is_relative_to(HERE) for path in given)
 
 
+def version(config: pytest.Config) -> list[str]:
+    """As `hack/cluster` wants it said."""
+    chosen = config.getoption("cluster_version")
+    return ["--version", chosen] if chosen else []
+
+
 @cache
 def refusal(config: pytest.Config) -> str:
     """Why these tests are left out; "" if they run."""
@@ -27,5 +33,5 @@ def refusal(config: pytest.Config) -> str:
         return "one machine has room for one cluster, and several processes run the tests; run pytest tests/e2e beside them"
     if config.getoption("cluster"):
         return ""
-    checked = subprocess.run([*PLAYGROUND, "check"], capture_output=True, text=True, check=False)
-    return checked.stderr.strip()
+    checked = subprocess.run([*PLAYGROUND, "check", *version(config)], capture_output=True, text=True, check=False)
+    return checked.stderr.strip().removeprefix("hack/cluster: ")
