@@ -71,6 +71,21 @@ def write_atomic(path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | No
     return version
 
 
+def append(path: Path, text: str) -> Version:
+    """Add `text` to the end of a file that is there. After a death in the middle a part of it may stand there."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            left = memoryview(text.encode())
+            while left:
+                left = left[os.write(descriptor, left) :]
+            return Version.of(os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
+    except OSError as e:
+        raise StateError(f"cannot write {path}: {e.strerror}; check permissions and free space of its folder") from e
+
+
 def remove(path: Path) -> bool:
     """Remove a file; False where it was gone already."""
     try:

@@ -37,6 +37,37 @@ def test_what_another_process_changes_is_seen_at_once(tmp_path: Path) -> None:
     assert ours.records() == {}
 
 
+def a_renamed(name: str) -> Record:
+    plan = a_record().plan
+    return Record(replace(plan, ref=replace(plan.ref, name=name)))
+
+
+def test_a_line_that_a_death_tore_was_never_written(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    checkpoint.put(a_record())
+    checkpoint.put(a_renamed("second"))
+    path = checkpoint.folder / "uid-one.json"
+    whole = path.read_bytes()
+    lengths = range(whole.index(b"\n") + 1, len(whole))
+
+    seen = []
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        seen.append(Checkpoint(tmp_path, "boot-1").get(ClaimUid("uid-one")))
+
+    assert seen == [a_record()] * len(lengths)
+
+
+def test_what_is_put_after_a_torn_line_counts(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, "boot-1").put(a_record())
+    path = tmp_path / "boot-1" / "uid-one.json"
+    path.write_bytes(path.read_bytes() + b'\n{"format": 1, "cl')
+
+    Checkpoint(tmp_path, "boot-1").put(a_renamed("third"))
+
+    assert Checkpoint(tmp_path, "boot-1").get(ClaimUid("uid-one")) == a_renamed("third")
+
+
 def test_records_of_another_boot_are_dropped(tmp_path: Path) -> None:
     Checkpoint(tmp_path, "boot-1").put(a_record())
 

@@ -68,9 +68,10 @@ class MortalNvml:
 
 def doomed(node: Rig, fate: Fate, monkeypatch: pytest.MonkeyPatch, act: Callable[[Rig], object]) -> None:
     """Run `act` in a process that dies at its point of fate, or lives through it."""
-    write, remove = files.write_atomic, files.remove
+    write, append, remove = files.write_atomic, files.append, files.remove
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_atomic", lambda *a: fate.effect(lambda: write(*a)))
+        patch.setattr(files, "append", lambda *a: fate.effect(lambda: append(*a)))
         patch.setattr(files, "remove", lambda path: fate.effect(lambda: remove(path)))
         node.build(MortalNvml(node.nvml, fate))
         try:

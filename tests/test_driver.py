@@ -51,12 +51,13 @@ def published(cluster: Cluster) -> dict[str, object]:
 
 def half_made(cluster: Cluster) -> list[Path]:
     records = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
-    return [path for path in records if json.loads(path.read_text())["prepared"] is None]
+    return [path for path in records if json.loads(path.read_text().splitlines()[-1])["prepared"] is None]
 
 
 async def agreed(cluster: Cluster, refs: Sequence[ClaimRef]) -> None:
     """Records, CDI files and partitions are those of exactly these claims."""
-    records = {p.stem: json.loads(p.read_text()) for p in (cluster.plugins / DRIVER / "claims").glob("*/*.json")}
+    found = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
+    records = {path.stem: json.loads(path.read_text().splitlines()[-1]) for path in found}
     files = {path.name for path in cluster.cdi.iterdir()}
     node = SimNvml(cluster.node_folder, latency="zero")
     partitions = [p.uuid for gpu in node.gpus() for p in node.look(gpu.uuid).partitions]
