@@ -55,9 +55,7 @@ def write_atomic(path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | No
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:
-            left = memoryview(text.encode())
-            while left:
-                left = left[os.write(descriptor, left) :]
+            _write(descriptor, text)
             if mtime_ns is not None:
                 os.utime(descriptor, ns=(mtime_ns, mtime_ns))
             version = Version.of(os.fstat(descriptor))
@@ -71,14 +69,18 @@ def write_atomic(path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | No
     return version
 
 
+def _write(descriptor: int, text: str) -> None:
+    left = memoryview(text.encode())
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
 def append(path: Path, text: str) -> Version:
     """Add `text` to the end of a file that is there. After a death in the middle a part of it may stand there."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            left = memoryview(text.encode())
-            while left:
-                left = left[os.write(descriptor, left) :]
+            _write(descriptor, text)
             return Version.of(os.fstat(descriptor))
         finally:
             os.close(descriptor)

@@ -2,9 +2,10 @@
 
 One thread. It plans again when it is nudged and every half minute; the publisher writes only what differs. News is
 gathered for a tenth of a second, so that eight claims at once cost one look at the node and none of them waits for it
-(without that, looks and plans took two thirds of the driver's time under load: measured). Before the
-first write it finds out by dry runs what the API server keeps: a device whose counters are dropped would be given out
-twice, so without them the plan is static (Kubernetes 1.34 and 1.35), and nothing is sent before that is known.
+(without that, looks and plans took two thirds of the driver's time under load: measured).
+
+Before the first write it finds out by dry runs what the API server keeps: a device whose counters are dropped would be
+given out twice, so without them the plan is static (Kubernetes 1.34 and 1.35), and nothing is sent before that is known.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class Preparer:
             if record is not None and record.prepared is not None and plan.serves(record, claim):
                 live = self._look(record.plan.named)
                 if plan.stands(record, live):
-                    self._steps.uphold(sharers.daemons([record]), tuple(self._checkpoint.records().values()))
+                    if daemons := sharers.daemons([record]):
+                        self._steps.uphold(daemons, tuple(self._checkpoint.records().values()))
                     self._injector.ensure(record, live)
                     return record.prepared
             wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
@@ -158,9 +159,8 @@ class Preparer:
                 record = self._steps.do(step, record, others, self._checkpoint.put)
                 for other in sharers.remade(record, others):
                     self._checkpoint.put(other)
-                    self._injector.remove(
-                        other.plan.ref.uid
-                    )  # it names what vanished; the next prepare writes it again
+                    # Its file names what vanished; the claim's next prepare writes it again.
+                    self._injector.remove(other.plan.ref.uid)
             finished = self._injector.inject(record, self._look(decided.named))
             self._checkpoint.put(finished)
         except DriverError:
@@ -180,11 +180,12 @@ class Preparer:
         """
         uid = record.plan.ref.uid
         others = tuple(self._others(uid).values())
-        if record.prepared is not None:
+        undos = plan.undo(record, others)
+        if undos and record.prepared is not None:
             self._checkpoint.put(replace(record, prepared=None))
         self._injector.remove(uid)
         refused: dict[GpuUuid, DeviceError] = {}
-        for undoing in plan.undo(record, others):
+        for undoing in undos:
             if undoing.gpu not in refused:
                 try:
                     self._steps.undo(undoing, others)

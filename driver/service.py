@@ -21,9 +21,9 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol, TypeVar
 
-from driver.core import claims
+from driver.core import claims, sharers
 from driver.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
-from driver.core.record import Busy, PreparedClaim, Record, StartMps
+from driver.core.record import Busy, PreparedClaim, Record
 from driver.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
 from driver.gate import Departures, Gate, Ticket, Tickets, Turn, Workers
 from driver.prepare import Preparer
@@ -84,7 +84,7 @@ class ClaimService:
     async def mend(self) -> None:
         """Have the MPS daemons of all records running, each card in its turn; the first error, after all were tried."""
         records = await self._in_pool(self._preparer.records)
-        shared = {s.gpu for record in records.values() for s in record.plan.steps if isinstance(s, StartMps)}
+        shared = {step.gpu for step in sharers.daemons(records.values())}
         errors = [error for gpu in sorted(shared) if (error := await self._mend(gpu))]
         if errors:
             raise errors[0]

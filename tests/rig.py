@@ -163,6 +163,18 @@ class Rig:
         uuid = self.gpus[gpu].uuid
         return self.nvml.compute_mode(uuid), 0 if self.mig(gpu) else self.nvml.time_slice(uuid)
 
+    def assert_take_turns(self, mine: Claim, theirs: Claim) -> None:
+        """Neither is to be had beside the other, and each once the other has left; at the end nothing is left."""
+        self.prepare(mine)
+        assert self.busy(theirs) == (mine.ref,)
+        self.unprepare(mine)
+        self.prepare(theirs)
+        assert self.busy(mine) == (theirs.ref,)
+        self.unprepare(theirs)
+        self.prepare(mine)
+        self.unprepare(mine)
+        self.assert_empty()
+
     def assert_empty(self) -> None:
         self.assert_agreed()
         assert self.records() == set()

@@ -47,8 +47,7 @@ def program(cluster: Cluster, ref: ClaimRef) -> Program:
     """A CUDA program in the container that the CDI file of this claim makes."""
     body = json.loads((cluster.cdi / f"{DRIVER}-claim_{ref.uid}.json").read_text())
     told = dict(entry.split("=", 1) for entry in body["devices"][0]["containerEdits"]["env"])
-    limits = {name: told[name] for name in told if name.startswith("CUDA_MPS_") and "DIRECTORY" not in name}
-    return Program(Path(told["CUDA_MPS_PIPE_DIRECTORY"]), 0, **limits)
+    return Program.told(told)
 
 
 def taints(cluster: Cluster) -> dict[str, set[str]]:

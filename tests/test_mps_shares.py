@@ -54,9 +54,7 @@ def daemon(rig: Rig) -> Running:
 
 def program(rig: Rig, claim: Claim) -> Program:
     """A CUDA program in a container of this claim."""
-    told = env(rig, claim)
-    limits = {name: value for name, value in told.items() if name.startswith("CUDA_MPS_") and "DIRECTORY" not in name}
-    return Program(Path(told["CUDA_MPS_PIPE_DIRECTORY"]), 0, **limits)
+    return Program.told(env(rig, claim))
 
 
 @pytest.mark.contract(30, 44)
@@ -100,17 +98,8 @@ def test_the_daemon_s_ceilings_are_those_of_the_largest_share_and_each_program_k
 @pytest.mark.parametrize("other", ["gpu", "timeslice", "mig-7g-0-0", "mig-1g-19-0-mps"])
 def test_mps_on_a_card_excludes_every_other_mode_and_gives_way_when_it_is_empty(rig: Rig, other: str) -> None:
     mine, theirs = by_mps(rig, "mine"), a_claim("theirs", rig.device(other))
-    rig.prepare(mine)
 
-    assert rig.busy(theirs) == (mine.ref,)
-    rig.unprepare(mine)
-    rig.prepare(theirs)
-    assert rig.busy(mine) == (theirs.ref,)
-    rig.unprepare(theirs)
-    rig.prepare(mine)
-    rig.unprepare(mine)
-
-    rig.assert_empty()
+    rig.assert_take_turns(mine, theirs)
 
 
 def test_shares_of_a_partition_have_a_daemon_of_their_own_on_its_uuid(rig: Rig) -> None:

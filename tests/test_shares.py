@@ -85,17 +85,8 @@ def test_the_first_share_sets_the_interval_and_only_the_last_one_resets_it(rig: 
 @pytest.mark.parametrize("other", ["gpu", "mig-1g-19-0", "mig-7g-0-0", "mig-1g-19-0-timeslice"])
 def test_modes_of_one_card_exclude_each_other_and_switch_when_it_is_empty(rig: Rig, other: str) -> None:
     mine, theirs = a_turn(rig, "one"), a_claim("two", rig.device(other))
-    rig.prepare(mine)
 
-    assert rig.busy(theirs) == (mine.ref,)
-    rig.unprepare(mine)
-    rig.prepare(theirs)
-    assert rig.busy(mine) == (theirs.ref,)
-    rig.unprepare(theirs)
-    rig.prepare(mine)
-    rig.unprepare(mine)
-
-    rig.assert_empty()
+    rig.assert_take_turns(mine, theirs)
 
 
 def test_a_share_beyond_what_is_left_waits_for_those_who_hold_it(rig: Rig) -> None:

@@ -247,9 +247,8 @@ def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: 
         case TimeSlicing(interval=interval):
             yield from _time_slice(gpu, interval if grant.slot is None else None)
         case Mps():
-            if (
-                grant.slot is None
-            ):  # whether a partition takes a compute mode is not known, and not needed: see `docs/mps.md`
+            # Whether a partition takes a compute mode is not known, and not needed: see `docs/mps.md`.
+            if grant.slot is None:
                 yield SetComputeMode(gpu.uuid)
             yield StartMps(gpu.uuid, grant.slot)
         case _:

@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from driver.core.model import GpuUuid, MigUuid
@@ -37,6 +37,12 @@ class Program:
             env={**os.environ, **environment},
         )
         self.pid = self.process.pid
+
+    @classmethod
+    def told(cls, environment: Mapping[str, str]) -> Program:
+        """One in a container that has this environment from its CDI file."""
+        limits = {k: v for k, v in environment.items() if k.startswith("CUDA_MPS_") and "DIRECTORY" not in k}
+        return cls(Path(environment["CUDA_MPS_PIPE_DIRECTORY"]), 0, **limits)
 
     def says(self) -> str:
         """Its next line; "" where it has ended."""
