@@ -13,7 +13,7 @@ from pathlib import Path
 import cluster
 from binaries import Binaries
 from errors import PlaygroundError
-from layout import Facts, Place, work_folder
+from layout import LOOPBACK, Facts, Place, work_folder
 from versions import VERSIONS
 
 _ABOUT = """\
@@ -24,6 +24,7 @@ Built from Go modules the first time (ten minutes), up in a few seconds afterwar
   hack/cluster up                   without
   hack/cluster kubectl get pods     any kubectl command, as the administrator
   hack/cluster status               what runs
+  hack/cluster stop kubelet         end a part, and `start` it again later; `reboot` restarts the whole node
   hack/cluster down                 end it and remove every trace
 """
 
@@ -44,7 +45,7 @@ def main() -> int:
         return _kubectl(sys.argv[2:])
     parsed = _parser().parse_args()
     if parsed.command == "up":
-        return _up(parsed.version, parsed.gpus, parsed.foreground)
+        return _up(parsed.version, parsed.gpus, parsed.foreground, kubelet=not parsed.control_plane)
     if parsed.command == "build":
         Binaries(parsed.version).ensure()
         return 0
@@ -53,6 +54,12 @@ def main() -> int:
         return 0
     if parsed.command == "status":
         return _status(parsed.json, parsed.pid)
+    if parsed.command == "reboot":
+        cluster.reboot()
+        return 0
+    if parsed.command in ("stop", "start"):
+        (cluster.stop if parsed.command == "stop" else cluster.start)(parsed.part)
+        return 0
     _say("gone" if cluster.down() else "there is no cluster")
     return 0
 
@@ -66,9 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     up = commands.add_parser("up", help="start it", allow_abbrev=False)
-    up.add_argument(
+    node = up.add_mutually_exclusive_group()
+    node.add_argument(
         "--gpus", default="", metavar="CARDS", help="cards to simulate (docs/simulator.md); with none, no driver"
     )
+    node.add_argument("--control-plane", action="store_true", help="no kubelet: nodes are the objects that you make")
     up.add_argument("--foreground", action="store_true", help="stay until Ctrl-C, and end it then")
     build = commands.add_parser("build", help="only build what it needs", allow_abbrev=False)
     check = commands.add_parser("check", help="say what `up` is missing; exit code 1 if anything", allow_abbrev=False)
@@ -79,14 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what runs; exit code 1 if nothing does", allow_abbrev=False)
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--pid", metavar="PART", help="only the process id of this part")
+    for name, text in (("stop", "end a part, and keep it away"), ("start", "let it run again, and wait for it")):
+        one = commands.add_parser(name, help=text, allow_abbrev=False)
+        one.add_argument("part", metavar="PART", help="as status names it")
+    commands.add_parser("reboot", help="restart the node, as far as that can be had", allow_abbrev=False)
     commands.add_parser("kubectl", help="any kubectl command, as the administrator", add_help=False)
     commands.add_parser("down", help="end it and remove every trace", allow_abbrev=False)
     return parser
 
 
-def _up(version: str, gpus: str, foreground: bool) -> int:
+def _up(version: str, gpus: str, foreground: bool, *, kubelet: bool) -> int:
     begun = time.monotonic()
-    facts = cluster.up(version, gpus, _say)
+    facts = cluster.up(version, gpus, _say, kubelet=kubelet)
     cards = f" with {gpus} simulated" if gpus else ""
     _say(f"Kubernetes {version}{cards} is up, {time.monotonic() - begun:.1f} s")
     place = Place(work_folder())
@@ -114,13 +127,14 @@ def _status(as_json: bool, part: str | None) -> int:
     place = Place(work_folder())
     if as_json:
         told = {"version": facts.version, "gpus": facts.gpus, "folder": str(place.root)} if facts else {}
-        print(json.dumps({**told, "processes": processes}))
+        served = {"scheduler": f"https://{LOOPBACK}:{facts.ports.scheduler}"} if facts else {}
+        print(json.dumps({**told, **served, "processes": processes}))
     elif part is not None:
         if part not in processes:
             raise PlaygroundError(f"no part {part!r} runs; these do: {', '.join(sorted(processes)) or 'none'}")
         print(processes[part])
     elif facts is None:
-        _say("there is no cluster; hack/cluster up starts one")
+        _say(cluster.NONE)
     else:
         print(f"Kubernetes {facts.version}, {facts.gpus or 'no'} cards, in {place.root}")
         for name, pid in processes.items():
@@ -139,7 +153,7 @@ def _resident_mb(pid: int) -> int:
 def _kubectl(arguments: list[str]) -> int:
     facts = cluster.running()
     if facts is None:
-        raise PlaygroundError("there is no cluster; hack/cluster up starts one")
+        raise PlaygroundError(cluster.NONE)
     kube = str(Binaries(facts.version).kube)
     os.environ["KUBECONFIG"] = str(Place(work_folder()).admin)
     os.execv(kube, [kube, "kubectl", *arguments])

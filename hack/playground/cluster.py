@@ -16,23 +16,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import software
+import machine
 from binaries import Binaries
 from errors import PlaygroundError
 from layout import CGROUP, Facts, Place, Ports, work_folder
+from processes import PATIENCE_S
+from ready import Readiness
 
-_PROGRAMS = {
-    "runc": "runs the containers; apt-get install runc (one with libseccomp)",
-    "openssl": "makes the key of service-account tokens; apt-get install openssl",
-    "unshare": "keeps the cluster apart from this machine; apt-get install util-linux",
-    "mount": "keeps the cluster apart from this machine; apt-get install mount",
-}
-_ROOM_GIB = 1
-_LONGEST = 40  # of the work folder's path: sockets below it have 107 bytes
 _WAIT_S = 30.0
+_GLANCE_S = 0.05  # between two looks at something that sends no event
+NONE = "there is no cluster; hack/cluster up starts one"
 _TAKEN = (
     "a cluster is there already, and this machine has room for one; use it (hack/cluster status) or end it first "
     "(hack/cluster down)"
@@ -41,16 +38,19 @@ _TAKEN = (
 Say = Callable[[str], None]
 
 
-def up(version: str, gpus: str, say: Say) -> Facts:
-    """Start a cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays."""
-    check_machine()
-    _check_gpus(gpus)
+def up(version: str, gpus: str, say: Say, *, kubelet: bool = True) -> Facts:
+    """Start a cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays.
+
+    Without a kubelet it is a control plane alone, for nodes that are objects and nothing else.
+    """
+    machine.check()
+    machine.check_gpus(gpus)
     if running() is not None:
         raise PlaygroundError(_TAKEN)
     Binaries(version).ensure()
     place = Place(work_folder())
     tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
-    facts = Facts(version, gpus, tokens, Ports.free())
+    facts = Facts(version, gpus, tokens, Ports.free(), kubelet)
     with _owned(place.root) as lock:
         try:
             _clear(place.root)
@@ -65,7 +65,7 @@ def up(version: str, gpus: str, say: Say) -> Facts:
 
 def check(version: str) -> None:
     """PlaygroundError with the first reason why `up` would not start at once."""
-    check_machine()
+    machine.check()
     if running() is not None:
         raise PlaygroundError(_TAKEN)
     missing = Binaries(version).missing()
@@ -114,6 +114,65 @@ def processes() -> dict[str, int]:
         inside = json.loads(place.pids.read_text())
     here = _counted_inside(_first(place))
     return {name: here[pid] for name, pid in inside.items() if pid in here}
+
+
+# ---------------------------------------------------------------- one part of it
+
+
+def stop(part: str) -> None:
+    """End a part at once, as its crash would, and let nobody start it again."""
+    place, _ = _part(part)
+    (place.held / part).touch()
+    _kill(processes().get(part, 0))
+
+
+def start(part: str) -> None:
+    """Let a part run again; return when it serves."""
+    place, facts = _part(part)
+    (place.held / part).unlink(missing_ok=True)
+    _wake(place)
+    ready = Readiness(place, facts)
+    _await(lambda: part in processes() and ready.of(part), f"{part} serves; see {place.logs / part}.log")
+
+
+def reboot() -> None:
+    """Restart the node, as far as that can be had; return when its kubelet and its driver serve."""
+    facts = _served()
+    place = Place(work_folder())
+    place.reboot.touch()
+    _wake(place)
+    ready = Readiness(place, facts)
+    parts = ("kubelet", "driver") if facts.gpus else ("kubelet",)
+    _await(lambda: not place.reboot.exists() and all(map(ready.of, parts)), f"the node is back; see {place.logs}")
+
+
+def _part(name: str) -> tuple[Place, Facts]:
+    facts, place = _served(), Place(work_folder())
+    known = sorted(processes().keys() | {path.name for path in place.held.iterdir()})
+    if name not in known:
+        raise PlaygroundError(f"the cluster has no part {name!r}; it has {', '.join(known)}")
+    return place, facts
+
+
+def _served() -> Facts:
+    facts = running()
+    if facts is None:
+        raise PlaygroundError(NONE)
+    return facts
+
+
+def _wake(place: Place) -> None:
+    """The keeper looks around when a child ends, or when it is told that one did."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(_first(place) or os.getpid(), signal.SIGCHLD)
+
+
+def _await(done: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not done():
+        if time.monotonic() > end:
+            raise PlaygroundError(f"it took longer than {PATIENCE_S:.0f} s until {what}")
+        time.sleep(_GLANCE_S)
 
 
 # ---------------------------------------------------------------- start and end
@@ -277,41 +336,3 @@ def _check_owner(root: Path) -> None:
     found = root.lstat()
     if root.is_symlink() or not root.is_dir() or found.st_uid != os.geteuid():
         raise PlaygroundError(f"{root} is not a folder of ours; remove it, or set TMPDIR to another place")
-
-
-# ---------------------------------------------------------------- the machine
-
-
-def check_machine() -> None:
-    """PlaygroundError with the remedy where this machine cannot run a cluster."""
-    if sys.platform != "linux":
-        raise PlaygroundError("a cluster needs Linux; use a virtual machine, or hack/demo, which runs anywhere")
-    if os.geteuid() != 0:
-        raise PlaygroundError(
-            "a kubelet needs root; run it with sudo, or try hack/demo, which needs no root and no cluster"
-        )
-    for program, why in _PROGRAMS.items():
-        if shutil.which(program) is None:
-            raise PlaygroundError(f"there is no {program} on PATH, which {why}")
-    software.busybox()
-    root = work_folder()
-    if len(str(root)) > _LONGEST:
-        raise PlaygroundError(
-            f"{root} is longer than {_LONGEST} characters, and names of sockets are short; set TMPDIR to a shorter path"
-        )
-    free = shutil.disk_usage(root.parent).free / (1 << 30)
-    if free < _ROOM_GIB:
-        raise PlaygroundError(
-            f"a cluster needs {_ROOM_GIB} GiB and {root.parent} has {free:.1f} GiB; make room or set TMPDIR"
-        )
-
-
-def _check_gpus(gpus: str) -> None:
-    from driver.errors import DriverError
-    from driver.nvml import nodespec
-
-    try:
-        if gpus:
-            nodespec.parse(gpus)
-    except DriverError as e:
-        raise PlaygroundError(str(e)) from e

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODE = "node1"
+LOOPBACK = "127.0.0.1"
 CGROUP = "k8s.io"  # where containerd puts the containers of a kubelet that makes no cgroups itself
 REPOSITORY = Path(__file__).parents[2]
 
@@ -38,6 +39,26 @@ class Place:
     def pids(self) -> Path:
         """Process ids of the parts, as they are counted inside."""
         return self.root / "pids.json"
+
+    @property
+    def held(self) -> Path:
+        """Has a file for each part that is not to run."""
+        return self.root / "held"
+
+    @property
+    def reboot(self) -> Path:
+        """Is there from the wish for a reboot until it is done."""
+        return self.root / "reboot"
+
+    @property
+    def boot_id(self) -> Path:
+        """What the cluster's processes find as /proc/sys/kernel/random/boot_id."""
+        return self.node / "boot_id"
+
+    @property
+    def simulated(self) -> Path:
+        """The state of the simulated cards, where the driver keeps it if not told otherwise."""
+        return self.plugins / "gpuslice.dev" / "simulated"
 
     @property
     def logs(self) -> Path:
@@ -119,7 +140,7 @@ class Ports:
         with ExitStack() as held:
             sockets = [held.enter_context(socket.socket()) for _ in cls.__dataclass_fields__]
             for one in sockets:
-                one.bind(("127.0.0.1", 0))
+                one.bind((LOOPBACK, 0))
             return cls(*(one.getsockname()[1] for one in sockets))
 
 
@@ -131,9 +152,10 @@ class Facts:
     gpus: str  # "" for none: no driver is started
     tokens: dict[str, str]
     ports: Ports
+    kubelet: bool = True  # False: the control plane alone, whose nodes are objects and nothing else
 
     def write(self, path: Path) -> None:
-        values = {name: getattr(self, name) for name in ("version", "gpus", "tokens")}
+        values = {name: getattr(self, name) for name in ("version", "gpus", "tokens", "kubelet")}
         ports = {name: getattr(self.ports, name) for name in Ports.__dataclass_fields__}
         path.touch(mode=0o600)
         path.write_text(json.dumps({**values, "ports": ports}))

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from binaries import Binaries
-from layout import NODE, Facts, Place
+from layout import LOOPBACK, NODE, Facts, Place
 
 Command = list[str]
-LOOPBACK = "127.0.0.1"
 
 # The kubelet sets these for the whole machine; it shall find them set already, in files of ours.
 SYSCTLS = {
@@ -36,7 +35,7 @@ def commands(place: Place, facts: Facts, binaries: Binaries) -> dict[str, Comman
         "containerd": [str(binaries.runtime / "containerd"), "--config", str(place.root / "containerd.toml")],
         "kube-apiserver": [kube, "kube-apiserver", *_api_server(place, facts)],
         "kube-controller-manager": [kube, "kube-controller-manager", *_controllers(place, facts)],
-        "kube-scheduler": [kube, "kube-scheduler", *_client(place), f"--secure-port={facts.ports.scheduler}"],
+        "kube-scheduler": [kube, "kube-scheduler", *_scheduler(place, facts)],
         "kubelet": [kube, "kubelet", *_kubelet(place)],
     }
 
@@ -96,12 +95,30 @@ def _client(place: Place) -> Command:
     return [f"--kubeconfig={place.admin}", "--leader-elect=false", f"--bind-address={LOOPBACK}"]
 
 
+# For measuring: the API server is the limit, not the client's own (50 a second keeps the scheduler at 14 pods a second).
+_UNHURRIED = ["--kube-api-qps=2000", "--kube-api-burst=2000"]
+
+
 def _controllers(place: Place, facts: Facts) -> Command:
+    # Nobody speaks for nodes without a kubelet, so nobody may judge them by their silence.
+    judges = "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,-device-taint-eviction-controller"
     return [
         *_client(place),
         f"--secure-port={facts.ports.controllers}",
         f"--service-account-private-key-file={place.key}",
         f"--root-ca-file={place.certificate}",
+        *([] if facts.kubelet else [judges, *_UNHURRIED]),
+    ]
+
+
+def _scheduler(place: Place, facts: Facts) -> Command:
+    asked = f"={place.admin}"  # who may read its profile (/debug/pprof), the API server says
+    return [
+        *_client(place),
+        f"--secure-port={facts.ports.scheduler}",
+        f"--authentication-kubeconfig{asked}",
+        f"--authorization-kubeconfig{asked}",
+        *([] if facts.kubelet else _UNHURRIED),
     ]
 
 
