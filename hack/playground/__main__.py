@@ -57,8 +57,11 @@ def main() -> int:
     if parsed.command == "reboot":
         cluster.reboot()
         return 0
-    if parsed.command in ("stop", "start"):
-        (cluster.stop if parsed.command == "stop" else cluster.start)(parsed.part)
+    if parsed.command == "stop":
+        cluster.stop(parsed.part, signal.SIGTERM if parsed.gently else signal.SIGKILL)
+        return 0
+    if parsed.command == "start":
+        cluster.start(parsed.part)
         return 0
     _say("gone" if cluster.down() else "there is no cluster")
     return 0
@@ -88,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what runs; exit code 1 if nothing does", allow_abbrev=False)
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--pid", metavar="PART", help="only the process id of this part")
-    for name, text in (("stop", "end a part, and keep it away"), ("start", "let it run again, and wait for it")):
-        one = commands.add_parser(name, help=text, allow_abbrev=False)
+    stop = commands.add_parser("stop", help="end a part, and keep it away", allow_abbrev=False)
+    stop.add_argument("--gently", action="store_true", help="with SIGTERM, as an update does it; else as a crash would")
+    start = commands.add_parser("start", help="let a part run again, and wait for it", allow_abbrev=False)
+    for one in (stop, start):
         one.add_argument("part", metavar="PART", help="as status names it")
     commands.add_parser("reboot", help="restart the node, as far as that can be had", allow_abbrev=False)
     commands.add_parser("kubectl", help="any kubectl command, as the administrator", add_help=False)

@@ -119,11 +119,11 @@ def processes() -> dict[str, int]:
 # ---------------------------------------------------------------- one part of it
 
 
-def stop(part: str) -> None:
-    """End a part at once, as its crash would, and let nobody start it again."""
+def stop(part: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """End a part, and let nobody start it again: as its crash would, or as an update does it, with SIGTERM."""
     place, _ = _part(part)
     (place.held / part).touch()
-    _kill(processes().get(part, 0))
+    _kill(processes().get(part, 0), number)
 
 
 def start(part: str) -> None:
@@ -231,17 +231,17 @@ def _end(place: Place) -> None:
         raise PlaygroundError(f"{place.root} could not be removed; see what is mounted below it and remove it")
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     """End a process and wait until it is gone; process 1 of a namespace goes after all others there."""
     with contextlib.suppress(ProcessLookupError):
         if not pid:
             return
         handle = os.pidfd_open(pid)
         try:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            signal.pidfd_send_signal(handle, number)
             if not select.select([handle], [], [], _WAIT_S)[0]:
                 raise PlaygroundError(
-                    f"process {pid} does not end within {_WAIT_S:.0f} s of SIGKILL; see its state in ps"
+                    f"process {pid} does not end within {_WAIT_S:.0f} s of {number.name}; see its state in ps"
                 )
         finally:
             os.close(handle)

@@ -1,0 +1,57 @@
+"""The scheduler hands a device on as soon as a pod's object is gone, though its containers and its claim's devices are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.live import Cluster
+from tests.e2e.trouble import DEAF, heard, pod, warnings
+
+_FORCED = ("--force", "--grace-period=0", "--wait=false")
+
+
+def _occupied(cluster: Cluster, example: str) -> str:
+    """Have every device of this kind held by pods; the name of one whose container does not end when told to."""
+    cluster.kubectl("apply", "-f", "-", given=pod(example, "gone", command=DEAF))
+    cluster.runs("gone")
+    other = pod("whole-gpu", "other")
+    cluster.kubectl("apply", "-f", "-", given=other)
+    cluster.runs("other")
+    return "gone"
+
+
+@pytest.mark.parametrize("example", ["whole-gpu", "mig-profile", "mps-share", "time-slice-share"])
+def test_the_successor_of_a_force_deleted_pod_waits_and_is_never_refused(cluster: Cluster, example: str) -> None:
+    """A refusal would be a warning in its events, and the kubelet's next try seconds away."""
+    gone = _occupied(cluster, example)
+
+    with heard(cluster, "waiting for holders"):
+        cluster.kubectl("delete", "pod", gone, *_FORCED)
+        cluster.kubectl("apply", "-f", "-", given=pod("whole-gpu", "successor"))
+
+    cluster.runs("successor")
+    assert warnings(cluster, "successor") == []
+
+
+def test_a_successor_that_is_deleted_while_it_waits_leaves_nothing(cluster: Cluster) -> None:
+    gone = _occupied(cluster, "whole-gpu")
+    with heard(cluster, "waiting for holders"):
+        cluster.kubectl("delete", "pod", gone, *_FORCED)
+        cluster.kubectl("apply", "-f", "-", given=pod("whole-gpu", "successor"))
+
+    assert warnings(cluster, "successor") == []
+    cluster.delete("successor")
+    cluster.delete("other")
+
+    assert cluster.records() == cluster.cdi_files() == []
+    assert cluster.get("resourceclaims") == []
+
+
+def test_a_force_deleted_pod_alone_leaves_nothing(cluster: Cluster) -> None:
+    gone = _occupied(cluster, "mig-profile")
+
+    with heard(cluster, "unprepare done claim=default/gone"):
+        cluster.kubectl("delete", "pod", gone, *_FORCED)
+    cluster.delete("other")
+
+    assert cluster.records() == cluster.cdi_files() == []

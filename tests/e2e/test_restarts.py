@@ -1,0 +1,196 @@
+"""Every part of a node and of the control plane ends once, while pods run and while they start."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.live import Cluster
+from tests.e2e.trouble import (
+    Second,
+    gone,
+    heard,
+    playground,
+    pod,
+    runs_again,
+    runs_on,
+    says,
+    versions,
+    warnings,
+    without,
+)
+
+_AWAY_S = 30.0
+
+
+@pytest.fixture
+def second(cluster: Cluster) -> Iterator[Second]:
+    """A second driver on the node, ready; whatever the test does, the playground's own runs alone afterwards."""
+    instance = Second(cluster)
+    try:
+        says(instance.log, "registered with the kubelet")
+        yield instance
+    finally:
+        playground("start", "driver")
+        instance.end()
+
+
+def _start(cluster: Cluster, *examples: str, restart: str = "Never") -> list[str]:
+    for example in examples:
+        cluster.kubectl("apply", "-f", "-", given=pod(example, f"{example}-pod", restart=restart))
+    return [f"{example}-pod" for example in examples]
+
+
+def _run(cluster: Cluster, *examples: str, restart: str = "Never") -> list[str]:
+    names = _start(cluster, *examples, restart=restart)
+    for name in names:
+        cluster.runs(name)
+    return names
+
+
+def _nothing_is_left(cluster: Cluster) -> None:
+    assert cluster.records() == cluster.cdi_files() == []
+    assert cluster.get("resourceclaims") == []
+
+
+def test_a_driver_that_is_killed_while_pods_start_finishes_what_it_began(cluster: Cluster) -> None:
+    examples = ("mig-profile", "mps-share")
+    for _ in range(3):
+        names = _start(cluster, *examples)
+        os.kill(cluster.process("driver"), signal.SIGKILL)
+
+        for name in names:
+            cluster.runs(name)
+        assert len(cluster.records()) == len(cluster.cdi_files()) == len(names)
+        playground("start", "driver")
+        cluster.delete(*names)
+        _nothing_is_left(cluster)
+
+
+def test_what_is_deleted_while_the_driver_is_away_is_given_back_when_it_is_there(cluster: Cluster) -> None:
+    names = _run(cluster, "mig-profile", "mps-share")
+
+    with without("driver"):
+        cluster.kubectl("delete", "pod", *names, "--grace-period=1", "--wait=false")
+
+    gone(cluster, *names)
+    _nothing_is_left(cluster)
+
+
+def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, second: Second) -> None:
+    before = versions(cluster)
+    (old,) = _run(cluster, "mig-profile")
+
+    playground("stop", "driver", "--gently")
+    (new,) = _run(cluster, "mps-share")
+
+    assert versions(cluster) == before
+    assert warnings(cluster, new) == []
+    cluster.delete(old, new)
+    _nothing_is_left(cluster)
+
+
+def test_a_second_instance_that_fails_at_once_changes_nothing(cluster: Cluster) -> None:
+    before = versions(cluster)
+
+    failed = Second(cluster, "--policy", "/nowhere/policy.yaml")
+
+    assert failed.code() != 0
+    _run(cluster, "mig-profile")
+    assert versions(cluster) == before
+
+
+def test_an_update_one_after_the_other_leaves_the_slices_as_they_are(cluster: Cluster) -> None:
+    before = versions(cluster)
+
+    playground("stop", "driver", "--gently")
+    playground("start", "driver")
+
+    _run(cluster, "mig-profile")
+    assert versions(cluster) == before
+
+
+def test_a_restarted_kubelet_wipes_the_slices_and_gets_them_back(cluster: Cluster) -> None:
+    before = versions(cluster)
+    names = _run(cluster, "mig-profile")
+
+    with without("kubelet"):
+        pass
+
+    names += _run(cluster, "mps-share")
+    after = versions(cluster)
+    assert len(after) == len(before)
+    assert not {uid for uid, _ in before.values()} & {uid for uid, _ in after.values()}
+    assert cluster.told(names[0])["GPUSLICE_GPU_PROFILE"] == "1g.10gb"
+    cluster.delete(*names)
+    _nothing_is_left(cluster)
+
+
+def test_a_pod_that_is_deleted_while_the_kubelet_is_away_is_given_back(cluster: Cluster) -> None:
+    names = _run(cluster, "mig-profile")
+
+    with heard(cluster, "unprepare done"), without("kubelet"):
+        cluster.kubectl("delete", "pod", *names, "--force", "--grace-period=0", "--wait=false")
+
+    _nothing_is_left(cluster)
+
+
+@pytest.mark.timeout(300, func_only=True)
+def test_without_the_api_server_for_half_a_minute_the_driver_keeps_all_and_goes_on(cluster: Cluster) -> None:
+    before, driver = versions(cluster), cluster.process("driver")
+    names = _run(cluster, "mig-profile")
+
+    with without("kube-apiserver"):
+        assert runs_on(driver, _AWAY_S)
+
+    assert cluster.process("driver") == driver
+    for part in ("kube-scheduler", "kube-controller-manager"):  # they would look again after up to two minutes
+        with without(part):
+            pass
+    names += _start(cluster, "mps-share")
+    cluster.kubectl("wait", "--for=condition=Ready", f"pod/{names[-1]}", "--timeout=180s")  # nor does the kubelet hurry
+    assert versions(cluster) == before
+    cluster.delete(*names)
+    _nothing_is_left(cluster)
+
+
+def test_a_restarted_etcd_is_not_noticed(cluster: Cluster) -> None:
+    before, driver = versions(cluster), cluster.process("driver")
+
+    with without("etcd"):
+        pass
+
+    names = _run(cluster, "mig-profile", "mps-share")
+    assert (versions(cluster), cluster.process("driver")) == (before, driver)
+    cluster.delete(*names)
+    _nothing_is_left(cluster)
+
+
+def test_after_a_reboot_pods_that_start_again_have_what_they_had(cluster: Cluster) -> None:
+    names = _run(cluster, "mig-profile", "mps-share", restart="Always")
+    before = {name: cluster.told(name) for name in names}
+
+    playground("reboot")
+
+    for name in names:
+        runs_again(cluster, name)
+        told = cluster.told(name)
+        assert told["GPUSLICE_GPU_DEVICE"] == before[name]["GPUSLICE_GPU_DEVICE"]
+    assert len(cluster.records()) == len(cluster.cdi_files()) == 2
+    cluster.delete(*names)
+    _nothing_is_left(cluster)
+
+
+def test_a_killed_mps_supervisor_is_replaced_and_the_pod_after_it_runs(cluster: Cluster) -> None:
+    (held,) = _run(cluster, "mps-share")
+
+    with without("mps-supervisor"):
+        pass
+
+    cluster.kubectl("apply", "-f", "-", given=pod("mps-share", "after"))
+    cluster.runs("after")
+    cluster.delete(held, "after")
+    _nothing_is_left(cluster)

@@ -1,0 +1,140 @@
+"""What goes wrong on a node, on demand, and what tells whether anybody noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from tests.e2e.live import EXAMPLES, Cluster
+from tests.e2e.wanted import PLAYGROUND, ROOT
+
+_PATIENCE_S = 90  # a kubelet that was away looks every minute for claims of pods that went meanwhile
+DEAF = ["sh", "-c", "trap '' TERM; sleep 2147483647 & wait; wait"]  # ends by SIGKILL only, after its grace period
+
+
+def playground(*arguments: str) -> None:
+    done = subprocess.run([*PLAYGROUND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"hack/cluster {' '.join(arguments)}: {done.stderr}"
+
+
+@contextlib.contextmanager
+def without(part: str) -> Iterator[None]:
+    """For as long as this lasts the part is away, as after a crash; afterwards it serves again."""
+    playground("stop", part)
+    try:
+        yield
+    finally:
+        playground("start", part)
+
+
+def pod(example: str, name: str, *, command: list[str] | None = None, restart: str = "Never") -> str:
+    """An example's documents under another name, with a pod that stays (or does as `command` says)."""
+    documents = list(yaml.safe_load_all((EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8")))
+    for document in documents:
+        document["metadata"]["name"] = name
+        spec = document["spec"]
+        if document["kind"] == "Pod":
+            spec["restartPolicy"] = restart
+            spec["containers"][0]["command"] = command or ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
+            for claim in spec.get("resourceClaims", ()):
+                claim["resourceClaimTemplateName"] = name
+    return yaml.safe_dump_all(documents)
+
+
+def versions(cluster: Cluster) -> dict[str, tuple[str, str]]:
+    """Each ResourceSlice with what changes when anybody writes or makes it again."""
+    slices = [body["metadata"] for body in cluster.get("resourceslices")]
+    return {one["name"]: (one["uid"], one["resourceVersion"]) for one in slices}
+
+
+def warnings(cluster: Cluster, pod: str) -> list[str]:
+    """The warnings that a pod has which is there, the scheduler's wait left out: that is no failure."""
+    uid = cluster.kubectl("get", f"pod/{pod}", "--output=jsonpath={.metadata.uid}")
+    events = cluster.get("events", "--field-selector", f"involvedObject.uid={uid},type=Warning")
+    return [f"{event['reason']}: {event['message']}" for event in events if event["reason"] != "FailedScheduling"]
+
+
+def runs_on(pid: int, seconds: float) -> bool:
+    """Whether a process outlives this time."""
+    handle = os.pidfd_open(pid)
+    try:
+        return not select.select([handle], [], [], seconds)[0]
+    finally:
+        os.close(handle)
+
+
+class Second:
+    """Another instance of the driver on the node, as a rolling update has it for a while."""
+
+    def __init__(self, cluster: Cluster, *more: str) -> None:
+        first = cluster.process("driver")
+        self.log = cluster.folder / "log" / "second.log"
+        self.log.write_text("")
+        command = Path(f"/proc/{first}/cmdline").read_bytes().decode().split("\0")[:-1]
+        command[command.index("--http-endpoint") + 1] = f"127.0.0.1:{_free_port()}"
+        environment = Path(f"/proc/{first}/environ").read_text().split("\0")
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["nsenter", "--target", str(first), "--mount", *command, "--pod-uid", "the-new-one", *more],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(pair.split("=", 1) for pair in environment if "=" in pair),
+                cwd=ROOT,
+            )
+
+    def code(self) -> int:
+        """Its exit code, once it has ended of itself."""
+        return self._process.wait(timeout=30)
+
+    def end(self) -> None:
+        self._process.terminate()
+        self.code()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextlib.contextmanager
+def heard(cluster: Cluster, words: str) -> Iterator[None]:
+    """Leave the block when the driver has logged these words since its begin."""
+    log = cluster.folder / "log" / "driver.log"
+    begin = log.stat().st_size
+    yield
+    says(log, words, begin)
+
+
+def says(log: Path, words: str, begin: int = 0) -> None:
+    """Return when these words stand in the log, after its first `begin` bytes."""
+    follow = ["timeout", str(_PATIENCE_S), "tail", f"--bytes=+{begin + 1}", "--follow=name", str(log)]
+    with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as tail:
+        assert tail.stdout is not None
+        try:
+            assert any(words in line for line in tail.stdout), (
+                f"{log.name} did not say {words!r} within {_PATIENCE_S} s"
+            )
+        finally:
+            tail.kill()
+
+
+def runs_again(cluster: Cluster, name: str) -> None:
+    """Return when the pod's container was started a second time and is ready."""
+    cluster.kubectl(
+        "wait", "--for=jsonpath={.status.containerStatuses[0].restartCount}=1", f"pod/{name}", "--timeout=60s"
+    )
+    cluster.runs(name)
+
+
+def gone(cluster: Cluster, *names: str) -> None:
+    """Return when the kubelet has let go of these pods."""
+    cluster.kubectl("wait", "--for=delete", *(f"pod/{name}" for name in names), "--timeout=60s")
