@@ -78,7 +78,8 @@ class App:
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
         static = Inventory.of(gpus, policy, config.node_name, static=True)
-        inventory = Inventory.of(gpus, policy, config.node_name)
+        dynamic = Inventory.of(gpus, policy, config.node_name)
+        inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         for sentence in self._checkpoint.broken():
             log.error("%s", sentence)
@@ -94,7 +95,7 @@ class App:
             injector=injector,
             locks=folder / "locks",
         )
-        self._inventories = (inventory, static)
+        self._inventories = (dynamic, static)
         node.note_running(config)
 
     async def serve(self) -> int:

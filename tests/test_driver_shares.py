@@ -166,3 +166,19 @@ async def test_metrics_count_devices_by_mode(cluster: Cluster) -> None:
     assert 'gpuslice_prepared_devices{type="gpu"} 1.0' in text
     assert 'gpuslice_prepared_devices{type="timeslice"} 0.0' in text
     assert "gpuslice_mps_daemons_unwell 0.0" in text
+
+
+@pytest.mark.parametrize("mode", ["mps", "timeslice"])
+async def test_where_nothing_keeps_devices_apart_a_part_of_a_card_is_served(short: Path, mode: str) -> None:
+    """Found on a real Kubernetes 1.35: what the static plan publishes has names of its own, which prepare has to know."""
+    (short / "policy.yaml").write_text(
+        f"apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault: {{static: {{{mode}: 3}}}}\n", encoding="utf-8"
+    )
+    async with Cluster(short, version="1.35") as cluster:
+        await cluster.supervise()
+        await start(cluster)
+        ref = cluster.claim("part", Request(name="gpu", driver=DRIVER, where={"type": mode}))
+
+        assert await cluster.run(ref)
+
+        await cluster.end(ref)
