@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -17,6 +18,10 @@ class Machine:
 
     def __init__(self) -> None:
         self._began, self._busy, self._own = time.monotonic(), _busy_s(), _own_s()
+
+    def ours(self, seconds: float) -> None:
+        """CPU time that is neither this process's nor its children's, and no stranger's either."""
+        self._own -= seconds
 
     def others(self) -> float:
         """How many CPUs, on average, other processes have kept busy."""
@@ -34,8 +39,23 @@ class Machine:
 
 def cpu_s(pid: int) -> float:
     """CPU seconds of a process so far, all threads, in ticks of 10 ms (proc(5), fields 14 and 15 of its stat)."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
+    return sum(_times(Path("/proc", str(pid)))[:2]) * _TICK_S
+
+
+def namespace_cpu_s(pid: int) -> float:
+    """CPU seconds of all that runs, or ran and was waited for, in the process namespace of a process."""
+    namespace, ticks = Path(f"/proc/{pid}/ns/pid").stat().st_ino, 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not to be looked at
+            if (folder / "ns" / "pid").stat().st_ino == namespace:
+                ticks += sum(_times(folder))
+    return ticks * _TICK_S
+
+
+def _times(process: Path) -> list[int]:
+    """In user and in system mode: its own, then those of children it has waited for."""
+    fields = (process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return [int(field) for field in fields[11:15]]
 
 
 def _busy_s() -> float:

@@ -19,6 +19,7 @@ from typing import Any
 import grpc.aio
 from machine import cpu_s
 from subject import BenchError, Subject
+from table import Figures
 
 from driver.core.model import ClaimRef
 from driver.demo import scheduler
@@ -31,8 +32,6 @@ from driver.pb import registration_v1_pb2, registration_v1_pb2_grpc
 GPUS = 8
 CARD: Mapping[str, str] = {"type": "gpu"}
 PARTITION: Mapping[str, str] = {"type": "mig", "profile": "1g.10gb"}
-
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from measures import Bench, Figures, Size, percentiles, resident_mb, running
+from measures import Bench, Size, percentiles, resident_mb, running
 from subject import Subject
+from table import Figures
 
 BY_MPS: Mapping[str, str] = {"type": "mps", "profile": ""}
 BY_TIME: Mapping[str, str] = {"type": "timeslice", "profile": ""}
