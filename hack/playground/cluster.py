@@ -138,6 +138,10 @@ def start(part: str) -> None:
 def reboot() -> None:
     """Restart the node, as far as that can be had; return when its kubelet and its driver serve."""
     facts = _served()
+    if not facts.kubelet:
+        raise PlaygroundError(
+            "this cluster is a control plane alone and has no node to reboot; hack/cluster up makes one"
+        )
     place = Place(work_folder())
     place.reboot.touch()
     _wake(place)
