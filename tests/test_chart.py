@@ -206,6 +206,7 @@ def test_the_defaults_are_those_of_the_driver() -> None:
         ({"cdiRoot": "var/run/cdi"}, "'/cdiRoot'"),
         ({"logLevel": "verbose"}, "'/logLevel'"),
         ({"resources": {"request": {}}}, "'/resources'"),
+        ({"deviceClasses": {"migProfiles": ["1g.10gb+me"]}}, "'/deviceClasses/migProfiles/0'"),
         ({"simulate": "cards.yaml"}, "'/simulate'"),
         ({"policy": "gpus: ["}, "policy is no YAML document"),
     ],
@@ -312,9 +313,12 @@ def test_what_is_switched_off_is_not_there() -> None:
     assert "DeviceClass" not in kinds
 
 
-@pytest.mark.parametrize(("name", "offered"), [("", []), ("example.com/card", ["example.com/card"])])
-def test_nvidias_device_plugin_keeps_its_name_where_it_is_said(name: str, offered: list[str]) -> None:
-    specs = [body["spec"] for body in rendered({"deviceClasses": {"extendedResourceName": name}}) if "spec" in body]
+@pytest.mark.parametrize(
+    ("name", "offered"), [("", []), ("example.com/card", ["example.com/card", "example.com/mig-1g.18gb"])]
+)
+def test_nvidias_device_plugin_keeps_its_names_where_it_is_said(name: str, offered: list[str]) -> None:
+    said = {"extendedResourceName": name, "migProfiles": ["1g.18gb"]}
+    specs = [body["spec"] for body in rendered({"deviceClasses": said}) if "spec" in body]
 
     assert [spec["extendedResourceName"] for spec in specs if "extendedResourceName" in spec] == offered
 

@@ -1,5 +1,6 @@
 """deploy/ without a cluster: schemas of every supported version, names that must agree, and examples that really work."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -222,9 +223,14 @@ def selected(expression: str) -> Callable[[Body], bool]:
     return check
 
 
+@functools.cache
 def classes() -> dict[str, tuple[Callable[[Body], bool], ...]]:
     bodies = documents(DEPLOY / "deviceclasses.yaml")
     return {body["metadata"]["name"]: tuple(_selectors(body["spec"])) for body in bodies}
+
+
+def is_in(class_: str, device: Body) -> bool:
+    return all(check(device) for check in classes()[class_])
 
 
 def _selectors(body: Body) -> Iterator[Callable[[Body], bool]]:
@@ -283,14 +289,17 @@ CLASSES = {
     "timeslice": {"timeslice.gpuslice.dev", "slice.gpuslice.dev"},
     "monitor": {"monitor.gpuslice.dev"},
 }
+PROFILES = {name for name in classes() if name.startswith("mig-")}  # one for each, for `limits` only
 
 
 def assert_in_its_classes(found: Iterable[Body]) -> set[str]:
     """The types of these devices."""
-    known, types = classes(), set()
+    types = set()
     for device in found:
         type_ = device["attributes"]["type"]["string"]
-        assert {name for name, checks in known.items() if all(check(device) for check in checks)} == CLASSES[type_]
+        assert {name for name in classes().keys() - PROFILES if is_in(name, device)} == CLASSES[type_]
+        profile = device["attributes"]["profile"]["string"] if type_ == "mig" else ""
+        assert {name for name in PROFILES if is_in(name, device)} == {f"mig-{profile}.{DRIVER}"} & PROFILES
         types.add(type_)
     return types
 
@@ -315,14 +324,25 @@ def test_fixed_parts_of_a_card_are_in_the_classes_of_shares(tmp_path: Path, mode
     assert assert_in_its_classes(devices(inventory, older)) == {mode, "monitor"}
 
 
-def test_pods_written_for_nvidias_device_plugin_get_a_whole_card() -> None:
+def test_pods_written_for_nvidias_device_plugin_get_what_its_names_say() -> None:
     mapped = {
         body["spec"]["extendedResourceName"]: body["metadata"]["name"]
         for body in documents(DEPLOY / "deviceclasses.yaml")
         if "extendedResourceName" in body["spec"]
     }
 
-    assert mapped == {"nvidia.com/gpu": "gpu.gpuslice.dev"}
+    profiles = {name.removesuffix(f".{DRIVER}") for name in PROFILES}
+    assert "mig-1g.10gb" in profiles
+    assert mapped == {
+        "nvidia.com/gpu": f"gpu.{DRIVER}",
+        **{f"nvidia.com/{name}": f"{name}.{DRIVER}" for name in profiles},
+    }
+
+
+def test_every_class_of_a_profile_finds_partitions_of_an_h100(tmp_path: Path) -> None:
+    partitions = list(devices(Rig(tmp_path, "h100").inventory))
+
+    assert {name for name in PROFILES if not any(is_in(name, device) for device in partitions)} == set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,8 +368,8 @@ class Example:
         """Every pod spec, with the number of pods that it makes."""
         for body in self.bodies("Pod"):
             yield 1, body["spec"]
-        for body in self.bodies("Deployment"):
-            yield body["spec"]["replicas"], body["spec"]["template"]["spec"]
+        for body in self.bodies("Deployment", "DaemonSet"):  # of which a node has one
+            yield body["spec"].get("replicas", 1), body["spec"]["template"]["spec"]
 
     def _named(self, kind: str, name: str) -> dict[str, Any]:
         (found,) = (body for body in self.bodies(kind) if body["metadata"]["name"] == name)

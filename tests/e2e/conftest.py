@@ -1,10 +1,14 @@
-"""One real Kubernetes of one node with the driver on it, for all tests of this folder."""
+"""One real Kubernetes of one node with the driver on it, for all tests of this folder.
+
+A module that wants other cards says so: `CARDS = "h100x8"`. Its tests come after those that want what the cluster has, so
+that there is one start for each kind of cards.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,13 @@ from tests.e2e.wanted import HERE, PLAYGROUND, refusal, version
 
 # Two cards: one can be held in a mode while the other is free for the next.
 _CARDS = "h100x2"
+_SINCE = (1, 36)  # has what most tests are about; a module that is about less says its own, or UNTIL when
+
+
+def _cards(item: pytest.Item) -> str:
+    cards = getattr(getattr(item, "module", None), "CARDS", _CARDS)
+    assert isinstance(cards, str)
+    return cards
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -23,32 +34,84 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if refusal(config):
         config.hook.pytest_deselected(items=ours)
         items[:] = [item for item in items if item not in ours]
+        return
+    release = version(config)
     for item in ours:
         item.add_marker(pytest.mark.timeout(120, func_only=True))
+        if reason := _not_of(item, release):
+            item.add_marker(pytest.mark.skip(reason=reason))
+    turns = iter(sorted(ours, key=lambda item: (_cards(item) != _CARDS, _cards(item))))
+    items[:] = [next(turns) if item in ours else item for item in items]
+
+
+def _not_of(item: pytest.Item, release: str) -> str:
+    """Why a test says nothing about this release; "" if it does."""
+    module = getattr(item, "module", None)
+    number = tuple(int(part) for part in release.split(".")[:2])
+    if number < getattr(module, "SINCE", _SINCE):
+        return f"Kubernetes {release} does not keep overlapping devices apart; tests/e2e/test_static.py is for it"
+    if number > getattr(module, "UNTIL", number):
+        return f"Kubernetes {release} keeps overlapping devices apart, so that nothing is planned statically there"
+    return ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Beside a failure stands what the cluster shows of it, from before anything is removed."""
+    report = yield
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(cluster, Cluster):
+        report.sections += [(f"cluster: {title}", text) for title, text in cluster.diagnosis()]
+    return report
+
+
+class Machine:
+    """Has room for one cluster."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = arguments
+        self._cluster: Cluster | None = None
+
+    def with_cards(self, cards: str) -> Cluster:
+        """The cluster that runs, or another one if that has other cards or something on it that could not be removed."""
+        if self._cluster is not None and (self._cluster.facts["gpus"] != cards or self._cluster.spoiled):
+            self.end()
+        if self._cluster is None:
+            self._cluster = self._start(cards)
+        return self._cluster
+
+    def _start(self, cards: str) -> Cluster:
+        started = subprocess.run(
+            [*PLAYGROUND, "up", "--gpus", cards, *self._arguments],
+            env={**os.environ, "SIMULATE_LATENCY": "zero"},
+            stdout=subprocess.DEVNULL,  # stderr is shown: a build is slow, and says how far it is
+            check=False,
+        )
+        assert started.returncode == 0, "the cluster did not start; it said why above"
+        return Cluster()
+
+    def end(self) -> None:
+        if self._cluster is None:
+            return
+        cluster, self._cluster = self._cluster, None
+        subprocess.run([*PLAYGROUND, "down"], capture_output=True, check=True)
+        assert not cluster.folder.exists()
+        assert str(cluster.folder) not in Path("/proc/mounts").read_text()
+        assert [pid for pid in cluster.facts["processes"].values() if Path(f"/proc/{pid}").exists()] == []
 
 
 @pytest.fixture(scope="session")
-def live(pytestconfig: pytest.Config) -> Iterator[Cluster]:
-    started = subprocess.run(
-        [*PLAYGROUND, "up", "--gpus", _CARDS, *version(pytestconfig)],
-        env={**os.environ, "SIMULATE_LATENCY": "zero"},
-        stdout=subprocess.DEVNULL,  # stderr is shown: a build is slow, and says how far it is
-        check=False,
-    )
-    assert started.returncode == 0, "the cluster did not start; it said why above"
-    cluster = Cluster()
+def machine(pytestconfig: pytest.Config) -> Iterator[Machine]:
+    machine = Machine(["--version", version(pytestconfig)])
     try:
-        yield cluster
+        yield machine
     finally:
-        subprocess.run([*PLAYGROUND, "down"], capture_output=True, check=True)
-    assert not cluster.folder.exists()
-    assert str(cluster.folder) not in Path("/proc/mounts").read_text()
-    assert [pid for pid in cluster.facts["processes"].values() if Path(f"/proc/{pid}").exists()] == []
+        machine.end()
 
 
 @pytest.fixture
-def cluster(live: Cluster) -> Iterator[Cluster]:
-    """The cluster with nothing on it; pods and claims of a test are removed after it."""
-    assert not live.spoiled, f"an earlier test left something behind: {live.spoiled}"
-    yield live
-    live.clear()
+def cluster(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The cluster with nothing on it; pods and claims of a test are removed after it, and nothing of them may stay."""
+    cluster = machine.with_cards(_cards(request.node))
+    yield cluster
+    cluster.clear()

@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.live import Cluster
 from tests.e2e.wanted import PLAYGROUND
 
+SINCE = (1, 34)
 _SLICE = """\
 apiVersion: resource.k8s.io/v1
 kind: ResourceSlice
@@ -42,12 +43,12 @@ def test_the_driver_may_not_list_what_it_does_not_need(cluster: Cluster, what: s
 
 
 def test_a_killed_driver_comes_back_and_keeps_its_claims(cluster: Cluster) -> None:
-    held = cluster.apply("mig-profile")
+    held = cluster.apply("whole-gpu")
     cluster.runs(held)
     before = cluster.records()
 
     os.kill(cluster.process("driver"), signal.SIGKILL)
-    after = cluster.apply("mig-profile", name="after")
+    after = cluster.apply("whole-gpu", name="after")
     cluster.runs(after)
 
     assert set(before) < set(cluster.records())

@@ -13,6 +13,8 @@ import pytest
 
 from tests.e2e.wanted import PLAYGROUND
 
+SINCE = (1, 34)
+
 
 @pytest.fixture
 def elsewhere() -> Iterator[dict[str, str]]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.live import Cluster
 from tests.e2e.trouble import (
-    Second,
+    Instances,
     gone,
     heard,
     playground,
@@ -27,15 +27,14 @@ _AWAY_S = 30.0
 
 
 @pytest.fixture
-def second(cluster: Cluster) -> Iterator[Second]:
-    """A second driver on the node, ready; whatever the test does, the playground's own runs alone afterwards."""
-    instance = Second(cluster)
+def instances(cluster: Cluster) -> Iterator[Instances]:
+    """Whatever a test starts and stops, the playground's own driver runs alone afterwards."""
+    instances = Instances(cluster)
     try:
-        says(instance.log, "registered with the kubelet")
-        yield instance
+        yield instances
     finally:
         playground("start", "driver")
-        instance.end()
+        instances.end()
 
 
 def _start(cluster: Cluster, *examples: str, restart: str = "Never") -> list[str]:
@@ -80,9 +79,11 @@ def test_what_is_deleted_while_the_driver_is_away_is_given_back_when_it_is_there
     _nothing_is_left(cluster)
 
 
-def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, second: Second) -> None:
+def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, instances: Instances) -> None:
     before = versions(cluster)
     (old,) = _run(cluster, "mig-profile")
+
+    says(instances.start(), "registered with the kubelet")
 
     playground("stop", "driver", "--gently")
     (new,) = _run(cluster, "mps-share")
@@ -93,12 +94,12 @@ def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, sec
     _nothing_is_left(cluster)
 
 
-def test_a_second_instance_that_fails_at_once_changes_nothing(cluster: Cluster) -> None:
+def test_a_second_instance_that_fails_at_once_changes_nothing(cluster: Cluster, instances: Instances) -> None:
     before = versions(cluster)
 
-    failed = Second(cluster, "--policy", "/nowhere/policy.yaml")
+    instances.start("--policy", "/nowhere/policy.yaml")
 
-    assert failed.code() != 0
+    assert instances.code() != 0
     _run(cluster, "mig-profile")
     assert versions(cluster) == before
 

@@ -70,33 +70,44 @@ def runs_on(pid: int, seconds: float) -> bool:
         os.close(handle)
 
 
-class Second:
-    """Another instance of the driver on the node, as a rolling update has it for a while."""
+class Instances:
+    """Drivers on the node beside the playground's own, started as that one is but for what is said."""
 
-    def __init__(self, cluster: Cluster, *more: str) -> None:
-        first = cluster.process("driver")
-        self.log = cluster.folder / "log" / "second.log"
-        self.log.write_text("")
-        command = Path(f"/proc/{first}/cmdline").read_bytes().decode().split("\0")[:-1]
-        command[command.index("--http-endpoint") + 1] = f"127.0.0.1:{_free_port()}"
-        environment = Path(f"/proc/{first}/environ").read_text().split("\0")
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                ["nsenter", "--target", str(first), "--mount", *command, "--pod-uid", "the-new-one", *more],
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._running: list[subprocess.Popen[bytes]] = []
+        driver = Path(f"/proc/{cluster.process('driver')}")
+        self._command = (driver / "cmdline").read_text().split("\0")[:-1]
+        variables = (driver / "environ").read_text().split("\0")
+        self._environment = dict(pair.split("=", 1) for pair in variables if "=" in pair)
+
+    def start(self, *more: str) -> Path:
+        """The log of a new one. It has these flags too, and a pod UID: two without one would have the same sockets."""
+        number = len(self._running)
+        log = self._cluster.folder / "log" / f"driver-{number}.log"
+        inside = ["nsenter", "--target", str(self._cluster.process("kubelet")), "--mount"]
+        own = ["--http-endpoint", f"127.0.0.1:{_free_port()}", "--pod-uid", f"instance-{number}"]
+        with log.open("wb") as written:
+            process = subprocess.Popen(
+                [*inside, *self._command, *own, *more],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=dict(pair.split("=", 1) for pair in environment if "=" in pair),
+                stdout=written,
+                stderr=written,
+                env=self._environment,
                 cwd=ROOT,
             )
+        self._running.append(process)
+        return log
 
     def code(self) -> int:
-        """Its exit code, once it has ended of itself."""
-        return self._process.wait(timeout=30)
+        """The exit code of the last one, once it has ended of itself."""
+        return self._running[-1].wait(timeout=_PATIENCE_S)
 
     def end(self) -> None:
-        self._process.terminate()
-        self.code()
+        for process in self._running:
+            process.terminate()
+        for process in self._running:
+            process.wait(timeout=_PATIENCE_S)
 
 
 def _free_port() -> int:

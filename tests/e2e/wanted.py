@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -20,10 +21,10 @@ def asked_for(config: pytest.Config) -> bool:
     return any(HERE.is_relative_to(path) or path.is_relative_to(HERE) for path in given)
 
 
-def version(config: pytest.Config) -> list[str]:
-    """As `hack/cluster` wants it said."""
-    chosen = config.getoption("cluster_version")
-    return ["--version", chosen] if chosen else []
+def version(config: pytest.Config) -> str:
+    """Of Kubernetes: what was asked for, else what `hack/cluster` starts if not told."""
+    known = runpy.run_path(str(ROOT / "hack" / "playground" / "versions.py"))["VERSIONS"]
+    return str(config.getoption("cluster_version") or known[0])
 
 
 @cache
@@ -33,5 +34,7 @@ def refusal(config: pytest.Config) -> str:
         return "one machine has room for one cluster, and several processes run the tests; run pytest tests/e2e beside them"
     if config.getoption("cluster"):
         return ""
-    checked = subprocess.run([*PLAYGROUND, "check", *version(config)], capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        [*PLAYGROUND, "check", "--version", version(config)], capture_output=True, text=True, check=False
+    )
     return checked.stderr.strip().removeprefix("hack/cluster: ")
