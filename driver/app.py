@@ -112,10 +112,11 @@ class App:
                 departures=self._departures,
                 executor=executor,
             )
-            offering = self._build_offering(service)
+            changed = asyncio.Event()
+            offering = self._build_offering(service, partial(loop.call_soon_threadsafe, changed.set))
             stack.callback(self._hear_of_departures(loop, offering))
             doors = self._build_doors(service)
-            work = (service.recover(), self._collect(service), self._keep_mps(service, offering))
+            work = (service.recover(), self._collect(service, changed), self._keep_mps(service, offering))
             jobs = [loop.create_task(_guarded(job, stop)) for job in work]
             try:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before a door can let anybody in
@@ -148,7 +149,7 @@ class App:
             telemetry=self._telemetry,
         )
 
-    def _build_offering(self, service: ClaimService) -> Offering:
+    def _build_offering(self, service: ClaimService, otherwise: Callable[[], object]) -> Offering:
         dynamic, static = self._inventories
         surveyor = Surveyor(nvml=self._nvml, mps=self._mps, checkpoint=self._checkpoint, hung=service.tickets.hung)
         return Offering(
@@ -160,6 +161,7 @@ class App:
             surveyor=surveyor,
             checkpoint=self._checkpoint,
             folder=self._config.plugin_folder,
+            otherwise=otherwise,
         )
 
     def _hear_of_departures(self, loop: asyncio.AbstractEventLoop, offering: Offering) -> Callable[[], None]:
@@ -246,10 +248,12 @@ class App:
         except DriverError:
             return _AWAY
 
-    async def _collect(self, service: ClaimService) -> str:
-        """Give back what vanished claims hold, once a minute."""
+    async def _collect(self, service: ClaimService, changed: asyncio.Event) -> str:
+        """Give back what vanished claims hold, and what lost cards kept, once a minute and when a card has changed."""
         while True:
-            await asyncio.sleep(_COLLECT_PERIOD_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), _COLLECT_PERIOD_S)
+            changed.clear()
             await service.collect(time.monotonic())
 
 

@@ -67,6 +67,10 @@ class Gate:
         answer: T = await self._listen(job, uid)
         return answer
 
+    def busy(self, uid: ClaimUid) -> bool:
+        """Whether a job of this claim runs or waits."""
+        return uid in self._lines
+
     async def _after(self, earlier: Sequence[asyncio.Task[Any]], work: Callable[[Turn], Awaitable[T]], turn: Turn) -> T:
         if earlier:
             await asyncio.wait(earlier)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from driver import files
@@ -120,8 +120,11 @@ class Offering:
         surveyor: Surveyor,
         checkpoint: Checkpoint,
         folder: Path,
+        otherwise: Callable[[], object] = lambda: None,
     ) -> None:
+        """`otherwise` is called, from a thread of the offering, when the devices' taints are others than before."""
         self._kube, self._driver, self._node = kube, driver, node
+        self._otherwise = otherwise
         self._dynamic, self._static = dynamic, static
         self._surveyor, self._checkpoint = surveyor, checkpoint
         self._shapes = Shapes(folder / "shapes.json", kube, driver, node)
@@ -206,6 +209,8 @@ class Offering:
         question = (features, taints, held & taints.keys())
         if question != self._planned_from:
             self._wanted = pool.resource_slices(inventory, taints, driver=self._driver, features=features, held=held)
+            if self._planned_from is not None:
+                self._otherwise()
             self._planned_from = question
         published = self._publisher.published.is_set()
         return self._shapes.admit(self._wanted, records, taints=features.taints, published=published)

@@ -26,8 +26,13 @@ from driver.core.plan import Live
 from driver.core.record import Busy, Plan, PreparedClaim, Record
 from driver.errors import DeviceError, DriverError
 from driver.injection import Injector
-from driver.nvml.api import MPS_SERVER, Nvml
+from driver.nvml.api import MPS_SERVER, Code, Nvml
 from driver.steps import Steps
+
+_LOST = (
+    Code.GPU_IS_LOST,
+    Code.RESET_REQUIRED,
+)  # nothing can be made, used or destroyed there until a reset or a reboot
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +95,7 @@ class Preparer:
             if record is not None and not set(record.plan.gpus) <= set(gpus):
                 return False
             if record is not None:
-                self._undo(record)
+                self._give_back(record)
             else:
                 self._injector.remove(uid)
             return True
@@ -191,9 +196,22 @@ class Preparer:
                     self._steps.undo(undoing, others)
                 except DeviceError as e:
                     refused[undoing.gpu] = e
-        for error in refused.values():
+        for error in sorted(refused.values(), key=lambda e: e.code in _LOST):  # what is not lost is the worse news
             raise error
         self._checkpoint.drop(uid)
+
+    def _give_back(self, record: Record) -> None:
+        """As `_undo`; but a lost card keeps no pod from its end, for a node has to be drained before it is rebooted.
+
+        Nothing runs on such a card and it is tainted, so nobody is harmed if its part of the record stays until the card
+        is back: then `recover` undoes it, or the next prepare that finds the record in its way.
+        """
+        try:
+            self._undo(record)
+        except DeviceError as e:
+            if e.code not in _LOST:
+                raise
+            log.warning("given back as far as can be, the rest when the card is back claim=%s: %s", record.plan.ref, e)
 
     def _roll_back(self, uid: ClaimUid) -> None:
         """After a failed prepare; a failure here is only told, for the record stays and the next call tries again."""

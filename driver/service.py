@@ -77,9 +77,10 @@ class ClaimService:
         await self._gate.run(uid, "unprepare", lambda turn: self._unprepare(uid, turn), calls_off="prepare")
 
     async def recover(self) -> None:
-        """Undo what a killed process left half-made. Called before the doors open: it then has the first tickets."""
+        """Undo what a killed process or a lost card left half-made. Called before the doors open: it then has the first
+        tickets."""
         unfinished = await self._in_pool(self._preparer.unfinished)
-        await asyncio.gather(*(self._recover(uid) for uid in unfinished))
+        await asyncio.gather(*(self._recover(uid) for uid in unfinished if not self._gate.busy(uid)))
 
     async def mend(self) -> None:
         """Have the MPS daemons of all records running, each card in its turn; the first error, after all were tried."""
@@ -97,7 +98,9 @@ class ClaimService:
         return None
 
     async def collect(self, now: float) -> None:
-        """Give back what claims hold that the API server has not had for ten minutes, if nothing runs on it."""
+        """Give back what claims hold that the API server has not had for ten minutes, if nothing runs on it; and what a
+        lost card kept."""
+        await self.recover()
         records = await self._in_pool(self._preparer.records)
         for uid in self._absent_since.keys() - records.keys():
             del self._absent_since[uid]
@@ -146,6 +149,7 @@ class ClaimService:
                 leaving = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
                 log.info("waiting for holders to leave claim=%s holders=%s", ref, names)
+                await self.recover()  # the kubelet was answered already, where it was a lost card that kept them
                 left = deadline - asyncio.get_running_loop().time()
                 if not await news.any_of(leaving, left):
                     raise ClaimError(

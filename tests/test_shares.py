@@ -227,18 +227,34 @@ def test_a_refused_switch_of_mig_mode_leaves_nothing_that_sticks(rig: Rig) -> No
     rig.prepare(claim)
 
 
-def test_a_card_that_cannot_be_reset_keeps_no_other_card(rig: Rig) -> None:
+def test_a_lost_card_keeps_neither_a_pod_from_its_end_nor_another_card(rig: Rig) -> None:
     (first,) = a_share("one", rig.device("timeslice"), {"memory": GIB, "shares": 1}).allocations
     (second,) = a_share("two", rig.device("timeslice", gpu=1), {"memory": GIB, "shares": 1}).allocations
     both = Claim(a_ref("both"), (first, second))
     rig.prepare(both)
     rig.nvml.lose(rig.gpus[1].uuid)
 
-    with pytest.raises(DeviceError, match="lost"):
-        rig.unprepare(both)
+    rig.unprepare(both)
 
     assert rig.figures(0) == (ComputeMode.DEFAULT, 0)
     assert rig.records() == {both.ref.uid}
+    rig.nvml.reset(rig.gpus[1].uuid)
+    rig.preparer.recover(both.ref.uid)
+    rig.assert_empty()
+
+
+def test_a_card_that_only_refuses_keeps_the_claim_though_another_is_lost(rig: Rig) -> None:
+    (first,) = a_share("one", rig.device("timeslice"), {"memory": GIB, "shares": 1}).allocations
+    (second,) = a_share("two", rig.device("timeslice", gpu=1), {"memory": GIB, "shares": 1}).allocations
+    both = Claim(a_ref("both"), (first, second))
+    rig.prepare(both)
+    rig.nvml.lose(rig.gpus[0].uuid)
+    rig.nvml.cue("fail", "set_time_slice", rig.gpus[1].uuid, code=Code.UNKNOWN)
+
+    with pytest.raises(DeviceError) as refusal:
+        rig.unprepare(both)
+
+    assert refusal.value.code == Code.UNKNOWN
 
 
 def test_nobody_builds_on_a_share_that_is_being_given_back(rig: Rig) -> None:

@@ -58,6 +58,8 @@ class Stage:
         pod = copy.deepcopy(self._pods[mode])
         pod["metadata"]["name"] = f"{mode}-{next(self._numbers)}"
         pod["spec"]["containers"][0]["command"] = STAYS
+        # The kubelet looks every 300 ms whether a pod's volumes are mounted, which would be most of what is measured.
+        pod["spec"]["automountServiceAccountToken"] = False
         pod["spec"]["terminationGracePeriodSeconds"] = 1  # for one that is told to end before it has set its trap
         for claim in pod["spec"].get("resourceClaims", ()) if template else ():
             claim["resourceClaimTemplateName"] = template
