@@ -113,10 +113,15 @@ class App:
                 executor=executor,
             )
             changed = asyncio.Event()
-            offering = self._build_offering(service, partial(loop.call_soon_threadsafe, changed.set))
+            offering = self._build_offering(service, partial(_set, loop, changed))
             stack.callback(self._hear_of_departures(loop, offering))
             doors = self._build_doors(service)
-            work = (service.recover(), self._collect(service, changed), self._keep_mps(service, offering))
+            work = (
+                service.recover(),
+                _take_up(service, changed),
+                self._collect(service),
+                self._keep_mps(service, offering),
+            )
             jobs = [loop.create_task(_guarded(job, stop)) for job in work]
             try:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before a door can let anybody in
@@ -248,13 +253,25 @@ class App:
         except DriverError:
             return _AWAY
 
-    async def _collect(self, service: ClaimService, changed: asyncio.Event) -> str:
-        """Give back what vanished claims hold, and what lost cards kept, once a minute and when a card has changed."""
+    async def _collect(self, service: ClaimService) -> str:
+        """Give back what vanished claims hold, and what lost cards kept, once a minute."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), _COLLECT_PERIOD_S)
-            changed.clear()
+            await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
+
+
+def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    """From another thread, which may outlive the loop."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(event.set)
+
+
+async def _take_up(service: ClaimService, changed: asyncio.Event) -> str:
+    """Finish what lost cards kept, when a card is otherwise than it was."""
+    while True:
+        await changed.wait()
+        changed.clear()
+        await service.recover()
 
 
 async def _lost(doors: Doors) -> str:

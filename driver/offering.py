@@ -209,7 +209,7 @@ class Offering:
         question = (features, taints, held & taints.keys())
         if question != self._planned_from:
             self._wanted = pool.resource_slices(inventory, taints, driver=self._driver, features=features, held=held)
-            if self._planned_from is not None:
+            if self._planned_from is not None and self._planned_from[1] != taints:
                 self._otherwise()
             self._planned_from = question
         published = self._publisher.published.is_set()

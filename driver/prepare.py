@@ -26,13 +26,8 @@ from driver.core.plan import Live
 from driver.core.record import Busy, Plan, PreparedClaim, Record
 from driver.errors import DeviceError, DriverError
 from driver.injection import Injector
-from driver.nvml.api import MPS_SERVER, Code, Nvml
+from driver.nvml.api import MPS_SERVER, Nvml
 from driver.steps import Steps
-
-_LOST = (
-    Code.GPU_IS_LOST,
-    Code.RESET_REQUIRED,
-)  # nothing can be made, used or destroyed there until a reset or a reboot
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +77,7 @@ class Preparer:
             if not set(wanted.gpus) <= set(gpus):
                 return None
             if record is not None:
-                self._undo(record)
+                self._give_back(record)
             live = self._look(wanted.named)
             others = tuple(self._others(uid).values())
             decision = plan.make(claim, self._inventory, others, live)
@@ -102,9 +97,10 @@ class Preparer:
 
     def recover(self, uid: ClaimUid) -> None:
         """Undo a claim that a killed process left unfinished; leaves one alone that another instance has finished."""
-        with self._locked(uid, self.gpus_of_record(uid)):
+        gpus = self.gpus_of_record(uid)
+        with self._locked(uid, gpus):
             record = self._checkpoint.get(uid)
-            if record is not None and record.prepared is None:
+            if record is not None and record.prepared is None and set(record.plan.gpus) <= set(gpus):
                 log.warning("undoing what was left half-made claim=%s", record.plan.ref)
                 self._undo(record)
 
@@ -178,7 +174,29 @@ class Preparer:
 
     def _undo(self, record: Record) -> None:
         """Take everything back, the record last. Where a card refuses, the others' are taken back all the same; then the
-        error is raised and the record stays.
+        error is raised and the record stays."""
+        for error in self._take_back(record).values():
+            raise error
+        self._checkpoint.drop(record.plan.ref.uid)
+
+    def _give_back(self, record: Record) -> None:
+        """As `_undo`; but a lost card keeps no pod from its end, for a node has to be drained before it is rebooted.
+
+        Nothing runs on such a card and it is tainted. What it keeps is a record of its own until it is back: then `recover`
+        undoes that, or the next prepare that finds it in its way.
+        """
+        refused = self._take_back(record)
+        for gpu, error in refused.items():
+            if not self._is_lost(gpu):
+                raise error
+        for gpu, error in refused.items():
+            log.warning("given back but for what %s keeps until it is back claim=%s: %s", gpu, record.plan.ref, error)
+            self._checkpoint.put(plan.leftover(record, gpu))
+        if record.plan.ref.uid not in {plan.leftover(record, gpu).plan.ref.uid for gpu in refused}:
+            self._checkpoint.drop(record.plan.ref.uid)
+
+    def _take_back(self, record: Record) -> dict[GpuUuid, DeviceError]:
+        """Undo a record's steps; the first error of each card that refuses.
 
         The record is unfinished from the first moment: nobody may build on what is being taken away, and a new process
         goes on with it.
@@ -196,22 +214,15 @@ class Preparer:
                     self._steps.undo(undoing, others)
                 except DeviceError as e:
                     refused[undoing.gpu] = e
-        for error in sorted(refused.values(), key=lambda e: e.code in _LOST):  # what is not lost is the worse news
-            raise error
-        self._checkpoint.drop(uid)
+        return refused
 
-    def _give_back(self, record: Record) -> None:
-        """As `_undo`; but a lost card keeps no pod from its end, for a node has to be drained before it is rebooted.
-
-        Nothing runs on such a card and it is tainted, so nobody is harmed if its part of the record stays until the card
-        is back: then `recover` undoes it, or the next prepare that finds the record in its way.
-        """
+    def _is_lost(self, gpu: GpuUuid) -> bool:
+        """Whether the card cannot even be looked at, which is when it is tainted as lost."""
         try:
-            self._undo(record)
-        except DeviceError as e:
-            if e.code not in _LOST:
-                raise
-            log.warning("given back as far as can be, the rest when the card is back claim=%s: %s", record.plan.ref, e)
+            self._nvml.look(gpu)
+        except DeviceError:
+            return True
+        return False
 
     def _roll_back(self, uid: ClaimUid) -> None:
         """After a failed prepare; a failure here is only told, for the record stays and the next call tries again."""

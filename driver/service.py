@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol, TypeVar
@@ -76,11 +76,12 @@ class ClaimService:
         """Give back what the claim holds; success when nothing is left, needs no API server."""
         await self._gate.run(uid, "unprepare", lambda turn: self._unprepare(uid, turn), calls_off="prepare")
 
-    async def recover(self) -> None:
+    async def recover(self, only: Set[ClaimUid] | None = None) -> None:
         """Undo what a killed process or a lost card left half-made. Called before the doors open: it then has the first
         tickets."""
         unfinished = await self._in_pool(self._preparer.unfinished)
-        await asyncio.gather(*(self._recover(uid) for uid in unfinished if not self._gate.busy(uid)))
+        wanted = (uid for uid in unfinished if only is None or uid in only)
+        await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._gate.busy(uid)))
 
     async def mend(self) -> None:
         """Have the MPS daemons of all records running, each card in its turn; the first error, after all were tried."""
@@ -115,7 +116,12 @@ class ClaimService:
             since = self._absent_since.setdefault(uid, now)
             if now - since >= ORPHAN_AGE_S and not await self._in_use(record):
                 log.warning("claim is gone from the API server, giving its devices back claim=%s", record.plan.ref)
-                await self.unprepare(uid)
+                try:
+                    await self.unprepare(uid)
+                except DriverError as e:
+                    log.error(
+                        "cannot give back what a vanished claim holds, trying again claim=%s: %s", record.plan.ref, e
+                    )
 
     async def _in_use(self, record: Record) -> bool:
         work = partial(self._preparer.in_use, record)
@@ -149,7 +155,8 @@ class ClaimService:
                 leaving = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
                 log.info("waiting for holders to leave claim=%s holders=%s", ref, names)
-                await self.recover()  # the kubelet was answered already, where it was a lost card that kept them
+                # Nobody else gives back what a lost card kept, for the kubelet was answered.
+                await self.recover(leaving)
                 left = deadline - asyncio.get_running_loop().time()
                 if not await news.any_of(leaving, left):
                     raise ClaimError(

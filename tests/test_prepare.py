@@ -375,6 +375,38 @@ def test_a_lost_card_does_not_touch_the_other(node: Rig) -> None:
     node.prepare(a_claim("two", node.device("mig-1g-19-0", 1)))
 
 
+def test_a_claim_that_left_a_lost_card_is_served_on_another(node: Rig) -> None:
+    """A ResourceClaim that outlives its pod keeps its UID and is given another card."""
+    node.prepare(a_claim("one", node.device("mig-1g-19-0")))
+    node.nvml.lose(node.gpus[0].uuid)
+    node.unprepare(a_ref("one"))
+
+    node.prepare(a_claim("one", node.device("mig-1g-19-0", 1)))
+
+    node.nvml.reset(node.gpus[0].uuid)
+    node.recover()
+    node.assert_agreed()
+    node.unprepare(a_ref("one"))
+    node.assert_empty()
+
+
+def test_what_stands_on_a_card_that_was_lost_before_anything_was_made_is_left_alone(node: Rig) -> None:
+    card = node.gpus[0].uuid
+    node.nvml.cue("fail", "create_gpu_instance", code=Code.GPU_IS_LOST)
+    claim = a_claim("one", node.device("mig-1g-19-0"))
+    node.nvml.cue("fail", "look", card, code=Code.GPU_IS_LOST, times=None, skip=1)
+    with pytest.raises(DeviceError):
+        node.preparer.prepare(claim)
+    node.unprepare(claim)
+    node.nvml.withdraw()
+    foreign = node.nvml.create_gpu_instance(card, 19, Placement(0, 1))
+    node.nvml.create_compute_instance(card, foreign)
+
+    node.recover()
+
+    assert [partition.gi for partition in node.partitions()] == [foreign]
+
+
 def test_a_corrupt_record_harms_its_own_claim_only_and_is_mended_by_moving_it_away(node: Rig) -> None:
     broken, fine = a_claim("one", node.device("gpu")), a_claim("two", node.device("gpu", 1))
     path = node.checkpoint.folder / f"{broken.ref.uid}.json"

@@ -230,6 +230,23 @@ async def test_the_successor_of_a_force_deleted_pod_waits_and_is_served_when_the
     world.rig.assert_agreed()
 
 
+async def test_what_a_lost_card_kept_is_finished_by_the_successor_that_finds_it(world: World) -> None:
+    """The kubelet was told that all is given back, so it does not ask again."""
+    rig = world.rig
+    holder = world.claim("old", world.device("mig-3g-9-0"))
+    await world.prepared(holder)
+    rig.nvml.lose(rig.gpus[0].uuid)
+    await world.unprepare(holder)
+    world.delete(holder)
+    assert len(rig.records()) == 1
+    rig.nvml.reset(rig.gpus[0].uuid)
+
+    assert (await world.prepared(world.claim("new", world.device("mig-1g-19-2")))).devices
+
+    rig.assert_agreed()
+    assert len(rig.records()) == 1
+
+
 @pytest.mark.contract(30)
 async def test_a_device_of_a_living_holder_is_refused_as_a_double_allocation(world: World) -> None:
     holder = world.claim("old", world.device("gpu"))

@@ -228,25 +228,30 @@ def test_a_refused_switch_of_mig_mode_leaves_nothing_that_sticks(rig: Rig) -> No
 
 
 def test_a_lost_card_keeps_neither_a_pod_from_its_end_nor_another_card(rig: Rig) -> None:
-    (first,) = a_share("one", rig.device("timeslice"), {"memory": GIB, "shares": 1}).allocations
-    (second,) = a_share("two", rig.device("timeslice", gpu=1), {"memory": GIB, "shares": 1}).allocations
-    both = Claim(a_ref("both"), (first, second))
+    both = _on_both_cards(rig)
     rig.prepare(both)
     rig.nvml.lose(rig.gpus[1].uuid)
 
     rig.unprepare(both)
 
     assert rig.figures(0) == (ComputeMode.DEFAULT, 0)
-    assert rig.records() == {both.ref.uid}
+    rig.prepare(a_claim("next", rig.device("gpu")))
+    rig.unprepare(a_ref("next"))
+    with pytest.raises(DeviceError, match="lost"):
+        rig.recover()
+    assert len(rig.records()) == 1
     rig.nvml.reset(rig.gpus[1].uuid)
-    rig.preparer.recover(both.ref.uid)
+    rig.recover()
     rig.assert_empty()
 
 
+def _on_both_cards(rig: Rig) -> Claim:
+    shares = [a_share(f"{gpu}", rig.device("timeslice", gpu=gpu), {"memory": GIB, "shares": 1}) for gpu in (0, 1)]
+    return Claim(a_ref("both"), tuple(one for share in shares for one in share.allocations))
+
+
 def test_a_card_that_only_refuses_keeps_the_claim_though_another_is_lost(rig: Rig) -> None:
-    (first,) = a_share("one", rig.device("timeslice"), {"memory": GIB, "shares": 1}).allocations
-    (second,) = a_share("two", rig.device("timeslice", gpu=1), {"memory": GIB, "shares": 1}).allocations
-    both = Claim(a_ref("both"), (first, second))
+    both = _on_both_cards(rig)
     rig.prepare(both)
     rig.nvml.lose(rig.gpus[0].uuid)
     rig.nvml.cue("fail", "set_time_slice", rig.gpus[1].uuid, code=Code.UNKNOWN)
@@ -255,6 +260,7 @@ def test_a_card_that_only_refuses_keeps_the_claim_though_another_is_lost(rig: Ri
         rig.unprepare(both)
 
     assert refusal.value.code == Code.UNKNOWN
+    assert rig.records() == {both.ref.uid}
 
 
 def test_nobody_builds_on_a_share_that_is_being_given_back(rig: Rig) -> None:

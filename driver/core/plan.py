@@ -8,6 +8,7 @@ The scheduler's counters are not trusted alone: schedulers of early 1.36 patches
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from itertools import combinations
 from typing import assert_never
 
@@ -17,6 +18,7 @@ from driver.core.model import (
     Allocation,
     Claim,
     ClaimRef,
+    ClaimUid,
     Exclusive,
     Gpu,
     GpuUuid,
@@ -158,6 +160,23 @@ def undo(record: Record, others: Iterable[Record]) -> tuple[Undo, ...]:
     """What takes a record's steps back, last step first; nothing that another record still stands on."""
     kept = {step for other in others for step in other.plan.steps}
     return tuple(undoing for step in reversed(record.plan.steps) for undoing in _undo_step(step, record.done, kept))
+
+
+def leftover(record: Record, gpu: GpuUuid) -> Record:
+    """What a claim leaves on a card that is lost: unfinished, and in its own name, for the claim itself has been given back
+    and may be given other devices.
+
+    What was never seen to come into being is left out: a card is back after a reset, which takes partitions away, and what
+    stands in the slot then is somebody else's.
+    """
+    suffix = f"-on-{gpu}"
+    uid = record.plan.ref.uid
+    ref = replace(record.plan.ref, uid=uid if uid.endswith(suffix) else ClaimUid(uid + suffix))
+    done = tuple(made for made in record.done if made.slot.gpu == gpu and made.uuid is not None)
+    slots = {made.slot for made in done}
+    steps = (step for step in record.plan.steps if step.gpu == gpu)
+    kept = tuple(step for step in steps if not isinstance(step, CreateMig) or step.slot in slots)
+    return Record(Plan(ref, tuple(grant for grant in record.plan.grants if grant.gpu == gpu), kept), done)
 
 
 def target(undoing: DestroyMig, live: LiveGpu) -> Partition | None:

@@ -22,6 +22,10 @@ class CreateMig:
 
     slot: MigSlot
 
+    @property
+    def gpu(self) -> GpuUuid:
+        return self.slot.gpu
+
 
 @dataclass(frozen=True, slots=True)
 class SetComputeMode:
