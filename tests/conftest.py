@@ -27,9 +27,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Nothing to run is no failure where it was said why."""
+    """Nothing to run is no failure where only these tests were asked for, and it was said why they are left out."""
     nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-    if nothing and wanted.asked_for(session.config) and wanted.refusal(session.config):
+    if nothing and wanted.asked_for(session.config, alone=True) and wanted.refusal(session.config):
         session.exitstatus = pytest.ExitCode.OK
 
 

@@ -182,5 +182,5 @@ if __name__ == "__main__":
         _say(str(e))
         sys.exit(1)
     except KeyboardInterrupt:
-        _say("stopped; nothing of it stays")
+        _say("stopped; nothing of it stays" if sys.argv[1:2] == ["up"] else "stopped")
         sys.exit(130)

@@ -22,6 +22,7 @@ class Readiness:
         known = {
             "containerd": self.place.socket.exists,
             "kube-apiserver": self.api,
+            "etcd": self.api,  # which is not ready without it
             "kubelet": self.kubelet,
             "driver": self.driver,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from tests.e2e.trouble import (
     Instances,
     gone,
     heard,
+    left_nothing,
     playground,
     pod,
     runs_again,
@@ -30,11 +32,10 @@ _AWAY_S = 30.0
 def instances(cluster: Cluster) -> Iterator[Instances]:
     """Whatever a test starts and stops, the playground's own driver runs alone afterwards."""
     instances = Instances(cluster)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(instances.end)
+        stack.callback(playground, "start", "driver")
         yield instances
-    finally:
-        playground("start", "driver")
-        instances.end()
 
 
 def _start(cluster: Cluster, *examples: str, restart: str = "Never") -> list[str]:
@@ -50,23 +51,33 @@ def _run(cluster: Cluster, *examples: str, restart: str = "Never") -> list[str]:
     return names
 
 
-def _nothing_is_left(cluster: Cluster) -> None:
-    assert cluster.records() == cluster.cdi_files() == []
-    assert cluster.get("resourceclaims") == []
+@pytest.mark.parametrize("call", ["create_gpu_instance", "create_compute_instance"])
+def test_a_driver_that_is_killed_in_the_middle_of_a_prepare_finishes_what_it_began(cluster: Cluster, call: str) -> None:
+    held = cluster.node.cue("hang", call, done=True)  # it is made, and the driver has not heard of it
+    names = _start(cluster, "mig-profile")
+    assert cluster.node.wait_hung(held, 30.0)
+
+    os.kill(cluster.process("driver"), signal.SIGKILL)
+    cluster.node.withdraw(held)
+
+    for name in names:
+        cluster.runs(name)
+    assert len(cluster.records()) == len(cluster.cdi_files()) == len(cluster.partitions()) == 1
+    playground("start", "driver")
+    cluster.delete(*names)
+    left_nothing(cluster)
 
 
-def test_a_driver_that_is_killed_while_pods_start_finishes_what_it_began(cluster: Cluster) -> None:
-    examples = ("mig-profile", "mps-share")
-    for _ in range(3):
+def test_a_driver_that_is_killed_while_pods_of_all_kinds_start_is_not_noticed(cluster: Cluster) -> None:
+    for examples in (("mig-profile", "mps-share"), ("whole-gpu", "time-slice-share")):
         names = _start(cluster, *examples)
         os.kill(cluster.process("driver"), signal.SIGKILL)
 
         for name in names:
             cluster.runs(name)
-        assert len(cluster.records()) == len(cluster.cdi_files()) == len(names)
         playground("start", "driver")
         cluster.delete(*names)
-        _nothing_is_left(cluster)
+        left_nothing(cluster)
 
 
 def test_what_is_deleted_while_the_driver_is_away_is_given_back_when_it_is_there(cluster: Cluster) -> None:
@@ -76,7 +87,7 @@ def test_what_is_deleted_while_the_driver_is_away_is_given_back_when_it_is_there
         cluster.kubectl("delete", "pod", *names, "--grace-period=1", "--wait=false")
 
     gone(cluster, *names)
-    _nothing_is_left(cluster)
+    left_nothing(cluster)
 
 
 def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, instances: Instances) -> None:
@@ -91,15 +102,20 @@ def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, ins
     assert versions(cluster) == before
     assert warnings(cluster, new) == []
     cluster.delete(old, new)
-    _nothing_is_left(cluster)
+    left_nothing(cluster)
 
 
-def test_a_second_instance_that_fails_at_once_changes_nothing(cluster: Cluster, instances: Instances) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["at its start", "after it was registered"])
+def test_an_update_that_fails_leaves_the_old_one_at_work(cluster: Cluster, instances: Instances, late: bool) -> None:
     before = versions(cluster)
 
-    instances.start("--policy", "/nowhere/policy.yaml")
+    if late:
+        says(instances.start(), "registered with the kubelet")
+        instances.kill()
+    else:
+        instances.start("--policy", "/nowhere/policy.yaml")
+        assert instances.code() != 0
 
-    assert instances.code() != 0
     _run(cluster, "mig-profile")
     assert versions(cluster) == before
 
@@ -118,7 +134,7 @@ def test_a_restarted_kubelet_wipes_the_slices_and_gets_them_back(cluster: Cluste
     before = versions(cluster)
     names = _run(cluster, "mig-profile")
 
-    with without("kubelet"):
+    with heard(cluster, "published"), without("kubelet"):
         pass
 
     names += _run(cluster, "mps-share")
@@ -127,7 +143,7 @@ def test_a_restarted_kubelet_wipes_the_slices_and_gets_them_back(cluster: Cluste
     assert not {uid for uid, _ in before.values()} & {uid for uid, _ in after.values()}
     assert cluster.told(names[0])["GPUSLICE_GPU_PROFILE"] == "1g.10gb"
     cluster.delete(*names)
-    _nothing_is_left(cluster)
+    left_nothing(cluster)
 
 
 def test_a_pod_that_is_deleted_while_the_kubelet_is_away_is_given_back(cluster: Cluster) -> None:
@@ -136,7 +152,7 @@ def test_a_pod_that_is_deleted_while_the_kubelet_is_away_is_given_back(cluster: 
     with heard(cluster, "unprepare done"), without("kubelet"):
         cluster.kubectl("delete", "pod", *names, "--force", "--grace-period=0", "--wait=false")
 
-    _nothing_is_left(cluster)
+    left_nothing(cluster)
 
 
 @pytest.mark.timeout(300, func_only=True)
@@ -155,7 +171,7 @@ def test_without_the_api_server_for_half_a_minute_the_driver_keeps_all_and_goes_
     cluster.kubectl("wait", "--for=condition=Ready", f"pod/{names[-1]}", "--timeout=180s")  # nor does the kubelet hurry
     assert versions(cluster) == before
     cluster.delete(*names)
-    _nothing_is_left(cluster)
+    left_nothing(cluster)
 
 
 def test_a_restarted_etcd_is_not_noticed(cluster: Cluster) -> None:
@@ -167,7 +183,7 @@ def test_a_restarted_etcd_is_not_noticed(cluster: Cluster) -> None:
     names = _run(cluster, "mig-profile", "mps-share")
     assert (versions(cluster), cluster.process("driver")) == (before, driver)
     cluster.delete(*names)
-    _nothing_is_left(cluster)
+    left_nothing(cluster)
 
 
 def test_after_a_reboot_pods_that_start_again_have_what_they_had(cluster: Cluster) -> None:
@@ -182,7 +198,7 @@ def test_after_a_reboot_pods_that_start_again_have_what_they_had(cluster: Cluste
         assert told["GPUSLICE_GPU_DEVICE"] == before[name]["GPUSLICE_GPU_DEVICE"]
     assert len(cluster.records()) == len(cluster.cdi_files()) == 2
     cluster.delete(*names)
-    _nothing_is_left(cluster)
+    left_nothing(cluster)
 
 
 def test_a_killed_mps_supervisor_is_replaced_and_the_pod_after_it_runs(cluster: Cluster) -> None:
@@ -194,4 +210,4 @@ def test_a_killed_mps_supervisor_is_replaced_and_the_pod_after_it_runs(cluster: 
     cluster.kubectl("apply", "-f", "-", given=pod("mps-share", "after"))
     cluster.runs("after")
     cluster.delete(held, "after")
-    _nothing_is_left(cluster)
+    left_nothing(cluster)

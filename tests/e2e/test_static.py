@@ -6,6 +6,7 @@ claim and a partition of it to the next (measured on 1.35.4). A watch that begin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -31,8 +32,6 @@ Publish = Callable[[Body], list[set[str]]]
 def publish(cluster: Cluster, tmp_path: Path) -> Iterator[Publish]:
     """Start a driver with this policy where nothing is published; the devices of the pools in every state there was."""
     instances = Instances(cluster)
-    playground("stop", "driver", "--gently")
-    cluster.kubectl("delete", "resourceslices", "--all")
     watches: list[subprocess.Popen[bytes]] = []
 
     def start(policy: Body) -> list[set[str]]:
@@ -46,17 +45,19 @@ def publish(cluster: Cluster, tmp_path: Path) -> Iterator[Publish]:
         log = instances.start("--policy", str(file))
         says(log, "registered with the kubelet")
         says(log, "published")
-        says(seen, json.loads(cluster.kubectl("get", "--raw", _SLICES))["metadata"]["resourceVersion"])
+        newest = max(int(body["metadata"]["resourceVersion"]) for body in cluster.get("resourceslices"))
+        says(seen, f'"resourceVersion":"{newest}"')
         return list(_states(seen))
 
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(playground, "start", "driver")
+        stack.callback(instances.end)
+        playground("stop", "driver", "--gently")
+        cluster.kubectl("delete", "resourceslices", "--all")
         yield start
-    finally:
         for watch in watches:
             watch.terminate()
             watch.wait()
-        instances.end()
-        playground("start", "driver")
 
 
 def _states(file: Path) -> Iterator[set[str]]:

@@ -27,8 +27,8 @@ def playground(*arguments: str) -> None:
 @contextlib.contextmanager
 def without(part: str) -> Iterator[None]:
     """For as long as this lasts the part is away, as after a crash; afterwards it serves again."""
-    playground("stop", part)
     try:
+        playground("stop", part)
         yield
     finally:
         playground("start", part)
@@ -104,10 +104,20 @@ class Instances:
         return self._running[-1].wait(timeout=_PATIENCE_S)
 
     def end(self) -> None:
+        """None of them is left, whatever state it is in: a cluster's end would not end them."""
         for process in self._running:
             process.terminate()
         for process in self._running:
-            process.wait(timeout=_PATIENCE_S)
+            try:
+                process.wait(timeout=_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL to the last one."""
+        self._running[-1].kill()
+        self._running[-1].wait()
 
 
 def _free_port() -> int:
@@ -149,3 +159,10 @@ def runs_again(cluster: Cluster, name: str) -> None:
 def gone(cluster: Cluster, *names: str) -> None:
     """Return when the kubelet has let go of these pods."""
     cluster.kubectl("wait", "--for=delete", *(f"pod/{name}" for name in names), "--timeout=60s")
+
+
+def left_nothing(cluster: Cluster) -> None:
+    """Return when the claims of pods that have gone are gone too, and all that they held."""
+    if claims := [f"resourceclaim/{body['metadata']['name']}" for body in cluster.get("resourceclaims")]:
+        cluster.kubectl("wait", "--for=delete", *claims, "--timeout=30s")
+    cluster.nothing_stays()

@@ -15,10 +15,11 @@ HERE = Path(__file__).parent
 PLAYGROUND = (sys.executable, str(ROOT / "hack" / "playground"))
 
 
-def asked_for(config: pytest.Config) -> bool:
-    """Whether what was typed covers this folder at all."""
+def asked_for(config: pytest.Config, *, alone: bool = False) -> bool:
+    """Whether what was typed covers this folder at all; `alone`: and nothing else."""
     given = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
-    return any(HERE.is_relative_to(path) or path.is_relative_to(HERE) for path in given)
+    inside = [path.is_relative_to(HERE) for path in given]
+    return all(inside) if alone else any(inside) or any(HERE.is_relative_to(path) for path in given)
 
 
 def version(config: pytest.Config) -> str:
