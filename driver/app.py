@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 from driver import files, libc, node
@@ -105,13 +105,7 @@ class App:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _end, stop, "")
         with ThreadPoolExecutor(_FETCHES_AT_ONCE, "claims") as executor, contextlib.ExitStack() as stack:
-            service = ClaimService(
-                api=self._kube,
-                driver=self._config.driver_name,
-                preparer=self._preparer,
-                departures=self._departures,
-                executor=executor,
-            )
+            service = self._build_service(executor)
             changed = asyncio.Event()
             offering = self._build_offering(service, partial(_set, loop, changed))
             stack.callback(self._hear_of_departures(loop, offering))
@@ -131,16 +125,30 @@ class App:
                 jobs.append(loop.create_task(_guarded(_lost(doors), stop)))
                 reason = await stop
             finally:
-                for job in jobs:
-                    job.cancel()
-                await doors.close(0)
-                await asyncio.gather(*jobs, return_exceptions=True)
-                self.hanging = not await service.close(_DRAIN_S)
-                offering.stop()
-                self._nvml.close()
+                await self._close(jobs, doors, service, offering)
         if reason:
             log.error("%s", reason)
         return 1 if reason else 0
+
+    async def _close(
+        self, jobs: Sequence[asyncio.Task[None]], doors: Doors, service: ClaimService, offering: Offering
+    ) -> None:
+        for job in jobs:
+            job.cancel()
+        await doors.close(0)
+        await asyncio.gather(*jobs, return_exceptions=True)
+        self.hanging = not await service.close(_DRAIN_S)
+        offering.stop()
+        self._nvml.close()
+
+    def _build_service(self, executor: Executor) -> ClaimService:
+        return ClaimService(
+            api=self._kube,
+            driver=self._config.driver_name,
+            preparer=self._preparer,
+            departures=self._departures,
+            executor=executor,
+        )
 
     def _build_doors(self, service: ClaimService) -> Doors:
         config = self._config
