@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     release = version(config)
     for item in ours:
-        item.add_marker(pytest.mark.timeout(120, func_only=True))
+        item.add_marker(pytest.mark.timeout(180, func_only=True))
         if reason := _not_of(item, release):
             item.add_marker(pytest.mark.skip(reason=reason))
     turns = iter(sorted(ours, key=lambda item: (_cards(item) != _CARDS, _cards(item))))

@@ -26,7 +26,7 @@ from tests.e2e.bodies import DRIVER, STAY, Body
 from tests.e2e.wanted import PLAYGROUND, ROOT
 
 EXAMPLES = ROOT / "deploy" / "examples"
-_WAIT = "--timeout=30s"
+_WAIT = "--timeout=60s"  # wiped slices are back within half a minute
 _PATIENCE_S = 30.0
 _ALLOCATIONS = "{range .items[*]}{.metadata.name} {.status.allocation.devices.results}{'\\n'}{end}"
 _KINDS = "pods,resourceclaims,resourceclaimtemplates"
