@@ -189,10 +189,13 @@ class Preparer:
         for gpu, error in refused.items():
             if not self._is_lost(gpu):
                 raise error
-        for gpu, error in refused.items():
-            log.warning("given back but for what %s keeps until it is back claim=%s: %s", gpu, record.plan.ref, error)
-            self._checkpoint.put(plan.leftover(record, gpu))
-        if record.plan.ref.uid not in {plan.leftover(record, gpu).plan.ref.uid for gpu in refused}:
+        kept = {gpu: plan.leftover(record, gpu) for gpu in refused}
+        for gpu, leftover in kept.items():
+            log.warning(
+                "given back but for what %s keeps until it is back claim=%s: %s", gpu, record.plan.ref, refused[gpu]
+            )
+            self._checkpoint.put(leftover)
+        if record.plan.ref not in {leftover.plan.ref for leftover in kept.values()}:
             self._checkpoint.drop(record.plan.ref.uid)
 
     def _take_back(self, record: Record) -> dict[GpuUuid, DeviceError]:

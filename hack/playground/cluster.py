@@ -23,7 +23,7 @@ from pathlib import Path
 import machine
 from binaries import Binaries
 from errors import PlaygroundError
-from layout import CGROUP, Facts, Place, Ports, work_folder
+from layout import CGROUP, Facts, Place, Ports, empty, work_folder
 from processes import PATIENCE_S
 from ready import Readiness
 
@@ -331,8 +331,7 @@ def _locked(root: Path) -> bool:
 def _clear(root: Path) -> None:
     """Remove what a cluster left that ended with the machine."""
     _remove_cgroups()
-    for path in root.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    empty(root)
 
 
 def _check_owner(root: Path) -> None:

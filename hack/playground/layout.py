@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import tempfile
 from contextlib import ExitStack
@@ -17,6 +18,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 def work_folder() -> Path:
     return Path(tempfile.gettempdir()) / "gpuslice-cluster"
+
+
+def empty(folder: Path) -> None:
+    """Remove everything in a folder that is there."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,19 @@ files, MPS), the boot id, and what a reset takes from the cards. The control pla
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 
-from layout import Facts, Place
+from layout import Facts, Place, empty
 
 
 def forget(place: Place, facts: Facts) -> None:
     """Take from the node what a reboot takes. No process of it may run."""
     _unmount(place)
     for folder in (Path("/run"), place.cdi, place.mps, place.containerd / "state"):
-        _empty(folder)
+        if folder.exists():
+            empty(folder)
     place.socket.unlink(missing_ok=True)
     new_boot(place)
     if facts.gpus:
@@ -41,12 +40,3 @@ def _unmount(place: Place) -> None:
     ]
     for point in reversed(below):
         subprocess.run(["umount", "--lazy", str(point)], check=False, stderr=subprocess.DEVNULL)
-
-
-def _empty(folder: Path) -> None:
-    for path in _entries(folder):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _entries(folder: Path) -> Iterable[Path]:
-    return list(folder.iterdir()) if folder.exists() else []

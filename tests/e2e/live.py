@@ -84,14 +84,16 @@ class Cluster:
             return
         yield self.kubectl("logs", f"{kind}/{name}", place, "--all-containers")
 
-    def apply(self, example: str, *, name: str = "") -> str:
-        """Create what an example says, but with a container that stays; the name of its pod."""
+    def apply(self, example: str, *, name: str = "", command: tuple[str, ...] = STAY, restart: str = "Never") -> str:
+        """Create what an example says, but with a container that stays, or does as told; the name of its pod."""
         documents = list(_documents(example))
         for document in documents:
             if name:
                 _rename(document, name)
             if document["kind"] == "Pod":
-                _stay(document["spec"])
+                document["spec"]["restartPolicy"] = restart
+                for container in document["spec"]["containers"]:
+                    container["command"] = list(command)
         self.kubectl("apply", "-f", "-", given=yaml.safe_dump_all(documents))
         return name or example
 
@@ -253,11 +255,6 @@ def _rename(document: Body, name: str) -> None:
     document["metadata"]["name"] = name
     for claim in document["spec"].get("resourceClaims", ()):
         claim["resourceClaimTemplateName"] = name
-
-
-def _stay(spec: Body) -> None:
-    for container in spec["containers"]:
-        container["command"] = list(STAY)
 
 
 def _call(command: list[str], given: str | None = None) -> str:

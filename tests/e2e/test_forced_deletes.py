@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from tests.e2e.bodies import STUBBORN
 from tests.e2e.live import Cluster
-from tests.e2e.trouble import DEAF, heard, left_nothing, pod, warnings
+from tests.e2e.trouble import heard, left_nothing, warnings
 
 _FORCED = ("--force", "--grace-period=0", "--wait=false")
 
 
 def _occupied(cluster: Cluster, example: str) -> str:
     """Have every device of this kind held by pods; the name of one whose container does not end when told to."""
-    cluster.kubectl("apply", "-f", "-", given=pod(example, "gone", command=DEAF))
+    cluster.apply(example, name="gone", command=STUBBORN)
     cluster.runs("gone")
-    other = pod("whole-gpu", "other")
-    cluster.kubectl("apply", "-f", "-", given=other)
+    cluster.apply("whole-gpu", name="other")
     cluster.runs("other")
     return "gone"
 
@@ -27,7 +27,7 @@ def test_the_successor_of_a_force_deleted_pod_waits_and_is_never_refused(cluster
 
     with heard(cluster, "waiting for holders"):
         cluster.kubectl("delete", "pod", gone, *_FORCED)
-        cluster.kubectl("apply", "-f", "-", given=pod("whole-gpu", "successor"))
+        cluster.apply("whole-gpu", name="successor")
 
     cluster.runs("successor")
     assert warnings(cluster, "successor") == []
@@ -37,7 +37,7 @@ def test_a_successor_that_is_deleted_while_it_waits_leaves_nothing(cluster: Clus
     gone = _occupied(cluster, "whole-gpu")
     with heard(cluster, "waiting for holders"):
         cluster.kubectl("delete", "pod", gone, *_FORCED)
-        cluster.kubectl("apply", "-f", "-", given=pod("whole-gpu", "successor"))
+        cluster.apply("whole-gpu", name="successor")
 
     assert warnings(cluster, "successor") == []
     cluster.delete("successor")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.live import Cluster
-from tests.e2e.trouble import gone, heard, left_nothing, pod, without
+from tests.e2e.trouble import gone, heard, left_nothing, without
 
 _FAILED = "FailedPrepareDynamicResources"
 
@@ -24,7 +24,7 @@ def failing(cluster: Cluster, call: str) -> Iterator[None]:
 
 
 def _start(cluster: Cluster, example: str = "mig-profile") -> str:
-    cluster.kubectl("apply", "-f", "-", given=pod(example, "one"))
+    cluster.apply(example, name="one")
     return "one"
 
 

@@ -16,7 +16,6 @@ from tests.e2e.trouble import (
     heard,
     left_nothing,
     playground,
-    pod,
     runs_again,
     runs_on,
     says,
@@ -40,7 +39,7 @@ def instances(cluster: Cluster) -> Iterator[Instances]:
 
 def _start(cluster: Cluster, *examples: str, restart: str = "Never") -> list[str]:
     for example in examples:
-        cluster.kubectl("apply", "-f", "-", given=pod(example, f"{example}-pod", restart=restart))
+        cluster.apply(example, name=f"{example}-pod", restart=restart)
     return [f"{example}-pod" for example in examples]
 
 
@@ -207,7 +206,7 @@ def test_a_killed_mps_supervisor_is_replaced_and_the_pod_after_it_runs(cluster: 
     with without("mps-supervisor"):
         pass
 
-    cluster.kubectl("apply", "-f", "-", given=pod("mps-share", "after"))
+    cluster.apply("mps-share", name="after")
     cluster.runs("after")
     cluster.delete(held, "after")
     left_nothing(cluster)

@@ -17,7 +17,7 @@ import yaml
 
 from tests.e2e.bodies import Body, exactly, made_from, pod, profile, template
 from tests.e2e.live import Cluster
-from tests.e2e.trouble import Instances, playground, says
+from tests.e2e.trouble import Instances, playground, says, versions
 
 SINCE, UNTIL = (1, 34), (1, 35)
 _CARDS = 2
@@ -112,10 +112,10 @@ def test_a_pod_finds_the_whole_card_in_its_container(cluster: Cluster) -> None:
 
 
 def test_an_update_leaves_the_slices_as_they_are(cluster: Cluster) -> None:
-    before = [body["metadata"]["resourceVersion"] for body in cluster.get("resourceslices")]
+    before = versions(cluster)
 
     playground("stop", "driver", "--gently")
     playground("start", "driver")
 
     cluster.runs(cluster.apply("whole-gpu"))
-    assert [body["metadata"]["resourceVersion"] for body in cluster.get("resourceslices")] == before
+    assert versions(cluster) == before

@@ -10,13 +10,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
-from tests.e2e.live import EXAMPLES, Cluster
+from tests.e2e.live import Cluster
 from tests.e2e.wanted import PLAYGROUND, ROOT
 
 _PATIENCE_S = 90  # a kubelet that was away looks every minute for claims of pods that went meanwhile
-DEAF = ["sh", "-c", "trap '' TERM; sleep 2147483647 & wait; wait"]  # ends by SIGKILL only, after its grace period
 
 
 def playground(*arguments: str) -> None:
@@ -32,20 +29,6 @@ def without(part: str) -> Iterator[None]:
         yield
     finally:
         playground("start", part)
-
-
-def pod(example: str, name: str, *, command: list[str] | None = None, restart: str = "Never") -> str:
-    """An example's documents under another name, with a pod that stays (or does as `command` says)."""
-    documents = list(yaml.safe_load_all((EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8")))
-    for document in documents:
-        document["metadata"]["name"] = name
-        spec = document["spec"]
-        if document["kind"] == "Pod":
-            spec["restartPolicy"] = restart
-            spec["containers"][0]["command"] = command or ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
-            for claim in spec.get("resourceClaims", ()):
-                claim["resourceClaimTemplateName"] = name
-    return yaml.safe_dump_all(documents)
 
 
 def versions(cluster: Cluster) -> dict[str, tuple[str, str]]:
