@@ -7,7 +7,7 @@ WORKDIR /src
 RUN python -m venv /opt/gpuslice
 # Dependencies first: they change seldom, and their layer is kept.
 COPY pyproject.toml README.md LICENSE ./
-COPY driver/__init__.py driver/__init__.py
+COPY driver/gpuslice/__init__.py driver/gpuslice/__init__.py
 RUN /opt/gpuslice/bin/pip install --no-cache-dir .
 COPY driver driver
 RUN /opt/gpuslice/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
@@ -18,5 +18,5 @@ RUN /opt/gpuslice/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/gpuslice /opt/gpuslice
 ENV PATH=/opt/gpuslice/bin:$PATH PYTHONUNBUFFERED=1 GRPC_VERBOSITY=NONE
-ENTRYPOINT ["python", "-m", "driver"]
+ENTRYPOINT ["python", "-m", "gpuslice"]
 CMD ["run"]

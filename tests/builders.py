@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from driver.core.inventory import Inventory
-from driver.core.model import MIB, Gpu, GpuUuid
-from driver.core.policy import Policy
-from driver.core.terms import API_VERSION, KIND
-from driver.nvml import models
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import MIB, Gpu, GpuUuid
+from gpuslice.core.policy import Policy
+from gpuslice.core.terms import API_VERSION, KIND
+from gpuslice.nvml import models
 
 
 @cache

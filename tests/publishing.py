@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from driver.core.model import PoolName
-from driver.core.pace import Pace
-from driver.core.pool import PoolSlices
-from driver.demo.apiserver import StandInApiServer
-from driver.kube import Kube
-from driver.publish import Publisher
+from gpuslice.core.model import PoolName
+from gpuslice.core.pace import Pace
+from gpuslice.core.pool import PoolSlices
+from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.kube import Kube
+from gpuslice.publish import Publisher
 
 DRIVER, NODE = "gpuslice.dev", "n1"
 FAST = Pace(quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1)

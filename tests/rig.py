@@ -7,28 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from driver.checkpoint import Checkpoint
-from driver.core.inventory import Inventory
-from driver.core.model import (
-    Allocation,
-    Claim,
-    ClaimRef,
-    ClaimUid,
-    DeviceRef,
-    Gpu,
-    Partition,
-    PoolName,
-    Settings,
-)
-from driver.core.policy import Policy
-from driver.core.record import Busy, PreparedClaim
-from driver.host import SimHost
-from driver.injection import Injector
-from driver.mps.client import MpsClient
-from driver.nvml.api import ComputeMode, Nvml
-from driver.nvml.sim import SimNvml
-from driver.prepare import Preparer
-from driver.steps import Steps
+from gpuslice.checkpoint import Checkpoint
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import Allocation, Claim, ClaimRef, ClaimUid, DeviceRef, Gpu, Partition, PoolName, Settings
+from gpuslice.core.policy import Policy
+from gpuslice.core.record import Busy, PreparedClaim
+from gpuslice.host import SimHost
+from gpuslice.injection import Injector
+from gpuslice.mps.client import MpsClient
+from gpuslice.nvml.api import ComputeMode, Nvml
+from gpuslice.nvml.sim import SimNvml
+from gpuslice.prepare import Preparer
+from gpuslice.steps import Steps
 
 NODE = "node-1"
 KIND = "gpuslice.dev/claim"

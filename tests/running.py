@@ -9,15 +9,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from driver import files
-from driver.core.model import ClaimRef, ClaimUid, DeviceRef
-from driver.demo.apiserver import StandInApiServer
-from driver.demo.kubelet import Answer, StandInKubelet
-from driver.gate import Departures
-from driver.kube import Kube
-from driver.kubelet import Doors
-from driver.service import ClaimService
-from driver.telemetry import Telemetry
+from gpuslice import files
+from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef
+from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.demo.kubelet import Answer, StandInKubelet
+from gpuslice.gate import Departures
+from gpuslice.kube import Kube
+from gpuslice.kubelet import Doors
+from gpuslice.service import ClaimService
+from gpuslice.telemetry import Telemetry
+
 from tests.rig import NODE, Rig
 
 DRIVER = "gpuslice.dev"

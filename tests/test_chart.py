@@ -17,14 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpuslice
 import kubernetes_validate
 import pytest
 import yaml
-
-import driver
-from driver import config
-from driver.config import Config
-from driver.core.policy import Policy
+from gpuslice import config
+from gpuslice.config import Config
+from gpuslice.core.policy import Policy
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -144,7 +143,7 @@ def test_the_manifests_of_deploy_are_never_made_with_other_values(tmp_path: Path
 def test_the_chart_is_of_the_version_of_the_driver() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
 
-    assert chart["version"] == chart["appVersion"] == driver.__version__
+    assert chart["version"] == chart["appVersion"] == gpuslice.__version__
 
 
 # ---------------------------------------------------------------- values.yaml

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from driver.checkpoint import Checkpoint
-from driver.core.model import ClaimRef, ClaimUid
-from driver.core.record import Plan, Record
-from driver.errors import StateError
+from gpuslice.checkpoint import Checkpoint
+from gpuslice.core.model import ClaimRef, ClaimUid
+from gpuslice.core.record import Plan, Record
+from gpuslice.errors import StateError
 
 
 def a_record(name: str = "one") -> Record:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpuslice import files
+from gpuslice.core.model import Claim
+from gpuslice.nvml.api import Nvml
 
-from driver import files
-from driver.core.model import Claim
-from driver.nvml.api import Nvml
 from tests.rig import Rig, a_claim
 
 EFFECTS = {

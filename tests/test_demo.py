@@ -11,7 +11,7 @@ import pytest
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run it as a user does; `folder` takes what it writes."""
     environment = os.environ | {"TMPDIR": str(folder)}
-    command = [sys.executable, "-m", "driver", "demo", *arguments]
+    command = [sys.executable, "-m", "gpuslice", "demo", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
 
 

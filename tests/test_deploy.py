@@ -10,17 +10,17 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from gpuslice import config
+from gpuslice.core import claims, pool
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import INTERVALS, Claim, ClaimRef, ClaimUid
+from gpuslice.core.policy import Policy
+from gpuslice.core.pool import Features
+from gpuslice.demo import scheduler
+from gpuslice.demo.scheduler import Request
+from gpuslice.demo.slices import amount
+from gpuslice.mps import control
 
-from driver import config
-from driver.core import claims, pool
-from driver.core.inventory import Inventory
-from driver.core.model import INTERVALS, Claim, ClaimRef, ClaimUid
-from driver.core.policy import Policy
-from driver.core.pool import Features
-from driver.demo import scheduler
-from driver.demo.scheduler import Request
-from driver.demo.slices import amount
-from driver.mps import control
 from tests.builders import a_policy
 from tests.rig import NODE, Rig
 from tests.test_mps_shares import a_supervisor
@@ -96,7 +96,7 @@ def test_the_admission_policy_guards_the_account_that_the_daemonset_runs_as() ->
 
 
 def test_the_role_has_exactly_the_rights_that_the_driver_uses() -> None:
-    calls = re.findall(r'_Call\(\s*"(\w+)", "(\w+)"', (ROOT / "driver/kube.py").read_text(encoding="utf-8"))
+    calls = re.findall(r'_Call\(\s*"(\w+)", "(\w+)"', (ROOT / "driver/gpuslice/kube.py").read_text(encoding="utf-8"))
     used = {(verb, resource) for verb, resource in calls if resource != "version"}  # for everybody: system:discovery
     granted = {(v, r) for rule in only("ClusterRole")["rules"] for v in rule["verbs"] for r in rule["resources"]}
 

@@ -13,12 +13,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
-
-from driver.core.model import ClaimRef
-from driver.demo.cluster import DRIVER, NODE, Cluster
-from driver.demo.scheduler import Request
-from driver.nvml.sim import SimNvml
-from driver.nvml.simnode import SimNode
+from gpuslice.core.model import ClaimRef
+from gpuslice.demo.cluster import DRIVER, NODE, Cluster
+from gpuslice.demo.scheduler import Request
+from gpuslice.nvml.sim import SimNvml
+from gpuslice.nvml.simnode import SimNode
 
 MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
 CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})
@@ -32,7 +31,7 @@ async def cluster(short: Path) -> AsyncIterator[Cluster]:
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "driver", *arguments],
+        [sys.executable, "-m", "gpuslice", *arguments],
         capture_output=True,
         text=True,
         timeout=60,

@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import ClaimRef
+from gpuslice.demo.cluster import DRIVER, Cluster, DriverProcess
+from gpuslice.demo.scheduler import Request
+from gpuslice.files import FolderWatch
+from gpuslice.mps.api import Running
+from gpuslice.mps.client import MpsClient
 
-from driver.core.model import ClaimRef
-from driver.demo.cluster import DRIVER, Cluster, DriverProcess
-from driver.demo.scheduler import Request
-from driver.files import FolderWatch
-from driver.mps.api import Running
-from driver.mps.client import MpsClient
 from tests.mps.node import Program
 
 CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})

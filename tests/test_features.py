@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.pool import Features
+from gpuslice.demo import slices
+from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.errors import ApiError
+from gpuslice.features import features
+from gpuslice.kube import Kube
 
-from driver.core.pool import Features
-from driver.demo import slices
-from driver.demo.apiserver import StandInApiServer
-from driver.errors import ApiError
-from driver.features import features
-from driver.kube import Kube
 from tests.publishing import (
     DRIVER,
     NODE,

@@ -8,10 +8,9 @@ import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
-
-from driver.core.model import ClaimUid, GpuUuid
-from driver.errors import ClaimError, HungError
-from driver.gate import Departures, Gate, Tickets, Turn, Workers
+from gpuslice.core.model import ClaimUid, GpuUuid
+from gpuslice.errors import ClaimError, HungError
+from gpuslice.gate import Departures, Gate, Tickets, Turn, Workers
 
 A, B = GpuUuid("GPU-a"), GpuUuid("GPU-b")
 UID, OTHER = ClaimUid("u-1"), ClaimUid("u-2")

@@ -1,4 +1,4 @@
-"""driver/pb/ is what proto/ generates, and nobody has edited it."""
+"""driver/gpuslice/pb/ is what proto/ generates, and nobody has edited it."""
 
 import subprocess
 import sys
@@ -13,6 +13,6 @@ def test_the_generated_code_is_what_the_protos_generate(tmp_path: Path) -> None:
     )
 
     assert made.returncode == 0
-    expected = {path.name: path.read_text() for path in (tmp_path / "driver/pb").iterdir()}
-    kept = {path.name: path.read_text() for path in (ROOT / "driver/pb").glob("*_pb2*")}
+    expected = {path.name: path.read_text() for path in (tmp_path / "gpuslice/pb").iterdir()}
+    kept = {path.name: path.read_text() for path in (ROOT / "driver/gpuslice/pb").glob("*_pb2*")}
     assert kept == expected

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import MIB, Claim, DeviceRef
+from gpuslice.core.policy import Policy
+from gpuslice.core.pool import Features, resource_slices
+from gpuslice.errors import DeviceError
+from gpuslice.mps import control
+from gpuslice.mps.supervisor import Supervisor
 
-from driver.core.model import MIB, Claim, DeviceRef
-from driver.core.policy import Policy
-from driver.core.pool import Features, resource_slices
-from driver.errors import DeviceError
-from driver.mps import control
-from driver.mps.supervisor import Supervisor
 from tests.builders import a_policy
 from tests.rig import Rig, a_claim, a_share
 

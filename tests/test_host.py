@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gpuslice.core import cdi
+from gpuslice.core.cdi import CdiDevice, DeviceNode, Injection
+from gpuslice.core.model import Gpu, GpuUuid
+from gpuslice.errors import DeviceError, StateError
+from gpuslice.host import Host, RealHost, SimHost
 
-from driver.core import cdi
-from driver.core.cdi import CdiDevice, DeviceNode, Injection
-from driver.core.model import Gpu, GpuUuid
-from driver.errors import DeviceError, StateError
-from driver.host import Host, RealHost, SimHost
 from tests.cdi_rules import faults
 from tests.node_tree import DEBIAN, RHEL, VERSION, fill_driver_root, fill_proc, write
 

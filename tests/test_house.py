@@ -85,7 +85,7 @@ def _docstring(text: str) -> str:
 
 def test_the_door_to_the_api_server_loads_no_typed_models() -> None:
     """All of them cost half a second and 20 MB at start (measured)."""
-    program = "import sys, driver.kube; print(sum(n.startswith('kubernetes.client.models.') for n in sys.modules))"
+    program = "import sys, gpuslice.kube; print(sum(n.startswith('kubernetes.client.models.') for n in sys.modules))"
 
     count = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
@@ -93,7 +93,7 @@ def test_the_door_to_the_api_server_loads_no_typed_models() -> None:
 
 
 def test_a_wrong_flag_is_answered_without_loading_the_driver() -> None:
-    program = "import sys, driver.cli; print([n for n in sys.modules if n in ('grpc', 'kubernetes', 'pynvml')])"
+    program = "import sys, gpuslice.cli; print([n for n in sys.modules if n in ('grpc', 'kubernetes', 'pynvml')])"
 
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 

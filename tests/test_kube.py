@@ -11,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-from driver import kube as door
-from driver.demo.apiserver import StandInApiServer
-from driver.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
-from driver.kube import Kube
+from gpuslice import kube as door
+from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
+from gpuslice.kube import Kube
 
 
 @pytest.fixture
@@ -189,7 +188,7 @@ def test_outside_a_pod_the_service_account_is_missed(monkeypatch: pytest.MonkeyP
 
 def test_no_typed_model_is_imported_for_they_cost_half_a_second(server: StandInApiServer) -> None:
     program = (
-        "import sys; from pathlib import Path; from driver.kube import Kube;"
+        "import sys; from pathlib import Path; from gpuslice.kube import Kube;"
         f"kube = Kube(Path({str(server.kubeconfig)!r})); kube.version(); kube.claims(); kube.close();"
         "print([m for m in sys.modules if m.startswith(('kubernetes.client.models.', 'kubernetes.client.api.'))])"
     )

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from gpuslice.core import claims, health
+from gpuslice.core.model import Claim, ClaimRef, ClaimUid
+from gpuslice.core.policy import Policy
+from gpuslice.core.pool import Features, resource_slices
+from gpuslice.demo import scheduler
+from gpuslice.demo.scheduler import Body, Request
+from gpuslice.nvml import models
 
-from driver.core import claims, health
-from driver.core.model import Claim, ClaimRef, ClaimUid
-from driver.core.policy import Policy
-from driver.core.pool import Features, resource_slices
-from driver.demo import scheduler
-from driver.demo.scheduler import Body, Request
-from driver.nvml import models
 from tests.rig import NODE, Rig
 from tests.test_mps_shares import a_supervisor
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import MIB, Claim
+from gpuslice.core.policy import Policy
+from gpuslice.errors import ClaimError, DeviceError
+from gpuslice.mps import control
+from gpuslice.mps.api import Running
+from gpuslice.mps.supervisor import Supervisor
+from gpuslice.nvml.api import MPS_SERVER, ComputeMode
+from gpuslice.nvml.simnode import SimNode
 
-from driver.core.model import MIB, Claim
-from driver.core.policy import Policy
-from driver.errors import ClaimError, DeviceError
-from driver.mps import control
-from driver.mps.api import Running
-from driver.mps.supervisor import Supervisor
-from driver.nvml.api import MPS_SERVER, ComputeMode
-from driver.nvml.simnode import SimNode
 from tests.mps.node import Program
 from tests.rig import Rig, a_claim, a_ref, a_share
 from tests.test_shares import GIB, env

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from gpuslice.core.model import ClaimUid, Placement
+from gpuslice.errors import ClaimError, DeviceError, StateError
+from gpuslice.nvml.api import Code
 
-from driver.core.model import ClaimUid, Placement
-from driver.errors import ClaimError, DeviceError, StateError
-from driver.nvml.api import Code
 from tests.rig import Rig, a_claim, a_ref
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.demo.apiserver import StandInApiServer
 
-from driver.demo.apiserver import StandInApiServer
 from tests.publishing import (
     DRIVER,
     NODE,

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core import reconcile
+from gpuslice.demo import slices
+from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.kube import Kube
+from gpuslice.publish import Publisher
 
-from driver.core import reconcile
-from driver.demo import slices
-from driver.demo.apiserver import StandInApiServer
-from driver.kube import Kube
-from driver.publish import Publisher
 from tests.publishing import (
     DRIVER,
     FAST,

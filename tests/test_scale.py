@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from driver.core import reconcile
-from driver.core.inventory import Inventory
-from driver.core.limits import faults
-from driver.core.policy import Policy
-from driver.core.pool import PoolSlices, resource_slices
-from driver.core.reconcile import Owner
+from gpuslice.core import reconcile
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.limits import faults
+from gpuslice.core.policy import Policy
+from gpuslice.core.pool import PoolSlices, resource_slices
+from gpuslice.core.reconcile import Owner
+
 from hack.scaling import fleet
 from hack.scaling.measure import KINDS, WHOLE, Figure
 from hack.scaling.report import BASELINE, OURS, report, table

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import ClaimRef, ClaimUid
 
-from driver.core.model import ClaimRef, ClaimUid
 from tests.running import DRIVER, World
 
 

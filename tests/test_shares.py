@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import MIB, Claim, DeviceRef, Settings
+from gpuslice.core.policy import Policy
+from gpuslice.errors import ClaimError, DeviceError
+from gpuslice.nvml.api import Code, ComputeMode
 
-from driver.core.model import MIB, Claim, DeviceRef, Settings
-from driver.core.policy import Policy
-from driver.errors import ClaimError, DeviceError
-from driver.nvml.api import Code, ComputeMode
 from tests.rig import Rig, a_claim, a_ref, a_share
 
 GIB = 1024 * MIB

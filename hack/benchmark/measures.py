@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from gpuslice.core.model import ClaimRef
+from gpuslice.demo import scheduler
+from gpuslice.demo.cluster import DRIVER, NODE, Cluster, DriverProcess, complete
+from gpuslice.demo.kubelet import KubeletError
+from gpuslice.demo.scheduler import Request
+from gpuslice.nvml.simnode import SimNode
+from gpuslice.pb import registration_v1_pb2, registration_v1_pb2_grpc
 from machine import cpu_s
 from subject import BenchError, Subject
 from table import Figures
-
-from driver.core.model import ClaimRef
-from driver.demo import scheduler
-from driver.demo.cluster import DRIVER, NODE, Cluster, DriverProcess, complete
-from driver.demo.kubelet import KubeletError
-from driver.demo.scheduler import Request
-from driver.nvml.simnode import SimNode
-from driver.pb import registration_v1_pb2, registration_v1_pb2_grpc
 
 GPUS = 8
 CARD: Mapping[str, str] = {"type": "gpu"}
@@ -96,7 +95,7 @@ class _Cluster(Cluster):
 
     def __init__(self, subject: Subject, folder: Path, simulate: str, latency: str) -> None:
         super().__init__(folder, simulate, latency=latency)
-        self._subject = subject
+        self._subject, self.module = subject, subject.module
 
     def arguments(self, *more: str) -> list[str]:
         return self._subject.known(super().arguments(*more))

@@ -24,13 +24,14 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A driver to measure: its name in the table, and the folder in which its package `driver` lies."""
+    """A driver to measure: its name in the table, its package, and the folder in which the package lies."""
 
     name: str
     root: Path
+    module: str
 
     def environment(self) -> Mapping[str, str]:
-        """Without PYTHONSAFEPATH `python -m driver` would take the package of the current folder, whatever the path."""
+        """Without PYTHONSAFEPATH `python -m` would take the package of the current folder, whatever the path."""
         return {"PYTHONPATH": f"{self.root}:{_WITHOUT}", "PYTHONSAFEPATH": "1"}
 
     def known(self, arguments: Sequence[str]) -> list[str]:
@@ -43,7 +44,7 @@ class Subject:
     @cache  # noqa: B019 - two subjects in a run
     def _flags(self) -> frozenset[str]:
         environment = {**os.environ, **self.environment()}
-        command = [sys.executable, "-m", "driver", "run", "--help"]
+        command = [sys.executable, "-m", self.module, "run", "--help"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise BenchError(f"the driver of {self.name} cannot be run: {done.stderr.strip()[-300:]}")
@@ -51,7 +52,15 @@ class Subject:
 
 
 def here() -> Subject:
-    return Subject("this tree", ROOT)
+    return _subject("this tree", ROOT)
+
+
+def _subject(name: str, tree: Path) -> Subject:
+    """The driver in a work tree: `driver/gpuslice`, or `driver` in revisions before 0.2. BenchError where there is none."""
+    for root, module in ((tree / "driver", "gpuslice"), (tree, "driver")):
+        if (root / module / "__main__.py").exists():
+            return Subject(name, root, module)
+    raise BenchError(f"{name} has no driver/gpuslice/__main__.py to run; name a revision that can be started")
 
 
 @contextlib.contextmanager
@@ -61,9 +70,7 @@ def at_revision(revision: str) -> Iterator[Subject]:
         tree = Path(folder, "tree")
         _git("worktree", "add", "--detach", str(tree), revision)
         try:
-            if not (tree / "driver" / "__main__.py").exists():
-                raise BenchError(f"revision {revision} has no driver/__main__.py to run; name one that can be started")
-            yield Subject(revision, tree)
+            yield _subject(revision, tree)
         finally:
             _git("worktree", "remove", "--force", str(tree))
 
@@ -83,7 +90,7 @@ def with_byte_code(subjects: list[Subject]) -> list[str]:
     notes = []
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         notes.append("PYTHONDONTWRITEBYTECODE was set here; the drivers were started without it")
-    bare = [s.name for s in subjects if not compileall.compile_dir(str(s.root / "driver"), quiet=2)]
+    bare = [s.name for s in subjects if not compileall.compile_dir(str(s.root / s.module), quiet=2)]
     if bare:
         notes.append(f"byte-code of {', '.join(bare)} could not be written: memory and start look worse than they are")
     return notes

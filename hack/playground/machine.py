@@ -46,8 +46,8 @@ def check() -> None:
 
 def check_gpus(gpus: str) -> None:
     """PlaygroundError where these cards cannot be simulated."""
-    from driver.errors import DriverError
-    from driver.nvml import nodespec
+    from gpuslice.errors import DriverError
+    from gpuslice.nvml import nodespec
 
     try:
         if gpus:

@@ -42,7 +42,7 @@ def commands(place: Place, facts: Facts, binaries: Binaries) -> dict[str, Comman
 
 def driver(place: Place, facts: Facts) -> Command:
     return [
-        *(sys.executable, "-m", "driver", "run", "--simulate", facts.gpus, "--node-name", NODE),
+        *(sys.executable, "-m", "gpuslice", "run", "--simulate", facts.gpus, "--node-name", NODE),
         *("--kubeconfig", str(place.driver)),
         *("--kubelet-plugins-directory-path", str(place.plugins)),
         *("--kubelet-registrar-directory-path", str(place.registry)),
@@ -53,7 +53,7 @@ def driver(place: Place, facts: Facts) -> Command:
 
 def supervisor(place: Place, facts: Facts) -> Command:
     return [
-        *(sys.executable, "-m", "driver", "mps-supervisor", "--simulate", facts.gpus),
+        *(sys.executable, "-m", "gpuslice", "mps-supervisor", "--simulate", facts.gpus),
         *("--mps-root", str(place.mps), "--kubelet-plugins-directory-path", str(place.plugins)),
     ]
 

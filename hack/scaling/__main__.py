@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from driver.core.policy import Policy
-from driver.errors import DriverError
-from driver.node import read_policy
+from gpuslice.core.policy import Policy
+from gpuslice.errors import DriverError
+from gpuslice.node import read_policy
+
 from hack.scaling.api import Api
 from hack.scaling.control import Scheduler, control_plane
 from hack.scaling.errors import ScaleError

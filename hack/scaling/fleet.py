@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from gpuslice.core import reconcile
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import Gpu, GpuUuid
+from gpuslice.core.policy import Policy
+from gpuslice.core.pool import Features, PoolSlices, resource_slices
+from gpuslice.core.reconcile import Create, Owner
+from gpuslice.nvml.sim import SimNvml
 
-from driver.core import reconcile
-from driver.core.inventory import Inventory
-from driver.core.model import Gpu, GpuUuid
-from driver.core.policy import Policy
-from driver.core.pool import Features, PoolSlices, resource_slices
-from driver.core.reconcile import Create, Owner
-from driver.nvml.sim import SimNvml
 from hack.scaling.api import CLASSES, NODES, SLICES, Api, Body
 
 DRIVER = "gpuslice.dev"

@@ -4,13 +4,13 @@ import json
 from typing import cast
 
 import pytest
+from gpuslice.core import cdi
+from gpuslice.core.cdi import CdiDevice, DeviceNode, Hook, Injection, Mount
+from gpuslice.core.model import DeviceRef, PoolName
+from gpuslice.errors import ConfigError, StateError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from driver.core import cdi
-from driver.core.cdi import CdiDevice, DeviceNode, Hook, Injection, Mount
-from driver.core.model import DeviceRef, PoolName
-from driver.errors import ConfigError, StateError
 from tests.cdi_rules import Body, faults
 
 UID = "0d9c2f7e-5a0b-4c53-9a39-6a0f6f0f9d11"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from driver.core import claims
-from driver.core.model import ClaimRef, ClaimUid, DeviceRef, PoolName, Settings
-from driver.errors import ClaimError
+from gpuslice.core import claims
+from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef, PoolName, Settings
+from gpuslice.errors import ClaimError
 
 REF = ClaimRef("default", "one", ClaimUid("uid-1"))
 DRIVER = "gpuslice.dev"

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-
-from driver.core import codec
-from driver.core.model import (
+from gpuslice.core import codec
+from gpuslice.core.model import (
     Allocation,
     ClaimRef,
     ClaimUid,
@@ -25,7 +24,7 @@ from driver.core.model import (
     Sharing,
     TimeSlicing,
 )
-from driver.core.record import (
+from gpuslice.core.record import (
     CreateMig,
     Grant,
     MadeMig,

@@ -6,14 +6,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
+from gpuslice.core import counters, layout
+from gpuslice.core.counters import Counters
+from gpuslice.core.layout import Place
+from gpuslice.core.model import MigProfile, Placement
+from gpuslice.nvml import geometry, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from driver.core import counters, layout
-from driver.core.counters import Counters
-from driver.core.layout import Place
-from driver.core.model import MigProfile, Placement
-from driver.nvml import geometry, models
 
 PRODUCTS = [key for key in models.known() if models.product(key).profiles]
 

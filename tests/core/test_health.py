@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from driver.core import health
-from driver.core.inventory import Inventory
-from driver.core.model import DeviceRef, Gpu, LiveGpu, MigUuid, Partition, Placement, Taint
-from driver.core.policy import Policy
+from gpuslice.core import health
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import DeviceRef, Gpu, LiveGpu, MigUuid, Partition, Placement, Taint
+from gpuslice.core.policy import Policy
+
 from tests.builders import a_gpu
 
 OFF, ON = LiveGpu(mig=False, mig_pending=False), LiveGpu(mig=True, mig_pending=True)

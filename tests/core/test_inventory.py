@@ -6,9 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
-
-from driver.core.inventory import Inventory
-from driver.core.model import (
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import (
     DeviceRef,
     Exclusive,
     GpuUuid,
@@ -20,8 +19,9 @@ from driver.core.model import (
     TimeSlicing,
     WholeGpu,
 )
-from driver.errors import ConfigError
-from driver.nvml import geometry, models
+from gpuslice.errors import ConfigError
+from gpuslice.nvml import geometry, models
+
 from tests.builders import a_gpu, a_policy, an_inventory
 
 POOL = PoolName("node-1/0000-3b-00-0")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from gpuslice.core import layout
+from gpuslice.core.layout import Place
+from gpuslice.core.model import Gpu, MigProfile, MigSlot, Placement
+from gpuslice.nvml import geometry, models
 
-from driver.core import layout
-from driver.core.layout import Place
-from driver.core.model import Gpu, MigProfile, MigSlot, Placement
-from driver.nvml import geometry, models
 from tests.builders import a_gpu
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from driver.core.limits import faults
-from driver.core.model import PoolName
-from driver.core.pool import PoolSlices
+from gpuslice.core.limits import faults
+from gpuslice.core.model import PoolName
+from gpuslice.core.pool import PoolSlices
 
 
 def a_device(name: str = "gpu", **changes: Any) -> dict[str, Any]:

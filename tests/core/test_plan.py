@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from driver.core import plan
-from driver.core.inventory import Inventory
-from driver.core.model import (
+from gpuslice.core import plan
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import (
     Allocation,
     Claim,
     ClaimRef,
@@ -22,9 +21,10 @@ from driver.core.model import (
     Partition,
     Placement,
 )
-from driver.core.policy import Policy
-from driver.core.record import Busy, CreateMig, DestroyMig, MadeMig, Plan, Record, SetMigMode
-from driver.errors import ClaimError, DeviceError
+from gpuslice.core.policy import Policy
+from gpuslice.core.record import Busy, CreateMig, DestroyMig, MadeMig, Plan, Record, SetMigMode
+from gpuslice.errors import ClaimError, DeviceError
+
 from tests.builders import a_gpu
 
 H100 = a_gpu("h100", 0)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from gpuslice.core import terms
+from gpuslice.core.policy import Policy
+from gpuslice.core.terms import Mode, Parts
+from gpuslice.errors import ConfigError
 
-from driver.core import terms
-from driver.core.policy import Policy
-from driver.core.terms import Mode, Parts
-from driver.errors import ConfigError
 from tests.builders import a_gpu
 
 HEAD = "apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\n"

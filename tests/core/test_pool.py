@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from gpuslice.core import shape
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.limits import faults
+from gpuslice.core.model import DeviceRef, MigSlice, Monitor, Mps, Taint, TimeSlicing, WholeGpu
+from gpuslice.core.policy import Policy
+from gpuslice.core.pool import Features, PoolSlices, resource_slices
+from gpuslice.errors import StateError
+from gpuslice.nvml import geometry, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driver.core import shape
-from driver.core.inventory import Inventory
-from driver.core.limits import faults
-from driver.core.model import DeviceRef, MigSlice, Monitor, Mps, Taint, TimeSlicing, WholeGpu
-from driver.core.policy import Policy
-from driver.core.pool import Features, PoolSlices, resource_slices
-from driver.errors import StateError
-from driver.nvml import geometry, models
 from tests.builders import a_gpu, a_policy, an_inventory
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-
-from driver.core import reconcile
-from driver.core.model import PoolName
-from driver.core.pool import PoolSlices
-from driver.core.reconcile import Change, Create, Delete, Owner, Update
+from gpuslice.core import reconcile
+from gpuslice.core.model import PoolName
+from gpuslice.core.pool import PoolSlices
+from gpuslice.core.reconcile import Change, Create, Delete, Owner, Update
 
 Body = dict[str, Any]
 

@@ -6,10 +6,9 @@ import json
 from typing import Any
 
 import pytest
-
-from driver.core import shape
-from driver.core.model import PoolName
-from driver.core.pool import PoolSlices
+from gpuslice.core import shape
+from gpuslice.core.model import PoolName
+from gpuslice.core.pool import PoolSlices
 
 NAME = PoolName("n/p")
 

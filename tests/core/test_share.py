@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from driver.core import share
-from driver.core.model import (
+from gpuslice.core import share
+from gpuslice.core.model import (
     MIB,
     Allocation,
     DeviceRef,
@@ -18,8 +17,8 @@ from driver.core.model import (
     Sharing,
     TimeSlicing,
 )
-from driver.core.record import Grant
-from driver.core.share import Share
+from gpuslice.core.record import Grant
+from gpuslice.core.share import Share
 
 GPU = GpuUuid("GPU-12345678-0000-0000-0000-000000000000")
 SLOT = MigSlot(GPU, 19, Placement(6, 1))

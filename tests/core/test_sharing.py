@@ -12,15 +12,15 @@ from itertools import count
 from typing import Any
 
 import pytest
+from gpuslice.core import quantity
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import Exclusive, MigSlice, Monitor, Offer
+from gpuslice.core.pool import Features, resource_slices
+from gpuslice.demo.scheduler import Body, Request, allocate
+from gpuslice.nvml import geometry, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driver.core import quantity
-from driver.core.inventory import Inventory
-from driver.core.model import Exclusive, MigSlice, Monitor, Offer
-from driver.core.pool import Features, resource_slices
-from driver.demo.scheduler import Body, Request, allocate
-from driver.nvml import geometry, models
 from tests.builders import a_gpu, a_policy, an_inventory
 
 NODE, DRIVER = "node-1", "gpuslice.dev"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from driver.core.view import View
+from gpuslice.core.view import View
 
 pytestmark = pytest.mark.contract(60)
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from driver.demo import slices
-from driver.demo.apiserver import StandInApiServer
-from driver.demo.store import RefusalError
-from driver.errors import ApiError, ConflictError, ExpiredError, NotFoundError
-from driver.kube import Kube
+from gpuslice.demo import slices
+from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.demo.store import RefusalError
+from gpuslice.errors import ApiError, ConflictError, ExpiredError, NotFoundError
+from gpuslice.kube import Kube
 
 Body = dict[str, Any]
 
@@ -198,7 +197,7 @@ def test_state_outlives_an_absence_on_the_same_port(server: StandInApiServer, ku
 
 
 def test_it_runs_as_a_process_until_sigterm(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "driver.demo.apiserver", "--folder", str(tmp_path), "--node", "n1"]
+    command = [sys.executable, "-m", "gpuslice.demo.apiserver", "--folder", str(tmp_path), "--node", "n1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()

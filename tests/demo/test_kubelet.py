@@ -11,10 +11,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-
-from driver.core.model import ClaimRef, ClaimUid
-from driver.demo.kubelet import V1, V1BETA1, Answer, Given, KubeletError, StandInKubelet
-from driver.pb import (
+from gpuslice.core.model import ClaimRef, ClaimUid
+from gpuslice.demo.kubelet import V1, V1BETA1, Answer, Given, KubeletError, StandInKubelet
+from gpuslice.pb import (
     dra_v1_pb2,
     dra_v1_pb2_grpc,
     dra_v1beta1_pb2,

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from gpuslice import files
+from gpuslice.core.model import Partition
+from gpuslice.mps.place import Place
+from gpuslice.nvml.sim import SimNvml
 
-from driver import files
-from driver.core.model import Partition
-from driver.mps.place import Place
-from driver.nvml.sim import SimNvml
 from tests.e2e.bodies import DRIVER, STAY, Body
 from tests.e2e.wanted import PLAYGROUND, ROOT
 

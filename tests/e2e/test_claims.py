@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from driver.nvml.api import Code
-from driver.nvml.faults import Effect
+from gpuslice.nvml.api import Code
+from gpuslice.nvml.faults import Effect
+
 from tests.e2e.bodies import attribute, claim, exactly, made_from, named, pod, profile, template
 from tests.e2e.live import Cluster
 

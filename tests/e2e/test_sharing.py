@@ -67,7 +67,7 @@ def test_the_commands_of_the_driver_show_on_the_node_who_holds_what(cluster: Clu
 
     plugins = cluster.folder / "kubelet" / "plugins"
     flags = (f"--simulate={cluster.facts['gpus']}", "--node-name=node1", f"--kubelet-plugins-directory-path={plugins}")
-    asked = [sys.executable, "-m", "driver", command, *flags]
+    asked = [sys.executable, "-m", "gpuslice", command, *flags]
     shown = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert said in shown

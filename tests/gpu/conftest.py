@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
-from driver.errors import DeviceError
-from driver.nvml.api import Nvml
-from driver.nvml.real import RealNvml
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.api import Nvml
+from gpuslice.nvml.real import RealNvml
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.errors import DeviceError
+from gpuslice.mps import control
+from gpuslice.mps.api import Daemon
+from gpuslice.mps.client import MpsClient
+from gpuslice.mps.supervisor import Supervisor
+from gpuslice.nvml.api import Nvml
 
-from driver.errors import DeviceError
-from driver.mps import control
-from driver.mps.api import Daemon
-from driver.mps.client import MpsClient
-from driver.mps.supervisor import Supervisor
-from driver.nvml.api import Nvml
 from tests.gpu import program
 
 CEILING_MIB = 4096

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from driver.core.model import GpuUuid, MigUuid
-from driver.mps import control
-from driver.mps.api import Daemon
-from driver.mps.client import MpsClient
-from driver.mps.daemon import Patience
-from driver.mps.supervisor import Supervisor
-from driver.nvml.simnode import SimNode
+from gpuslice.core.model import GpuUuid, MigUuid
+from gpuslice.mps import control
+from gpuslice.mps.api import Daemon
+from gpuslice.mps.client import MpsClient
+from gpuslice.mps.daemon import Patience
+from gpuslice.mps.supervisor import Supervisor
+from gpuslice.nvml.simnode import SimNode
+
 from tests.mps import client as program
 
 SOON_S = 20.0
@@ -83,7 +84,7 @@ class Heard(logging.Handler):
         super().__init__()
         self._lines: list[str] = []
         self._more = threading.Condition()
-        logger = logging.getLogger("driver.mps")
+        logger = logging.getLogger("gpuslice.mps")
         logger.addHandler(self)
         logger.setLevel(logging.DEBUG)
 
@@ -123,7 +124,7 @@ class Node:
         """As it is run on a node; returns when it serves."""
         arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
         process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "driver", "mps-supervisor", *arguments],
+            [*prefix, sys.executable, "-m", "gpuslice", "mps-supervisor", *arguments],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -144,7 +145,7 @@ class Node:
         for running in self.programs:
             running.end()
         self.sim.close()
-        logging.getLogger("driver.mps").removeHandler(self.heard)
+        logging.getLogger("gpuslice.mps").removeHandler(self.heard)
 
     # ------------------------------------------------------------ what a test asks for
 

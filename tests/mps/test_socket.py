@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from gpuslice import __version__
+from gpuslice.errors import DeviceError
+from gpuslice.mps import wire
+from gpuslice.mps.client import MpsClient
 
-from driver import __version__
-from driver.errors import DeviceError
-from driver.mps import wire
-from driver.mps.client import MpsClient
 from tests.mps.node import Node
 
 HEAVY = ("grpc", "kubernetes", "asyncio", "google", "prometheus_client", "yaml", "pynvml", "urllib3")
@@ -155,8 +155,8 @@ def test_a_supervisor_that_does_not_greet_back_is_told(node: Node) -> None:
 def test_the_supervisor_loads_nothing_heavy() -> None:
     program = f"""
 import sys
-from driver import cli, config
-from driver.mps import control, supervisor
+from gpuslice import cli, config
+from gpuslice.mps import control, supervisor
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
 
@@ -166,8 +166,10 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 def test_the_driver_loads_only_the_clients_side() -> None:
-    program = "import sys, driver.app; print(sorted(name for name in sys.modules if name.startswith('driver.mps.')))"
+    program = (
+        "import sys, gpuslice.app; print(sorted(name for name in sys.modules if name.startswith('gpuslice.mps.')))"
+    )
 
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
-    assert loaded.strip() == str([f"driver.mps.{name}" for name in ("api", "client", "place", "wire")])
+    assert loaded.strip() == str([f"gpuslice.mps.{name}" for name in ("api", "client", "place", "wire")])

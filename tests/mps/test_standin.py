@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 import pytest
+from gpuslice.files import FolderWatch
 
-from driver.files import FolderWatch
 from tests.mps.node import SOON_S, Node
 
 

@@ -8,14 +8,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import Placement
+from gpuslice.errors import DeviceError
+from gpuslice.mps import control
+from gpuslice.mps.api import Daemon, Running
+from gpuslice.mps.process import boot_id
+from gpuslice.mps.supervisor import Supervisor
+from gpuslice.nvml.sim import SimNvml
 
-from driver.core.model import Placement
-from driver.errors import DeviceError
-from driver.mps import control
-from driver.mps.api import Daemon, Running
-from driver.mps.process import boot_id
-from driver.mps.supervisor import Supervisor
-from driver.nvml.sim import SimNvml
 from tests.mps.node import Node
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a daemon that serves several uids")

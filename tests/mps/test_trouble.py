@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpuslice.errors import DeviceError
+from gpuslice.mps.daemon import Patience
+from gpuslice.mps.keeper import pause_s
+from gpuslice.mps.process import ProcessId, Watched
 
-from driver.errors import DeviceError
-from driver.mps.daemon import Patience
-from driver.mps.keeper import pause_s
-from driver.mps.process import ProcessId, Watched
 from tests.mps.node import QUICK, SOON_S, Node
 
 SMALL_KIB = 30 * 1024
@@ -287,7 +287,7 @@ def test_a_second_supervisor_process_says_why_it_ends(node: Node) -> None:
     arguments = ["--mps-root", str(node.root), "--simulate", node.spec, "--simulate-folder", str(node.sim.folder)]
 
     second = subprocess.run(
-        [sys.executable, "-m", "driver", "mps-supervisor", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "gpuslice", "mps-supervisor", *arguments], capture_output=True, text=True, check=False
     )
 
     assert second.returncode == 1

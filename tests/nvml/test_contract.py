@@ -11,14 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-
-from driver.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Placement
-from driver.errors import DeviceError
-from driver.nvml import geometry
-from driver.nvml.api import TIME_SLICES, Code, ComputeMode, Nvml
-from driver.nvml.models import known, product
-from driver.nvml.real import RealNvml
-from driver.nvml.sim import SimNvml
+from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Placement
+from gpuslice.errors import DeviceError
+from gpuslice.nvml import geometry
+from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, Nvml
+from gpuslice.nvml.models import known, product
+from gpuslice.nvml.real import RealNvml
+from gpuslice.nvml.sim import SimNvml
 
 MIG_PRODUCTS = tuple(key for key in known() if product(key).profiles)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
-from driver.core.model import MigProfile, Placement
-from driver.nvml import geometry
-from driver.nvml.geometry import Instance
-from driver.nvml.models import Product, product
+from gpuslice.core.model import MigProfile, Placement
+from gpuslice.nvml import geometry
+from gpuslice.nvml.geometry import Instance
+from gpuslice.nvml.models import Product, product
 
 
 def instance(model: Product, name: str, start: int) -> Instance:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from driver.errors import ConfigError
-from driver.nvml.models import catalogue, known, product
-from driver.nvml.nodespec import Card, NodeSpec, parse
+from gpuslice.errors import ConfigError
+from gpuslice.nvml.models import catalogue, known, product
+from gpuslice.nvml.nodespec import Card, NodeSpec, parse
 
 
 def test_cards_are_counted_and_joined() -> None:

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 _START = """
 import sys
 from pathlib import Path
-from driver.core.model import *
-from driver.errors import DeviceError
-from driver.nvml.api import *
-from driver.nvml.real import RealNvml
+from gpuslice.core.model import *
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.api import *
+from gpuslice.nvml.real import RealNvml
 
 def code(verb, *arguments):
     try:

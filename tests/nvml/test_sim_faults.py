@@ -7,13 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-from driver.core.model import GpuUuid, Placement
-from driver.errors import ConfigError, DeviceError
-from driver.files import try_lock
-from driver.nvml.api import Code
-from driver.nvml.faults import CODES
-from driver.nvml.sim import SECONDS, SimNvml
+from gpuslice.core.model import GpuUuid, Placement
+from gpuslice.errors import ConfigError, DeviceError
+from gpuslice.files import try_lock
+from gpuslice.nvml.api import Code
+from gpuslice.nvml.faults import CODES
+from gpuslice.nvml.sim import SECONDS, SimNvml
 
 ONE_G, AT_0 = 19, Placement(0, 1)
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from driver.core.model import GpuUuid, LiveGpu, Placement
-from driver.errors import ConfigError, DeviceError, StateError
-from driver.nvml.api import Code, ComputeMode, XidEvent
-from driver.nvml.sim import SimNvml
+from gpuslice.core.model import GpuUuid, LiveGpu, Placement
+from gpuslice.errors import ConfigError, DeviceError, StateError
+from gpuslice.nvml.api import Code, ComputeMode, XidEvent
+from gpuslice.nvml.sim import SimNvml
 
 ROOT = Path(__file__).parents[2]
 ONE_G, AT_0 = 19, Placement(0, 1)
@@ -204,9 +203,9 @@ def test_a_lost_card_is_left_out_and_named_and_takes_no_other_with_it(node: SimN
 _TAKE_ALL = """
 import sys
 from pathlib import Path
-from driver.core.model import Placement
-from driver.errors import DeviceError
-from driver.nvml.sim import SimNvml
+from gpuslice.core.model import Placement
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.sim import SimNvml
 
 node = SimNvml(Path(sys.argv[1]), latency="zero")
 gpu = node.gpus()[0].uuid

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from driver.core.model import GpuUuid
-from driver.errors import DeviceError
-from driver.nvml.api import MPS_SERVER, TIME_SLICES, Code, ComputeMode
-from driver.nvml.sim import SimNvml
-from driver.nvml.smi import Smi
+from gpuslice.core.model import GpuUuid
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.api import MPS_SERVER, TIME_SLICES, Code, ComputeMode
+from gpuslice.nvml.sim import SimNvml
+from gpuslice.nvml.smi import Smi
 
 GPU = GpuUuid("GPU-00000000-1111-2222-3333-444444444444")
 

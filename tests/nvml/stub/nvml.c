@@ -1,4 +1,4 @@
-/* A stand-in for libnvidia-ml.so.1, so that the ctypes side of driver/nvml/real.py runs without a GPU.
+/* A stand-in for libnvidia-ml.so.1, so that the ctypes side of driver/gpuslice/nvml/real.py runs without a GPU.
  *
  * One H100 in MIG mode with four profiles (index 1 has fallen off the bus). Struct layouts are those of nvml.h, CUDA 13.
  * It is strict where pynvml is not: wrong struct versions and by-value structs fail here instead of passing unseen.

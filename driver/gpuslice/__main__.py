@@ -1,0 +1,5 @@
+"""`python -m gpuslice` is the command `gpuslice`."""
+
+from gpuslice.cli import main
+
+main()

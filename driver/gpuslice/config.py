@@ -1,0 +1,147 @@
+"""`Config`: what an operator chose, checked once. It stops at `app.py`; the rest takes the few values it needs.
+
+Order: defaults → environment → flags. Every flag --some-name has the twin SOME_NAME in the environment, so that a
+DaemonSet's downward API (NODE_NAME, POD_UID) fits without a script. Names follow NVIDIA's driver where they mean the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from gpuslice.errors import ConfigError
+
+DRIVER_NAME = "gpuslice.dev"
+LATENCIES = ("realistic", "zero", "serial")
+LEVELS = ("debug", "info", "warning", "error")
+# plugins/<driver>/dra-<36 characters of a pod UID>.sock has to stay within the 107 bytes of a socket path.
+_LONGEST_DRIVER_NAME = 36
+_DNS = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    driver_name: str = DRIVER_NAME
+    node_name: str = ""
+    pod_uid: str = ""
+    kubeconfig: Path | None = None
+    kubelet_registrar_directory_path: Path = Path("/var/lib/kubelet/plugins_registry")
+    kubelet_plugins_directory_path: Path = Path("/var/lib/kubelet/plugins")
+    registration_socket: str = ""
+    cdi_root: Path = Path("/var/run/cdi")
+    nvidia_driver_root: Path = Path("/")
+    driver_root_ctr_path: Path = Path("/")
+    nvidia_cdi_hook_path: Path | None = None
+    policy: Path | None = None
+    mps_root: Path = Path("/run/gpuslice/mps")
+    http_endpoint: str = ""
+    log_level: str = "info"
+    simulate: str = ""
+    simulate_folder: Path | None = None
+    simulate_latency: str = "realistic"
+
+    def __post_init__(self) -> None:
+        if len(self.driver_name) > _LONGEST_DRIVER_NAME or not _DNS.fullmatch(self.driver_name):
+            raise ConfigError(
+                f"driver name {self.driver_name!r} must be a lower-case DNS name of at most {_LONGEST_DRIVER_NAME} "
+                "characters, for it is part of socket paths; choose a shorter one"
+            )
+        _one_of("log level", self.log_level, LEVELS)
+        _one_of("simulated latency", self.simulate_latency, LATENCIES)
+        if not self.simulate and self.simulate_folder is not None:
+            raise ConfigError(
+                "--simulate-folder has no effect without --simulate; name the cards to simulate or drop it"
+            )
+
+    @property
+    def plugin_folder(self) -> Path:
+        """Where sockets, locks and records live: the kubelet's folder for this driver."""
+        return self.kubelet_plugins_directory_path / self.driver_name
+
+    @property
+    def simulated_node(self) -> Path:
+        return self.simulate_folder or self.plugin_folder / "simulated"
+
+
+# What `mps-supervisor` needs of them.
+SUPERVISOR_FLAGS = (
+    "mps_root",
+    "driver_root_ctr_path",
+    "log_level",
+    "driver_name",
+    "kubelet_plugins_directory_path",
+    "simulate",
+    "simulate_folder",
+)
+
+# What `devices` and `claims` need of them.
+NODE_FLAGS = (
+    "driver_name",
+    "node_name",
+    "kubelet_plugins_directory_path",
+    "nvidia_driver_root",
+    "driver_root_ctr_path",
+    "policy",
+    "simulate",
+    "simulate_folder",
+)
+
+_HELP = {
+    "driver_name": "name of the DRA driver, also the domain of its attributes",
+    "node_name": "name of the Node object this runs on; in a pod, from the downward API",
+    "pod_uid": "UID of the driver's own pod: makes socket names unique for rolling updates",
+    "kubeconfig": "kubeconfig file; in a pod the service account is used",
+    "kubelet_registrar_directory_path": "where the kubelet looks for registration sockets",
+    "kubelet_plugins_directory_path": "folder of the kubelet's plugins; ours is <it>/<driver name>",
+    "registration_socket": "fixed name of the registration socket (excludes --pod-uid)",
+    "cdi_root": "where the container runtime looks for CDI specs",
+    "nvidia_driver_root": "root of the NVIDIA driver as the host sees it",
+    "driver_root_ctr_path": "the same folder as this process sees it",
+    "nvidia_cdi_hook_path": "nvidia-cdi-hook, a host path; found in the usual places if not given",
+    "policy": "policy file: what each GPU may offer (docs/policy.md)",
+    "mps_root": "folder of the MPS supervisor and its daemons; the same path on the host and in every container",
+    "http_endpoint": "host:port for /metrics, /healthz, /readyz; none if empty",
+    "log_level": f"one of {', '.join(LEVELS)}",
+    "simulate": "no GPU: simulate this node, e.g. h100x8 or a100-40gx2+l4, or a file (docs/simulator.md)",
+    "simulate_folder": "where the simulated node lives; opened again it is as it was left",
+    "simulate_latency": f"one of {', '.join(LATENCIES)}",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add these settings as flags (all if none is named); the twin in the environment stands in each help text."""
+    for field in fields(Config):
+        if names and field.name not in names:
+            continue
+        default = field.default or ""
+        shown = f"; default {default}" if default else ""
+        parser.add_argument(
+            _flag(field.name),
+            metavar="…",
+            help=f"{_HELP[field.name]} (env {field.name.upper()}{shown})",
+        )
+
+
+def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:
+    """Build the checked config. ConfigError names the flag."""
+    values: dict[str, object] = {}
+    for field in fields(Config):
+        text = getattr(arguments, field.name, None)
+        if text is None:
+            text = environment.get(field.name.upper()) or None
+        if text is not None:
+            values[field.name] = Path(text) if "Path" in str(field.type) else text
+    return Config(**values)  # type: ignore[arg-type]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{what} {value!r} is not known; use one of: {', '.join(known)}")

@@ -1,0 +1,267 @@
+"""What a container is given, as a CDI specification: pure text, one file per claim.
+
+Source of the format: the Container Device Interface specification, `SPEC.md`. Version 0.5.0 is the lowest that holds
+what we write (`hostPath` of a device node, device names that begin with a digit); a runtime with an older library
+refuses a newer number outright, and 0.3.0 is refused for a file that uses newer fields (measured: containerd 1.7, 2.1).
+
+What all devices of a node share (driver libraries, control nodes) is written into every device, so that each is enough
+alone and none depends on another file: the same device in two files makes both unusable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from gpuslice.core.model import DeviceRef
+from gpuslice.errors import ConfigError, StateError
+
+VERSION = "0.5.0"
+
+_Edit = TypeVar("_Edit")
+
+# The legacy NVIDIA hook injects a second time, all GPUs if the image asks for them, unless it reads this.
+_NO_LEGACY_HOOK = {"NVIDIA_VISIBLE_DEVICES": "void"}
+
+# Two characters at least: a vendor or class of one letter makes containerd 1.7 and 2.1 panic in its directory watcher,
+# and again at every start. A dot in the class would need CDI 0.6.0.
+_VENDOR = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*[A-Za-z0-9]")
+_CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]")
+_DEVICE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.:-]*[A-Za-z0-9])?")
+_UID = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
+_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceNode:
+    """A device node in the container. With type and major given the runtime makes it: the host needs none.
+
+    That is why a partition's capability nodes work although nothing created them on the host.
+    """
+
+    path: str
+    major: int
+    minor: int
+    host_path: str | None = None
+    permissions: str = "rw"  # of "rwm"; no "m": a container has no reason to make further nodes
+    type: str = "c"
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A bind mount; `host_path` is a path of the host, whatever container the driver runs in."""
+
+    host_path: str
+    container_path: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """An OCI hook: `name` is its moment ("createContainer"), `path` is of the host, `args[0]` the program's name."""
+
+    name: str
+    path: str
+    args: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injection:
+    """What is put into a container. Hooks keep their order, for links come before the loader's cache."""
+
+    nodes: tuple[DeviceNode, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    hooks: tuple[Hook, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CdiDevice:
+    """One device of a claim's file: its name (`device_name`) and what it adds to the common edits."""
+
+    name: str
+    edits: Injection
+
+
+# ---------------------------------------------------------------- names
+
+
+def kind_of(driver_name: str) -> str:
+    """CDI kind of this driver's claims, "<driver name>/claim"; `ConfigError` where CDI forbids the name."""
+    return _checked_kind(f"{driver_name}/claim")
+
+
+def device_name(uid: str, index: int) -> str:
+    """CDI name of a claim's `index`-th allocation. Runtimes keep specs in memory, so a name never serves two claims."""
+    return f"{_checked_uid(uid)}-{index}"
+
+
+def qualified(kind: str, name: str) -> str:
+    """What the kubelet passes to the runtime: "<vendor>/<class>=<device>"."""
+    return f"{_checked_kind(kind)}={_checked_device(name)}"
+
+
+def file_name(kind: str, uid: str) -> str:
+    """File name of a claim's spec, after CDI's convention for transient files."""
+    vendor, _, class_ = _checked_kind(kind).partition("/")
+    return f"{vendor}-{class_}_{_checked_uid(uid)}.json"
+
+
+def _checked_kind(kind: str) -> str:
+    vendor, _, class_ = kind.partition("/")
+    if not _VENDOR.fullmatch(vendor) or not _CLASS.fullmatch(class_):
+        raise ConfigError(
+            f"CDI kind {kind!r} is not <vendor>/<class> with two or more characters each, a letter first, a letter or "
+            "digit last and no dot in the class; choose another driver name"
+        )
+    return kind
+
+
+def _checked_uid(uid: str) -> str:
+    if not _UID.fullmatch(uid):
+        raise StateError(
+            f"claim UID {uid!r} cannot be part of a file or CDI name; a UID is letters, digits, '-', '_', '.'"
+        )
+    return uid
+
+
+def _checked_device(name: str) -> str:
+    if not _DEVICE.fullmatch(name):
+        raise StateError(f"CDI device name {name!r} has characters that CDI forbids; use `device_name` to make it")
+    return name
+
+
+# ---------------------------------------------------------------- what a program is told
+
+
+def labels(requests: Sequence[str]) -> tuple[str, ...]:
+    """One label for each allocation of a claim, in order, unique in the claim: parts of environment variable names.
+
+    Request "big-gpu" becomes BIG_GPU; allocations of a request with several are numbered from 0, BIG_GPU_0. Where that
+    meets another label (requests "gpu" twice and "gpu-0"), the request named so keeps it and the number goes on.
+    """
+    plain = {_label(name) for name in requests}
+    taken: set[str] = set()
+    found = []
+    for name in requests:
+        label = _label(name)
+        if requests.count(name) > 1 or label in taken:
+            numbers = (f"{label}_{number}" for number in range(2 * len(requests) + 1))
+            label = next(candidate for candidate in numbers if candidate not in plain | taken)
+        taken.add(label)
+        found.append(label)
+    return tuple(found)
+
+
+def _label(request: str) -> str:
+    return re.sub(r"[^A-Z0-9]", "_", request.upper())
+
+
+def budget(
+    label: str,
+    *,
+    device: DeviceRef,
+    uuid: str,
+    enforcement: str,
+    memory_mib: int | None = None,
+    percent: int = 0,
+    profile: str = "",
+) -> dict[str, str]:
+    """Environment that tells a program what it was given; `label` from `labels`, `profile` empty for a whole GPU.
+
+    `enforcement` is by which means the memory limit holds, `percent` a ceiling on SMs (0: none). The runtime merges the
+    environment of all devices of a container, so every name carries the label. Two claims that use the same request name
+    in one container overwrite each other's figures: names of claims are random for templates.
+    """
+    facts = {
+        "DEVICE": str(device),
+        "UUID": uuid,
+        "MEMORY_MIB": None if memory_mib is None else str(memory_mib),
+        "MEMORY_ENFORCEMENT": enforcement,
+        "SM_PERCENT": str(percent) if percent else None,
+        "PROFILE": profile or None,
+    }
+    return {f"GPUSLICE_{label}_{name}": value for name, value in facts.items() if value is not None}
+
+
+def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> Injection:
+    """What makes a program in the container a client of an MPS daemon, with its own share of memory and SMs.
+
+    The daemon's /dev/shm has to be the container's (NVIDIA's MPS documentation), in the place of one that the pod mounts
+    there. The variables can only lower what the daemon allows (the same, v2 interface); the device is the client's
+    first, for its daemon serves no other.
+    """
+    env = {"CUDA_MPS_PIPE_DIRECTORY": pipe, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={memory_mib}M"}
+    if percent:
+        env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(percent)
+    options = ("rw", "nosuid", "nodev", "bind", "rprivate")
+    shared = Mount(shm, "/dev/shm", options)  # noqa: S108 - a path in the container
+    return Injection(mounts=(Mount(pipe, pipe, options), shared), env=env)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def spec(uid: str, kind: str, devices: Sequence[CdiDevice], common: Injection) -> dict[str, object]:
+    """The claim's CDI file. The same arguments give the same text; `StateError` for what no runtime would take."""
+    names = [device.name for device in devices]
+    if len(set(names)) != len(names) or not all(name.startswith(f"{_checked_uid(uid)}-") for name in names):
+        raise StateError(
+            f"CDI device names {names} of claim {uid} must differ and begin with its UID; use `device_name`"
+        )
+    if not devices:
+        raise StateError(
+            f"claim {uid} has no devices of this driver, so it needs no CDI file; CDI forbids an empty one"
+        )
+    return {
+        "cdiVersion": VERSION,
+        "kind": _checked_kind(kind),
+        "devices": [
+            {"name": _checked_device(device.name), "containerEdits": _edits(_merged(common, device.edits))}
+            for device in devices
+        ],
+    }
+
+
+def _merged(common: Injection, own: Injection) -> Injection:
+    env = dict(_NO_LEGACY_HOOK)
+    for name, value in (*common.env.items(), *own.env.items()):
+        if env.setdefault(name, value) != value or not _ENV.fullmatch(name):
+            raise StateError(f"environment variable {name!r} of a CDI device is misspelt or has two values; rename one")
+    return Injection(
+        nodes=_unique((*common.nodes, *own.nodes), lambda node: node.path),
+        mounts=_unique((*common.mounts, *own.mounts), lambda mount: mount.container_path),
+        hooks=tuple(dict.fromkeys((*common.hooks, *own.hooks))),
+        env=env,
+    )
+
+
+def _unique(items: Iterable[_Edit], place: Callable[[_Edit], str]) -> tuple[_Edit, ...]:
+    """Each place in the container once, in the order of the places; two different things for one place are an error."""
+    found: dict[str, _Edit] = {}
+    for item in items:
+        if found.setdefault(place(item), item) != item:
+            raise StateError(f"two CDI edits want {place(item)} in the container: {found[place(item)]} and {item}")
+    return tuple(found[name] for name in sorted(found))
+
+
+def _edits(injection: Injection) -> dict[str, object]:
+    edits: dict[str, list[object]] = {
+        "env": [f"{name}={injection.env[name]}" for name in sorted(injection.env)],
+        "deviceNodes": [_node(node) for node in injection.nodes],
+        "mounts": [_mount(mount) for mount in injection.mounts],
+        "hooks": [{"hookName": hook.name, "path": hook.path, "args": list(hook.args)} for hook in injection.hooks],
+    }
+    return {name: values for name, values in edits.items() if values}
+
+
+def _node(node: DeviceNode) -> dict[str, object]:
+    host = {} if node.host_path is None else {"hostPath": node.host_path}
+    numbers = {"type": node.type, "major": node.major, "minor": node.minor}
+    return {"path": node.path, **host, **numbers, "permissions": node.permissions}
+
+
+def _mount(mount: Mount) -> dict[str, object]:
+    return {"hostPath": mount.host_path, "containerPath": mount.container_path, "options": list(mount.options)}

@@ -1,0 +1,111 @@
+"""ResourceClaim (resource.k8s.io/v1, as JSON) → `Claim`: everything that the scheduler decided for this driver.
+
+Facts: KEP-4381 (configs: class before claim; a config applies if it names no request, the request, or its base name),
+KEP-4816 (results of a prioritised list are named `request/subrequest`), KEP-5075 (`shareID`, `consumedCapacity`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gpuslice.core import params, quantity
+from gpuslice.core.model import Allocation, Claim, ClaimRef, ClaimUid, DeviceRef, PoolName, Settings
+from gpuslice.errors import ClaimError
+
+Json = Mapping[str, object]
+
+
+def parse(body: Json, ref: ClaimRef, driver: str) -> Claim:
+    """The claim that `ref` asks for. ClaimError where it is another one, is not allocated, or its config is wrong."""
+    uid = _text(_object(body, "metadata", ref), "uid", ref)
+    if uid != ref.uid:
+        raise ClaimError(
+            f"claim {ref.namespace}/{ref.name} has UID {uid}, not {ref.uid}: it was replaced; the pod that asks needs "
+            "its own claim back or has to be deleted"
+        )
+    allocation = _object(body, "status", ref).get("allocation")
+    if not isinstance(allocation, Mapping):
+        raise ClaimError(f"claim {ref} is not allocated; the scheduler must allocate it before a pod can use it")
+    devices = _object(allocation, "devices", ref)
+    results = [result for result in _objects(devices, "results", ref) if result.get("driver") == driver]
+    layers = _layers(devices, ref, driver)
+    return Claim(ref, tuple(_allocation(result, layers, ref) for result in results))
+
+
+def is_held(body: Json, uid: ClaimUid, devices: Sequence[DeviceRef], driver: str) -> bool:
+    """Whether the API still gives any of these devices to the claim of this UID."""
+    metadata, status = body.get("metadata"), body.get("status")
+    if not isinstance(metadata, Mapping) or metadata.get("uid") != uid or not isinstance(status, Mapping):
+        return False
+    allocation = status.get("allocation")
+    inner = allocation.get("devices") if isinstance(allocation, Mapping) else None
+    results = inner.get("results") if isinstance(inner, Mapping) else None
+    held = {
+        (result.get("pool"), result.get("device"))
+        for result in results or ()
+        if isinstance(result, Mapping) and result.get("driver") == driver
+    }
+    return any((device.pool, device.device) in held for device in devices)
+
+
+def _allocation(result: Json, layers: Sequence[tuple[Sequence[str], Settings]], ref: ClaimRef) -> Allocation:
+    request = _text(result, "request", ref)
+    base = request.split("/", 1)[0]
+    consumed = result.get("consumedCapacity") or {}
+    if not isinstance(consumed, Mapping):
+        raise ClaimError(f"claim {ref} has a consumedCapacity that is not an object; deallocate it and try again")
+    share_id = result.get("shareID")
+    return Allocation(
+        request=base,
+        device=DeviceRef(PoolName(_text(result, "pool", ref)), _text(result, "device", ref)),
+        admin=result.get("adminAccess") is True,
+        share_id=str(share_id) if share_id else None,
+        # The scheduler writes the name as the slice has it: without our domain, or with it.
+        consumed={str(name).rpartition("/")[2]: _whole(str(value), ref) for name, value in consumed.items()},
+        settings=params.merge(layer for names, layer in layers if not names or request in names or base in names),
+    )
+
+
+def _layers(devices: Json, ref: ClaimRef, driver: str) -> list[tuple[Sequence[str], Settings]]:
+    """Our opaque configs with the requests they name, class configs first."""
+    layers: list[tuple[Sequence[str], Settings]] = []
+    for source in ("FromClass", "FromClaim"):
+        for number, config in enumerate(_objects(devices, "config", ref)):
+            opaque = config.get("opaque")
+            if config.get("source") != source or not isinstance(opaque, Mapping) or opaque.get("driver") != driver:
+                continue
+            where = f"claim {ref.namespace}/{ref.name}: devices.config[{number}].opaque.parameters"
+            names = config.get("requests") or ()
+            requests = [str(name) for name in names] if isinstance(names, Sequence) else []
+            layers.append((requests, params.parse(opaque.get("parameters"), where)))
+    return layers
+
+
+def _whole(text: str, ref: ClaimRef) -> int:
+    try:
+        return quantity.parse(text)
+    except ValueError as e:
+        raise ClaimError(f"claim {ref} has a consumedCapacity that is no quantity: {e}") from e
+
+
+def _object(body: Json, key: str, ref: ClaimRef) -> Json:
+    value = body.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ClaimError(f"claim {ref} has a {key} that is not an object; the API server or a proxy is broken")
+    return value
+
+
+def _objects(body: Json, key: str, ref: ClaimRef) -> list[Json]:
+    value = body.get(key) or ()
+    if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
+        raise ClaimError(f"claim {ref} has a {key} that is not a list of objects; the API server or a proxy is broken")
+    return list(value)
+
+
+def _text(body: Json, key: str, ref: ClaimRef) -> str:
+    value = body.get(key)
+    if not isinstance(value, str) or not value:
+        raise ClaimError(f"claim {ref} misses {key}; the API server or a proxy is broken")
+    return value

@@ -1,0 +1,38 @@
+"""`Gpu` ↔ JSON: the last known inventory, so that a card which cannot be read now keeps its pool (and its taint)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from gpuslice.core.model import Gpu, MigProfile, Placement
+
+
+def encode(gpus: Sequence[Gpu]) -> list[dict[str, object]]:
+    return [asdict(gpu) for gpu in gpus]
+
+
+def decode(body: object) -> tuple[Gpu, ...]:
+    """Cards that were written by this or another version; one that misses a fact is left out, for it cannot be offered."""
+    if not isinstance(body, list):
+        return ()
+    found = []
+    for card in body:
+        try:
+            found.append(Gpu(**{**_known(Gpu, card), "profiles": tuple(map(_profile, card["profiles"]))}))
+        except (TypeError, KeyError):
+            continue
+    return tuple(found)
+
+
+def _profile(body: dict[str, Any]) -> MigProfile:
+    places: Iterable[dict[str, int]] = body["placements"]
+    return MigProfile(
+        **{**_known(MigProfile, body), "placements": tuple(Placement(p["start"], p["size"]) for p in places)}
+    )
+
+
+def _known(cls: type, body: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in body.items() if name in names}

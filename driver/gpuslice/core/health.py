@@ -1,0 +1,88 @@
+"""What is not to be had now, and why: taints by device, from one look at the node.
+
+The set of published devices is static, for a device that vanishes while it is allocated frees its counters and is given
+out twice (kubernetes/kubernetes#140802). So whatever cannot be used at the moment stays published and is tainted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from gpuslice.core import layout, plan, share
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import (
+    DeviceRef,
+    Gpu,
+    GpuUuid,
+    LiveGpu,
+    MigSlice,
+    MigSlot,
+    Monitor,
+    Mps,
+    Offer,
+    Partition,
+    Taint,
+    WholeGpu,
+)
+from gpuslice.core.record import Record
+
+Taints = Mapping[DeviceRef, tuple[Taint, ...]]
+
+
+def taints(
+    inventory: Inventory,
+    live: Mapping[GpuUuid, LiveGpu],
+    unwell: Mapping[GpuUuid, Taint],
+    records: Iterable[Record],
+    daemons: Mapping[str, Taint],
+) -> Taints:
+    """Taints of every device that has any.
+
+    `unwell` names GPUs that cannot be looked at (lost, hung), with their taint; `daemons` MPS daemons that are, by key,
+    or all of them by "" (the supervisor is away).
+    """
+    known = tuple(records)
+    found: dict[DeviceRef, tuple[Taint, ...]] = {}
+    for pool in inventory.pools:
+        gpu = pool.gpu
+        now = live.get(gpu.uuid)
+        foreign = () if now is None else plan.strays(gpu.uuid, now, known)
+        for device in pool.devices:
+            here = [unwell[gpu.uuid]] if gpu.uuid in unwell else []
+            if now is not None and not isinstance(device.offer.sharing, Monitor):
+                here += _mode(device.offer, gpu, now)
+                here += _foreign(device.offer, gpu, foreign)
+            here += _daemon(device.offer, daemons)
+            if here:
+                found[device.ref] = tuple(sorted(set(here)))
+    return found
+
+
+def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:
+    """MIG mode that is wrong for the device and cannot be switched without a reset (Ampere)."""
+    wanted = isinstance(offer.slice_, MigSlice)
+    if live.mig_pending != live.mig:
+        yield Taint("mig-mode", "pending", reason=plan.mode_advice(gpu, live, on=wanted))
+    elif live.mig != wanted and not gpu.resetless and gpu.profiles:
+        yield Taint("mig-mode", "on" if live.mig else "off", reason=plan.mode_advice(gpu, live, on=wanted))
+
+
+def _foreign(offer: Offer, gpu: Gpu, foreign: tuple[Partition, ...]) -> Iterator[Taint]:
+    for partition in foreign:
+        slot = MigSlot(gpu.uuid, partition.profile, partition.placement)
+        whole = isinstance(offer.slice_, WholeGpu)
+        if whole or (isinstance(offer.slice_, MigSlice) and not layout.coexist(gpu, offer.slice_.slot, slot)):
+            yield Taint(
+                "foreign-partition",
+                f"profile-{partition.profile}-at-{partition.placement.start}",
+                reason=f"GPU {gpu.index} has partition {partition.uuid or slot}, which gpuslice did not make; destroy it "
+                "to free its place",
+            )
+
+
+def _daemon(offer: Offer, daemons: Mapping[str, Taint]) -> Iterator[Taint]:
+    if isinstance(offer.sharing, Mps):
+        slot = offer.slice_.slot if isinstance(offer.slice_, MigSlice) else None
+        for key in ("", share.daemon_key(offer.gpu.uuid, slot)):
+            if key in daemons:
+                yield daemons[key]

@@ -1,0 +1,278 @@
+"""What a node offers: every card with its devices, in the order in which the scheduler tries them.
+
+One pool per card, named after its place on the PCI bus: stable over reboots and changes of MIG mode, cheap for the
+scheduler to check, and one card's trouble never makes another's pool incomplete. The scheduler takes the first device
+that fits (DRA contract, 5.2), so partitions come first, the smallest first, and of one profile the place that keeps the
+fewest others from being used; then the card's MPS shares, its time slices, and the card as a whole. Shared twins of
+partitions come after all partitions of their profile and before any larger one: whoever wants "9Gi, however you do it"
+gets a partition of their own while there is one, then a share of such a partition, and only then spends a larger one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TypeVar, assert_never
+
+from gpuslice.core import layout
+from gpuslice.core.layout import Place
+from gpuslice.core.model import (
+    MIB,
+    DeviceRef,
+    Exclusive,
+    Gpu,
+    GpuUuid,
+    MigProfile,
+    MigSlice,
+    Monitor,
+    Mps,
+    Offer,
+    PoolName,
+    Sharing,
+    Slice,
+    TimeSlicing,
+    WholeGpu,
+)
+from gpuslice.core.policy import GpuPolicy, Policy
+from gpuslice.core.terms import SHARED, Mode, Parts
+from gpuslice.errors import ConfigError
+
+_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_POOL_NAME = 253  # bytes (resource.k8s.io, `pool.name`)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    ref: DeviceRef
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """One card and all that it offers."""
+
+    name: PoolName
+    gpu: Gpu
+    devices: tuple[Device, ...]
+    reserve_bytes: int  # memory of the whole card that is not sold
+
+    @property
+    def memory_mib(self) -> int:
+        """What a claim for the whole card gets."""
+        return _sellable_mib(self.gpu, self.reserve_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All pools of a node, in bus order."""
+
+    pools: tuple[Pool, ...]
+    known: tuple[Pool, ...] = field(default=(), compare=False)  # not published, but `offer` finds their devices
+    _offers: dict[DeviceRef, Offer] = field(init=False, repr=False, compare=False)
+    _pools: dict[GpuUuid, Pool] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        offers = {device.ref: device.offer for pool in (*self.known, *self.pools) for device in pool.devices}
+        object.__setattr__(self, "_offers", offers)
+        object.__setattr__(self, "_pools", {pool.gpu.uuid: pool for pool in self.pools})
+
+    @staticmethod
+    def of(gpus: Iterable[Gpu], policy: Policy, node: str, *, static: bool = False) -> Inventory:
+        """What this node offers under this policy. ConfigError where the policy cannot be followed.
+
+        `static` is for clusters that know no partitionable devices (Kubernetes 1.34 and 1.35): then devices exclude
+        each other by nothing, so a card is either whole, or cut as the policy's `static` says: into a MIG layout, or into
+        equal parts for MPS or time-slicing, which are plain exclusive devices.
+        """
+        in_bus_order = sorted(gpus, key=lambda gpu: _bus(gpu.bus_id))
+        return Inventory(tuple(_pool(gpu, policy.of(gpu), node, static=static) for gpu in in_bus_order))
+
+    def knowing(self, other: Inventory) -> Inventory:
+        """The same pools, of which `offer` also finds the devices of `other`; its own where both have one of a name.
+
+        So a claim is served that was made under another plan, before the API server was upgraded.
+        """
+        return replace(self, known=other.pools)
+
+    def offer(self, ref: DeviceRef) -> Offer | None:
+        return self._offers.get(ref)
+
+    def pool(self, uuid: GpuUuid) -> Pool | None:
+        return self._pools.get(uuid)
+
+    def gpu(self, uuid: GpuUuid) -> Gpu | None:
+        pool = self._pools.get(uuid)
+        return None if pool is None else pool.gpu
+
+
+def offer_name(offer: Offer) -> str:
+    """Name of the device in its pool, a DNS label. It holds the profile's id: names change with the driver branch."""
+    match offer.slice_:
+        case WholeGpu():
+            return _manner(offer.sharing) or "gpu"
+        case MigSlice(profile=profile, placement=placement):
+            partition = f"mig-{profile.compute_slices}g-{profile.id}-{placement.start}"
+            return "-".join(filter(None, (partition, _manner(offer.sharing))))
+        case _:
+            assert_never(offer.slice_)
+
+
+def _manner(sharing: Sharing) -> str:
+    match sharing:
+        case Exclusive():
+            return ""
+        case Monitor():
+            return "monitor"
+        case Mps(part=part):
+            return "mps" if part is None else f"mps-{part}"
+        case TimeSlicing(part=part):
+            return "timeslice" if part is None else f"timeslice-{part}"
+        case _:
+            assert_never(sharing)
+
+
+def sm_percent(slice_: Slice) -> int:
+    """The slice's part of its card's multiprocessors in percent, rounded down; 100 for a whole card, 0 where unknown."""
+    mine, card = _multiprocessors(slice_)
+    return 100 * mine // card
+
+
+def _multiprocessors(slice_: Slice) -> tuple[int, int]:
+    """Of the slice, and of its card; only their ratio counts."""
+    match slice_:
+        case WholeGpu():
+            return 1, 1
+        case MigSlice(gpu, profile, _):
+            card = layout.full(gpu.profiles)
+            return (profile.multiprocessors, card.multiprocessors) if card and card.multiprocessors else (0, 1)
+        case _:
+            assert_never(slice_)
+
+
+def _bus(bus_id: str) -> str:
+    """The bus id as part of a pool name; its figures have a fixed width, so the text sorts as the bus does."""
+    return re.sub(r"[:.]", "-", bus_id.lower())
+
+
+def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
+    if policy.reserve_bytes >= gpu.memory_bytes:
+        raise ConfigError(
+            f"policy: the reserve of GPU {gpu.index} is {policy.reserve_bytes} bytes, and the card has"
+            f" {gpu.memory_bytes}; reserve less"
+        )
+    name = _pool_name(node, gpu)
+    offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
+    devices = tuple(Device(DeviceRef(name, offer_name(offer)), offer) for offer in offers)
+    return Pool(name=name, gpu=gpu, devices=devices, reserve_bytes=policy.reserve_bytes)
+
+
+def _sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
+    return (gpu.memory_bytes - reserve_bytes) // MIB
+
+
+def _pool_name(node: str, gpu: Gpu) -> PoolName:
+    name = f"{node}/{_bus(gpu.bus_id)}"
+    if any(_SUBDOMAIN.fullmatch(part) is None for part in name.split("/")):
+        raise ConfigError(f"{name!r} cannot name a pool; the node's name must be the one that Kubernetes knows it by")
+    if len(name) > _POOL_NAME:
+        raise ConfigError(f"the name of node {node} leaves no room for a pool name of {_POOL_NAME} bytes; shorten it")
+    return PoolName(name)
+
+
+def _offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
+    for _, places in groupby(_in_order(gpu, policy.profiles), key=lambda place: place.profile):
+        slices = [MigSlice(gpu, place.profile, place.placement) for place in places]
+        for slice_ in slices:
+            yield Offer(slice_, Exclusive())
+        for mode in (mode for mode in SHARED if mode in policy.twins):
+            for slice_ in slices:
+                yield Offer(slice_, _sharing(mode, slice_, policy))
+    whole = WholeGpu(gpu)
+    for mode in (mode for mode in SHARED if mode in policy.modes):
+        yield Offer(whole, _sharing(mode, whole, policy))
+    if Mode.GPU in policy.modes:
+        yield Offer(whole, Exclusive())
+
+
+def _sharing(mode: Mode, slice_: Slice, policy: GpuPolicy) -> Mps | TimeSlicing:
+    """How this slice is shared: memory and clients of a card as the policy says, of a partition in proportion."""
+    gpu = slice_.gpu
+    match slice_:
+        case WholeGpu():
+            memory, interval = _sellable_mib(gpu, policy.reserve_bytes), policy.interval
+        case MigSlice(profile=profile):
+            memory, interval = profile.memory_mib, "default"  # only a card's time slice can be set (nvidia-smi)
+        case _:
+            assert_never(slice_)
+    mine, card = _multiprocessors(slice_)
+    clients = max(1, policy.mps_clients * mine // card)
+    if mode is Mode.MPS:
+        return _enough(Mps(min(policy.mps_shares, clients), memory, clients), gpu)
+    return _enough(TimeSlicing(policy.timeslice_shares, memory, interval), gpu)
+
+
+_Shared = TypeVar("_Shared", Mps, TimeSlicing)
+
+
+def _enough(sharing: _Shared, gpu: Gpu) -> _Shared:
+    """The API wants a capacity to be at least its least request and one step more."""
+    if sharing.memory_mib < 2 * sharing.shares:
+        raise ConfigError(
+            f"policy: {sharing.shares} shares of GPU {gpu.index} ({gpu.product}) would have less than 2Mi each of"
+            f" {sharing.memory_mib}Mi; make fewer shares or reserve less"
+        )
+    return sharing
+
+
+def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
+    """The card as the policy cuts it, or as a whole; never two of these, for nothing would keep them apart."""
+    whole = WholeGpu(gpu)
+    if isinstance(policy.static, Parts):
+        sharing = _parted(policy.static, gpu, policy)
+        yield from (Offer(whole, replace(sharing, part=part)) for part in range(sharing.shares))
+    elif policy.static:
+        for place in _static_layout(gpu, policy.static):
+            yield Offer(MigSlice(gpu, place.profile, place.placement), Exclusive())
+    elif Mode.GPU in policy.modes:
+        yield Offer(whole, Exclusive())
+
+
+def _parted(parts: Parts, gpu: Gpu, policy: GpuPolicy) -> Mps | TimeSlicing:
+    wanted = replace(policy, mps_shares=parts.count, timeslice_shares=parts.count)
+    sharing = _sharing(parts.mode, WholeGpu(gpu), wanted)
+    if sharing.shares < parts.count:
+        raise ConfigError(
+            f"policy: static.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts, and it has"
+            f" {policy.mps_clients} MPS clients, of which each part needs one; make fewer parts"
+        )
+    return sharing
+
+
+def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[Place]:
+    possible = all(count <= profile.max_instances for profile, count in wanted)
+    partitions = [profile for profile, count in wanted for _ in range(count)] if possible else []
+    places = layout.arrange(layout.totals(gpu.profiles), partitions) if possible else None
+    if places is None:
+        text = ", ".join(f"{count} x {profile.name}" for profile, count in wanted)
+        raise ConfigError(
+            f"policy: the static layout of GPU {gpu.index} ({gpu.product}), {text}, does not fit on the card;"
+            " take fewer or smaller partitions"
+        )
+    return sorted(places, key=lambda place: (_size(place.profile), place.placement))
+
+
+def _in_order(gpu: Gpu, profiles: Sequence[MigProfile]) -> list[Place]:
+    """All places of these profiles: smallest profile first, then the place that excludes fewest, then the highest."""
+    card = layout.totals(gpu.profiles)
+    places = [Place(profile, placement) for profile in profiles for placement in profile.placements]
+    places = [place for place in places if place.profile.max_instances > 0]
+    excluded = {place: sum(not layout.fits(card, (place, other)) for other in places) for place in places}
+    return sorted(places, key=lambda place: (_size(place.profile), excluded[place], -place.placement.start))
+
+
+def _size(profile: MigProfile) -> tuple[int, ...]:
+    """What a partition takes from the card, memory first: who asks for memory gets no more engines than needed."""
+    engines = profile.engines()
+    return (profile.memory_mib, profile.compute_slices, profile.multiprocessors, sum(engines.values()), profile.id)

@@ -1,0 +1,140 @@
+"""Which partitions may stand on one card together: the hardware's rules, from figures that NVML reports.
+
+A set of partitions is legal when their memory slices do not overlap, no profile has more than its instance count, and
+every engine's sum stays within the card's (the first two are nvml.h's, the third was inferred from the engine totals:
+the only rule that keeps a second `+me.all` off an RTX PRO 6000). There is no product table here and no "8".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from gpuslice.core.model import Gpu, MigProfile, MigSlot, Placement
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A profile at one of its places."""
+
+    profile: MigProfile
+    placement: Placement
+
+    @cached_property
+    def memory_slices(self) -> int:
+        """Bit i is memory slice i."""
+        return ((1 << self.placement.size) - 1) << self.placement.start
+
+    @cached_property
+    def engines(self) -> tuple[tuple[str, int], ...]:
+        return tuple(self.profile.engines().items())
+
+
+def totals(profiles: Iterable[MigProfile]) -> dict[str, int]:
+    """What the whole card has of each engine: the figures of the profile that spans it.
+
+    An engine of which a smaller profile claims more than the whole card has is left out: such a figure is a gap in the
+    driver's answer, and no limit can be taken from it.
+    """
+    profiles = tuple(profile for profile in profiles if profile.placements)
+    if not profiles:
+        return {}
+    most = {name: max(profile.engines()[name] for profile in profiles) for name in profiles[0].engines()}
+    widest = max(map(_width, profiles))
+    wide = [profile for profile in profiles if _width(profile) == widest]
+    have = {name: max(profile.engines()[name] for profile in wide) for name in most}
+    return {name: count for name, count in have.items() if count >= most[name]}
+
+
+def full(profiles: Iterable[MigProfile]) -> MigProfile | None:
+    """The plain profile that spans the whole card: its figures are the card's."""
+    return max(profiles, key=lambda p: (_width(p), not p.suffix, p.multiprocessors), default=None)
+
+
+def _width(profile: MigProfile) -> int:
+    return max((placement.size for placement in profile.placements), default=0)
+
+
+def fits(card: Mapping[str, int], places: Sequence[Place]) -> bool:
+    """Whether these may stand together on a card of these `totals`."""
+    taken = 0
+    for place in places:
+        if taken & place.memory_slices:
+            return False
+        taken |= place.memory_slices
+    return within(card, places)
+
+
+def within(card: Mapping[str, int], places: Sequence[Place]) -> bool:
+    """The rules without the overlap: instance counts and engine sums."""
+    count: dict[int, int] = {}
+    engines = dict.fromkeys(card, 0)
+    for place in places:
+        count[place.profile.id] = count.get(place.profile.id, 0) + 1
+        if count[place.profile.id] > place.profile.max_instances:
+            return False
+        for name, amount in place.engines:
+            if name in engines:
+                engines[name] += amount
+                if engines[name] > card[name]:
+                    return False
+    return True
+
+
+def coexist(gpu: Gpu, one: MigSlot, two: MigSlot) -> bool:
+    """Whether partitions in these two slots of the card may stand together; of an unknown profile only by place."""
+    if one.placement.overlaps(two.placement):
+        return False
+    profiles = gpu.profile(one.profile), gpu.profile(two.profile)
+    if profiles[0] is None or profiles[1] is None:
+        return True
+    return fits(totals(gpu.profiles), (Place(profiles[0], one.placement), Place(profiles[1], two.placement)))
+
+
+def conflicts(card: Mapping[str, int], places: Sequence[Place]) -> Iterator[tuple[int, ...]]:
+    """Every minimal illegal set, by index: pairs first, then larger ones. Each proper subset of one is legal."""
+    for i, one in enumerate(places):
+        for j in range(i + 1, len(places)):
+            if one.memory_slices & places[j].memory_slices:
+                yield (i, j)
+    yield from _excesses(card, places, (), 0, 0)
+
+
+def _excesses(
+    card: Mapping[str, int], places: Sequence[Place], chosen: tuple[int, ...], taken: int, start: int
+) -> Iterator[tuple[int, ...]]:
+    """Sets without overlap that break a count or a sum, grown from legal ones."""
+    for i in range(start, len(places)):
+        if taken & places[i].memory_slices:
+            continue
+        grown = (*chosen, i)
+        if within(card, [places[k] for k in grown]):
+            yield from _excesses(card, places, grown, taken | places[i].memory_slices, i + 1)
+        elif all(within(card, [places[k] for k in grown if k != left]) for left in chosen):
+            yield grown
+
+
+def arrange(card: Mapping[str, int], wanted: Sequence[MigProfile]) -> tuple[Place, ...] | None:
+    """A legal place for each of the wanted partitions, or None where there is none. Widest first, highest start first.
+
+    Equal profiles take places in falling order, so that the search does not try each permutation of them.
+    """
+    order = sorted(wanted, key=lambda p: (-_width(p), p.id))
+    return _arrange(card, order, ())
+
+
+def _arrange(
+    card: Mapping[str, int], wanted: Sequence[MigProfile], placed: tuple[Place, ...]
+) -> tuple[Place, ...] | None:
+    if not wanted:
+        return placed
+    profile = wanted[0]
+    same = [place.placement.start for place in placed if place.profile == profile]
+    for placement in sorted(profile.placements, reverse=True):
+        grown = (*placed, Place(profile, placement))
+        if (not same or placement.start < same[-1]) and fits(card, grown):
+            found = _arrange(card, wanted[1:], grown)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,93 @@
+"""Opaque config: strict parse of `SliceConfig`, and the order in which several of them count.
+
+The device fixes the mode, config only tunes it. An unknown key, a wrong value or a setting that would have no effect is
+an error which names the field and the remedy. Class configs count first, claim configs override them field by field
+(KEP-4381).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import assert_never
+
+from gpuslice.core.model import INTERVALS, Exclusive, Monitor, Mps, Offer, Settings, TimeSlicing, WholeGpu
+from gpuslice.errors import ClaimError
+
+API_VERSION = "gpuslice.dev/v1alpha1"
+KIND = "SliceConfig"
+_ENFORCEMENT = ("required", "preferred")
+
+
+def parse(parameters: object, where: str) -> Settings:
+    """One `SliceConfig`; `where` names its place in the claim for the error."""
+    if not isinstance(parameters, Mapping):
+        raise ClaimError(f"{where} must be an object of kind {KIND} ({API_VERSION}), not {type(parameters).__name__}")
+    body = dict(parameters)
+    if (body.pop("apiVersion", None), body.pop("kind", None)) != (API_VERSION, KIND):
+        raise ClaimError(f"{where} must say apiVersion: {API_VERSION} and kind: {KIND}")
+    enforcement = _one_of(body.pop("enforcement", None), f"{where}.enforcement", _ENFORCEMENT)
+    interval = _interval(body.pop("timeSlicing", None), f"{where}.timeSlicing")
+    _nothing_left(body, where, "apiVersion, kind, enforcement, timeSlicing")
+    return Settings(enforcement, interval)
+
+
+def merge(layers: Iterable[Settings]) -> Settings:
+    """Later layers override earlier ones, field by field."""
+    merged = Settings()
+    for layer in layers:
+        said = {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
+        merged = replace(merged, **said)
+    return merged
+
+
+def check(settings: Settings, offer: Offer, device: object) -> None:
+    """Refuse a setting that this device would ignore, and a demand that it cannot meet."""
+    match offer.sharing:
+        case Exclusive():  # a card or a partition of one's own: the hardware enforces it, whatever was demanded
+            if settings.interval is not None and not isinstance(offer.slice_, WholeGpu):
+                raise ClaimError(f"timeSlicing.interval has no effect on partition {device}; remove the setting")
+        case TimeSlicing() | Mps():
+            if settings.interval is not None:
+                raise ClaimError(
+                    f"timeSlicing.interval cannot be set for {device}, whose card other claims share: the node's policy "
+                    "fixes it; remove the setting, or select by the attribute timeSliceInterval"
+                )
+            if settings.enforcement == "required":
+                raise ClaimError(
+                    f"enforcement: required asks for a memory limit by hardware, which {device} has not; ask for a MIG "
+                    "partition or a whole card, or say enforcement: preferred"
+                )
+        case Monitor():
+            if settings != Settings():
+                raise ClaimError(f"opaque config has no effect on {device}, which only watches its GPU; remove it")
+        case _:
+            assert_never(offer.sharing)
+
+
+def _interval(body: object, where: str) -> str | None:
+    if body is None:
+        return None
+    if not isinstance(body, Mapping):
+        raise ClaimError(f"{where} must be an object with the key interval, not {type(body).__name__}")
+    rest = dict(body)
+    interval = _one_of(rest.pop("interval", None), f"{where}.interval", INTERVALS)
+    _nothing_left(rest, where, "interval")
+    if interval is None:
+        raise ClaimError(
+            f"{where} has no interval, so it has no effect; say one of {', '.join(INTERVALS)}, or remove it"
+        )
+    return interval
+
+
+def _one_of(value: object, where: str, known: tuple[str, ...]) -> str | None:
+    if value is None:
+        return None
+    if value not in known:
+        raise ClaimError(f"{where} is {value!r} and must be one of: {', '.join(known)}")
+    return str(value)
+
+
+def _nothing_left(body: Mapping[object, object], where: str, known: str) -> None:
+    if body:
+        raise ClaimError(f"{where} has the unknown key {', '.join(sorted(map(str, body)))}; known keys: {known}")

@@ -1,0 +1,347 @@
+"""Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
+
+The scheduler's counters are not trusted alone: schedulers of early 1.36 patches do not charge committed shares again
+(kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
+`Busy`, for that holder may be about to leave; what nobody's record explains is foreign and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from itertools import combinations
+from typing import assert_never
+
+from gpuslice.core import cdi, layout, params, share
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import (
+    Allocation,
+    Claim,
+    ClaimRef,
+    ClaimUid,
+    Exclusive,
+    Gpu,
+    GpuUuid,
+    LiveGpu,
+    MigSlice,
+    MigSlot,
+    MigUuid,
+    Monitor,
+    Mps,
+    Offer,
+    Partition,
+    TimeSlicing,
+    WholeGpu,
+)
+from gpuslice.core.record import (
+    AdjustMps,
+    Busy,
+    CreateMig,
+    DestroyMig,
+    Done,
+    Grant,
+    Plan,
+    PreparedClaim,
+    PreparedDevice,
+    Record,
+    ResetComputeMode,
+    ResetTimeSlice,
+    SetComputeMode,
+    SetMigMode,
+    SetTimeSlice,
+    StartMps,
+    Step,
+    StopMps,
+    Undo,
+)
+from gpuslice.errors import ClaimError, DeviceError
+
+Live = Mapping[GpuUuid, LiveGpu]
+
+
+def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Live) -> Plan | Busy:
+    """The plan for a claim of which no record stands, or who is in its way.
+
+    `records` are all others on this node, `live` a look at each GPU of the claim taken under its lock. ClaimError where
+    only the author or the scheduler can help, DeviceError where the node has to change first.
+    """
+    wanted = grants(claim, inventory)
+    others = tuple(records)
+    for one, two in combinations(wanted, 2):
+        if _exclude(one, two, inventory):
+            raise ClaimError(
+                f"claim {claim.ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
+                "together; delete the pod to have it scheduled again"
+            )
+    _refuse_several_daemons(claim.ref, wanted)
+    for number, grant in enumerate(wanted):
+        too_much = share.excess(grant, [other for other in wanted[:number] if share.beside(grant, other)])
+        if too_much:
+            raise ClaimError(
+                f"claim {claim.ref} was given {too_much} on {grant.allocation.device}; delete the pod to have it "
+                "scheduled again"
+            )
+    holders = in_the_way(wanted, others, inventory)
+    if holders:
+        return Busy(holders)
+    steps: list[Step] = []
+    for grant in wanted:
+        steps += (step for step in _steps(grant, inventory, others, live) if step not in steps)
+    return Plan(claim.ref, wanted, tuple(steps))
+
+
+def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
+    """A container is the client of one MPS daemon, with one figure: its environment and /dev/shm have room for no more."""
+    requests = [grant.allocation.request for grant in wanted if isinstance(grant.sharing, Mps)]
+    for request in requests:
+        if requests.count(request) > 1:
+            raise ClaimError(
+                f"request {request} of claim {ref} has {requests.count(request)} MPS shares, and a program can use one; ask "
+                "for one share of the size that it needs"
+            )
+
+
+def in_the_way(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
+    """Claims of which at least one has to leave before `wanted` can be had: it holds the same, or the shares are too many."""
+    held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
+    found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
+    for grant in wanted:
+        sharers = [(ref, other) for ref, other in held if share.beside(grant, other)]
+        mine = [other for other in wanted if other is not grant and share.beside(grant, other)]
+        if share.excess(grant, [*mine, *(other for _, other in sharers)]):
+            found |= {ref for ref, _ in sharers}
+    return tuple(sorted(found))
+
+
+def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
+    """The hardware behind each allocation. ClaimError as in `make`."""
+    return tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
+
+
+def serves(record: Record, claim: Claim) -> bool:
+    """Whether a record is finished and for this very allocation; then the inventory of today is not asked any more."""
+    return record.prepared is not None and tuple(g.allocation for g in record.plan.grants) == claim.allocations
+
+
+def stands(record: Record, live: Live) -> bool:
+    """Whether the hardware is still what was made for a finished record."""
+    there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
+    return {done.uuid for done in record.done if done.uuid is not None} <= there
+
+
+def settle(record: Record, live: Live, kind: str) -> PreparedClaim:
+    """What the claim turned out to be, with the CDI names that the kubelet passes on. Pure; see `injection.py`."""
+    uid = record.plan.ref.uid
+    return PreparedClaim(
+        record.plan.ref,
+        tuple(
+            PreparedDevice(
+                request=grant.allocation.request,
+                device=grant.allocation.device,
+                share_id=grant.allocation.share_id,
+                uuid=_uuid(grant, live[grant.gpu]),
+                cdi_ids=(cdi.qualified(kind, cdi.device_name(uid, number)),),
+            )
+            for number, grant in enumerate(record.plan.grants)
+        ),
+    )
+
+
+def _uuid(grant: Grant, live: LiveGpu) -> GpuUuid | MigUuid:
+    if grant.slot is None:
+        return grant.gpu
+    there = live.at(grant.slot)
+    if there is None or there.uuid is None:
+        raise DeviceError(f"the partition of {grant.allocation.device} vanished while it was being prepared; try again")
+    return there.uuid
+
+
+def undo(record: Record, others: Iterable[Record]) -> tuple[Undo, ...]:
+    """What takes a record's steps back, last step first; nothing that another record still stands on."""
+    kept = {step for other in others for step in other.plan.steps}
+    return tuple(undoing for step in reversed(record.plan.steps) for undoing in _undo_step(step, record.done, kept))
+
+
+def leftover(record: Record, gpu: GpuUuid) -> Record:
+    """What a claim leaves on a card that is lost: unfinished, and in its own name, for the claim itself has been given back
+    and may be given other devices.
+
+    What was never seen to come into being is left out: a card is back after a reset, which takes partitions away, and what
+    stands in the slot then is somebody else's.
+    """
+    suffix = f"-on-{gpu}"
+    uid = record.plan.ref.uid
+    ref = replace(record.plan.ref, uid=uid if uid.endswith(suffix) else ClaimUid(uid + suffix))
+    done = tuple(made for made in record.done if made.slot.gpu == gpu and made.uuid is not None)
+    slots = {made.slot for made in done}
+    steps = (step for step in record.plan.steps if step.gpu == gpu)
+    kept = tuple(step for step in steps if not isinstance(step, CreateMig) or step.slot in slots)
+    return Record(Plan(ref, tuple(grant for grant in record.plan.grants if grant.gpu == gpu), kept), done)
+
+
+def target(undoing: DestroyMig, live: LiveGpu) -> Partition | None:
+    """The partition to destroy, or None when it is gone.
+
+    By UUID where one was written down. Without, or when only its compute instance is gone already, by slot: the slot
+    was seen empty before the plan was written, and the GPU's lock is held.
+    """
+    there = live.at(undoing.slot)
+    if undoing.uuid is None:
+        return there
+    named = next((p for p in live.partitions if p.uuid == undoing.uuid), None)
+    return named or (there if there is not None and there.ci is None else None)
+
+
+def strays(gpu: GpuUuid, live: LiveGpu, records: Iterable[Record]) -> tuple[Partition, ...]:
+    """Partitions that no record explains: foreign, for every partition of ours has a record first."""
+    slots = {step.slot for record in records for step in record.plan.steps if isinstance(step, CreateMig)}
+    return tuple(p for p in live.partitions if MigSlot(gpu, p.profile, p.placement) not in slots)
+
+
+# ---------------------------------------------------------------- grants
+
+
+def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant:
+    device = allocation.device
+    offer = inventory.offer(device)
+    if offer is None:
+        raise ClaimError(
+            f"claim {ref} was given {device}, which this node does not offer (any more); delete the pod to have it "
+            "scheduled again"
+        )
+    params.check(allocation.settings, offer, device)
+    if isinstance(offer.sharing, Monitor) and not allocation.admin:
+        raise ClaimError(
+            f"{device} is for admin access only; set adminAccess: true on the request, in a namespace for it"
+        )
+    # Whatever an administrator is given is only watched: it takes nothing from whoever holds it (KEP-5018).
+    sharing = Monitor() if allocation.admin else offer.sharing
+    return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=_slot(offer), sharing=sharing)
+
+
+def _slot(offer: Offer) -> MigSlot | None:
+    match offer.slice_:
+        case WholeGpu():
+            return None
+        case MigSlice() as partition:
+            return partition.slot
+        case _:
+            assert_never(offer.slice_)
+
+
+def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:
+    """Whether the two cannot be held at the same time."""
+    if one.gpu != two.gpu or isinstance(one.sharing, Monitor) or isinstance(two.sharing, Monitor):
+        return False
+    if share.beside(one, two):
+        return False
+    if one.slot is None or two.slot is None:
+        return True
+    gpu = inventory.gpu(one.gpu)
+    return gpu is None or not layout.coexist(gpu, one.slot, two.slot)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: Live) -> Iterator[Step]:
+    """First the slice, then how it is shared: the two know nothing of each other."""
+    gpu = inventory.gpu(grant.gpu)
+    assert gpu is not None  # _grant found the offer in the same inventory
+    now = live[grant.gpu]
+    if not isinstance(grant.sharing, Monitor):
+        foreign = strays(gpu.uuid, now, records)
+        if grant.slot is None:
+            yield from _whole(grant, gpu, now, foreign)
+        else:
+            yield from _partition(grant, grant.slot, gpu, now, foreign)
+    match grant.sharing:
+        case Monitor():
+            if grant.slot is not None and now.at(grant.slot) is None:
+                raise ClaimError(
+                    f"{grant.allocation.device} does not exist now, so there is nothing to watch; ask for monitor"
+                )
+        case Exclusive():
+            yield from _time_slice(gpu, grant.allocation.settings.interval)
+        case TimeSlicing(interval=interval):
+            yield from _time_slice(gpu, interval if grant.slot is None else None)
+        case Mps():
+            # Whether a partition takes a compute mode is not known, and not needed: see `docs/mps.md`.
+            if grant.slot is None:
+                yield SetComputeMode(gpu.uuid)
+            yield StartMps(gpu.uuid, grant.slot)
+        case _:
+            assert_never(grant.sharing)
+
+
+def _time_slice(gpu: Gpu, interval: str | None) -> Iterator[Step]:
+    if interval not in (None, "default"):
+        yield SetTimeSlice(gpu.uuid, str(interval))
+
+
+def _whole(grant: Grant, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:
+    if foreign:
+        raise DeviceError(
+            f"{grant.allocation.device} has {_named(foreign)}, which gpuslice did not make; destroy it to free the card"
+        )
+    yield from _mode(gpu, live, on=False)
+
+
+def _partition(grant: Grant, slot: MigSlot, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:
+    in_the_way = [p for p in foreign if not layout.coexist(gpu, slot, MigSlot(gpu.uuid, p.profile, p.placement))]
+    if in_the_way:
+        raise DeviceError(
+            f"the place of {grant.allocation.device} is taken by {_named(in_the_way)}, which gpuslice did not make; "
+            "destroy it to free the place"
+        )
+    yield from _mode(gpu, live, on=True)
+    yield CreateMig(slot)
+
+
+def _mode(gpu: Gpu, live: LiveGpu, *, on: bool) -> Iterator[Step]:
+    """Switch MIG mode only if it differs, and only where that needs no reset (Hopper and later, NVML field 184)."""
+    if live.mig_pending != live.mig:
+        raise DeviceError(mode_advice(gpu, live, on=on))
+    if live.mig == on or not (gpu.profiles or live.mig):
+        return
+    if not gpu.resetless:
+        raise DeviceError(mode_advice(gpu, live, on=on))
+    yield SetMigMode(gpu.uuid, on)
+
+
+def mode_advice(gpu: Gpu, live: LiveGpu, *, on: bool) -> str:
+    """Why this GPU cannot be used with MIG mode `on` now, and what an operator can do."""
+    word, now = ("on", "off") if on else ("off", "on")
+    if live.mig_pending != live.mig:
+        return f"GPU {gpu.index} ({gpu.uuid}) waits for a reset to finish a change of MIG mode; drain the node and reset it"
+    return (
+        f"GPU {gpu.index} ({gpu.product}) has MIG mode {now} and cannot switch it without a reset; drain the node, run "
+        f"nvidia-smi -i {gpu.bus_id} -mig {int(on)} and reset the GPU to turn it {word}"
+    )
+
+
+def _named(partitions: Sequence[Partition]) -> str:
+    return "partition " + ", ".join(
+        str(p.uuid or f"{p.profile} at {p.placement.start} (no compute instance)") for p in partitions
+    )
+
+
+def _undo_step(step: Step, done: Sequence[Done], kept: Set[Step]) -> Iterator[Undo]:
+    match step:
+        case SetMigMode():
+            return  # lazily: the next claim of another mode switches back, MIG after MIG costs no toggle
+        case StartMps(gpu, slot):
+            yield AdjustMps(gpu, slot) if step in kept else StopMps(gpu, slot)
+        case _ if step in kept:
+            return
+        case CreateMig(slot):
+            made = [d for d in done if d.slot == slot]
+            yield DestroyMig(slot, made[-1].uuid if made else None)
+        case SetComputeMode(gpu):
+            yield ResetComputeMode(gpu)
+        case SetTimeSlice(gpu):
+            # By GPU, not by interval: a new policy may have given a later share another one.
+            if not any(isinstance(other, SetTimeSlice) and other.gpu == gpu for other in kept):
+                yield ResetTimeSlice(gpu)
+        case _:
+            assert_never(step)

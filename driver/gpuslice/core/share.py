@@ -1,0 +1,159 @@
+"""What one share of a shared device is worth, and whether all of them together are within the device.
+
+The figures are those that the scheduler charged (`consumedCapacity`, KEP-5075). Where it charged nothing, because the
+device is a fixed part of a static plan, a share is 1/N of everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from gpuslice.core.model import MIB, Exclusive, GpuUuid, MigSlot, Monitor, Mps, TimeSlicing
+from gpuslice.core.record import Grant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """`percent` of the SMs is a ceiling and 0 means none; `turns` is how many of the N time slices it counts for."""
+
+    memory_mib: int
+    percent: int = 0
+    clients: int = 0
+    turns: int = 0
+
+
+def of(grant: Grant) -> Share | None:
+    """The share that a grant is, None for a device of one's own."""
+    charged = grant.allocation.consumed
+    match grant.sharing:
+        case Exclusive() | Monitor():
+            return None
+        case TimeSlicing(shares, memory_mib):
+            memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
+            return Share(memory_mib=memory, turns=charged.get("shares", 1))
+        case Mps(shares, memory_mib, clients, part):
+            memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
+            return Share(
+                memory_mib=memory,
+                percent=charged.get("smPercent", 0 if part is None else 100 // shares),
+                clients=charged.get("clients", max(1, clients // shares)),
+            )
+        case _:
+            assert_never(grant.sharing)
+
+
+MODES = ("gpu", "mig", "mps", "timeslice", "monitor")
+
+
+def mode(grant: Grant) -> str:
+    """How the grant has its card, as one of `MODES`: the published `type` of its device."""
+    match grant.sharing:
+        case Exclusive():
+            return "gpu" if grant.slot is None else "mig"
+        case Mps():
+            return "mps"
+        case TimeSlicing():
+            return "timeslice"
+        case Monitor():
+            return "monitor"
+        case _:
+            assert_never(grant.sharing)
+
+
+def words(grant: Grant) -> str:
+    """The share in a person's words: "10240 MiB, 25 % of the SMs"; "" for a device of one's own."""
+    mine = of(grant)
+    if mine is None:
+        return ""
+    parts = [f"{mine.memory_mib} MiB"]
+    parts += [f"{mine.percent} % of the SMs"] if mine.percent else []
+    parts += [f"{mine.turns} of {grant.sharing.shares} turns"] if isinstance(grant.sharing, TimeSlicing) else []
+    return ", ".join(parts)
+
+
+def together(grants: Sequence[Grant]) -> str:
+    """What the shares of one slice amount to, short enough for a map: "mps 20480 of 81152 MiB"."""
+    used = sum(mine.memory_mib for mine in map(of, grants) if mine is not None)
+    for grant in grants:
+        match grant.sharing:
+            case TimeSlicing(memory_mib=whole):
+                return f"time-slice {used} of {whole} MiB"
+            case Mps(memory_mib=whole):
+                return f"mps {used} of {whole} MiB"
+            case Exclusive() | Monitor():
+                continue
+            case _:
+                assert_never(grant.sharing)
+    return ""
+
+
+def enforcement(grant: Grant) -> str:
+    """By which means the memory of a grant is kept within its limit: the published `memoryEnforcement`."""
+    match grant.sharing:
+        case Exclusive():
+            return "hardware"
+        case Mps():
+            return "mps"
+        case TimeSlicing() | Monitor():
+            return "none"
+        case _:
+            assert_never(grant.sharing)
+
+
+def beside(one: Grant, two: Grant) -> bool:
+    """Whether two grants are shares of the same device, or fixed parts of the same slice, and so do not exclude each other."""
+    if (one.gpu, one.slot) != (two.gpu, two.slot):
+        return False
+    match one.sharing, two.sharing:
+        case (TimeSlicing(part=first), TimeSlicing(part=second)) | (Mps(part=first), Mps(part=second)):
+            return first is None or second is None or first != second
+        case _:
+            return False
+
+
+def excess(wanted: Grant, others: Sequence[Grant]) -> str:
+    """What there would be too much of if `wanted` joined the `others` on its slice; "" where it fits."""
+    mine = of(wanted)
+    if mine is None:
+        return ""
+    shares = [share for share in map(of, others) if share is not None]
+    for name, limit in _limits(wanted):
+        total = getattr(mine, name) + sum(getattr(share, name) for share in shares)
+        if total > limit:
+            return f"{total} {_WORDS[name]} of {limit}"
+    return ""
+
+
+_WORDS = {"memory_mib": "MiB of memory", "percent": "percent of the SMs", "clients": "MPS clients", "turns": "shares"}
+
+
+def _limits(grant: Grant) -> Iterable[tuple[str, int]]:
+    match grant.sharing:
+        case Exclusive() | Monitor():
+            return ()
+        case TimeSlicing(shares, memory_mib):
+            return (("memory_mib", memory_mib), ("turns", shares))
+        case Mps(_, memory_mib, clients):
+            return (("memory_mib", memory_mib), ("percent", 100), ("clients", clients))
+        case _:
+            assert_never(grant.sharing)
+
+
+def daemon_key(gpu: GpuUuid, slot: MigSlot | None) -> str:
+    """Name of the folder of a card's or a partition's MPS daemon: short, for socket paths are short of room."""
+    card = gpu.removeprefix("GPU-").partition("-")[0]
+    return card if slot is None else f"{card}-{slot.profile}-{slot.placement.start}"
+
+
+def ceilings(grants: Iterable[Grant]) -> tuple[int | None, int | None]:
+    """Memory in MiB and percent of SMs of the largest of these shares: what one MPS daemon can enforce on all its clients.
+
+    None where nothing has to be held: no share, or one without a ceiling on compute.
+    """
+    shares = [share for share in map(of, grants) if share is not None]
+    if not shares:
+        return None, None
+    percents = [share.percent for share in shares]
+    return max(share.memory_mib for share in shares), max(percents) if all(percents) else None

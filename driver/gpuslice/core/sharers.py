@@ -1,0 +1,57 @@
+"""What several claims stand on at once: a partition that the first of them made, the MPS daemons of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from gpuslice.core.model import GpuUuid, LiveGpu, MigUuid
+from gpuslice.core.record import CreateMig, Done, Grant, Plan, PreparedClaim, Record, StartMps
+
+
+def inherited(decided: Plan, records: Iterable[Record], live: Mapping[GpuUuid, LiveGpu]) -> tuple[Done, ...]:
+    """What other claims have made already of what this plan wants made: the partition that a further share joins.
+
+    Only what is still there counts: one that vanished under its sharers is made anew, for them as well (`remade`).
+    """
+    slots = {step.slot for step in decided.steps if isinstance(step, CreateMig)}
+    there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
+    finished = (done for record in records for done in record.done if done.uuid is not None and done.uuid in there)
+    return tuple({done.slot: done for done in finished if done.slot in slots}.values())
+
+
+def remade(record: Record, others: Iterable[Record]) -> tuple[Record, ...]:
+    """Those of the others that stand on a partition of this record by an older UUID, put right: their claims are given the
+    new one at the next prepare, and the last to leave knows what to destroy."""
+    new = {done.slot: done for done in record.done if done.uuid is not None}
+    changed = []
+    for other in others:
+        done = tuple(new.get(made.slot, made) for made in other.done)
+        if done != other.done:
+            uuids = {old.uuid: made.uuid for old, made in zip(other.done, done, strict=True)}
+            changed.append(replace(other, done=done, prepared=_renamed(other.prepared, uuids)))
+    return tuple(changed)
+
+
+def _renamed(prepared: PreparedClaim | None, uuids: Mapping[MigUuid | None, MigUuid | None]) -> PreparedClaim | None:
+    if prepared is None:
+        return None
+    devices = (replace(device, uuid=uuids.get(MigUuid(device.uuid)) or device.uuid) for device in prepared.devices)
+    return replace(prepared, devices=tuple(devices))
+
+
+def daemons(records: Iterable[Record], gpu: GpuUuid | None = None) -> tuple[StartMps, ...]:
+    """The MPS daemons that finished records stand on, each once; of one GPU if it is named."""
+    steps = (step for record in records if record.prepared is not None for step in record.plan.steps)
+    return tuple(dict.fromkeys(s for s in steps if isinstance(s, StartMps) and gpu in (None, s.gpu)))
+
+
+def of(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
+    """Every share that stands on this MPS daemon."""
+    return tuple(
+        grant
+        for record in records
+        if step in record.plan.steps
+        for grant in record.plan.grants
+        if (grant.gpu, grant.slot) == (step.gpu, step.slot)
+    )

@@ -1,0 +1,131 @@
+"""The demo's stage: a cluster, who holds what on it at this point of the story, and ways to act and to look."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from gpuslice import node, report
+from gpuslice.config import Config
+from gpuslice.core import share
+from gpuslice.core.model import ClaimRef
+from gpuslice.demo.cluster import DRIVER, Cluster, DriverProcess, UnschedulableError
+from gpuslice.demo.scheduler import Request
+from gpuslice.mps.client import MpsClient
+from gpuslice.node import Node
+
+_T = TypeVar("_T")
+
+
+class BrokenPromiseError(Exception):
+    """The demo saw what must not be; the text says what."""
+
+
+class Stage:
+    """The cluster, and who holds what at this point of the story."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.held: dict[str, ClaimRef] = {}
+        self.calls: list[asyncio.Task[Any]] = []  # of the kubelet, cut off by a kill
+
+    @property
+    def mps(self) -> MpsClient:
+        """As the driver sees the supervisor."""
+        return MpsClient(self.cluster.mps)
+
+    @property
+    def driver(self) -> DriverProcess:
+        return self.cluster.drivers[-1]
+
+    def log(self) -> str:
+        """The end of the newest driver's log."""
+        return "\n".join(self.driver.log.read_text(encoding="utf-8").splitlines()[-20:]) if self.cluster.drivers else ""
+
+    def devices(self) -> dict[tuple[str, str], Mapping[str, Any]]:
+        """What the node publishes, by pool and device name."""
+        specs = [body["spec"] for body in self.cluster.api.all("resourceslices")]
+        return {(spec["pool"]["name"], d["name"]): d for spec in specs for d in spec.get("devices", [])}
+
+    # ------------------------------------------------------------ what users do
+
+    def claim(self, name: str, words: str, *requests: Request) -> ClaimRef | None:
+        """Create a claim and let the scheduler choose; None where its pod stays Pending."""
+        print(f"  claim {name}: {words}")
+        try:
+            ref = self.cluster.claim(name, *requests)
+        except UnschedulableError:
+            print("    the scheduler: nothing fits; the pod stays Pending until something does")
+            return None
+        return ref
+
+    async def use(self, ref: ClaimRef) -> None:
+        """Prepare a claim as the kubelet does for its pod, and show what the pod gets."""
+        begin = time.monotonic()
+        await self.cluster.run(ref)
+        took_ms = (time.monotonic() - begin) * 1000
+        self.held[ref.name] = ref
+        record = self.look(lambda node: node.records[ref.uid])
+        published = self.devices()
+        for device, grant in zip(record.prepared.devices if record.prepared else (), record.plan.grants, strict=True):
+            whole = published[device.device.pool, device.device.device]["capacity"]["memory"]["value"]
+            what = share.words(grant) or whole
+            print(f"    {ref.name} has {device.device}, {what}, {device.uuid}, ready after {took_ms:.0f} ms")
+
+    async def take(self, name: str, words: str, *requests: Request) -> bool:
+        """Whether it was to be had."""
+        ref = self.claim(name, words, *requests)
+        if ref is not None:
+            await self.use(ref)
+        return ref is not None
+
+    async def give_back(self, name: str) -> None:
+        if ref := self.held.pop(name, None):
+            await self.cluster.end(ref)
+            print(f"  claim {name} is given back")
+
+    # ------------------------------------------------------------ what there is to see
+
+    def look(self, what: Callable[[Node], _T]) -> _T:
+        """A look at the node beside the driver, as `gpuslice devices` takes it."""
+        config = Config(kubelet_plugins_directory_path=self.cluster.plugins, simulate_latency="zero")
+        with node.looked_at(config) as seen:
+            return what(seen)
+
+    def show_map(self) -> None:
+        """What occupies the memory slices of each card, and whose it is."""
+        for line in self.look(_map):
+            print(f"  {line}")
+
+    def must(self, so: bool, what: str) -> None:
+        if not so:
+            raise BrokenPromiseError(f"this should never be seen: {what}; please report it with the log above")
+        print(f"  checked: {what}")
+
+
+def _map(node: Node) -> list[str]:
+    lines = []
+    records = tuple(node.records.values())
+    for pool in node.inventory.pools:
+        grants = [grant for record in records for grant in record.plan.grants if grant.gpu == pool.gpu.uuid]
+        *ruler, cells = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records)
+        lines += [f"GPU {pool.gpu.index}".ljust(10) + "".join(ruler)[10:], cells]
+    return lines
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def a_partition(name: str = "gpu", **where: str | int) -> Request:
+    return Request(name=name, driver=DRIVER, where={"type": "mig", **where})
+
+
+def a_card(name: str = "gpu") -> Request:
+    return Request(name=name, driver=DRIVER, where={"type": "gpu"})
+
+
+def a_share(manner: str, name: str = "gpu", **capacity: str) -> Request:
+    """A share of a whole card by MPS or by time; `capacity` is what of it, the rest by the device's own defaults."""
+    return Request(name=name, driver=DRIVER, where={"type": manner, "profile": ""}, capacity=capacity)

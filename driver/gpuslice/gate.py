@@ -1,0 +1,319 @@
+"""Who waits where: one line of jobs per claim, tickets per GPU, worker threads with a watch on them.
+
+All of it lives on the event loop; only the work itself runs in threads. Two things that went wrong in other shapes, both
+tried: locks taken inside worker threads let the queue of one hung GPU eat the whole executor, and a lock that a cancelled
+coroutine frees while its thread still works lets two jobs onto one GPU. So tickets are handed out on the loop, and the
+end of the *thread* gives them back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from gpuslice.core.model import ClaimUid, GpuUuid
+from gpuslice.errors import ClaimError, DriverError, HungError
+
+T = TypeVar("T")
+
+_MOST_WAITING = 8  # threads kept for the next work; a burst may use more
+
+
+class Turn:
+    """A job's own view of its place: whether it may still be called off, and whether anybody still listens."""
+
+    def __init__(self) -> None:
+        self.listeners = 0
+        self.working = 0  # > 0 while a thread works: such a job is never cancelled
+
+
+@dataclass(slots=True)
+class _Job:
+    kind: str
+    turn: Turn
+    task: asyncio.Task[Any] = field(init=False)
+
+
+class Gate:
+    """Jobs of one claim come one after the other, in the order they were asked for."""
+
+    def __init__(self) -> None:
+        self._lines: dict[ClaimUid, list[_Job]] = {}
+
+    async def run(self, uid: ClaimUid, kind: str, work: Callable[[Turn], Awaitable[T]], *, calls_off: str = "") -> T:
+        """Run `work` when all earlier jobs of this claim have ended.
+
+        A call of the same kind as the last one in line joins it. `calls_off` names a kind of which those that still wait
+        are called off: their callers get a ClaimError. A job that nobody listens to any more is called off likewise.
+        """
+        line = self._lines.setdefault(uid, [])
+        for job in line:
+            if job.kind == calls_off and not job.turn.working:
+                job.task.cancel()
+        if line and line[-1].kind == kind and not line[-1].task.cancelling():
+            job = line[-1]
+        else:
+            job = _Job(kind, Turn())
+            job.task = asyncio.ensure_future(self._after(tuple(j.task for j in line), work, job.turn))
+            line.append(job)
+            job.task.add_done_callback(lambda _: self._leave(uid, job))
+        answer: T = await self._listen(job, uid)
+        return answer
+
+    def busy(self, uid: ClaimUid) -> bool:
+        """Whether a job of this claim runs or waits."""
+        return uid in self._lines
+
+    async def _after(self, earlier: Sequence[asyncio.Task[Any]], work: Callable[[Turn], Awaitable[T]], turn: Turn) -> T:
+        if earlier:
+            await asyncio.wait(earlier)
+        return await work(turn)
+
+    async def _listen(self, job: _Job, uid: ClaimUid) -> Any:
+        job.turn.listeners += 1
+        try:
+            return await asyncio.shield(job.task)
+        except asyncio.CancelledError:
+            if not job.task.cancelled():
+                raise  # it is the caller who went away
+            raise ClaimError(
+                f"{job.kind} of claim {uid} was called off before it began; it is asked for again if needed"
+            ) from None
+        finally:
+            job.turn.listeners -= 1
+            if not job.turn.listeners and not job.turn.working and not job.task.done():
+                job.task.cancel()
+
+    def _leave(self, uid: ClaimUid, job: _Job) -> None:
+        line = self._lines[uid]
+        line.remove(job)
+        if not line:
+            del self._lines[uid]
+        if not job.task.cancelled():
+            job.task.exception()  # seen, also when every listener has gone
+
+
+class Ticket:
+    """The right to work on some GPUs; given back exactly once."""
+
+    def __init__(self, gpus: Sequence[GpuUuid], arrival: int) -> None:
+        self.gpus = tuple(gpus)
+        self.arrival = arrival
+        self.held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class Tickets:
+    """First come, first served per GPU; a claim over several GPUs gets all its places in one moment, or none yet."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Ticket] = []
+        self._holders: dict[GpuUuid, Ticket] = {}
+        self._hung: dict[GpuUuid, str] = {}
+        self._arrivals = 0
+
+    def arrive(self) -> int:
+        """A number that keeps one's place over several tries."""
+        self._arrivals += 1
+        return self._arrivals
+
+    async def take(self, gpus: Sequence[GpuUuid], arrival: int) -> Ticket:
+        """Wait for the turn on all these GPUs. HungError at once where one of them hangs, or begins to."""
+        ticket = Ticket(gpus, arrival)
+        for gpu in gpus:
+            if gpu in self._hung:
+                raise HungError(self._hung[gpu])
+        self._waiting.append(ticket)
+        self._waiting.sort(key=lambda t: t.arrival)
+        self._grant()
+        try:
+            await ticket.held
+        except BaseException:
+            self.give_back(ticket)
+            raise
+        return ticket
+
+    def give_back(self, ticket: Ticket) -> None:
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+        for gpu in ticket.gpus:
+            if self._holders.get(gpu) is ticket:
+                del self._holders[gpu]
+                self._hung.pop(gpu, None)
+        self._grant()
+
+    def hang(self, ticket: Ticket, text: str) -> None:
+        """The work under this ticket does not come back: answer everybody who waits for its GPUs, now and later."""
+        for gpu in ticket.gpus:
+            self._hung[gpu] = text
+        for waiting in [t for t in self._waiting if set(t.gpus) & set(ticket.gpus)]:
+            if not waiting.held.done():
+                waiting.held.set_exception(HungError(text))
+
+    def hung(self) -> dict[GpuUuid, str]:
+        return dict(self._hung)
+
+    def _grant(self) -> None:
+        ahead: set[GpuUuid] = set(self._holders)
+        for ticket in list(self._waiting):
+            if ticket.held.done():
+                continue
+            if not ahead & set(ticket.gpus):
+                self._waiting.remove(ticket)
+                self._holders.update(dict.fromkeys(ticket.gpus, ticket))
+                ticket.held.set_result(None)
+            ahead |= set(ticket.gpus)
+
+
+class Workers:
+    """Runs blocking work in threads, under tickets, and says when it does not come back.
+
+    A thread that has ended its work waits for the next; a thread is started where none waits, so hung ones are never
+    counted on, however many they are. (Starting one costs more than a whole-card prepare's own work: the loop waits until
+    the new thread has had the interpreter.)
+    """
+
+    def __init__(self, tickets: Tickets, limit_s: float = 15.0) -> None:
+        self._tickets = tickets
+        self._limit_s = limit_s
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting = 0  # threads that have no job
+        self._working = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def run(self, ticket: Ticket, turn: Turn, work: Callable[[], T], name: str) -> T:
+        """The result of `work`; HungError after the limit, while the thread goes on and keeps the ticket.
+
+        The ticket is given back when the work ends. Context variables (the `op=` id) are taken along.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        context = contextvars.copy_context()
+
+        def body() -> None:
+            end: Callable[[], None]
+            try:
+                end = partial(answer.set_result, context.run(work))
+            except BaseException as e:  # noqa: BLE001 - handed to whoever awaits the answer
+                end = partial(answer.set_exception, e)
+            loop.call_soon_threadsafe(ended, end)
+
+        def ended(end: Callable[[], None]) -> None:
+            watchdog.cancel()
+            turn.working -= 1
+            self._leave()
+            self._tickets.give_back(ticket)
+            if not answer.done():
+                end()
+
+        try:
+            self._give(body)
+        except RuntimeError as e:
+            self._tickets.give_back(ticket)
+            raise ClaimError(f"{name} cannot begin: {e}; raise the limit of processes of this container") from e
+        watchdog = loop.call_later(self._limit_s, self._overdue, ticket, answer, name)
+        turn.working += 1
+        return await answer
+
+    def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
+        text = (
+            f"{name} has not come back for {self._limit_s:g} s, so GPU {', '.join(ticket.gpus)} counts as hung until it "
+            "does; look at the kernel log of the node, reset the GPU or restart the node if it stays so"
+        )
+        self._tickets.hang(ticket, text)
+        if not answer.done():
+            answer.set_exception(HungError(text))
+
+    def _give(self, job: Callable[[], None]) -> None:
+        """RuntimeError where no thread waits and none can be started."""
+        if self._waiting:
+            self._waiting -= 1
+        else:
+            threading.Thread(target=_work_off, args=(self._jobs,), name="worker", daemon=True).start()
+        self._working += 1
+        self._idle.clear()
+        self._jobs.put(job)
+
+    def _leave(self) -> None:
+        if self._waiting < _MOST_WAITING:
+            self._waiting += 1
+        else:
+            self._jobs.put(None)  # this thread, or one beside it, goes home
+        self._working -= 1
+        if not self._working:
+            self._idle.set()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until no thread works any more; False when the time is up (a hung call: the process must `_exit`).
+
+        Threads that wait for work are sent home.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        while self._waiting:
+            self._waiting -= 1
+            self._jobs.put(None)
+        return self._idle.is_set()
+
+
+def _work_off(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """A thread's life, until it is sent home."""
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # the claim's result, or its error with all its frames, hangs on it
+
+
+class Departures:
+    """News of records that were dropped, by this instance or another: what a waiting claim waits for."""
+
+    def __init__(self) -> None:
+        self._waiters: set[_Waiter] = set()
+
+    def left(self, uids: Sequence[ClaimUid]) -> None:
+        for waiter in self._waiters:
+            waiter.gone.update(uids)
+            waiter.changed.set()
+
+    def stop(self, error: DriverError) -> None:
+        """End every wait with this error (shutdown)."""
+        for waiter in self._waiters:
+            waiter.error = error
+            waiter.changed.set()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[_Waiter]:
+        """Listen from now on. Begin *before* looking at the records: begun after it, the news of a holder that leaves in
+        between is missed and only a time-out wakes the waiter (tried: 67 s instead of 3 s for 150 pods)."""
+        waiter = _Waiter()
+        self._waiters.add(waiter)
+        try:
+            yield waiter
+        finally:
+            self._waiters.discard(waiter)
+
+
+class _Waiter:
+    def __init__(self) -> None:
+        self.gone: set[ClaimUid] = set()
+        self.changed = asyncio.Event()
+        self.error: DriverError | None = None
+
+    async def any_of(self, uids: Collection[ClaimUid], timeout_s: float) -> bool:
+        """Wait until one of these records is gone; False when the time is up. An overflow ("") counts as all of them."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.gone & {*uids, ClaimUid("")}:
+                    self.changed.clear()
+                    if self.error is not None:
+                        raise self.error
+                    await self.changed.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,102 @@
+"""The driver's side of the supervisor's socket: a connection for each call, so that nothing is lost when it restarts."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpuslice import __version__
+from gpuslice.errors import DeviceError
+from gpuslice.mps import wire
+from gpuslice.mps.api import Daemon, Running
+from gpuslice.mps.place import Place
+
+_CONNECT_S = 2.0
+_ANSWER_S = 2.0  # for what starts and stops nothing
+_CHANGE_S = 25.0  # for what does: a daemon's start, or a drain that ends in a kill, and some air
+
+
+class MpsClient:
+    """`Mps` over `<root>/supervisor.sock`. Stateless; any number of threads may use it."""
+
+    def __init__(self, root: Path) -> None:
+        self._place = Place(root)
+
+    def ensure(self, daemon: Daemon) -> Running:
+        self._place.check(daemon.key)
+        message = {"op": "ensure", "daemon": wire.daemon_body(daemon)}
+        what = f"ensure the MPS daemon of {daemon.device}"
+        for running in self._list(what, message, _CHANGE_S):
+            return running
+        raise DeviceError(f"cannot {what}: the MPS supervisor did not say what runs; see its log")
+
+    def stop(self, key: str) -> None:
+        """Also succeeds without a supervisor where the daemon's folder is not there: it is made before any daemon starts.
+
+        So a claim that never got its daemon is given back while the supervisor is away.
+        """
+        try:
+            self._list(f"stop MPS daemon {key}", {"op": "stop", "key": key}, _CHANGE_S)
+        except DeviceError:
+            if self._place.folder(key).exists():
+                raise
+
+    def running(self) -> tuple[Running, ...]:
+        return self._list("list the MPS daemons", {"op": "running"}, _ANSWER_S)
+
+    def incarnation(self) -> str:
+        greeting, _ = self._ask("greet it", {"op": "hello"}, _ANSWER_S)
+        return str(greeting.get("incarnation"))
+
+    def pipe(self, key: str) -> Path:
+        return self._place.pipe(key)
+
+    def shm(self, key: str) -> Path:
+        return self._place.shm(key)
+
+    def log(self, key: str) -> Path:
+        return self._place.log(key)
+
+    def _list(self, what: str, message: wire.Message, timeout_s: float) -> tuple[Running, ...]:
+        _, answer = self._ask(what, message, timeout_s)
+        body = answer.get("running")
+        return tuple(wire.running_of(entry) for entry in body) if isinstance(body, list) else ()
+
+    def _ask(self, what: str, message: wire.Message, timeout_s: float) -> tuple[wire.Message, wire.Message]:
+        """Greeting and answer of the supervisor; `what` completes "cannot …"."""
+        path = self._place.socket
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(_CONNECT_S)
+                connection.connect(str(path))
+                with connection.makefile("rwb") as stream:
+                    greeting = _greet(stream)
+                    connection.settimeout(timeout_s)
+                    wire.write(stream, message)
+                    answer = wire.read(stream)
+        except TimeoutError as e:
+            raise DeviceError(
+                f"cannot {what}: the MPS supervisor at {path} did not answer within {timeout_s:g} s; see its log"
+            ) from e
+        except (OSError, ValueError) as e:
+            raise DeviceError(
+                f"cannot {what}: no MPS supervisor answers at {path} ({e}); start it: gpuslice mps-supervisor"
+            ) from e
+        if answer is None:
+            raise DeviceError(f"cannot {what}: the MPS supervisor at {path} hung up; see its log")
+        if "error" in answer:
+            raise DeviceError(str(answer["error"]))
+        return greeting, answer
+
+
+def _greet(stream: wire.Stream) -> Mapping[str, object]:
+    wire.write(stream, {wire.GREETING: list(wire.VERSIONS), "release": __version__})
+    greeting = wire.read(stream) or {}
+    if "error" in greeting:
+        raise DeviceError(str(greeting["error"]))
+    if greeting.get("version") not in wire.VERSIONS:
+        raise DeviceError(
+            wire.disagreement(greeting.get(wire.GREETING), str(greeting.get("release", "of unknown release")))
+        )
+    return greeting

@@ -1,0 +1,250 @@
+"""One daemon's process: started, adopted, given its ceilings, looked after, drained. No threads and no policy here.
+
+It is started with `-f`, so that its process is the one we started; and with `-multiuser-server`, for the uids of
+containers differ, and without it one uid waits until the clients of another have gone. That needs root, and a driver
+that knows it: where it does not, the daemon starts without, and the log says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gpuslice.errors import DeviceError, DriverError, HungError
+from gpuslice.files import FolderWatch, write_atomic
+from gpuslice.mps import launch, wire
+from gpuslice.mps.api import Daemon
+from gpuslice.mps.control import Control, one_line
+from gpuslice.mps.place import Place
+from gpuslice.mps.process import ProcessId, Watched, boot_id, kill_all, wait
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """`probe_s` from one question to the next; `answer_s` for the control program, more and the daemon is wedged."""
+
+    probe_s: float = 15.0
+    answer_s: float = 5.0
+
+
+START_S = 10.0
+DRAIN_S = 3.0  # for servers to end after their clients were terminated
+_FLAGS = ((("-f", "-multiuser-server"), ("-f",)), (("-f",),))  # root's, others'
+_LAUNCHER = (sys.executable, "-I", "-S", launch.__file__)
+_REFUSED_S = 0.05
+_SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel's queue is called
+
+
+class Process:
+    """A daemon that runs. `ceilings` are (memory in MiB, percent of multiprocessors) as it told them."""
+
+    def __init__(self, pipe: Path, control: Control, watched: Watched) -> None:
+        self._pipe, self.control, self.watched = pipe, control, watched
+        self.ceilings: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def pid(self) -> int:
+        return self.watched.id.pid
+
+    def limit(self, daemon: Daemon) -> None:
+        """Give it these ceilings; where it does not take them, it keeps those it has. HungError where it is wedged."""
+        before = self.ceilings
+        try:
+            self.ceilings = _limited(self.control, daemon)
+        except HungError:
+            raise
+        except DeviceError:
+            with suppress(DeviceError):
+                self.control.limit_memory(daemon.device, before[0])
+                self.control.limit_threads(before[1])
+            raise
+
+    def probe(self) -> str:
+        """What is wrong with it, "" when well. HungError where it does not answer."""
+        for server in self.control.servers():
+            if "FAULT" in self.control.status(server).upper():
+                return f"MPS server {server} is in FAULT after a fatal error of one client"
+        return ""
+
+    def stop(self, *, drain: bool = True) -> str:
+        """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, in words."""
+        try:
+            if drain and not self.watched.ended():
+                # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
+                ended = self.control.terminate_clients()
+                log.info("MPS clients were terminated pid=%d clients=%d", self.pid, ended)
+                self.control.tell(f"quit -t {DRAIN_S:.0f}")
+                self.watched.ended(DRAIN_S)
+        except DeviceError as e:
+            log.warning("an MPS daemon could not be drained and is killed pid=%d: %s", self.pid, e)
+        self.watched.kill()
+        # Its servers go with it: they would hold the card against the next daemon's.
+        kill_all(self._pipe, DRAIN_S)
+        self.watched.ended(DRAIN_S)
+        return self.watched.reap()
+
+
+def start(place: Place, daemon: Daemon, command: Sequence[str], answer_s: float) -> Process:
+    """Start a daemon in its folder and give it its ceilings. DeviceError where it fails, and then nothing runs."""
+    place.make(daemon.key)
+    _give_shm(place, daemon.key)
+    *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
+    for flags in first:
+        try:
+            return _started(place, daemon, command, answer_s, flags)
+        except _EndedError as e:
+            why = e
+    process = _started(place, daemon, command, answer_s, last)
+    if first:
+        log.warning("MPS daemon %s serves one uid at a time; with more it fails: %s", daemon.key, why)
+    return process
+
+
+def remove(place: Place, key: str) -> None:
+    """Remove the daemon's folder, with the tmpfs on it; gone is fine. DeviceError where it is somebody else's."""
+    if place.folder(key).exists():
+        place.own(key)
+        launch.take_tmpfs(str(place.shm(key)))
+    place.remove(key)
+
+
+def _give_shm(place: Place, key: str) -> None:
+    try:
+        if launch.give_tmpfs(str(place.shm(key))):
+            return
+        why = "mounts do not propagate from here"
+    except OSError as e:
+        why = e.strerror or str(e)
+    log.warning("programs of MPS daemon %s fill %s with their shared memory: %s", key, place.root, why)
+
+
+class _EndedError(DeviceError):
+    """The daemon ended before it took a command."""
+
+
+def _started(place: Place, daemon: Daemon, command: Sequence[str], answer_s: float, flags: Sequence[str]) -> Process:
+    env = _environment(place, daemon)
+    console = place.log(daemon.key) / "console"
+    with closing(FolderWatch(place.pipe(daemon.key), arrivals=True)) as watch:
+        watched = Watched(
+            ProcessId.of(_spawned([*_LAUNCHER, str(place.shm(daemon.key)), *command, *flags], env, console))
+        )
+        process = Process(place.pipe(daemon.key), Control(command, env, answer_s), watched)
+        try:
+            remember(place, daemon, process)  # before it can have clients that nobody would know of
+            _wait(process, watch, console, daemon.device)
+            process.ceilings = _limited(process.control, daemon)
+        except DriverError:
+            process.stop(drain=False)
+            raise
+    if note := next((line for line in _lines(console) if line.startswith(launch.NOTE)), ""):
+        log.warning("MPS daemon %s has %s", daemon.key, note.removeprefix("gpuslice: "))
+    return process
+
+
+def _spawned(command: Sequence[str], env: Mapping[str, str], console: Path) -> int:
+    try:
+        with console.open("wb") as output:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=env,
+                cwd="/",
+                start_new_session=True,  # a terminal's ctrl-C is ours, not its
+            )
+    except OSError as e:
+        raise DeviceError(f"cannot start an MPS daemon: {e.strerror} ({e.filename}); see to that first") from e
+    child.returncode = 0  # we reap it ourselves, like those that are not our children
+    return child.pid
+
+
+def _wait(process: Process, watch: FolderWatch, console: Path, device: str) -> None:
+    """Wait until the daemon takes commands."""
+    until = time.monotonic() + START_S
+    why = "its control socket did not appear"
+    while (left := until - time.monotonic()) > 0:
+        # The socket's arrival wakes us; that somebody listens on it does not, hence the limit.
+        ready = wait(min(left, _REFUSED_S), watch.fileno(), process.watched.descriptor)
+        if process.watched.descriptor in ready:
+            lines = one_line(" ".join(_lines(console)[-3:]))
+            raise _EndedError(
+                f"the MPS daemon of {device} {process.watched.reap()} at its start and says "
+                f"{lines!r}; check the device and the NVIDIA driver"
+            )
+        if ready and not _SOCKETS & set(watch.read()):
+            continue
+        try:
+            process.control.servers()
+            return
+        except DeviceError as e:
+            why = str(e)
+    raise DeviceError(f"the MPS daemon of {device} took no command within {START_S:g} s after its start: {why}")
+
+
+def adopt(place: Place, key: str, command: Sequence[str], answer_s: float) -> tuple[Daemon, Process | None]:
+    """What a former supervisor left in this folder: the daemon it was to be, and its process where that lives and answers.
+
+    DeviceError where the folder tells nothing, or tells of an earlier boot.
+    """
+    place.own(key)  # or somebody else chooses which process we take for the daemon
+    try:
+        body = json.loads(place.record(key).read_text(encoding="utf-8"))
+        daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
+    except (OSError, ValueError, LookupError, TypeError, DeviceError) as e:
+        raise DeviceError(f"{place.record(key)} tells of no MPS daemon ({e}); its folder is removed") from e
+    if left.boot != boot_id():
+        raise DeviceError(f"{place.record(key)} is of an earlier boot; its folder is removed")
+    try:
+        watched = Watched(left)
+    except ProcessLookupError:
+        kill_all(place.pipe(key), DRAIN_S)
+        return daemon, None
+    process = Process(place.pipe(key), Control(command, _environment(place, daemon), answer_s), watched)
+    try:
+        process.ceilings = (process.control.memory(daemon.device), process.control.threads())
+    except DeviceError as e:
+        log.warning("a former supervisor's MPS daemon does not answer and is killed key=%s: %s", key, e)
+        process.stop(drain=False)
+        return daemon, None
+    return daemon, process
+
+
+def remember(place: Place, daemon: Daemon, process: Process) -> None:
+    """Write down for the next supervisor what this daemon is to be, and which process it is."""
+    body = {"daemon": wire.daemon_body(daemon), "process": asdict(process.watched.id)}
+    write_atomic(place.record(daemon.key), json.dumps(body) + "\n")
+
+
+def _limited(control: Control, daemon: Daemon) -> tuple[int | None, int | None]:
+    memory = control.limit_memory(daemon.device, daemon.memory_mib)
+    return memory, control.limit_threads(daemon.threads_percent)
+
+
+def _environment(place: Place, daemon: Daemon) -> Mapping[str, str]:
+    """Ours, without what CUDA would take from it, and what makes it this daemon's."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+    return {
+        **ours,
+        "CUDA_VISIBLE_DEVICES": daemon.device,
+        "CUDA_MPS_PIPE_DIRECTORY": str(place.pipe(daemon.key)),
+        "CUDA_MPS_LOG_DIRECTORY": str(place.log(daemon.key)),
+    }
+
+
+def _lines(console: Path) -> list[str]:
+    try:
+        return console.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,256 @@
+"""The process that owns the MPS daemons: `gpuslice mps-supervisor`. It speaks wire.py on `<root>/supervisor.sock`.
+
+One supervisor a root. A second one is refused and does not wait: a supervisor that waits without a word hides that two
+were configured, and whoever runs it (a kubelet, systemd) starts it again anyhow.
+
+SIGTERM drains and ends all daemons, but leaves their folders: containers hold them, and the next supervisor starts the
+daemons again in them. SIGKILL, or a crash, leaves the daemons as they are, where the container or unit does not take them
+along; the next supervisor adopts them, and their clients notice nothing.
+
+It must stay small, for it is resident on every node: no event loop, no gRPC, no Kubernetes, no Prometheus, no YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from gpuslice import __version__, files
+from gpuslice.errors import DeviceError, DriverError
+from gpuslice.mps import daemon as daemons
+from gpuslice.mps import wire
+from gpuslice.mps.api import Daemon, Running
+from gpuslice.mps.daemon import Patience
+from gpuslice.mps.keeper import GoneError, Keeper
+from gpuslice.mps.place import Place
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = Patience()
+_TALK_S = 10.0  # for a client to say what it wants
+_NO_ACCEPT_S = 0.5
+_BACKLOG = 64
+_FAILED = 1  # cli.py: it ran and failed
+
+
+class Supervisor:
+    """The daemons of one root, and the socket. `open` adopts, then listens; `close` ends what it owns."""
+
+    def __init__(self, root: Path, command: Sequence[str], *, patience: Patience = _PATIENCE) -> None:
+        self._place, self._command, self._patience = Place(root), command, patience
+        self.incarnation = str(uuid.uuid4())
+        self._keepers: dict[str, Keeper] = {}
+        self._lock = threading.Lock()  # of the dict, never held while something is done
+        self._closing = threading.Event()
+
+    def open(self) -> None:
+        """DriverError where the root cannot be served, or another supervisor does it already."""
+        root = self._place.root
+        self._place.check_socket()
+        files.ensure_folder(root, 0o711)
+        lock = files.try_lock(root / "supervisor.lock")
+        if lock is None:
+            raise DeviceError(f"another MPS supervisor serves {root}; end that one first, or use another root")
+        self._root_lock = lock
+        self._adopt()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Bound under another name first: whoever sees the socket may connect to it.
+        new = root / ".supervisor"
+        new.unlink(missing_ok=True)
+        self._listener.bind(str(new))
+        new.chmod(0o600)
+        self._listener.listen(_BACKLOG)
+        new.rename(self._place.socket)
+        threading.Thread(target=self._accept, name="mps-accept", daemon=True).start()
+
+    def close(self) -> None:
+        """Drain and end all daemons at once; their folders stay."""
+        self._closing.set()
+        self._place.socket.unlink(missing_ok=True)
+        self._listener.shutdown(socket.SHUT_RDWR)  # a close alone would not wake the thread that accepts
+        self._listener.close()
+        with self._lock:
+            keepers = list(self._keepers.values())
+        _at_once(keeper.close for keeper in keepers)
+        os.close(self._root_lock)
+
+    def _adopt(self) -> None:
+        """Before anybody can ask, for a daemon that is not yet adopted would look as if it were gone."""
+        _at_once(partial(self._adopt_one, key) for key in self._place.known())
+
+    def _adopt_one(self, key: str) -> None:
+        keeper = self._keeper(key)
+        try:
+            keeper.adopt()
+        except DriverError as e:
+            self._forget(key, keeper)
+            log.warning("nothing is adopted key=%s: %s", key, e)
+            try:
+                daemons.remove(self._place, key)
+            except DriverError as error:
+                log.warning("a folder stays key=%s: %s", key, error)
+
+    def _keeper(self, key: str) -> Keeper:
+        with self._lock:
+            if self._closing.is_set():
+                raise DeviceError("the MPS supervisor is ending; try again when the next one runs")
+            if key not in self._keepers:
+                self._keepers[key] = Keeper(self._place, key, self._command, self._patience)
+            return self._keepers[key]
+
+    def _forget(self, key: str, keeper: Keeper) -> None:
+        with self._lock:
+            if self._keepers.get(key) is keeper:
+                del self._keepers[key]
+
+    # ------------------------------------------------------------ what a driver asks
+
+    def ensure(self, daemon: Daemon) -> Running:
+        self._place.check(daemon.key)
+        while True:
+            keeper = self._keeper(daemon.key)
+            try:
+                return keeper.ensure(daemon)
+            except GoneError:
+                continue  # it was being stopped; a new keeper starts it again
+            finally:
+                if keeper.gone:
+                    self._forget(daemon.key, keeper)
+
+    def stop(self, key: str) -> None:
+        self._place.check(key)
+        with self._lock:
+            keeper = self._keepers.get(key)
+        if keeper is None:
+            daemons.remove(self._place, key)  # what a failed removal left
+            return
+        try:
+            keeper.stop()
+        finally:
+            if keeper.gone:
+                self._forget(key, keeper)
+
+    def running(self) -> tuple[Running, ...]:
+        with self._lock:
+            keepers = sorted(self._keepers.items())
+        return tuple(running for _, keeper in keepers if (running := keeper.running) is not None)
+
+    # ------------------------------------------------------------ the socket
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection, _ = self._listener.accept()
+                connection.settimeout(_TALK_S)
+                threading.Thread(target=self._talk, args=(connection,), name="mps-talk", daemon=True).start()
+            except (OSError, RuntimeError) as e:
+                # Out of descriptors or threads: whoever waits still does, so trying at once would only burn the processor.
+                if not self._closing.wait(_NO_ACCEPT_S):
+                    log.error("the MPS supervisor cannot accept a connection: %s", e)
+
+    def _talk(self, connection: socket.socket) -> None:
+        """One greeting, one request. A thread of its own, so that a slow client keeps nobody waiting."""
+        try:
+            with connection, connection.makefile("rwb") as stream:
+                wire.write(stream, self._conversed(stream))
+        except TimeoutError:
+            log.warning("a client of the MPS supervisor said nothing for %g s", _TALK_S)
+        except OSError as e:
+            log.info("a client of the MPS supervisor went away: %s", e)
+
+    def _conversed(self, stream: wire.Stream) -> wire.Message:
+        try:
+            greeting = wire.read(stream) or {}
+            if wire.GREETING not in greeting:
+                raise ValueError(f"no greeting: {json.dumps(greeting)[:40]}")
+            theirs = greeting[wire.GREETING]
+            version = wire.common(theirs)
+            if version is None:
+                return {"error": wire.disagreement(theirs, str(greeting.get("release", "of unknown release")))}
+            wire.write(
+                stream,
+                {
+                    wire.GREETING: list(wire.VERSIONS),
+                    "version": version,
+                    "incarnation": self.incarnation,
+                    "release": __version__,
+                },
+            )
+            request = wire.read(stream)
+            return {} if request is None else self._answer(request)
+        except ValueError as e:
+            return {"error": f"the MPS supervisor does not understand this ({e}); update the older one of both"}
+
+    def _answer(self, request: wire.Message) -> wire.Message:
+        try:
+            running = self._obey(request)
+        except DriverError as e:
+            log.error("refused op=%s: %s", request.get("op"), e)
+            return {"error": str(e)}
+        except Exception as e:
+            log.exception("failed op=%s", request.get("op"))
+            return {"error": f"the MPS supervisor failed unexpectedly ({type(e).__name__}: {e}); see its log"}
+        return {"running": [wire.running_body(one) for one in running]}
+
+    def _obey(self, request: wire.Message) -> Sequence[Running]:
+        match request.get("op"):
+            case "hello":
+                return ()
+            case "running":
+                return self.running()
+            case "ensure":
+                return (self.ensure(wire.daemon_of(request.get("daemon"))),)
+            case "stop":
+                self.stop(str(request.get("key")))
+                return ()
+            case other:
+                raise DeviceError(
+                    f"the MPS supervisor knows no {json.dumps(other)}; update it, for the driver is newer"
+                )
+
+
+def run(root: Path, command: Sequence[str], level: str = "info") -> int:
+    """Serve until SIGTERM or SIGINT; the exit code of the process. `command` is the control program (control.py)."""
+    _log_to_stderr(level)
+    ended = threading.Event()
+    # Handlers and no blocked signals, for the daemons would inherit a mask.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    supervisor = Supervisor(root, command)
+    try:
+        supervisor.open()
+    except DriverError as e:
+        log.error("%s", e)
+        return _FAILED
+    log.info("the MPS supervisor serves root=%s incarnation=%s", root, supervisor.incarnation)
+    ended.wait()
+    log.info("the MPS supervisor ends, and its daemons with it")
+    supervisor.close()
+    return 0
+
+
+def _at_once(calls: Iterable[Callable[[], None]]) -> None:
+    """Each in a thread of its own; returns when all have."""
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _log_to_stderr(level: str) -> None:
+    """As telemetry.py does it, which would bring Prometheus along."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("{asctime}.{msecs:03.0f} {levelname:<7} {message}", "%Y-%m-%dT%H:%M:%S", style="{")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

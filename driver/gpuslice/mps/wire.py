@@ -1,0 +1,129 @@
+"""What driver and supervisor say to each other: one JSON object a line over a unix socket, one request a connection.
+
+    client  {"gpuslice-mps": [1]}                          versions it speaks, any order
+    server  {"gpuslice-mps": [1], "version": 1, "incarnation": "…", "release": "0.1.0"}
+    client  {"op": "ensure", "daemon": {…}} | {"op": "stop", "key": "…"} | {"op": "running"} | {"op": "hello"}
+    server  {"running": [{…}]} | {"error": "one sentence"}
+
+The highest version that both speak is spoken. Either side keeps understanding the version before its own newest, for
+the supervisor is updated seldom and later than the driver; where none is common, the server says so in one sentence.
+Unknown keys are ignored, so that a version may grow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Protocol
+
+from gpuslice.core.model import GpuUuid, MigUuid
+from gpuslice.errors import DeviceError
+from gpuslice.mps.api import Daemon, Running
+
+VERSIONS = (1,)
+GREETING = "gpuslice-mps"
+_LONGEST = 1 << 20  # bytes of a line; 128 daemons in trouble are 50 kB
+
+Message = Mapping[str, object]
+
+
+class Stream(Protocol):
+    """What `socket.makefile("rwb")` returns."""
+
+    def readline(self, size: int, /) -> bytes: ...
+    def write(self, data: bytes, /) -> int: ...
+    def flush(self) -> None: ...
+
+
+def write(stream: Stream, message: Message) -> None:
+    stream.write(json.dumps(message).encode() + b"\n")
+    stream.flush()
+
+
+def read(stream: Stream) -> Message | None:
+    """The next message; None at the end of the stream. ValueError for what is no message."""
+    line = stream.readline(_LONGEST)
+    if not line:
+        return None
+    try:
+        message = json.loads(line)
+    except RecursionError as e:
+        raise ValueError("a message of too many levels") from e
+    if not line.endswith(b"\n") or not isinstance(message, dict):
+        raise ValueError(f"no message: {line[:40]!r}")
+    return message
+
+
+def common(theirs: object, ours: Iterable[int] = VERSIONS) -> int | None:
+    """The highest version that both speak."""
+    said = theirs if isinstance(theirs, list) else []
+    return max((version for version in ours if version in said), default=None)
+
+
+def disagreement(theirs: object, release: str) -> str:
+    """One sentence for two that share no version; `release` is the other side's."""
+    return (
+        f"gpuslice {release} speaks versions {theirs} of the MPS supervisor's protocol, and this side "
+        f"{list(VERSIONS)}; update the older one of driver and supervisor"
+    )
+
+
+def daemon_body(daemon: Daemon) -> Message:
+    return asdict(daemon)
+
+
+def daemon_of(body: object) -> Daemon:
+    """A daemon from a message or a file of ours; DeviceError where a field is missing or senseless."""
+    if not isinstance(body, dict):
+        raise DeviceError(f"{body!r} describes no MPS daemon; update the older one of driver and supervisor")
+    daemon = Daemon(
+        key=_text(body, "key"),
+        device=_device(body),
+        memory_mib=_number(body, "memory_mib"),
+        threads_percent=_number(body, "threads_percent"),
+    )
+    if daemon.memory_mib is not None and daemon.memory_mib < 1:
+        raise DeviceError(f"a memory ceiling of {daemon.memory_mib} MiB lets no client run; use at least 1, or none")
+    if daemon.threads_percent is not None and not 1 <= daemon.threads_percent <= 100:
+        raise DeviceError(f"{daemon.threads_percent} % of the multiprocessors is no ceiling; use 1 to 100, or none")
+    return daemon
+
+
+def running_body(running: Running) -> Message:
+    return asdict(running)
+
+
+def running_of(body: object) -> Running:
+    if not isinstance(body, dict):
+        raise DeviceError(f"{body!r} describes no running MPS daemon; update the older one of driver and supervisor")
+    return Running(
+        key=_text(body, "key"),
+        device=_device(body),
+        pid=_number(body, "pid") or 0,
+        memory_mib=_number(body, "memory_mib"),
+        threads_percent=_number(body, "threads_percent"),
+        restarts=_number(body, "restarts") or 0,
+        problem=_text(body, "problem"),
+    )
+
+
+def _device(body: Message) -> GpuUuid | MigUuid:
+    uuid = _text(body, "device")
+    return MigUuid(uuid) if uuid.startswith("MIG-") else GpuUuid(uuid)
+
+
+def _text(body: Message, key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str):
+        raise DeviceError(f"{key} of an MPS daemon is {value!r} and must be a text; update driver or supervisor")
+    return value
+
+
+def _number(body: Message, key: str) -> int | None:
+    value = body.get(key)
+    if value is not None and type(value) is not int:
+        raise DeviceError(
+            f"{key} of an MPS daemon is {value!r} and must be a whole number; update driver or supervisor"
+        )
+    return value

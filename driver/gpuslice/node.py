@@ -1,0 +1,146 @@
+"""The node that a command works on: its GPUs, its policy, what was last seen of it, and one look at it from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import yaml
+
+from gpuslice import files
+from gpuslice.checkpoint import Checkpoint
+from gpuslice.config import Config
+from gpuslice.core import gpucodec, health
+from gpuslice.core.health import Taints
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu
+from gpuslice.core.policy import Policy
+from gpuslice.core.record import Record
+from gpuslice.errors import ConfigError, DeviceError, StateError
+from gpuslice.host import Host, RealHost, SimHost
+from gpuslice.nvml.api import Nvml
+
+if TYPE_CHECKING:
+    from gpuslice.nvml.sim import Latency
+
+log = logging.getLogger(__name__)
+
+
+def build(config: Config) -> tuple[Nvml, Host]:
+    """The GPUs and the machine around them, real or simulated. Only what is chosen is loaded: NVML's bindings are 2 MB."""
+    if config.simulate:
+        from gpuslice.nvml.sim import SimNvml
+
+        folder = files.ensure_folder(config.simulated_node)
+        return SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency)), SimHost(folder)
+    from gpuslice.nvml.real import RealNvml
+
+    host = RealHost(
+        config.driver_root_ctr_path, host_root=config.nvidia_driver_root, cdi_hook=config.nvidia_cdi_hook_path
+    )
+    return RealNvml(config.driver_root_ctr_path), host
+
+
+def read_policy(path: Path | None) -> Policy:
+    """The policy file, or the default of everything. ConfigError names the file."""
+    if path is None:
+        return Policy.default()
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"policy file {path} cannot be read ({' '.join(str(e).split())}); see docs/policy.md") from e
+    try:
+        return Policy.parse({} if body is None else body)
+    except ConfigError as e:
+        raise ConfigError(f"policy file {path}: {e}") from e
+
+
+def known_gpus(nvml: Nvml, host: Host, path: Path) -> tuple[Gpu, ...]:
+    """The node's cards in bus order; one that cannot be read now is as it was when last seen, so that its pool stays."""
+    seen = tuple(host.locate(gpu) for gpu in nvml.gpus())
+    lost = nvml.lost()
+    for sentence in (*lost, *nvml.notes()):
+        log.warning("%s", sentence)
+    before = {gpu.bus_id: gpu for gpu in _last_seen(path)}
+    here = {gpu.bus_id: gpu for gpu in seen}
+    # Drivers of about 535 list no profiles while MIG mode is off (NVML field 199): then the list of last time counts.
+    for bus_id, gpu in here.items():
+        if not gpu.profiles and bus_id in before and before[bus_id].uuid == gpu.uuid:
+            here[bus_id] = replace(gpu, profiles=before[bus_id].profiles)
+    gpus = tuple(gpu for _, gpu in sorted({**(before if lost else {}), **here}.items()))
+    files.write_atomic(path, json.dumps(gpucodec.encode(gpus)))
+    return gpus
+
+
+def _last_seen(path: Path) -> tuple[Gpu, ...]:
+    try:
+        return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return ()  # the first start, or a torn file of a power loss: then only what is here now is known
+
+
+# ---------------------------------------------------------------- a look from outside
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What `devices` and `claims` show."""
+
+    inventory: Inventory
+    live: Mapping[GpuUuid, LiveGpu]
+    records: Mapping[ClaimUid, Record]
+    taints: Taints
+
+
+@contextlib.contextmanager
+def looked_at(config: Config) -> Iterator[Node]:
+    """One look at the node beside a driver that may run; changes nothing. What is not said is as `run` had it."""
+    config = _as_running(config)
+    nvml, host = build(config)
+    try:
+        inventory = Inventory.of(nvml.gpus(), read_policy(config.policy), config.node_name)
+        folder = config.plugin_folder / "claims" / host.boot_id()
+        checkpoint = Checkpoint(folder.parent, folder.name) if folder.is_dir() else None
+        live: dict[GpuUuid, LiveGpu] = {}
+        for pool in inventory.pools:
+            with contextlib.suppress(DeviceError):
+                live[pool.gpu.uuid] = nvml.look(pool.gpu.uuid)
+        records = checkpoint.records() if checkpoint is not None else {}
+        yield Node(inventory, live, records, health.taints(inventory, live, {}, records.values(), {}))
+    finally:
+        nvml.close()
+
+
+def note_running(config: Config) -> None:
+    """Leave a note for `devices` and `claims`, so that they need no flags on the node of a running driver."""
+    note = {
+        "node_name": config.node_name,
+        "policy": str(config.policy or ""),
+        "simulate": config.simulate,
+        "simulate_folder": str(config.simulate_folder or ""),
+        "simulate_latency": config.simulate_latency,
+    }
+    files.write_atomic(config.plugin_folder / "running.json", json.dumps(note))
+
+
+def _as_running(config: Config) -> Config:
+    path = config.plugin_folder / "running.json"
+    if config.node_name or config.simulate or not path.exists():
+        return replace(config, node_name=config.node_name or "this-node")
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise StateError(f"{path} cannot be read ({e}); give --node-name, and --simulate if it is simulated") from e
+    return replace(
+        config,
+        node_name=note["node_name"],
+        policy=config.policy or (Path(note["policy"]) if note["policy"] else None),
+        simulate=note["simulate"],
+        simulate_folder=Path(note["simulate_folder"]) if note["simulate_folder"] else None,
+        simulate_latency=note.get("simulate_latency", config.simulate_latency),
+    )

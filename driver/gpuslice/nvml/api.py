@@ -1,0 +1,134 @@
+"""What the driver asks of a GPU node. Two implementations, one contract (tests/nvml/test_contract.py).
+
+Every verb raises `DeviceError` with NVML's own code and a sentence that names the GPU. Verbs block; call them from
+worker threads. Every verb may be called from several threads at once. GPU-instance and compute-instance ids are used
+again by NVML after a destroy, a MIG UUID never is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
+
+
+class Code(IntEnum):
+    """`nvmlReturn_t` values that we tell apart (nvml.h, CUDA 13.3)."""
+
+    SUCCESS = 0
+    UNINITIALIZED = 1
+    INVALID_ARGUMENT = 2
+    NOT_SUPPORTED = 3
+    NO_PERMISSION = 4
+    NOT_FOUND = 6
+    INSUFFICIENT_SIZE = 7
+    DRIVER_NOT_LOADED = 9
+    TIMEOUT = 10
+    LIBRARY_NOT_FOUND = 12
+    FUNCTION_NOT_FOUND = 13
+    GPU_IS_LOST = 15
+    RESET_REQUIRED = 16
+    LIB_RM_VERSION_MISMATCH = 18
+    IN_USE = 19
+    INSUFFICIENT_RESOURCES = 23
+    UNKNOWN = 999
+
+
+TIME_SLICES = (0, 1, 2, 3)  # nvidia-smi compute-policy --set-timeslice; milliseconds are not published
+
+
+MPS_SERVER = "nvidia-cuda-mps-server"  # as NVML's lists of processes show it
+
+
+class ComputeMode(IntEnum):
+    """`nvmlComputeMode_t`; lost at reboot."""
+
+    DEFAULT = 0
+    PROHIBITED = 2
+    EXCLUSIVE_PROCESS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A process on a GPU; `gi` and `ci` are None where it uses the whole GPU; memory is None where NVML is silent."""
+
+    pid: int
+    name: str = ""
+    gi: int | None = None
+    ci: int | None = None
+    used_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    total_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XidEvent:
+    """A critical XID. `gi`, `ci`: None for the whole GPU; `gpu`: None when NVML lost a GPU and cannot say which."""
+
+    gpu: GpuUuid | None
+    xid: int
+    gi: int | None = None
+    ci: int | None = None
+
+
+class Nvml(Protocol):
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All cards in index order. One that cannot be read is left out; `lost` names it."""
+
+    def lost(self) -> tuple[str, ...]:
+        """One sentence for each card that the last `gpus` could not read."""
+
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each thing that the last `gpus` could not learn, or had to take on trust."""
+
+    def look(self, gpu: GpuUuid) -> LiveGpu:
+        """MIG mode and partitions as they are now; a GPU without MIG shows `mig=False` and no partitions."""
+
+    def minor(self, gpu: GpuUuid) -> int:
+        """Number of the device node /dev/nvidia<minor>; may change when MIG mode is switched."""
+
+    def set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
+        """Switch MIG mode now. RESET_REQUIRED or IN_USE (also as activation status) are errors; the mode then stays."""
+
+    def create_gpu_instance(self, gpu: GpuUuid, profile: int, placement: Placement) -> int:
+        """Id of the new GPU instance. INSUFFICIENT_RESOURCES where the place is taken, NOT_SUPPORTED while MIG is off,
+        INVALID_ARGUMENT for an unknown profile or a place that is none of its own."""
+
+    def create_compute_instance(self, gpu: GpuUuid, gi: int) -> tuple[int, MigUuid]:
+        """Id and UUID of a compute instance as wide as its GPU instance."""
+
+    def destroy_compute_instance(self, gpu: GpuUuid, gi: int, ci: int) -> None:
+        """NOT_FOUND where it is gone, IN_USE while a process runs on it."""
+
+    def destroy_gpu_instance(self, gpu: GpuUuid, gi: int) -> None:
+        """NOT_FOUND where it is gone, IN_USE while it has a compute instance."""
+
+    def processes(self, gpu: GpuUuid) -> tuple[Process, ...]:
+        """Compute and graphics processes on the card and its partitions, once each."""
+
+    def memory(self, device: GpuUuid | MigUuid) -> Memory:
+        """Memory of a card or of a partition that exists."""
+
+    def compute_mode(self, gpu: GpuUuid) -> ComputeMode: ...
+
+    def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None: ...
+
+    def time_slice(self, gpu: GpuUuid) -> int:
+        """How long processes that share the card keep it in turn: 0 default, 1 short, 2 medium, 3 long; lost at reboot.
+
+        NOT_SUPPORTED on cards that cannot interrupt a kernel half-way, and while MIG mode is on.
+        """
+
+    def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
+        """INVALID_ARGUMENT for a level that is none of 0 … 3, NOT_SUPPORTED as above."""
+
+    def wait_event(self, timeout_s: float) -> XidEvent | None:
+        """The next XID since the first call, or None after the timeout. One caller only."""
+
+    def close(self) -> None: ...

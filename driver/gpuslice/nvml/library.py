@@ -1,0 +1,87 @@
+"""NVIDIA's library as such: finding and loading it, and its errors as ours. With mig.py and real.py all that knows pynvml.
+
+pynvml declares no argument types: a struct passed by value where a pointer belongs ends the process without a word. So
+every struct goes in by reference, and every result leaves these three files as one of our own types.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pynvml
+
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.api import Code
+
+SONAME = "libnvidia-ml.so.1"
+_FOLDERS = (
+    "usr/lib64",
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/aarch64-linux-gnu",
+    "usr/lib",
+    "lib64",
+    "lib/x86_64-linux-gnu",
+    "lib/aarch64-linux-gnu",
+    "lib",
+    "",
+)
+
+_REMEDIES = {
+    Code.UNINITIALIZED: "NVML was closed under this call; restart the driver",
+    Code.INVALID_ARGUMENT: "the card knows no such profile, place or mode; ask for one that it lists",
+    Code.NOT_SUPPORTED: "this card, its present mode or its NVIDIA driver does not offer it",
+    Code.NO_PERMISSION: "run the driver as root with CAP_SYS_ADMIN",
+    Code.NOT_FOUND: "it is gone",
+    Code.DRIVER_NOT_LOADED: "load the NVIDIA kernel driver; nvidia-smi must work on the host",
+    Code.LIBRARY_NOT_FOUND: "install the NVIDIA driver, or name the folder that it is mounted in as the driver root",
+    Code.FUNCTION_NOT_FOUND: "the NVIDIA driver is too old for this call; update it",
+    Code.GPU_IS_LOST: "it fell off the bus; reset it or reboot the node",
+    Code.RESET_REQUIRED: "reset the GPU, or reboot the node where it cannot be reset (pass-through)",
+    Code.LIB_RM_VERSION_MISMATCH: "the NVIDIA driver was upgraded beside its loaded kernel module; reboot the node",
+    Code.IN_USE: "something holds it: end its processes, and any other program with an NVML session (DCGM, nvidia-smi)",
+    Code.INSUFFICIENT_RESOURCES: "there is no room for it; destroy what is in its way",
+}
+
+
+@contextmanager
+def asking(where: str, what: str) -> Iterator[None]:
+    """Translate NVML's errors below: `where` names the GPU, `what` completes "cannot …"."""
+    try:
+        yield
+    except pynvml.NVMLError as e:
+        raise refusal(where, what, e.value) from e
+
+
+def refusal(where: str, what: str, code: int) -> DeviceError:
+    """The error for this `nvmlReturn_t`, also where NVML hands it out as a status instead of failing."""
+    name = Code(code).name if code in set(Code) else f"error {code}"
+    remedy = _REMEDIES.get(Code(code)) if code in set(Code) else None
+    return DeviceError(f"{where}: cannot {what}: {name}; {remedy or 'see the NVRM lines of the kernel log'}", code)
+
+
+def find(driver_root: Path) -> Path | None:
+    """The library below a driver root (a folder laid out like the host's /), or right in it."""
+    return next((path for folder in _FOLDERS if (path := driver_root / folder / SONAME).exists()), None)
+
+
+def start(driver_root: Path | None) -> None:
+    """Load the library and open the one session of this process; DeviceError where that fails.
+
+    pynvml opens the library by its soname only. A library of that soname which is loaded already is what the loader
+    then returns, so ours goes first. Without a driver root the loader's own search decides.
+    """
+    where = "this node" if driver_root is None else f"driver root {driver_root}"
+    if driver_root is not None:
+        path = find(driver_root)
+        if path is None:
+            raise refusal(where, f"find {SONAME}", Code.LIBRARY_NOT_FOUND)
+        try:
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError as e:
+            text = f"{where}: cannot load {path} ({e}); it must fit this machine and the image's C library"
+            raise DeviceError(text, Code.LIBRARY_NOT_FOUND) from e
+    with asking(where, "start NVML"):
+        pynvml.nvmlInit()

@@ -1,0 +1,171 @@
+"""MIG by NVML, below the verbs of real.py: profiles, instances, compute instances. Raises pynvml's errors as they are.
+
+Traps that cost others days: placements go in by reference; profile enums are not profile ids; arrays are sized
+generously, for the A30 misreports its instance count; the device handle in a compute instance's info is the *MIG*
+device's (the header says "parent device"), which saves a walk over all MIG devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ctypes import byref, c_uint
+
+import pynvml
+
+from gpuslice.core.model import MigProfile, MigUuid, Partition, Placement
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.api import Code
+from gpuslice.nvml.models import suffix
+
+Handle = object  # an opaque pointer of NVML's
+
+# Above the enums that this pynvml knows, for newer drivers add more; an unknown one is only refused.
+_PROFILE_ENUMS = range(max(0x20, pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT))
+_CI_ENUMS = [
+    enum
+    for enum in range(max(0x10, pynvml.NVML_COMPUTE_INSTANCE_PROFILE_COUNT))
+    if enum != pynvml.NVML_COMPUTE_INSTANCE_PROFILE_1_SLICE_REV1
+]
+_ROOM = 32  # entries of every output array, instead of NVML's own count
+_ABSENT = (Code.NOT_SUPPORTED, Code.INVALID_ARGUMENT, Code.NOT_FOUND)
+
+
+class tolerating:  # noqa: N801  reads as a statement: with tolerating(Code.NOT_FOUND)
+    """Let these NVML errors end the block as "there is none"."""
+
+    def __init__(self, *codes: int) -> None:
+        self._codes = codes
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        return isinstance(error, pynvml.NVMLError) and error.value in self._codes
+
+
+def mode(device: Handle) -> tuple[bool, bool] | None:
+    """(current, pending) MIG mode; None where the card has no MIG."""
+    with tolerating(Code.NOT_SUPPORTED):
+        current, pending = pynvml.nvmlDeviceGetMigMode(device)
+        return bool(current), bool(pending)
+    return None
+
+
+def profiles(device: Handle) -> tuple[tuple[MigProfile, ...], tuple[str, ...]]:
+    """All GPU-instance profiles of the card, and what was odd about them, as clauses."""
+    found, odd = [], []
+    for enum in _PROFILE_ENUMS:
+        with tolerating(*_ABSENT):
+            info = pynvml.nvmlDeviceGetGpuInstanceProfileInfo(device, enum, version=2)
+            places = _placements(device, info.id)
+            name = str(info.name).removeprefix("MIG ")
+            # The A30 misreports it on some drivers; no profile stands more often than it has places, nor never.
+            count = min(max(1, info.instanceCount), len(places))
+            if count != info.instanceCount:
+                odd.append(f"it says {info.instanceCount} instances of {name}, which has {len(places)} places")
+            if places:
+                found.append(_profile(info, name, count, places))
+    return tuple(found), tuple(odd)
+
+
+def _placements(device: Handle, profile: int) -> tuple[Placement, ...]:
+    count = c_uint(0)
+    pynvml.nvmlDeviceGetGpuInstancePossiblePlacements(device, profile, None, byref(count))
+    room = max(_ROOM, count.value)
+    array = (pynvml.c_nvmlGpuInstancePlacement_t * room)()
+    count = c_uint(room)
+    pynvml.nvmlDeviceGetGpuInstancePossiblePlacements(device, profile, array, byref(count))
+    return tuple(sorted(Placement(array[at].start, array[at].size) for at in range(count.value)))
+
+
+def _profile(
+    info: pynvml.c_nvmlGpuInstanceProfileInfo_v2_t, name: str, count: int, places: tuple[Placement, ...]
+) -> MigProfile:
+    return MigProfile(
+        id=info.id,
+        name=name,
+        suffix=suffix(name),
+        memory_mib=info.memorySizeMB,
+        compute_slices=info.sliceCount,
+        multiprocessors=info.multiprocessorCount,
+        copy_engines=info.copyEngineCount,
+        decoders=info.decoderCount,
+        encoders=info.encoderCount,
+        jpegs=info.jpegCount,
+        ofas=info.ofaCount,
+        max_instances=count,
+        placements=places,
+    )
+
+
+def partitions(device: Handle, slices: Mapping[int, int]) -> tuple[Partition, ...]:
+    """All GPU instances of a card in MIG mode; `slices` is compute slices by profile id. Those that go away meanwhile
+    are left out."""
+    found = []
+    for profile in slices:
+        array = (pynvml.c_nvmlGpuInstance_t * _ROOM)()
+        count = c_uint(_ROOM)
+        with tolerating(*_ABSENT):
+            pynvml.nvmlDeviceGetGpuInstances(device, profile, array, byref(count))
+            for at in range(count.value):
+                with tolerating(Code.NOT_FOUND):
+                    found.append(_partition(array[at]))
+    return tuple(sorted(found, key=lambda p: p.gi))
+
+
+def _partition(instance: Handle) -> Partition:
+    info = pynvml.nvmlGpuInstanceGetInfo(instance)
+    placement = Placement(info.placement.start, info.placement.size)
+    ci, uuid = _first_ci(instance) or (None, None)
+    return Partition(profile=info.profileId, placement=placement, gi=info.id, ci=ci, uuid=uuid)
+
+
+def _first_ci(instance: Handle) -> tuple[int, MigUuid] | None:
+    """The compute instance with the lowest id: the only one, unless somebody else divided the GPU instance further."""
+    found = []
+    for enum in range(_CI_ENUMS[-1] + 1):
+        with tolerating(*_ABSENT):
+            profile = pynvml.nvmlGpuInstanceGetComputeInstanceProfileInfo(instance, enum, 0)
+            array = (pynvml.c_nvmlComputeInstance_t * _ROOM)()
+            count = c_uint(_ROOM)
+            pynvml.nvmlGpuInstanceGetComputeInstances(instance, profile.id, array, byref(count))
+            found += [_identity(array[at]) for at in range(count.value)]
+    return min(found, default=None)
+
+
+def _identity(compute_instance: Handle) -> tuple[int, MigUuid]:
+    info = pynvml.nvmlComputeInstanceGetInfo_v2(compute_instance)
+    uuid = str(pynvml.nvmlDeviceGetUUID(info.device))
+    if not uuid.startswith("MIG-"):
+        raise DeviceError(
+            f"NVML gives compute instance {info.id} the UUID {uuid}, which is no MIG device's; report this"
+        )
+    return int(info.id), MigUuid(uuid)
+
+
+def create_gi(device: Handle, profile: int, placement: Placement) -> int:
+    place = pynvml.c_nvmlGpuInstancePlacement_t(placement.start, placement.size)
+    instance = pynvml.nvmlDeviceCreateGpuInstanceWithPlacement(device, profile, byref(place))
+    return int(pynvml.nvmlGpuInstanceGetInfo(instance).id)
+
+
+def create_ci(device: Handle, gi: int, slices: Mapping[int, int]) -> tuple[int, MigUuid]:
+    """A compute instance as wide as its GPU instance. Not by number: the enums 0, 1, 2, 3, 4 are 1, 2, 3, 4, 7 wide."""
+    instance = pynvml.nvmlDeviceGetGpuInstanceById(device, gi)
+    width = slices.get(pynvml.nvmlGpuInstanceGetInfo(instance).profileId)
+    for enum in _CI_ENUMS:
+        with tolerating(Code.NOT_SUPPORTED, Code.INVALID_ARGUMENT):
+            profile = pynvml.nvmlGpuInstanceGetComputeInstanceProfileInfo(instance, enum, 0)
+            if profile.sliceCount == width:
+                break
+    else:
+        raise pynvml.NVMLError(Code.NOT_SUPPORTED)
+    return _identity(pynvml.nvmlGpuInstanceCreateComputeInstance(instance, profile.id))
+
+
+def destroy_ci(device: Handle, gi: int, ci: int) -> None:
+    instance = pynvml.nvmlDeviceGetGpuInstanceById(device, gi)
+    pynvml.nvmlComputeInstanceDestroy(pynvml.nvmlGpuInstanceGetComputeInstanceById(instance, ci))
+
+
+def destroy_gi(device: Handle, gi: int) -> None:
+    pynvml.nvmlGpuInstanceDestroy(pynvml.nvmlDeviceGetGpuInstanceById(device, gi))

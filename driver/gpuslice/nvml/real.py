@@ -1,0 +1,342 @@
+"""NVML of a real node, through nvidia-ml-py. Everything is read from the hardware; there is no table of products here.
+
+One session for the life of the process, for opening one costs seconds where nothing else keeps the driver loaded; and
+cached handles, for finding a GPU by UUID is slow while other calls run (NVIDIA's DRA driver notes up to 10 s).
+An open session of ours can make somebody else's switch of MIG mode fail as "in use"; so can theirs make ours.
+
+A card whose profiles cannot be listed is found with `profiles=()` and a sentence in `notes()`: drivers around R535 list
+none while MIG is off. Who has seen them before may remember them; this door does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from pathlib import Path
+
+import pynvml
+
+from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Placement
+from gpuslice.errors import DeviceError
+from gpuslice.nvml import mig
+from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, Memory, Process, XidEvent
+from gpuslice.nvml.library import asking, find, refusal, start
+from gpuslice.nvml.mig import Handle, tolerating
+from gpuslice.nvml.smi import Smi
+
+_ARCHITECTURES = {
+    pynvml.NVML_DEVICE_ARCH_MAXWELL: "Maxwell",
+    pynvml.NVML_DEVICE_ARCH_PASCAL: "Pascal",
+    pynvml.NVML_DEVICE_ARCH_VOLTA: "Volta",
+    pynvml.NVML_DEVICE_ARCH_TURING: "Turing",
+    pynvml.NVML_DEVICE_ARCH_AMPERE: "Ampere",
+    pynvml.NVML_DEVICE_ARCH_ADA: "Ada",
+    pynvml.NVML_DEVICE_ARCH_HOPPER: "Hopper",
+    pynvml.NVML_DEVICE_ARCH_BLACKWELL: "Blackwell",
+}
+_WHOLE = 0xFFFFFFFF  # instead of an instance id: the whole GPU
+_XID = pynvml.nvmlEventTypeXidCriticalError
+_XID_OFF_THE_BUS = 79
+_PCI = Path("/sys/bus/pci/devices")
+_PROC = Path("/proc")
+
+
+class RealNvml:
+    """`Nvml` on the GPUs of this machine. `driver_root`: where the host's / (or the driver container's) is mounted."""
+
+    def __init__(self, driver_root: Path | None = None) -> None:
+        start(driver_root)
+        self._smi = Smi(driver_root, find(driver_root) if driver_root else None)
+        with asking("this node", "read the versions of the NVIDIA driver"):
+            cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+            self._driver_version = str(pynvml.nvmlSystemGetDriverVersion())
+        self._cuda_version = f"{cuda // 1000}.{cuda % 1000 // 10}"
+        self._handles: dict[GpuUuid, Handle] = {}
+        self._labels: dict[GpuUuid, str] = {}
+        self._slices: dict[GpuUuid, dict[int, int]] = {}  # compute slices by profile id
+        self._lost: tuple[str, ...] = ()
+        self._notes: list[str] = []
+        self._events: Handle | None = None
+        self._waiting = threading.Lock()
+        self._closing = threading.Event()
+
+    # ------------------------------------------------------------ cards
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        found, lost = [], []
+        self._notes = []
+        with asking("this node", "count its GPUs"):
+            count = int(pynvml.nvmlDeviceGetCount())
+        for index in range(count):
+            try:
+                with asking(f"GPU {index}", "read it"):
+                    found.append(self._gpu(index))
+            except DeviceError as e:
+                lost.append(str(e))
+        self._lost = tuple(lost)
+        return tuple(found)
+
+    def lost(self) -> tuple[str, ...]:
+        return self._lost
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes)
+
+    def _gpu(self, index: int) -> Gpu:
+        device = pynvml.nvmlDeviceGetHandleByIndex(index)
+        uuid = GpuUuid(pynvml.nvmlDeviceGetUUID(device))
+        bus_id = _bus_id(pynvml.nvmlDeviceGetPciInfo(device).busId)
+        label = f"GPU {index} ({bus_id})"
+        self._handles[uuid], self._labels[uuid] = device, label
+        total, reserved, _ = _memory(device)
+        if not total:
+            self._notes.append(f"{label} does not say how much memory it has; it is taken as 0")
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
+        architecture = int(pynvml.nvmlDeviceGetArchitecture(device))
+        return Gpu(
+            uuid=uuid,
+            index=index,
+            bus_id=bus_id,
+            product=str(pynvml.nvmlDeviceGetName(device)),
+            architecture=_ARCHITECTURES.get(architecture, f"architecture {architecture}"),
+            compute_capability=f"{major}.{minor}",
+            memory_bytes=total,
+            reserved_bytes=reserved,
+            driver_version=self._driver_version,
+            cuda_version=self._cuda_version,
+            profiles=self._profiles(uuid, device, label),
+            resetless=_resetless(device, architecture),
+            numa_node=_numa_node(bus_id),
+            pcie_root=_pcie_root(bus_id),
+        )
+
+    def _profiles(self, uuid: GpuUuid, device: Handle, label: str) -> tuple[MigProfile, ...]:
+        if mig.mode(device) is None:
+            return ()
+        found: tuple[MigProfile, ...] = ()
+        with tolerating(Code.FUNCTION_NOT_FOUND, Code.NO_PERMISSION):
+            found, odd = mig.profiles(device)
+            self._notes += [f"{label}: {clause}; places are counted instead" for clause in odd]
+        if not found:
+            self._notes.append(
+                f"{label} lists no MIG profiles with NVIDIA driver {self._driver_version}: "
+                f"update that driver, run as root, or switch MIG mode on"
+            )
+        else:
+            self._slices[uuid] = {profile.id: profile.compute_slices for profile in found}
+        return found
+
+    # ------------------------------------------------------------ one card now
+
+    def look(self, gpu: GpuUuid) -> LiveGpu:
+        device, label = self._device(gpu)
+        with asking(label, "read its partitions"):
+            mode = mig.mode(device)
+            if mode is None:
+                return LiveGpu(mig=False, mig_pending=False)
+            current, pending = mode
+            slices = self._widths(gpu, device) if current else {}
+            return LiveGpu(mig=current, mig_pending=pending, partitions=mig.partitions(device, slices))
+
+    def minor(self, gpu: GpuUuid) -> int:
+        device, label = self._device(gpu)
+        with asking(label, "read its device minor"):
+            return int(pynvml.nvmlDeviceGetMinorNumber(device))
+
+    def processes(self, gpu: GpuUuid) -> tuple[Process, ...]:
+        device, label = self._device(gpu)
+        found: dict[tuple[int, int, int], Process] = {}
+        with asking(label, "list its processes"):
+            for listed in (
+                pynvml.nvmlDeviceGetComputeRunningProcesses_v3,
+                pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+                pynvml.nvmlDeviceGetMPSComputeRunningProcesses_v3,
+            ):
+                with tolerating(Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND):
+                    for entry in listed(device):
+                        key = (entry.pid, entry.gpuInstanceId, entry.computeInstanceId)
+                        found.setdefault(key, _process(*key, entry.usedGpuMemory))
+        return tuple(found.values())
+
+    def memory(self, device: GpuUuid | MigUuid) -> Memory:
+        with asking(device, "read its memory"):
+            if device.startswith("MIG-"):  # never cached: the handle outlives the partition and its id is used again
+                handle = pynvml.nvmlDeviceGetHandleByUUID(device)
+            else:
+                handle, _ = self._device(GpuUuid(device))
+            total, _, used = _memory(handle)
+        return Memory(total, used)
+
+    # ------------------------------------------------------------ changes
+
+    def set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
+        device, label = self._device(gpu)
+        what = f"switch MIG mode {'on' if on else 'off'}"
+        with asking(label, what):
+            if mig.mode(device) == (on, on):
+                return
+            # Success of the call is not success of the switch: that is the status which it returns.
+            status = pynvml.nvmlDeviceSetMigMode(device, int(on))
+        if status != Code.SUCCESS:
+            raise refusal(label, what, status)
+
+    def create_gpu_instance(self, gpu: GpuUuid, profile: int, placement: Placement) -> int:
+        device, label = self._device(gpu)
+        with asking(label, f"create a GPU instance of profile {profile} at {placement.start}:{placement.size}"):
+            return mig.create_gi(device, profile, placement)
+
+    def create_compute_instance(self, gpu: GpuUuid, gi: int) -> tuple[int, MigUuid]:
+        device, label = self._device(gpu)
+        with asking(label, f"create a compute instance in GPU instance {gi}"):
+            return mig.create_ci(device, gi, self._widths(gpu, device))
+
+    def destroy_compute_instance(self, gpu: GpuUuid, gi: int, ci: int) -> None:
+        device, label = self._device(gpu)
+        with asking(label, f"destroy compute instance {ci} of GPU instance {gi}"):
+            mig.destroy_ci(device, gi, ci)
+
+    def destroy_gpu_instance(self, gpu: GpuUuid, gi: int) -> None:
+        device, label = self._device(gpu)
+        with asking(label, f"destroy GPU instance {gi}"):
+            mig.destroy_gi(device, gi)
+
+    def compute_mode(self, gpu: GpuUuid) -> ComputeMode:
+        device, label = self._device(gpu)
+        with asking(label, "read its compute mode"):
+            return ComputeMode(pynvml.nvmlDeviceGetComputeMode(device))
+
+    def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None:
+        device, label = self._device(gpu)
+        with asking(label, f"set compute mode {mode.name}"):
+            pynvml.nvmlDeviceSetComputeMode(device, int(mode))
+
+    def time_slice(self, gpu: GpuUuid) -> int:
+        return self._smi.time_slice(gpu, self._device(gpu)[1])
+
+    def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
+        label = self._device(gpu)[1]
+        if level not in TIME_SLICES:
+            raise refusal(label, f"set time slice {level}", Code.INVALID_ARGUMENT)
+        self._smi.set_time_slice(gpu, label, level)
+
+    # ------------------------------------------------------------ events
+
+    def wait_event(self, timeout_s: float) -> XidEvent | None:
+        with self._waiting, asking("this node", "wait for events"):
+            if self._events is None:
+                self._events = _subscribed()
+            if self._events is None:  # nobody to wait for; NVML would answer at once, again and again
+                self._closing.wait(timeout_s)
+                return None
+            try:
+                event = pynvml.nvmlEventSetWait_v2(self._events, int(timeout_s * 1000))
+            except pynvml.NVMLError_Timeout:
+                return None
+            except pynvml.NVMLError_GpuIsLost:
+                # It would say so on every wait from now on: go on without the one that is gone.
+                self._unsubscribe()
+                return XidEvent(gpu=None, xid=_XID_OFF_THE_BUS)
+            if event.eventType != _XID:
+                return None
+            gpu = GpuUuid(pynvml.nvmlDeviceGetUUID(event.device))
+        return XidEvent(
+            gpu=gpu, xid=int(event.eventData), gi=_instance(event.gpuInstanceId), ci=_instance(event.computeInstanceId)
+        )
+
+    def _unsubscribe(self) -> None:
+        if self._events is not None:
+            pynvml.nvmlEventSetFree(self._events)
+        self._events = None
+
+    def close(self) -> None:
+        """End the session; once is enough, and more does no harm (NVML counts its sessions, we have one)."""
+        if not self._closing.is_set():
+            self._closing.set()
+            # A wait cannot be cancelled, and the library must not go away below it.
+            with self._waiting, contextlib.suppress(pynvml.NVMLError):
+                self._unsubscribe()
+                pynvml.nvmlShutdown()
+
+    # ------------------------------------------------------------ handles
+
+    def _device(self, gpu: GpuUuid) -> tuple[Handle, str]:
+        """The handle of a card and what to call it."""
+        if gpu not in self._handles:
+            with asking(gpu, "find it"):
+                self._handles[gpu] = pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        return self._handles[gpu], self._labels.get(gpu, gpu)
+
+    def _widths(self, gpu: GpuUuid, device: Handle) -> dict[int, int]:
+        if gpu not in self._slices:
+            self._slices[gpu] = {profile.id: profile.compute_slices for profile in mig.profiles(device)[0]}
+        return self._slices[gpu]
+
+
+def _subscribed() -> Handle | None:
+    """One event set over all GPUs that can report XIDs; None where there is none."""
+    events: Handle = pynvml.nvmlEventSetCreate()
+    registered = 0
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with tolerating(Code.NOT_SUPPORTED, Code.GPU_IS_LOST):
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            if pynvml.nvmlDeviceGetSupportedEventTypes(device) & _XID:
+                pynvml.nvmlDeviceRegisterEvents(device, _XID, events)
+                registered += 1
+    if registered:
+        return events
+    pynvml.nvmlEventSetFree(events)
+    return None
+
+
+def _memory(device: Handle) -> tuple[int, int, int]:
+    """(total, reserved, used) in bytes; zeros where NVML does not say."""
+    with tolerating(Code.FUNCTION_NOT_FOUND, Code.NOT_SUPPORTED):
+        info = pynvml.nvmlDeviceGetMemoryInfo(device, version=pynvml.nvmlMemory_v2)
+        return info.total, info.reserved, info.used
+    with tolerating(Code.NOT_SUPPORTED):
+        info = pynvml.nvmlDeviceGetMemoryInfo(device)
+        return info.total, 0, info.used
+    return 0, 0, 0  # unified memory (GB10): the card has none of its own
+
+
+def _resetless(device: Handle, architecture: int) -> bool:
+    """Field 184; drivers that do not fill it are asked for the architecture, since it began with Hopper."""
+    with tolerating(Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND, Code.INVALID_ARGUMENT):
+        (field,) = pynvml.nvmlDeviceGetFieldValues(device, [pynvml.NVML_FI_DEV_IS_RESETLESS_MIG_SUPPORTED])
+        if field.nvmlReturn == Code.SUCCESS:
+            return bool(field.value.uiVal)
+    return architecture >= int(pynvml.NVML_DEVICE_ARCH_HOPPER) and architecture in _ARCHITECTURES
+
+
+def _bus_id(text: str) -> str:
+    """NVML's "00000000:3B:00.0" as the kernel writes it, "0000:3b:00.0"."""
+    domain, _, rest = text.lower().partition(":")
+    return f"{int(domain, 16):04x}:{rest}"
+
+
+def _numa_node(bus_id: str) -> int | None:
+    # Not nvmlDeviceGetNumaNodeId: that is the node of the GPU's own memory, on coherent systems only.
+    try:
+        node = int((_PCI / bus_id / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+def _pcie_root(bus_id: str) -> str | None:
+    """The PCI root above the card, from where sysfs keeps it: /sys/devices/pci0000:16/0000:16:01.0/…"""
+    root = re.search(r"/(pci[0-9a-f]{4,}:[0-9a-f]{2})/", str((_PCI / bus_id).resolve()))
+    return root[1] if root else None
+
+
+def _process(pid: int, gi: int, ci: int, used: int | None) -> Process:
+    try:
+        name = (_PROC / str(pid) / "comm").read_text().strip()
+    except OSError:  # another pid namespace, or it has ended
+        name = ""
+    return Process(pid=pid, name=name, gi=_instance(gi), ci=_instance(ci), used_bytes=used)
+
+
+def _instance(number: int) -> int | None:
+    return None if number == _WHOLE else number

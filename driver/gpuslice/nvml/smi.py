@@ -1,0 +1,82 @@
+"""What only nvidia-smi can do: NVML has no call for the time slice (NVIDIA's own driver runs nvidia-smi for it, too).
+
+Its output is not promised to stay: the level is taken from the word behind "Timeslice", however the table is drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gpuslice import programs
+from gpuslice.core.model import GpuUuid
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.api import Code
+
+_LEVELS = ("default", "short", "medium", "long")
+_LEVEL = re.compile(r"time-?\s?slice\b[^a-z]*\b(default|short|medium|long)\b", re.IGNORECASE)
+_TIMEOUT_S = 20.0  # nvidia-smi opens a session of its own, which takes seconds where nothing keeps the driver loaded
+# What nvidia-smi prints, as what NVML would answer.
+_CODES = (
+    ("not supported", Code.NOT_SUPPORTED),
+    ("insufficient permissions", Code.NO_PERMISSION),
+    ("no permission", Code.NO_PERMISSION),
+    ("not found", Code.NOT_FOUND),
+    ("no devices were found", Code.NOT_FOUND),
+    ("gpu is lost", Code.GPU_IS_LOST),
+)
+
+
+class Smi:
+    """`nvidia-smi compute-policy` of one driver root; `library` is the libnvidia-ml that it shall use (None: its own)."""
+
+    def __init__(self, driver_root: Path | None, library: Path | None) -> None:
+        self._root = driver_root or Path("/")
+        self._env = {} if library is None or self._root == Path("/") else {"LD_PRELOAD": str(library)}
+
+    def time_slice(self, gpu: GpuUuid, label: str) -> int:
+        """Level 0 … 3 that is set now."""
+        text = self._policy(gpu, label, "read its time slice", "--list")
+        if (level := _level(text)) is None:
+            raise DeviceError(
+                f"{label}: nvidia-smi does not say which time slice is set: {_line(text)!r}", Code.UNKNOWN
+            )
+        return level
+
+    def set_time_slice(self, gpu: GpuUuid, label: str, level: int) -> None:
+        """Set the level and read it back. A list that we cannot read is no proof of a failure; another level is."""
+        what = f"set time slice {level}"
+        self._policy(gpu, label, what, f"--set-timeslice={level}")
+        told = _level(self._policy(gpu, label, what, "--list"))
+        if told not in (None, level):
+            raise DeviceError(
+                f"{label}: nvidia-smi took time slice {_LEVELS[level]} and then shows {_LEVELS[told or 0]}; "
+                f"check for another program that sets it",
+                Code.UNKNOWN,
+            )
+
+    def _policy(self, gpu: GpuUuid, label: str, what: str, option: str) -> str:
+        try:
+            program = programs.find(self._root, "nvidia-smi")
+        except DeviceError as e:
+            raise DeviceError(f"{label}: cannot {what}: {e}", Code.LIBRARY_NOT_FOUND) from e
+        status, text = programs.run(
+            [str(program), "compute-policy", "-i", gpu, option], timeout_s=_TIMEOUT_S, env=self._env
+        )
+        code = next((code for words, code in _CODES if words in text.lower()), Code.UNKNOWN)
+        # What its exit status says is documented nowhere, so a refusal in words counts as well.
+        if status or code == Code.NOT_SUPPORTED:
+            raise DeviceError(
+                f"{label}: cannot {what}: {code.name}; nvidia-smi compute-policy says {_line(text)!r}", code
+            )
+        return text
+
+
+def _level(text: str) -> int | None:
+    match = _LEVEL.search(text)
+    return _LEVELS.index(match[1].lower()) if match else None
+
+
+def _line(text: str) -> str:
+    """The first line with words in it."""
+    return next((line.strip("| ").strip() for line in text.splitlines() if re.search(r"\w", line)), "nothing")

@@ -1,0 +1,124 @@
+"""One look at the whole node for what cannot be had now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+
+from gpuslice.checkpoint import Checkpoint
+from gpuslice.core import health
+from gpuslice.core.health import Taints
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import GpuUuid, LiveGpu, Mps, Taint
+from gpuslice.errors import DeviceError, HungError
+from gpuslice.mps.api import Mps as MpsDaemons
+from gpuslice.nvml.api import Nvml
+
+log = logging.getLogger(__name__)
+
+
+# As the watch on prepares has it (`gate.py`): a look that takes longer counts as hung.
+_LIMIT_S = 15.0
+
+Answer = concurrent.futures.Future[LiveGpu]
+
+
+class Looker:
+    """Looks at GPUs in a thread that is left behind where a look hangs, so that one dead card hides no other."""
+
+    def __init__(self, nvml: Nvml, limit_s: float = _LIMIT_S) -> None:
+        self._nvml, self._limit_s = nvml, limit_s
+        self._questions: queue.SimpleQueue[tuple[GpuUuid, Answer]] | None = None
+        self._stuck: dict[GpuUuid, Answer] = {}
+
+    def look(self, gpu: GpuUuid) -> LiveGpu:
+        """DeviceError from NVML; HungError where no answer came in time, and from then on until one comes."""
+        stuck = self._stuck.get(gpu)
+        if stuck is not None and not stuck.done():
+            raise self._hung(gpu)
+        self._stuck.pop(gpu, None)
+        if self._questions is None:
+            self._questions = queue.SimpleQueue()
+            threading.Thread(target=self._answer, args=(self._questions,), name="survey", daemon=True).start()
+        answer = Answer()
+        self._questions.put((gpu, answer))
+        try:
+            return answer.result(self._limit_s)
+        except TimeoutError:
+            self._questions, self._stuck[gpu] = None, answer
+            raise self._hung(gpu) from None
+
+    def _answer(self, questions: queue.SimpleQueue[tuple[GpuUuid, Answer]]) -> None:
+        while questions is self._questions or not questions.empty():
+            gpu, answer = questions.get()
+            try:
+                answer.set_result(self._nvml.look(gpu))
+            except BaseException as e:  # noqa: BLE001 - handed to whoever asked
+                answer.set_exception(e)
+
+    def _hung(self, gpu: GpuUuid) -> HungError:
+        return HungError(
+            f"a look at GPU {gpu} has not come back for {self._limit_s:g} s, so it counts as hung until it does; look at the "
+            "kernel log of the node, reset the GPU or restart the node if it stays so"
+        )
+
+
+class Surveyor:
+    def __init__(
+        self,
+        *,
+        nvml: Nvml,
+        mps: MpsDaemons,
+        checkpoint: Checkpoint,
+        hung: Callable[[], Mapping[GpuUuid, str]],
+        limit_s: float = _LIMIT_S,
+    ) -> None:
+        self._looker = Looker(nvml, limit_s)
+        self._mps = mps
+        self._checkpoint = checkpoint
+        self._hung = hung
+        self._told: Taints = {}
+
+    def look(self, inventory: Inventory) -> Taints:
+        """Taints of all devices, with news of them logged. Blocks; a hung GPU is not asked."""
+        hung = self._hung()
+        unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
+        # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
+        records = self._checkpoint.records()
+        live: dict[GpuUuid, LiveGpu] = {}
+        for pool in inventory.pools:
+            uuid = pool.gpu.uuid
+            if uuid in unwell:
+                continue
+            try:
+                live[uuid] = self._looker.look(uuid)
+            except HungError as e:
+                unwell[uuid] = Taint("gpu", "hung", reason=str(e))
+            except DeviceError as e:
+                unwell[uuid] = Taint("gpu", "lost", reason=str(e))
+        records |= self._checkpoint.records()
+        taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
+        self._tell(taints)
+        return taints
+
+    def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
+        """MPS daemons that are not well; asked only where a card offers MPS."""
+        if not any(isinstance(device.offer.sharing, Mps) for pool in inventory.pools for device in pool.devices):
+            return {}
+        try:
+            return {r.key: Taint("mps", "fault", reason=r.problem) for r in self._mps.running() if r.problem}
+        except DeviceError as e:
+            return {"": Taint("mps", "supervisor-away", reason=str(e))}
+
+    def _tell(self, taints: Taints) -> None:
+        def reasons(of: Taints) -> set[str]:
+            return {taint.reason for here in of.values() for taint in here}
+
+        for reason in sorted(reasons(taints) - reasons(self._told)):
+            log.warning("tainted: %s", reason)
+        for reason in sorted(reasons(self._told) - reasons(taints)):
+            log.info("taint is over: %s", reason)
+        self._told = taints

@@ -1,0 +1,149 @@
+"""What the driver tells about itself: logs with one `op=` id per request, metrics, /healthz and /readyz.
+
+Logs are a plain sentence with key=value behind it. Warning: someone should look soon. Error: something was refused or lost.
+Metric names begin with `gpuslice_`; the `dra_` family belongs to the kubelet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from gpuslice.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_op: contextvars.ContextVar[str] = contextvars.ContextVar("op", default="-")
+_numbers = itertools.count(1)
+
+Check = Callable[[], str | None]  # None: fine; else a sentence that says what is wrong
+
+
+class _OpFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.op = _op.get()
+        return True
+
+
+def setup_logging(level: str) -> None:
+    """Log to standard error at `level` ("debug" … "error")."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("{asctime}.{msecs:03.0f} {levelname:<7} op={op} {message}", "%Y-%m-%dT%H:%M:%S", style="{")
+    )
+    handler.addFilter(_OpFilter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are told by our own sentences
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+class Telemetry:
+    """Counters and the timing of the two doors. One registry per instance, so that tests may build many."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "gpuslice_requests_total", "Requests by outcome.", ("operation", "result"), registry=self.registry
+        )
+        self._seconds = Histogram(
+            "gpuslice_request_duration_seconds",
+            "Time a request took, waiting included.",
+            ("operation",),
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40),
+            registry=self.registry,
+        )
+        self._inflight = Gauge(
+            "gpuslice_requests_inflight", "Requests under way.", ("operation",), registry=self.registry
+        )
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A figure that is looked up when somebody asks."""
+        Gauge(name, text, registry=self.registry).set_function(value)
+
+    def gauges(self, name: str, text: str, label: str, values: Mapping[str, Callable[[], float]]) -> None:
+        """Several of them under one name, told apart by a label."""
+        family = Gauge(name, text, (label,), registry=self.registry)
+        for key, value in values.items():
+            family.labels(key).set_function(value)
+
+    @contextlib.contextmanager
+    def request(self, operation: str) -> Iterator[str]:
+        """Time a request and give it an `op=` id; an exception counts as a failure and goes on."""
+        token = _op.set(f"{next(_numbers):x}")
+        begin = time.monotonic()
+        result = "error"
+        self._inflight.labels(operation).inc()
+        try:
+            yield _op.get()
+            result = "ok"
+        finally:
+            self._inflight.labels(operation).dec()
+            self._requests.labels(operation, result).inc()
+            self._seconds.labels(operation).observe(time.monotonic() - begin)
+            _op.reset(token)
+
+
+class HttpServer:
+    """/metrics, /healthz and /readyz on a thread of its own."""
+
+    def __init__(self, address: str, telemetry: Telemetry, *, healthy: Check, ready: Check) -> None:
+        """Listen at "host:port" (port 0: any). ConfigError where that is impossible."""
+        host, _, port = address.rpartition(":")
+
+        class Handler(_Handler):
+            checks: ClassVar[dict[str, Check]] = {"/healthz": healthy, "/readyz": ready}
+            metrics = staticmethod(lambda: generate_latest(telemetry.registry))
+
+        try:
+            self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+        except (OSError, ValueError, OverflowError) as e:
+            raise ConfigError(
+                f"cannot listen on {address!r} for metrics and probes ({e}); give a free host:port"
+            ) from e
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    checks: ClassVar[dict[str, Check]]
+    metrics: Callable[[], bytes]
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/metrics":
+            self._answer(200, "text/plain; version=0.0.4; charset=utf-8", self.metrics())
+        elif self.path in self.checks:
+            wrong = self.checks[self.path]()
+            self._answer(503 if wrong else 200, "text/plain; charset=utf-8", f"{wrong or 'ok'}\n".encode())
+        else:
+            self._answer(404, "text/plain; charset=utf-8", b"known paths: /metrics /healthz /readyz\n")
+
+    def _answer(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        log.debug("http " + format, *args)
