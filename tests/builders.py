@@ -8,9 +8,9 @@ from typing import Any
 
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import MIB, Gpu, GpuUuid
-from gpuslice.core.policy import Policy
-from gpuslice.core.terms import API_VERSION, KIND
-from gpuslice.nvml import models
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.policy.schema import API_VERSION, KIND
+from gpuslice.nvml.sim import models
 
 
 @cache

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpuslice.core.model import PoolName
-from gpuslice.core.pace import Pace
-from gpuslice.core.pool import PoolSlices
-from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.core.pools.backoff import Pace
+from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.kube import Kube
-from gpuslice.publish import Publisher
+from gpuslice.publishing.publisher import Publisher
+from gpuslice.standin.apiserver import StandInApiServer
 
 DRIVER, NODE = "gpuslice.dev", "n1"
 FAST = Pace(quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1)

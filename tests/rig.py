@@ -10,15 +10,15 @@ from pathlib import Path
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import Allocation, Claim, ClaimRef, ClaimUid, DeviceRef, Gpu, Partition, PoolName, Settings
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Busy, PreparedClaim
-from gpuslice.host import SimHost
-from gpuslice.injection import Injector
 from gpuslice.mps.client import MpsClient
 from gpuslice.nvml.api import ComputeMode, Nvml
-from gpuslice.nvml.sim import SimNvml
-from gpuslice.prepare import Preparer
-from gpuslice.steps import Steps
+from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.plugin.cdi_writer import Injector
+from gpuslice.plugin.prepare import Preparer
+from gpuslice.plugin.steps import Steps
+from gpuslice.system.host import SimHost
 
 NODE = "node-1"
 KIND = "gpuslice.dev/claim"

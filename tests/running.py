@@ -9,14 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gpuslice import files
 from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef
-from gpuslice.demo.apiserver import StandInApiServer
-from gpuslice.demo.kubelet import Answer, StandInKubelet
-from gpuslice.gate import Departures
 from gpuslice.kube import Kube
-from gpuslice.kubelet import Doors
-from gpuslice.service import ClaimService
+from gpuslice.plugin.claim_queue import Departures
+from gpuslice.plugin.server import Doors
+from gpuslice.plugin.service import ClaimService
+from gpuslice.standin.apiserver import StandInApiServer
+from gpuslice.standin.kubelet import Answer, StandInKubelet
+from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
 
 from tests.rig import NODE, Rig

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from gpuslice import config
 from gpuslice.config import Config
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpuslice import files
 from gpuslice.core.model import Claim
 from gpuslice.nvml.api import Nvml
+from gpuslice.system import files
 
 from tests.rig import Rig, a_claim
 

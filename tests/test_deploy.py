@@ -11,15 +11,16 @@ import kubernetes_validate
 import pytest
 import yaml
 from gpuslice import config
-from gpuslice.core import claims, pool
+from gpuslice.core import claims
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import INTERVALS, Claim, ClaimRef, ClaimUid
-from gpuslice.core.policy import Policy
-from gpuslice.core.pool import Features
-from gpuslice.demo import scheduler
-from gpuslice.demo.scheduler import Request
-from gpuslice.demo.slices import amount
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools import pool
+from gpuslice.core.pools.pool import Features
 from gpuslice.mps import control
+from gpuslice.standin import scheduler
+from gpuslice.standin.resource_slices import amount
+from gpuslice.standin.scheduler import Request
 
 from tests.builders import a_policy
 from tests.rig import NODE, Rig

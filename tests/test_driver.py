@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core.model import ClaimRef
-from gpuslice.demo.cluster import DRIVER, NODE, Cluster
-from gpuslice.demo.scheduler import Request
-from gpuslice.nvml.sim import SimNvml
-from gpuslice.nvml.simnode import SimNode
+from gpuslice.nvml.sim.node import SimNode
+from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.standin.cluster import DRIVER, NODE, Cluster
+from gpuslice.standin.scheduler import Request
 
 MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
 CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core.model import ClaimRef
-from gpuslice.demo.cluster import DRIVER, Cluster, DriverProcess
-from gpuslice.demo.scheduler import Request
-from gpuslice.files import FolderWatch
 from gpuslice.mps.api import Running
 from gpuslice.mps.client import MpsClient
+from gpuslice.standin.cluster import DRIVER, Cluster, DriverProcess
+from gpuslice.standin.scheduler import Request
+from gpuslice.system.files import FolderWatch
 
 from tests.mps.node import Program
 

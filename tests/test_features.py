@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gpuslice.core.pool import Features
-from gpuslice.demo import slices
-from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.core.pools.pool import Features
 from gpuslice.errors import ApiError
-from gpuslice.features import features
 from gpuslice.kube import Kube
+from gpuslice.publishing.api_features import features
+from gpuslice.standin import resource_slices
+from gpuslice.standin.apiserver import StandInApiServer
 
 from tests.publishing import (
     DRIVER,
@@ -34,9 +34,9 @@ def server(tmp_path: Path) -> Iterator[StandInApiServer]:
         ("1.36", [], (True, True, True)),
         ("1.35", [], (False, False, False)),
         ("1.34", [], (False, False, False)),
-        ("1.37", [slices.PARTITIONABLE], (False, True, True)),
-        ("1.37", [slices.CONSUMABLE], (True, False, True)),
-        ("1.37", [slices.TAINTS], (True, True, False)),
+        ("1.37", [resource_slices.PARTITIONABLE], (False, True, True)),
+        ("1.37", [resource_slices.CONSUMABLE], (True, False, True)),
+        ("1.37", [resource_slices.TAINTS], (True, True, False)),
     ],
 )
 def test_features_are_found_out_without_storing_anything(

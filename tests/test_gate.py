@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from gpuslice.core.model import ClaimUid, GpuUuid
 from gpuslice.errors import ClaimError, HungError
-from gpuslice.gate import Departures, Gate, Tickets, Turn, Workers
+from gpuslice.plugin.claim_queue import Departures, Gate, Tickets, Turn, Workers
 
 A, B = GpuUuid("GPU-a"), GpuUuid("GPU-b")
 UID, OTHER = ClaimUid("u-1"), ClaimUid("u-2")

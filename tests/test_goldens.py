@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core.model import MIB, Claim, DeviceRef
-from gpuslice.core.policy import Policy
-from gpuslice.core.pool import Features, resource_slices
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools.pool import Features, resource_slices
 from gpuslice.errors import DeviceError
 from gpuslice.mps import control
 from gpuslice.mps.supervisor import Supervisor

@@ -14,7 +14,7 @@ from gpuslice.core import cdi
 from gpuslice.core.cdi import CdiDevice, DeviceNode, Injection
 from gpuslice.core.model import Gpu, GpuUuid
 from gpuslice.errors import DeviceError, StateError
-from gpuslice.host import Host, RealHost, SimHost
+from gpuslice.system.host import Host, RealHost, SimHost
 
 from tests.cdi_rules import faults
 from tests.node_tree import DEBIAN, RHEL, VERSION, fill_driver_root, fill_proc, write

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from gpuslice import kube as door
-from gpuslice.demo.apiserver import StandInApiServer
 from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
 from gpuslice.kube import Kube
+from gpuslice.standin.apiserver import StandInApiServer
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from gpuslice import files
-from gpuslice.demo.kubelet import V1BETA1, StandInKubelet
 from gpuslice.errors import ConfigError
-from gpuslice.kubelet import LONGEST_PATH, Doors, dra_name, registration_name
 from gpuslice.pb import dra_v1_pb2, dra_v1_pb2_grpc, registration_v1_pb2, registration_v1_pb2_grpc
+from gpuslice.plugin.server import LONGEST_PATH, Doors, dra_name, registration_name
+from gpuslice.standin.kubelet import V1BETA1, StandInKubelet
+from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
 
 from tests.rig import Rig

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from gpuslice.core import claims, health
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid
-from gpuslice.core.policy import Policy
-from gpuslice.core.pool import Features, resource_slices
-from gpuslice.demo import scheduler
-from gpuslice.demo.scheduler import Body, Request
-from gpuslice.nvml import models
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools.pool import Features, resource_slices
+from gpuslice.nvml.sim import models
+from gpuslice.standin import scheduler
+from gpuslice.standin.scheduler import Body, Request
 
 from tests.rig import NODE, Rig
 from tests.test_mps_shares import a_supervisor

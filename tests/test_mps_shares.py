@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core.model import MIB, Claim
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import ClaimError, DeviceError
 from gpuslice.mps import control
 from gpuslice.mps.api import Running
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.api import MPS_SERVER, ComputeMode
-from gpuslice.nvml.simnode import SimNode
+from gpuslice.nvml.sim.node import SimNode
 
 from tests.mps.node import Program
 from tests.rig import Rig, a_claim, a_ref, a_share

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 from gpuslice.checkpoint import Checkpoint
-from gpuslice.core import pool
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid, DeviceRef, Taint
-from gpuslice.core.policy import Policy
-from gpuslice.core.pool import Features, PoolSlices
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools import pool
+from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
-from gpuslice.demo.apiserver import StandInApiServer
 from gpuslice.kube import Kube
-from gpuslice.nvml.sim import SimNvml
-from gpuslice.offering import Offering, Shapes
-from gpuslice.survey import Surveyor
+from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.publishing.controller import Offering, Shapes
+from gpuslice.publishing.node_health import Surveyor
+from gpuslice.standin.apiserver import StandInApiServer
 
 from tests.builders import a_gpu
 from tests.publishing import DRIVER, NODE, a_publisher, an_api_server
@@ -183,7 +183,7 @@ def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(
     told = threading.Event()
     handler = logging.Handler()
     handler.emit = lambda record: told.set() if "cannot plan" in record.getMessage() else None  # type: ignore[method-assign]
-    logging.getLogger("gpuslice.offering").addHandler(handler)
+    logging.getLogger("gpuslice.publishing.controller").addHandler(handler)
     try:
         offering.start()
         assert told.wait(10)
@@ -193,4 +193,4 @@ def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(
         server.wait(lambda: bool(server.all("resourceslices")), 10)
     finally:
         offering.stop()
-        logging.getLogger("gpuslice.offering").removeHandler(handler)
+        logging.getLogger("gpuslice.publishing.controller").removeHandler(handler)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.standin.apiserver import StandInApiServer
 
 from tests.publishing import (
     DRIVER,

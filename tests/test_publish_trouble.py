@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gpuslice.core import reconcile
-from gpuslice.demo import slices
-from gpuslice.demo.apiserver import StandInApiServer
+from gpuslice.core.pools import reconcile
 from gpuslice.kube import Kube
-from gpuslice.publish import Publisher
+from gpuslice.publishing.publisher import Publisher
+from gpuslice.standin import resource_slices
+from gpuslice.standin.apiserver import StandInApiServer
 
 from tests.publishing import (
     DRIVER,
@@ -105,7 +105,7 @@ def test_dropped_counters_are_told_and_no_device_is_published_without_them(tmp_p
 
 @pytest.mark.contract(56)
 def test_dropped_taints_are_told_and_not_fought_over(tmp_path: Path) -> None:
-    with an_api_server(tmp_path, dropping=(slices.TAINTS,)) as server, a_publisher(server) as publisher:
+    with an_api_server(tmp_path, dropping=(resource_slices.TAINTS,)) as server, a_publisher(server) as publisher:
         published(publisher, a_pool("gpu", taints=[TAINT]))
         look_again(server)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from gpuslice.core import reconcile
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.limits import faults
-from gpuslice.core.policy import Policy
-from gpuslice.core.pool import PoolSlices, resource_slices
-from gpuslice.core.reconcile import Owner
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools import reconcile
+from gpuslice.core.pools.pool import PoolSlices, resource_slices
+from gpuslice.core.pools.reconcile import Owner
+from gpuslice.core.pools.validation import faults
 
 from hack.scaling import fleet
 from hack.scaling.measure import KINDS, WHOLE, Figure

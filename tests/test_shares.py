@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core.model import MIB, Claim, DeviceRef, Settings
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import ClaimError, DeviceError
 from gpuslice.nvml.api import Code, ComputeMode
 

@@ -13,23 +13,24 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
-from gpuslice import files, libc, node
+from gpuslice import node
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config
 from gpuslice.core import cdi, share
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
 from gpuslice.errors import ConfigError, DeviceError, DriverError
-from gpuslice.gate import Departures
-from gpuslice.injection import Injector
 from gpuslice.kube import Kube
-from gpuslice.kubelet import Doors
 from gpuslice.mps.client import MpsClient
-from gpuslice.offering import Offering
-from gpuslice.prepare import Preparer
-from gpuslice.service import ClaimService
-from gpuslice.steps import Steps
-from gpuslice.survey import Surveyor
+from gpuslice.plugin.cdi_writer import Injector
+from gpuslice.plugin.claim_queue import Departures
+from gpuslice.plugin.prepare import Preparer
+from gpuslice.plugin.server import Doors
+from gpuslice.plugin.service import ClaimService
+from gpuslice.plugin.steps import Steps
+from gpuslice.publishing.controller import Offering
+from gpuslice.publishing.node_health import Surveyor
+from gpuslice.system import files, libc
 from gpuslice.telemetry import Check, HttpServer, Telemetry, setup_logging
 
 log = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ import os
 import shutil
 from pathlib import Path
 
-from gpuslice import files
 from gpuslice.core import codec
 from gpuslice.core.model import ClaimUid
 from gpuslice.core.record import Record
 from gpuslice.errors import StateError
-from gpuslice.files import Version
+from gpuslice.system import files
+from gpuslice.system.files import Version
 
 
 class Checkpoint:

@@ -148,9 +148,9 @@ def _supervise(parsed: argparse.Namespace) -> int:
 
 def _demo(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from gpuslice.demo import show
+    from gpuslice.demo import story
 
-    return show.run(parsed.simulate)
+    return story.run(parsed.simulate)
 
 
 def _devices(parsed: argparse.Namespace) -> int:

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, cast
 
 import yaml
 
-from gpuslice import files
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config
 from gpuslice.core import gpucodec, health
 from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Record
 from gpuslice.errors import ConfigError, DeviceError, StateError
-from gpuslice.host import Host, RealHost, SimHost
 from gpuslice.nvml.api import Nvml
+from gpuslice.system import files
+from gpuslice.system.host import Host, RealHost, SimHost
 
 if TYPE_CHECKING:
-    from gpuslice.nvml.sim import Latency
+    from gpuslice.nvml.sim.nvml import Latency
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def build(config: Config) -> tuple[Nvml, Host]:
     """The GPUs and the machine around them, real or simulated. Only what is chosen is loaded: NVML's bindings are 2 MB."""
     if config.simulate:
-        from gpuslice.nvml.sim import SimNvml
+        from gpuslice.nvml.sim.nvml import SimNvml
 
         folder = files.ensure_folder(config.simulated_node)
         return SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency)), SimHost(folder)

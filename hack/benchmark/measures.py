@@ -18,12 +18,12 @@ from typing import Any
 
 import grpc.aio
 from gpuslice.core.model import ClaimRef
-from gpuslice.demo import scheduler
-from gpuslice.demo.cluster import DRIVER, NODE, Cluster, DriverProcess, complete
-from gpuslice.demo.kubelet import KubeletError
-from gpuslice.demo.scheduler import Request
-from gpuslice.nvml.simnode import SimNode
+from gpuslice.nvml.sim.node import SimNode
 from gpuslice.pb import registration_v1_pb2, registration_v1_pb2_grpc
+from gpuslice.standin import scheduler
+from gpuslice.standin.cluster import DRIVER, NODE, Cluster, DriverProcess, complete
+from gpuslice.standin.kubelet import KubeletError
+from gpuslice.standin.scheduler import Request
 from machine import cpu_s
 from subject import BenchError, Subject
 from table import Figures

@@ -47,10 +47,10 @@ def check() -> None:
 def check_gpus(gpus: str) -> None:
     """PlaygroundError where these cards cannot be simulated."""
     from gpuslice.errors import DriverError
-    from gpuslice.nvml import nodespec
+    from gpuslice.nvml.sim import spec
 
     try:
         if gpus:
-            nodespec.parse(gpus)
+            spec.parse(gpus)
     except DriverError as e:
         raise PlaygroundError(str(e)) from e

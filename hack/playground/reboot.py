@@ -22,7 +22,7 @@ def forget(place: Place, facts: Facts) -> None:
     place.socket.unlink(missing_ok=True)
     new_boot(place)
     if facts.gpus:
-        from gpuslice.nvml.simnode import SimNode
+        from gpuslice.nvml.sim.node import SimNode
 
         SimNode(place.simulated).reboot()
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import DriverError
 from gpuslice.node import read_policy
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
-from gpuslice.core import reconcile
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import Gpu, GpuUuid
-from gpuslice.core.policy import Policy
-from gpuslice.core.pool import Features, PoolSlices, resource_slices
-from gpuslice.core.reconcile import Create, Owner
-from gpuslice.nvml.sim import SimNvml
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools import reconcile
+from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
+from gpuslice.core.pools.reconcile import Create, Owner
+from gpuslice.nvml.sim.nvml import SimNvml
 
 from hack.scaling.api import CLASSES, NODES, SLICES, Api, Body
 

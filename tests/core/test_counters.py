@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
-from gpuslice.core import counters, layout
-from gpuslice.core.counters import Counters
+from gpuslice.core import layout
 from gpuslice.core.layout import Place
 from gpuslice.core.model import MigProfile, Placement
-from gpuslice.nvml import geometry, models
+from gpuslice.core.pools import counters
+from gpuslice.core.pools.counters import Counters
+from gpuslice.nvml.sim import geometry, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gpuslice.core import health
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import DeviceRef, Gpu, LiveGpu, MigUuid, Partition, Placement, Taint
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 
 from tests.builders import a_gpu
 

@@ -20,7 +20,7 @@ from gpuslice.core.model import (
     WholeGpu,
 )
 from gpuslice.errors import ConfigError
-from gpuslice.nvml import geometry, models
+from gpuslice.nvml.sim import geometry, models
 
 from tests.builders import a_gpu, a_policy, an_inventory
 

@@ -6,7 +6,7 @@ import pytest
 from gpuslice.core import layout
 from gpuslice.core.layout import Place
 from gpuslice.core.model import Gpu, MigProfile, MigSlot, Placement
-from gpuslice.nvml import geometry, models
+from gpuslice.nvml.sim import geometry, models
 
 from tests.builders import a_gpu
 

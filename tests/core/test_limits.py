@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gpuslice.core.limits import faults
 from gpuslice.core.model import PoolName
-from gpuslice.core.pool import PoolSlices
+from gpuslice.core.pools.pool import PoolSlices
+from gpuslice.core.pools.validation import faults
 
 
 def a_device(name: str = "gpu", **changes: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuslice.core.pace import Pace, Patience, Retry
+from gpuslice.core.pools.backoff import Pace, Patience, Retry
 
 PACE = Pace(quiet_s=1.0, quiet_most_s=4.0, retry_s=1.0, retry_most_s=5.0)
 

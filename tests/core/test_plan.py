@@ -21,7 +21,7 @@ from gpuslice.core.model import (
     Partition,
     Placement,
 )
-from gpuslice.core.policy import Policy
+from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Busy, CreateMig, DestroyMig, MadeMig, Plan, Record, SetMigMode
 from gpuslice.errors import ClaimError, DeviceError
 

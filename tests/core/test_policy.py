@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from gpuslice.core import terms
-from gpuslice.core.policy import Policy
-from gpuslice.core.terms import Mode, Parts
+from gpuslice.core.policy import schema
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.policy.schema import Mode, Parts
 from gpuslice.errors import ConfigError
 
 from tests.builders import a_gpu
@@ -358,5 +358,5 @@ def test_the_documented_policy_means_what_the_text_says() -> None:
 def test_every_key_and_mode_of_a_policy_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
 
-    for word in (*terms.KEYS, *Mode):
+    for word in (*schema.KEYS, *Mode):
         assert f"`{word}`" in text

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from gpuslice.core import shape
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.limits import faults
 from gpuslice.core.model import DeviceRef, MigSlice, Monitor, Mps, Taint, TimeSlicing, WholeGpu
-from gpuslice.core.policy import Policy
-from gpuslice.core.pool import Features, PoolSlices, resource_slices
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools import shape
+from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
+from gpuslice.core.pools.validation import faults
 from gpuslice.errors import StateError
-from gpuslice.nvml import geometry, models
+from gpuslice.nvml.sim import geometry, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

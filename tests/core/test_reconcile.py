@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from gpuslice.core import reconcile
 from gpuslice.core.model import PoolName
-from gpuslice.core.pool import PoolSlices
-from gpuslice.core.reconcile import Change, Create, Delete, Owner, Update
+from gpuslice.core.pools import reconcile
+from gpuslice.core.pools.pool import PoolSlices
+from gpuslice.core.pools.reconcile import Change, Create, Delete, Owner, Update
 
 Body = dict[str, Any]
 

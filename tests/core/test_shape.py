@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from gpuslice.core import shape
 from gpuslice.core.model import PoolName
-from gpuslice.core.pool import PoolSlices
+from gpuslice.core.pools import shape
+from gpuslice.core.pools.pool import PoolSlices
 
 NAME = PoolName("n/p")
 

@@ -15,9 +15,9 @@ import pytest
 from gpuslice.core import quantity
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import Exclusive, MigSlice, Monitor, Offer
-from gpuslice.core.pool import Features, resource_slices
-from gpuslice.demo.scheduler import Body, Request, allocate
-from gpuslice.nvml import geometry, models
+from gpuslice.core.pools.pool import Features, resource_slices
+from gpuslice.nvml.sim import geometry, models
+from gpuslice.standin.scheduler import Body, Request, allocate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gpuslice.core.view import View
+from gpuslice.core.pools.slice_cache import View
 
 pytestmark = pytest.mark.contract(60)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpuslice.demo import slices
-from gpuslice.demo.apiserver import StandInApiServer
-from gpuslice.demo.store import RefusalError
 from gpuslice.errors import ApiError, ConflictError, ExpiredError, NotFoundError
 from gpuslice.kube import Kube
+from gpuslice.standin import resource_slices
+from gpuslice.standin.apiserver import StandInApiServer
+from gpuslice.standin.store import RefusalError
 
 Body = dict[str, Any]
 
@@ -151,7 +151,7 @@ def test_a_server_before_134_does_not_have_the_group(tmp_path: Path) -> None:
     ],
 )
 def test_quantities_come_back_in_canonical_form(text: str, canonical: str) -> None:
-    assert slices.canonical(text) == canonical
+    assert resource_slices.canonical(text) == canonical
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_state_outlives_an_absence_on_the_same_port(server: StandInApiServer, ku
 
 
 def test_it_runs_as_a_process_until_sigterm(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gpuslice.demo.apiserver", "--folder", str(tmp_path), "--node", "n1"]
+    command = [sys.executable, "-m", "gpuslice.standin.apiserver", "--folder", str(tmp_path), "--node", "n1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()

@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 import pytest
 from gpuslice.core.model import ClaimRef, ClaimUid
-from gpuslice.demo.kubelet import V1, V1BETA1, Answer, Given, KubeletError, StandInKubelet
 from gpuslice.pb import (
     dra_v1_pb2,
     dra_v1_pb2_grpc,
@@ -21,6 +20,7 @@ from gpuslice.pb import (
     registration_v1_pb2,
     registration_v1_pb2_grpc,
 )
+from gpuslice.standin.kubelet import V1, V1BETA1, Answer, Given, KubeletError, StandInKubelet
 
 DRIVER = "gpuslice.dev"
 A, B = ClaimRef("team", "a", ClaimUid("uid-a")), ClaimRef("team", "b", ClaimUid("uid-b"))

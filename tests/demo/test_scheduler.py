@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from gpuslice.demo.scheduler import Body, Request, SelectorError, allocate
+from gpuslice.standin.scheduler import Body, Request, SelectorError, allocate
 
 NODE, DRIVER = "node-a", "gpuslice.dev"
 ANY = Request(name="gpu")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from gpuslice import files
 from gpuslice.core.model import Partition
-from gpuslice.mps.place import Place
-from gpuslice.nvml.sim import SimNvml
+from gpuslice.mps.paths import Place
+from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.system import files
 
 from tests.e2e.bodies import DRIVER, STAY, Body
 from tests.e2e.wanted import PLAYGROUND, ROOT

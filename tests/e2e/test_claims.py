@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from gpuslice.nvml.api import Code
-from gpuslice.nvml.faults import Effect
+from gpuslice.nvml.sim.faults import Effect
 
 from tests.e2e.bodies import attribute, claim, exactly, made_from, named, pod, profile, template
 from tests.e2e.live import Cluster

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gpuslice.host import RealHost
 from gpuslice.nvml.api import Nvml
+from gpuslice.system.host import RealHost
 
 
 def test_every_real_file_of_the_driver_that_a_container_gets_is_there(real: Nvml) -> None:

@@ -17,7 +17,7 @@ from gpuslice.mps.api import Daemon
 from gpuslice.mps.client import MpsClient
 from gpuslice.mps.daemon import Patience
 from gpuslice.mps.supervisor import Supervisor
-from gpuslice.nvml.simnode import SimNode
+from gpuslice.nvml.sim.node import SimNode
 
 from tests.mps import client as program
 

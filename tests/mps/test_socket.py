@@ -172,4 +172,4 @@ def test_the_driver_loads_only_the_clients_side() -> None:
 
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
-    assert loaded.strip() == str([f"gpuslice.mps.{name}" for name in ("api", "client", "place", "wire")])
+    assert loaded.strip() == str([f"gpuslice.mps.{name}" for name in ("api", "client", "paths", "wire")])

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 import pytest
-from gpuslice.files import FolderWatch
+from gpuslice.system.files import FolderWatch
 
 from tests.mps.node import SOON_S, Node
 

@@ -14,7 +14,7 @@ from gpuslice.mps import control
 from gpuslice.mps.api import Daemon, Running
 from gpuslice.mps.process import boot_id
 from gpuslice.mps.supervisor import Supervisor
-from gpuslice.nvml.sim import SimNvml
+from gpuslice.nvml.sim.nvml import SimNvml
 
 from tests.mps.node import Node
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gpuslice.errors import DeviceError
 from gpuslice.mps.daemon import Patience
-from gpuslice.mps.keeper import pause_s
+from gpuslice.mps.monitor import pause_s
 from gpuslice.mps.process import ProcessId, Watched
 
 from tests.mps.node import QUICK, SOON_S, Node

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Placement
 from gpuslice.errors import DeviceError
-from gpuslice.nvml import geometry
 from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, Nvml
-from gpuslice.nvml.models import known, product
 from gpuslice.nvml.real import RealNvml
-from gpuslice.nvml.sim import SimNvml
+from gpuslice.nvml.sim import geometry
+from gpuslice.nvml.sim.models import known, product
+from gpuslice.nvml.sim.nvml import SimNvml
 
 MIG_PRODUCTS = tuple(key for key in known() if product(key).profiles)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from gpuslice.core.model import MigProfile, Placement
-from gpuslice.nvml import geometry
-from gpuslice.nvml.geometry import Instance
-from gpuslice.nvml.models import Product, product
+from gpuslice.nvml.sim import geometry
+from gpuslice.nvml.sim.geometry import Instance
+from gpuslice.nvml.sim.models import Product, product
 
 
 def instance(model: Product, name: str, start: int) -> Instance:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from gpuslice.errors import ConfigError
-from gpuslice.nvml.models import catalogue, known, product
-from gpuslice.nvml.nodespec import Card, NodeSpec, parse
+from gpuslice.nvml.sim.models import catalogue, known, product
+from gpuslice.nvml.sim.spec import Card, NodeSpec, parse
 
 
 def test_cards_are_counted_and_joined() -> None:

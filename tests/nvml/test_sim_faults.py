@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from gpuslice.core.model import GpuUuid, Placement
 from gpuslice.errors import ConfigError, DeviceError
-from gpuslice.files import try_lock
 from gpuslice.nvml.api import Code
-from gpuslice.nvml.faults import CODES
-from gpuslice.nvml.sim import SECONDS, SimNvml
+from gpuslice.nvml.sim.faults import CODES
+from gpuslice.nvml.sim.nvml import SECONDS, SimNvml
+from gpuslice.system.files import try_lock
 
 ONE_G, AT_0 = 19, Placement(0, 1)
 

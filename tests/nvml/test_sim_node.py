@@ -11,7 +11,7 @@ import pytest
 from gpuslice.core.model import GpuUuid, LiveGpu, Placement
 from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Code, ComputeMode, XidEvent
-from gpuslice.nvml.sim import SimNvml
+from gpuslice.nvml.sim.nvml import SimNvml
 
 ROOT = Path(__file__).parents[2]
 ONE_G, AT_0 = 19, Placement(0, 1)
@@ -205,7 +205,7 @@ import sys
 from pathlib import Path
 from gpuslice.core.model import Placement
 from gpuslice.errors import DeviceError
-from gpuslice.nvml.sim import SimNvml
+from gpuslice.nvml.sim.nvml import SimNvml
 
 node = SimNvml(Path(sys.argv[1]), latency="zero")
 gpu = node.gpus()[0].uuid

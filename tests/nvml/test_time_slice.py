@@ -9,7 +9,7 @@ import pytest
 from gpuslice.core.model import GpuUuid
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import MPS_SERVER, TIME_SLICES, Code, ComputeMode
-from gpuslice.nvml.sim import SimNvml
+from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.nvml.smi import Smi
 
 GPU = GpuUuid("GPU-00000000-1111-2222-3333-444444444444")

@@ -35,8 +35,8 @@ from gpuslice.core.model import (
     TimeSlicing,
     WholeGpu,
 )
-from gpuslice.core.policy import GpuPolicy, Policy
-from gpuslice.core.terms import SHARED, Mode, Parts
+from gpuslice.core.policy.rules import GpuPolicy, Policy
+from gpuslice.core.policy.schema import SHARED, Mode, Parts
 from gpuslice.errors import ConfigError
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")

@@ -1,1 +1,1 @@
-"""The stand-in control plane: an API server over HTTPS, a kubelet over gRPC, and the programs that use them."""
+"""`gpuslice demo`: the whole story on a simulated node, told step by step."""

@@ -11,10 +11,10 @@ from gpuslice import node, report
 from gpuslice.config import Config
 from gpuslice.core import share
 from gpuslice.core.model import ClaimRef
-from gpuslice.demo.cluster import DRIVER, Cluster, DriverProcess, UnschedulableError
-from gpuslice.demo.scheduler import Request
 from gpuslice.mps.client import MpsClient
 from gpuslice.node import Node
+from gpuslice.standin.cluster import DRIVER, Cluster, DriverProcess, UnschedulableError
+from gpuslice.standin.scheduler import Request
 
 _T = TypeVar("_T")
 

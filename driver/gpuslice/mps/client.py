@@ -10,7 +10,7 @@ from gpuslice import __version__
 from gpuslice.errors import DeviceError
 from gpuslice.mps import wire
 from gpuslice.mps.api import Daemon, Running
-from gpuslice.mps.place import Place
+from gpuslice.mps.paths import Place
 
 _CONNECT_S = 2.0
 _ANSWER_S = 2.0  # for what starts and stops nothing

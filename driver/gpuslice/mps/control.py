@@ -12,9 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gpuslice import programs
 from gpuslice.core.model import GpuUuid, MigUuid
 from gpuslice.errors import DeviceError, HungError
+from gpuslice.system import programs
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def program(driver_root: Path, simulated_node: Path | None, *, links: Path = LIN
     With a simulated node it is the stand-in, on the cards of that node. `links`: a folder for `programs.environment`.
     """
     if simulated_node is not None:
-        stand_in = str(Path(__file__).with_name("standin.py"))
+        stand_in = str(Path(__file__).with_name("sim") / "control.py")
         # Without site-packages and what the environment may bring: it starts at every command.
         return (
             "env",

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpuslice.errors import DeviceError, DriverError, HungError
-from gpuslice.files import FolderWatch, write_atomic
 from gpuslice.mps import launch, wire
 from gpuslice.mps.api import Daemon
 from gpuslice.mps.control import Control, one_line
-from gpuslice.mps.place import Place
+from gpuslice.mps.paths import Place
 from gpuslice.mps.process import ProcessId, Watched, boot_id, kill_all, wait
+from gpuslice.system.files import FolderWatch, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -24,14 +24,15 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from gpuslice import __version__, files
+from gpuslice import __version__
 from gpuslice.errors import DeviceError, DriverError
 from gpuslice.mps import daemon as daemons
 from gpuslice.mps import wire
 from gpuslice.mps.api import Daemon, Running
 from gpuslice.mps.daemon import Patience
-from gpuslice.mps.keeper import GoneError, Keeper
-from gpuslice.mps.place import Place
+from gpuslice.mps.monitor import GoneError, Keeper
+from gpuslice.mps.paths import Place
+from gpuslice.system import files
 
 log = logging.getLogger(__name__)
 

@@ -132,3 +132,8 @@ class Nvml(Protocol):
         """The next XID since the first call, or None after the timeout. One caller only."""
 
     def close(self) -> None: ...
+
+
+def suffix(name: str) -> str:
+    """What follows the "gb" of a profile name: "1g.24gb+me.all" has "+me.all"."""
+    return name.partition("gb")[2]

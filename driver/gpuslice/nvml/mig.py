@@ -14,8 +14,7 @@ import pynvml
 
 from gpuslice.core.model import MigProfile, MigUuid, Partition, Placement
 from gpuslice.errors import DeviceError
-from gpuslice.nvml.api import Code
-from gpuslice.nvml.models import suffix
+from gpuslice.nvml.api import Code, suffix
 
 Handle = object  # an opaque pointer of NVML's
 

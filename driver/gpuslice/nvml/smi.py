@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gpuslice import programs
 from gpuslice.core.model import GpuUuid
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import Code
+from gpuslice.system import programs
 
 _LEVELS = ("default", "short", "medium", "long")
 _LEVEL = re.compile(r"time-?\s?slice\b[^a-z]*\b(default|short|medium|long)\b", re.IGNORECASE)

@@ -1,0 +1,170 @@
+"""What each GPU of a node may offer: the operator's policy, applied to a card at hand.
+
+`default` speaks for every card, each entry of `gpus` for the cards that it matches, and overrides the default key by
+key. The **first** entry that matches a card counts, so that the order is read from top to bottom; an entry to which
+an earlier one leaves nothing is an error. So is any setting without an effect, for it shows that its author means
+another thing than the driver does.
+What only a node can tell (an entry for cards that this node does not have) is no error, for one policy serves a fleet:
+`Policy.unused` says it in sentences.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gpuslice.core.model import Gpu, MigProfile
+from gpuslice.core.policy import schema
+from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Terms
+from gpuslice.errors import ConfigError
+
+_VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPolicy:
+    """What one card may offer."""
+
+    modes: frozenset[Mode]
+    profiles: tuple[MigProfile, ...]  # empty while `mig` is not among the modes
+    reserve_bytes: int  # memory of the whole card that is not sold
+    mps_shares: int
+    mps_clients: int  # CUDA contexts that one MPS daemon serves on the whole card
+    timeslice_shares: int
+    interval: str  # one of `INTERVALS`, for the whole card
+    twins: frozenset[Mode] = frozenset()  # in what manner partitions are shared too; none while `mig` is not offered
+    static: tuple[tuple[MigProfile, int], ...] | Parts = ()  # for clusters without partitionable devices
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    base: Terms = field(default_factory=Terms)
+    rules: tuple[Rule, ...] = ()
+
+    @staticmethod
+    def default() -> Policy:
+        """Every mode, every profile without a suffix, what NVML says is reserved, no shared partitions."""
+        return Policy()
+
+    @staticmethod
+    def parse(body: Mapping[str, object]) -> Policy:
+        """An already loaded document. ConfigError names the path, the limit and the remedy."""
+        return Policy(*schema.read(body))
+
+    def of(self, gpu: Gpu) -> GpuPolicy:
+        """What this card may offer. ConfigError where the policy asks of it what it certainly cannot do."""
+        rule, said = self._rule(gpu), self._said(gpu)
+        if rule is not None and rule.match.certain():
+            for missing in _missing(rule.terms, [gpu]):
+                raise ConfigError(f"policy: {rule.path} {missing}; {_has(gpu)}")
+        modes = frozenset(said.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
+        mig = Mode.MIG in modes
+        clients = min(said.mps_clients or client_limit(gpu), client_limit(gpu))
+        return GpuPolicy(
+            modes=modes,
+            profiles=tuple(profile for profile in gpu.profiles if mig and said.wants(profile)),
+            reserve_bytes=gpu.reserved_bytes if said.reserve_bytes is None else said.reserve_bytes,
+            mps_shares=min(said.mps_shares or SHARES, clients),
+            mps_clients=clients,
+            timeslice_shares=said.timeslice_shares or SHARES,
+            interval=said.timeslice_interval or "default",
+            twins=frozenset(said.shared_partitions or ()) if mig else frozenset(),
+            static=_static(said, gpu, modes),
+        )
+
+    def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
+        """What this policy says that has no effect on these cards, one sentence each."""
+        return tuple(self._unused(tuple(gpus)))
+
+    def _rule(self, gpu: Gpu) -> Rule | None:
+        return next((rule for rule in self.rules if gpu in rule.match), None)
+
+    def _said(self, gpu: Gpu) -> Terms:
+        rule = self._rule(gpu)
+        return self.base if rule is None else rule.terms.over(self.base)
+
+    def _unused(self, gpus: tuple[Gpu, ...]) -> Iterator[str]:
+        for rule in self.rules:
+            here = [gpu for gpu in gpus if self._rule(gpu) == rule]
+            if not here:
+                yield f"policy: {rule.path} matches no GPU of this node; {_cards(gpus)}"
+            for missing in _missing(rule.terms, here):
+                yield f"policy: {rule.path} {missing}"
+        for missing in _missing(self.base, gpus):
+            yield f"policy: default {missing}"
+        for gpu in gpus:
+            mine, said = self.of(gpu), self._said(gpu)
+            if not mine.modes.intersection((Mode.GPU, *SHARED)) and not mine.profiles:
+                allowed = ", ".join(said.modes or ALL_MODES)
+                yield f"policy: GPU {gpu.index} ({gpu.product}) offers nothing: of modes {allowed} it can do none"
+            yield from _excess(said, gpu)
+
+
+def _missing(said: Terms, gpus: Sequence[Gpu]) -> Iterator[str]:
+    """References of these terms that none of the cards can follow. No card, no complaint."""
+    profiles = [profile for gpu in gpus for profile in gpu.profiles]
+    if not gpus:
+        return
+    for ref in said.profiles or ():
+        if not any(ref in (profile.id, profile.name) for profile in profiles):
+            yield f"names profile {ref}, which its GPUs do not have"
+    for suffix in said.suffixes or ():
+        if not any(profile.suffix == suffix for profile in profiles):
+            yield f"asks for suffix {suffix}, which no profile of its GPUs has"
+    if Mode.MPS in (said.modes or ()) and not any(map(_has_mps, gpus)):
+        yield "asks for mode mps, for which its GPUs are too old; it needs compute capability 7.0"
+    for ref, _ in () if isinstance(said.static, Parts) else said.static or ():
+        if not any(ref in (profile.id, profile.name) for profile in profiles):
+            yield f"has profile {ref} in its static layout, which its GPUs do not have"
+
+
+def _excess(said: Terms, gpu: Gpu) -> Iterator[str]:
+    """What this card's NVIDIA driver serves less of than these terms ask for; another driver may serve it."""
+    most = client_limit(gpu)
+    for count, what in ((said.mps_clients, "clients"), (said.mps_shares, "shares")):
+        if count is not None and count > most and _has_mps(gpu):
+            yield f"policy: mps.{what} is {count}, and GPU {gpu.index} has {most} with CUDA {gpu.cuda_version}"
+
+
+def client_limit(gpu: Gpu) -> int:
+    """CUDA contexts that one MPS daemon serves on a whole card (NVIDIA's MPS documentation, as of CUDA 13.1).
+
+    The 16 of cards before Volta are not here: such a card offers no MPS.
+    """
+    return 60 if _numbers(gpu.cuda_version) >= (13, 1) else 48
+
+
+def _has_mps(gpu: Gpu) -> bool:
+    return _numbers(gpu.compute_capability) >= _VOLTA
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def _static(said: Terms, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
+    """What this card is cut into; nothing where it cannot, or may not. ConfigError for an unknown profile."""
+    if isinstance(said.static, Parts):
+        return said.static if said.static.mode in modes else ()
+    if not gpu.profiles or Mode.MIG not in modes:
+        return ()
+    layout = []
+    for ref, count in said.static or ():
+        profile = next((profile for profile in gpu.profiles if ref in (profile.id, profile.name)), None)
+        if profile is None:
+            raise ConfigError(
+                f"policy: the static layout of GPU {gpu.index} ({gpu.product}) names profile {ref}, which it does not"
+                f" have; {_has(gpu)}, or give this product an entry of its own"
+            )
+        layout.append((profile, count))
+    return tuple(layout)
+
+
+def _has(gpu: Gpu) -> str:
+    names = ", ".join(f"{profile.name} ({profile.id})" for profile in gpu.profiles)
+    return f"{gpu.product} has {names or 'no MIG profiles'}"
+
+
+def _cards(gpus: Iterable[Gpu]) -> str:
+    return "it has " + (", ".join(sorted({gpu.product for gpu in gpus})) or "no GPU")

@@ -1,0 +1,346 @@
+"""Inventory and taints → the ResourceSlices of each pool, planned as a whole and the same byte for byte each time.
+
+Two rules make selectors safe, for one that names a missing key is a CEL error, and the scheduler fails the pod again
+and again: every device carries the same attribute keys of our domain ("" where one has no meaning) and the same
+capacity names ("0" where it has none, or where the hardware does not say).
+
+The set of devices is static. A device in use that vanishes frees its counters and is given out twice
+(kubernetes/kubernetes#140802), so what is not to be had now is tainted; and counters are computed from everything that
+the inventory offers, whatever of it is published at the moment.
+
+A shared device has a request policy for each capacity, for the first share takes all of one that has none. What cannot be
+had in shares (engines, or clients of a time slice) is shown with its value for selectors, and has a policy by which a
+share takes nothing and a request for any of it is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from gpuslice.core import layout, quantity
+from gpuslice.core.inventory import Device, Inventory, Pool, sm_percent
+from gpuslice.core.layout import Place
+from gpuslice.core.model import (
+    DeviceRef,
+    Exclusive,
+    Gpu,
+    MigProfile,
+    MigSlice,
+    Monitor,
+    Mps,
+    Offer,
+    PoolName,
+    Sharing,
+    Slice,
+    Taint,
+    TimeSlicing,
+    WholeGpu,
+)
+from gpuslice.core.pools import counters
+from gpuslice.core.pools.counters import Counters
+from gpuslice.errors import StateError
+
+Body = Mapping[str, object]
+
+COUNTER_SET = "card"  # one per pool; unique in its pool, as it has to be
+DEVICES_PER_SLICE = 64  # with taints or counters; without them 128, but a first taint must not move devices about
+_TEXT = 64  # characters of a string attribute
+_ALL_SMS = 100  # percent
+_NOTHING = {"default": "0", "validValues": ["0"]}  # the policy of a capacity that no share takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What the API server keeps of what we publish; what it drops must not be relied on."""
+
+    partitionable: bool  # DRAPartitionableDevices
+    consumable: bool  # DRAConsumableCapacity
+    taints: bool  # DRADeviceTaints
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSlices:
+    """One pool as it should be: the part of each slice's spec that is the pool's own, in order.
+
+    Each is `{"sharedCounters": […]}` or `{"devices": […]}`, never both. Driver, node, generation, slice count and names
+    are the publisher's to add.
+    """
+
+    name: PoolName
+    specs: tuple[Body, ...]
+
+
+def resource_slices(
+    inventory: Inventory,
+    taints: Mapping[DeviceRef, tuple[Taint, ...]],
+    *,
+    driver: str,
+    features: Features,
+    held: frozenset[DeviceRef] = frozenset(),
+) -> tuple[PoolSlices, ...]:
+    """The slices of every pool. `driver` is the domain of the taints' keys.
+
+    `held` are the devices that claims have now: they stay published whatever happens to them, while other tainted
+    devices are left out where the API server knows no taints. Shared devices are left out where it knows no consumable
+    capacity, held or not, for what is left of one there is a whole card for a single claim. StateError where a pool needs
+    counters that the API server drops, for then it would give the same memory out twice.
+    """
+    return tuple(_pool(pool, taints, driver, features, held) for pool in inventory.pools)
+
+
+def _pool(
+    pool: Pool,
+    taints: Mapping[DeviceRef, tuple[Taint, ...]],
+    driver: str,
+    features: Features,
+    held: frozenset[DeviceRef],
+) -> PoolSlices:
+    needed = counters_of(pool)
+    if needed.chosen and not features.partitionable:
+        raise StateError(
+            f"pool {pool.name} cannot be published without counters, which this API server drops; plan it statically"
+        )
+    usable = [
+        d
+        for d in pool.devices
+        if (features.taints or d.ref in held or d.ref not in taints)
+        and (features.consumable or not _is_shared(d.offer.sharing))
+    ]
+    marks = taints if features.taints else {}
+    bodies = [_device(d, _face(d.offer, pool, needed), marks.get(d.ref, ()), driver) for d in usable]
+    specs: list[Body] = [{"sharedCounters": [_counter_set(needed)]}] if needed.chosen else []
+    specs += [{"devices": chunk} for chunk in _chunks(bodies)] or [{"devices": []}]
+    return PoolSlices(pool.name, tuple(specs))
+
+
+def _chunks(bodies: Sequence[Body]) -> Iterator[Sequence[Body]]:
+    for start in range(0, len(bodies), DEVICES_PER_SLICE):
+        yield bodies[start : start + DEVICES_PER_SLICE]
+
+
+# ---------------------------------------------------------------- counters
+
+
+def counters_of(pool: Pool) -> Counters:
+    """The counters that keep this pool's devices apart; none where they exclude nothing."""
+    at: dict[Place, int] = {}
+    wholes = 0
+    for device in pool.devices:
+        if isinstance(device.offer.sharing, Monitor) or _part(device.offer.sharing) is not None:
+            continue  # what takes nothing, or stands beside its like by plan
+        match device.offer.slice_:
+            case WholeGpu():
+                wholes += 1
+            case MigSlice(profile=profile, placement=placement):
+                place = Place(profile, placement)
+                at[place] = at.get(place, 0) + 1
+            case _:
+                assert_never(device.offer.slice_)
+    return counters.minimal(pool.gpu.profiles, tuple(at), tuple(at.values()), wholes)
+
+
+def _part(sharing: Sharing) -> int | None:
+    return sharing.part if isinstance(sharing, Mps | TimeSlicing) else None
+
+
+def _is_shared(sharing: Sharing) -> bool:
+    return isinstance(sharing, Mps | TimeSlicing) and sharing.part is None
+
+
+def _counter_set(needed: Counters) -> Body:
+    return {"name": COUNTER_SET, "counters": _values(needed.whole())}
+
+
+def _values(amounts: Mapping[str, int]) -> dict[str, Body]:
+    return {name: {"value": str(amount)} for name, amount in amounts.items()}
+
+
+# ---------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Face:
+    """What a device shows of itself that depends on what it is: one of these for each kind of offer."""
+
+    type: str
+    uuid: str = ""
+    profile: str = ""
+    enforcement: str  # what keeps a claim within its memory
+    interval: str = ""
+    memory_mib: int
+    sm_percent: int = 0
+    clients: int = 0
+    shares: int = 0
+    engines: MigProfile | None = None  # the profile whose engine counts the device has
+    consumed: Mapping[str, int]
+    policies: Mapping[str, Body] | None = None  # of the capacities that a share takes; None: an exclusive device
+
+
+def _face(offer: Offer, pool: Pool, needed: Counters) -> _Face:
+    match offer.sharing:
+        case Monitor():  # admin access is charged for counters too (kubernetes/kubernetes#140729), so it has none
+            return _Face(type="monitor", uuid=offer.gpu.uuid, enforcement="none", memory_mib=0, consumed={})
+        case Exclusive():
+            return _exclusive(offer.slice_, pool, needed)
+        case Mps() as mps:
+            return _mps(mps, _exclusive(offer.slice_, pool, needed))
+        case TimeSlicing() as timeslice:
+            return _timeslice(timeslice, _exclusive(offer.slice_, pool, needed))
+        case _:
+            assert_never(offer.sharing)
+
+
+def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> _Face:
+    match slice_:
+        case WholeGpu(gpu):
+            return _Face(
+                type="gpu",
+                uuid=gpu.uuid,
+                enforcement="hardware",
+                memory_mib=pool.memory_mib,
+                sm_percent=sm_percent(slice_),
+                engines=layout.full(gpu.profiles),
+                consumed=needed.whole(),
+            )
+        case MigSlice(_, profile, placement):  # it has a UUID only while it exists
+            return _Face(
+                type="mig",
+                profile=profile.name,
+                enforcement="hardware",
+                memory_mib=profile.memory_mib,
+                sm_percent=sm_percent(slice_),
+                engines=profile,
+                consumed=needed.at(Place(profile, placement)),
+            )
+        case _:
+            assert_never(slice_)
+
+
+def _mps(mps: Mps, alone: _Face) -> _Face:
+    """The same hardware, shared; a fixed part has its part of all that can be divided.
+
+    `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, for so does MPS count them
+    (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE).
+    """
+    shared = replace(
+        alone,
+        type="mps",
+        enforcement="mps",
+        memory_mib=mps.memory_mib,
+        sm_percent=_ALL_SMS,
+        clients=mps.clients,
+    )
+    if mps.part is not None:
+        return _fixed(replace(shared, clients=mps.clients // mps.shares, sm_percent=_ALL_SMS // mps.shares), mps)
+    policies = {
+        "memory": _memory_policy(mps),
+        "smPercent": _policy(0, 0, _ALL_SMS),  # a ceiling, not a reservation; 0 is "no ceiling"
+        "clients": _policy(mps.clients // mps.shares, 1, mps.clients),
+    }
+    return replace(shared, policies=policies)
+
+
+def _timeslice(sharing: TimeSlicing, alone: _Face) -> _Face:
+    shared = replace(
+        alone,
+        type="timeslice",
+        enforcement="none",
+        interval="" if alone.profile else sharing.interval,  # of partitions it cannot be set
+        memory_mib=sharing.memory_mib,
+        sm_percent=0,  # turns have no ceiling
+        shares=sharing.shares,
+    )
+    if sharing.part is not None:
+        return _fixed(replace(shared, shares=1), sharing)
+    return replace(shared, policies={"memory": _memory_policy(sharing), "shares": _policy(1, 1, sharing.shares)})
+
+
+def _fixed(whole: _Face, sharing: Mps | TimeSlicing) -> _Face:
+    return replace(whole, memory_mib=sharing.memory_mib // sharing.shares, consumed={})
+
+
+def _memory_policy(sharing: Mps | TimeSlicing) -> Body:
+    """Whole MiB, and an equal part by default."""
+    default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
+    return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
+
+
+def _policy(default: int, least: int, value: int) -> Body:
+    """Whole numbers from `least` on; where there is but one, by name, for the API wants room for a step in a range."""
+    if value <= least:
+        return {"default": str(value), "validValues": [str(value)]}
+    return {"default": str(default), "validRange": {"min": str(least), "step": "1"}}
+
+
+def _device(device: Device, face: _Face, taints: Iterable[Taint], driver: str) -> Body:
+    body: dict[str, object] = {
+        "name": device.ref.device,
+        "attributes": _attributes(device.offer.gpu, face),
+        "capacity": _capacity(face),
+    }
+    if face.policies is not None:
+        body["allowMultipleAllocations"] = True
+    if face.consumed:
+        body["consumesCounters"] = [{"counterSet": COUNTER_SET, "counters": _values(face.consumed)}]
+    marks = [{"key": f"{driver}/{taint.key}", "value": taint.value, "effect": taint.effect} for taint in sorted(taints)]
+    if marks:
+        body["taints"] = marks
+    return body
+
+
+def _attributes(gpu: Gpu, face: _Face) -> Body:
+    """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it tells what lies together."""
+    found: dict[str, Body] = {
+        "architecture": _text(gpu.architecture),
+        "cudaComputeCapability": _version(gpu.compute_capability),
+        "cudaDriverVersion": _version(gpu.cuda_version),
+        "driverVersion": _version(gpu.driver_version),
+        "index": {"int": gpu.index},
+        "memoryEnforcement": _text(face.enforcement),
+        "parentUUID": _text(gpu.uuid),
+        "productName": _text(gpu.product),
+        "profile": _text(face.profile),
+        "timeSliceInterval": _text(face.interval),
+        "type": _text(face.type),
+        "uuid": _text(face.uuid),
+        "resource.kubernetes.io/pciBusID": _text(gpu.bus_id),
+    }
+    if gpu.pcie_root is not None:
+        found["resource.kubernetes.io/pcieRoot"] = _text(gpu.pcie_root)
+    if gpu.numa_node is not None and gpu.numa_node >= 0:
+        found["resource.kubernetes.io/numaNode"] = {"int": gpu.numa_node}
+    return found
+
+
+def _capacity(face: _Face) -> Body:
+    """Memory, what shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
+    engines = face.engines
+    found = {"memory": {"value": quantity.mebibytes(face.memory_mib)}} | _values(
+        {
+            "clients": face.clients,
+            "copyEngines": engines.copy_engines if engines else 0,
+            "decoders": engines.decoders if engines else 0,
+            "encoders": engines.encoders if engines else 0,
+            "jpegEngines": engines.jpegs if engines else 0,
+            "multiprocessors": engines.multiprocessors if engines else 0,
+            "ofaEngines": engines.ofas if engines else 0,
+            "shares": face.shares,
+            "smPercent": face.sm_percent,
+        }
+    )
+    if face.policies is None:
+        return found
+    return {name: {**value, "requestPolicy": face.policies.get(name, _NOTHING)} for name, value in found.items()}
+
+
+def _text(value: str) -> Body:
+    return {"string": value[:_TEXT]}
+
+
+def _version(value: str) -> Body:
+    """Strict semver of three numbers: the API refuses "580.65.06" for its leading zero."""
+    numbers = [str(int(part)) for part in re.findall(r"\d+", value)]
+    return {"version": ".".join([*numbers, "0", "0", "0"][:3])}

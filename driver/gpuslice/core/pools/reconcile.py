@@ -1,0 +1,262 @@
+"""What to write so that the API's ResourceSlices become the wanted ones: the rules of Kubernetes' own controller.
+
+The order is the point. Consumers read only the highest generation of a pool and use it only when it is complete, so
+content moves from one generation to the next without a moment at which half of it counts: obsolete slices go first,
+then what stays is brought to the new generation, then what is new is added. One changed slice alone is atomic anyway
+and keeps the generation (k8s.io/dynamic-resource-allocation, resourceslicecontroller.go; the DRA contract 4.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpuslice.core import quantity
+from gpuslice.core.model import PoolName
+from gpuslice.core.pools.pool import PoolSlices
+
+Body = dict[str, Any]
+
+PARTITIONABLE = "DRAPartitionableDevices"
+CONSUMABLE = "DRAConsumableCapacity"
+TAINTS = "DRADeviceTaints"
+UNKNOWN = "unknown"
+PROBED = ("sharedCounters", "consumesCounters", "allowMultipleAllocations", "requestPolicy", "taints")
+
+_CONTENT = ("devices", "sharedCounters")
+_QUANTITIES = frozenset({"value", "default", "min", "max", "step", "validValues"})
+_PLAIN = frozenset({"attributes", "taints"})  # their "value" and "min" would be no quantities
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose slices these are: the driver's on this node; nothing else is ever touched."""
+
+    driver: str
+    node: str
+    node_uid: str
+
+    def reference(self) -> Body:
+        return {"apiVersion": "v1", "kind": "Node", "name": self.node, "uid": self.node_uid, "controller": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    pool: PoolName
+    body: Body  # as it exists: deleted only in this very state
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    pool: PoolName
+    index: int
+    body: Body
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    pool: PoolName
+    index: int
+    body: Body
+
+
+Change = Delete | Update | Create
+
+
+def bodies(pool: PoolSlices) -> tuple[Mapping[str, Any], ...]:
+    """At least one: a pool without devices is published as an empty slice, which says "the driver is up"."""
+    return pool.specs or ({},)
+
+
+def changes(desired: Sequence[PoolSlices], existing: Sequence[Body], owner: Owner) -> tuple[Change, ...]:
+    """The writes, in order within each pool; pools do not depend on each other. Empty when nothing has changed."""
+    ours: dict[str, list[Body]] = {}
+    for body in existing:
+        if body["spec"].get("driver") == owner.driver and body["spec"].get("nodeName") == owner.node:
+            ours.setdefault(body["spec"]["pool"]["name"], []).append(body)
+    wanted = {pool.name for pool in desired}
+    gone = [Delete(PoolName(name), body) for name in sorted(ours) if name not in wanted for body in ours[name]]
+    return (*gone, *(change for pool in desired for change in _pool_changes(pool, ours.get(pool.name, []), owner)))
+
+
+def _pool_changes(wanted: PoolSlices, existing: list[Body], owner: Owner) -> Iterator[Change]:
+    current = max((body["spec"]["pool"].get("generation", 0) for body in existing), default=0)
+    kept, obsolete = _matched(existing, len(bodies(wanted)), current)
+    missing = [index for index in range(len(bodies(wanted))) if index not in kept]
+    changed = [index for index, body in kept.items() if _differs(body, wanted, index, owner)]
+    generation = current + (1 if missing or len(changed) > 1 else 0)
+
+    yield from (Delete(wanted.name, body) for body in obsolete)
+    for index in sorted(kept if generation != current else changed):
+        yield Update(wanted.name, index, _updated(kept[index], _spec(wanted, index, generation, owner), owner))
+    # Counters before the devices that draw on them: should the server drop counters, no device is out yet.
+    for index in sorted(missing, key=lambda i: ("sharedCounters" not in bodies(wanted)[i], i)):
+        meta = {"generateName": name_base(index, len(bodies(wanted)), owner), "ownerReferences": [owner.reference()]}
+        yield Create(wanted.name, index, _object(meta, _spec(wanted, index, generation, owner)))
+
+
+def _matched(existing: list[Body], count: int, generation: int) -> tuple[dict[int, Body], list[Body]]:
+    """Slices by the index in their name, and those that are outdated, out of range, misnamed or there twice.
+
+    Of two with one index the older stays, so that two instances of the driver which both created it agree.
+    """
+    kept: dict[int, Body] = {}
+    obsolete: list[Body] = []
+    for body in sorted(existing, key=lambda b: (b["metadata"].get("creationTimestamp", ""), b["metadata"]["name"])):
+        index = _index(body["metadata"]["name"], count)
+        outdated = body["spec"]["pool"].get("generation", 0) < generation
+        if outdated or index is None or index in kept:
+            obsolete.append(body)
+        else:
+            kept[index] = body
+    return kept, obsolete
+
+
+def _width(count: int) -> int:
+    return max(5, len(f"{count - 1:x}"))
+
+
+def _index(name: str, count: int) -> int | None:
+    prefix, dash, _ = name.partition("-")
+    if not dash or len(prefix) != _width(count) or not set(prefix) <= set("0123456789abcdef"):
+        return None
+    index = int(prefix, 16)
+    return index if index < count else None
+
+
+def name_base(index: int, count: int, owner: Owner) -> str:
+    """What the name of the index-th of `count` slices begins with, in hex digits enough for the last of them.
+
+    The index comes first: the API server cuts the base of a generated name at 58 characters.
+    """
+    return f"{index:0{_width(count)}x}-{owner.driver}-{owner.node}-"
+
+
+def _spec(wanted: PoolSlices, index: int, generation: int, owner: Owner) -> Body:
+    pool = {"name": wanted.name, "generation": generation, "resourceSliceCount": len(bodies(wanted))}
+    content = {key: value for key, value in bodies(wanted)[index].items() if key in _CONTENT}
+    return {"driver": owner.driver, "nodeName": owner.node, "pool": pool, **content}
+
+
+def _object(metadata: Body, spec: Body) -> Body:
+    return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
+
+
+def _differs(body: Body, wanted: PoolSlices, index: int, owner: Owner) -> bool:
+    spec = body["spec"]
+    return (
+        spec["pool"].get("resourceSliceCount") != len(bodies(wanted))
+        or any(spec.get(key) for key in ("nodeSelector", "allNodes", "perDeviceNodeSelection"))
+        or owner.node_uid
+        not in [o.get("uid") for o in body["metadata"].get("ownerReferences") or () if o.get("controller")]
+        or not same(spec, bodies(wanted)[index])
+    )
+
+
+def _updated(body: Body, spec: Body, owner: Owner) -> Body:
+    """The existing object with a new spec, and with the times at which its taints were added."""
+    times = {
+        (device["name"], *_taint(taint)): taint["timeAdded"]
+        for device in body["spec"].get("devices") or ()
+        for taint in device.get("taints") or ()
+        if "timeAdded" in taint
+    }
+    if times and "devices" in spec:
+        spec = spec | {"devices": [_dated(device, times) for device in spec["devices"]]}
+    return _object(body["metadata"] | {"ownerReferences": [owner.reference()]}, spec)
+
+
+def _dated(device: Body, times: Mapping[tuple[str, str, str, str], str]) -> Body:
+    taints = device.get("taints") or ()
+    known = [times.get((device["name"], *_taint(taint))) for taint in taints]
+    if not any(known):
+        return device
+    return device | {"taints": [t | {"timeAdded": at} if at else t for t, at in zip(taints, known, strict=True)]}
+
+
+def _taint(taint: Body) -> tuple[str, str, str]:
+    return taint["key"], taint.get("value", ""), taint["effect"]
+
+
+# ---------------------------------------------------------------- comparing with what a server made of it
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether devices and counters are the same, as the API means it.
+
+    The order of lists counts. The spelling of quantities does not (a server answers 2Gi to 2048Mi), nor empty fields,
+    nor the times of taints: the server sets those, and rounds them.
+    """
+    # A plain comparison first: mostly they are equal to the letter.
+    return all(one.get(key) == other.get(key) or _plain(one.get(key)) == _plain(other.get(key)) for key in _CONTENT)
+
+
+def sharing(sent: Mapping[str, Any], returned: Body) -> Body:
+    """The returned body with what came back to the letter replaced by the very objects that were sent.
+
+    Keeping both costs a megabyte for eight cards (measured).
+    """
+    spec = returned["spec"]
+    return {
+        **returned,
+        "spec": {**spec, **{key: sent[key] for key in _CONTENT if key in spec and spec[key] == sent.get(key)}},
+    }
+
+
+def _plain(node: Any, key: str = "") -> Any:
+    if isinstance(node, Mapping):
+        if key == "taint":
+            return _taint(dict(node))
+        inside = {k: v if k == "attributes" else _plain(v, k) for k, v in node.items()}
+        return {k: v for k, v in inside.items() if v not in (None, [], {})} or None
+    if isinstance(node, list | tuple):
+        return [_plain(item, "taint" if key == "taints" else key) for item in node] or None
+    if key in _QUANTITIES and isinstance(node, str):
+        try:
+            return quantity.parse(node)
+        except ValueError:
+            return node
+    return node
+
+
+def dropped(sent: Mapping[str, Any], returned: Mapping[str, Any]) -> frozenset[str]:
+    """The gates that are off in the server, seen by what it left out of a slice's spec; empty if it kept all."""
+    if same(sent, returned):
+        return frozenset()
+    theirs = {device["name"]: device for device in returned.get("devices") or ()}
+    pairs = [(device, theirs.get(device["name"], {})) for device in sent.get("devices") or ()]
+    lost = {
+        PARTITIONABLE: (sent.get("sharedCounters") and not returned.get("sharedCounters"))
+        or any(mine.get("consumesCounters") and not kept.get("consumesCounters") for mine, kept in pairs),
+        CONSUMABLE: any(_shared(mine) and not _shared(kept) for mine, kept in pairs),
+        TAINTS: any(len(mine.get("taints") or ()) > len(kept.get("taints") or ()) for mine, kept in pairs),
+    }
+    return frozenset(name for name, is_lost in lost.items() if is_lost) or frozenset({UNKNOWN})
+
+
+def _shared(device: Mapping[str, Any]) -> bool:
+    policies = ["requestPolicy" in capacity for capacity in (device.get("capacity") or {}).values()]
+    return bool(device.get("allowMultipleAllocations")) and (not policies or any(policies))
+
+
+def probes(driver: str) -> dict[str, tuple[Body, ...]]:
+    """By gate, slices that come back whole only from a server that has it; for dry runs, never to be published."""
+    consumption = {"counterSet": "probe", "counters": {"probe": {"value": "1"}}}
+    policy = {"default": "1Mi", "validRange": {"min": "1Mi", "step": "1Mi"}}
+    shares = {"memory": {"value": "2Mi", "requestPolicy": policy}}
+    return {
+        PARTITIONABLE: (
+            {"sharedCounters": [{"name": "probe", "counters": {"probe": {"value": "1"}}}]},
+            {"devices": [{"name": "probe", "consumesCounters": [consumption]}]},
+        ),
+        CONSUMABLE: ({"devices": [{"name": "probe", "allowMultipleAllocations": True, "capacity": shares}]},),
+        TAINTS: ({"devices": [{"name": "probe", "taints": [{"key": f"{driver}/probe", "effect": "NoSchedule"}]}]},),
+    }
+
+
+def probe(driver: str, node: str, content: Body) -> Body:
+    """The object for one of the `probes`."""
+    owner = Owner(driver, node, "")
+    wanted = PoolSlices(PoolName(f"{node}/probe"), (content,))
+    return _object({"generateName": name_base(0, 1, owner)}, _spec(wanted, 0, 1, owner))

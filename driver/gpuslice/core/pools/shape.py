@@ -1,0 +1,100 @@
+"""The shape of a published pool: which devices it has and what each of them costs.
+
+The scheduler reckons what is used from the devices as they are published *now*: one that vanishes, or whose counters
+change while it is allocated, frees what it uses and is given out twice (kubernetes/kubernetes#140802). So a pool changes
+its shape only when nobody holds anything of it; attributes, taints and further devices may change at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gpuslice.core.model import PoolName
+from gpuslice.core.pools.pool import PoolSlices
+
+Json = Mapping[str, Any]
+
+TAINT = "shape-change"
+_COST = ("consumesCounters", "allowMultipleAllocations")
+
+
+def allows(kept: PoolSlices, wanted: PoolSlices) -> bool:
+    """Whether `wanted` may replace `kept` while claims hold devices of it."""
+    if kept is wanted:
+        return True
+    new = _costs(wanted)
+    return all(new.get(name) == cost for name, cost in _costs(kept).items()) and _counters(kept) == _counters(wanted)
+
+
+def same(one: PoolSlices, other: PoolSlices) -> bool:
+    """Whether two states of a pool have one shape, whatever else differs."""
+    return one is other or (_counters(one) == _counters(other) and _costs(one) == _costs(other))
+
+
+def closed(kept: PoolSlices, driver: str) -> PoolSlices:
+    """The old shape with every device tainted, so that nothing new is allocated from it while it empties."""
+    taint = {"key": f"{driver}/{TAINT}", "value": "pending", "effect": "NoSchedule"}
+    return PoolSlices(
+        kept.name,
+        tuple(
+            {**spec, "devices": [{**device, "taints": [taint]} for device in spec["devices"]]}
+            if "devices" in spec
+            else spec
+            for spec in _specs(kept)
+        ),
+    )
+
+
+def pools_of(claims: Iterable[Json], driver: str) -> Iterator[PoolName]:
+    """Pools of this driver from which any of these ResourceClaims holds a device."""
+    for claim in claims:
+        allocation = (claim.get("status") or {}).get("allocation") or {}
+        for result in (allocation.get("devices") or {}).get("results") or ():
+            if result.get("driver") == driver:
+                yield PoolName(result["pool"])
+
+
+def published(bodies: Iterable[Json]) -> dict[PoolName, PoolSlices]:
+    """The pools that these ResourceSlices are, the newest generation of each."""
+    found: dict[PoolName, tuple[int, list[Json]]] = {}
+    for body in bodies:
+        spec = body["spec"]
+        name, generation = PoolName(spec["pool"]["name"]), spec["pool"].get("generation", 0)
+        newest, specs = found.get(name, (generation, []))
+        if generation >= newest:
+            part = {key: spec[key] for key in ("sharedCounters", "devices") if spec.get(key)}
+            found[name] = (generation, [*(specs if generation == newest else []), part])
+    return {name: PoolSlices(name, tuple(specs)) for name, (_, specs) in found.items()}
+
+
+def encode(pools: Sequence[PoolSlices]) -> dict[str, object]:
+    return {"format": 1, "pools": {pool.name: list(pool.specs) for pool in pools}}
+
+
+def decode(body: Any) -> dict[PoolName, PoolSlices]:
+    """What `encode` wrote. ValueError, LookupError or TypeError for anything else, a newer format among it."""
+    if body["format"] != 1:
+        raise ValueError(f"format {body['format']} is not 1")
+    return {PoolName(name): PoolSlices(PoolName(name), tuple(specs)) for name, specs in body["pools"].items()}
+
+
+def _specs(pool: PoolSlices) -> Sequence[Json]:
+    return pool.specs
+
+
+def _devices(pool: PoolSlices) -> Iterator[Json]:
+    for spec in _specs(pool):
+        yield from spec.get("devices", ())
+
+
+def _counters(pool: PoolSlices) -> list[Any]:
+    return [counters for spec in _specs(pool) for counters in spec.get("sharedCounters", ())]
+
+
+def _costs(pool: PoolSlices) -> dict[str, list[Any]]:
+    return {device["name"]: _cost(device) for device in _devices(pool)}
+
+
+def _cost(device: Json) -> list[Any]:
+    return [device.get(key) for key in _COST]

@@ -1,0 +1,272 @@
+"""One daemon kept as it shall be: a thread waits for its end, asks it now and then whether it is well, and restarts it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from gpuslice.errors import DeviceError, DriverError, HungError
+from gpuslice.mps import daemon as daemons
+from gpuslice.mps.api import Daemon, Running
+from gpuslice.mps.daemon import Patience, Process
+from gpuslice.mps.paths import Place
+from gpuslice.mps.process import Bell, wait
+
+log = logging.getLogger(__name__)
+
+_LONGEST_PAUSE_S = 60.0
+_AGAIN_S = 1.0
+
+
+class GoneError(DeviceError):
+    """The keeper has been stopped meanwhile; another one may be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What readers see, replaced as a whole. Without a process the daemon is down and shall be started again."""
+
+    daemon: Daemon
+    process: Process | None
+    running: Running
+
+    def well(self, daemon: Daemon) -> bool:
+        """Whether it runs, untroubled, as this daemon shall be."""
+        same = self.daemon == daemon and not self.running.problem
+        return same and self.process is not None and not self.process.watched.ended()
+
+
+def pause_s(failures: int) -> float:
+    """How long to wait before a start: the first one after a daemon was well is at once, then pauses double."""
+    return min(_LONGEST_PAUSE_S, 2.0 ** (failures - 1)) if failures else 0.0
+
+
+class Keeper:
+    """`running` is read without waiting, whatever goes on; changes take turns."""
+
+    def __init__(self, place: Place, key: str, command: Sequence[str], patience: Patience) -> None:
+        self._place, self._key, self._command, self._patience = place, key, command, patience
+        self._turn = threading.Lock()
+        self._state: _State | None = None
+        self._failures = 0  # ends and failed starts since it was last found well
+        self._why = ""  # it is not what it was: one clause of a sentence
+        self._due = 0.0  # time.monotonic() of the next probe, or start
+        self._retired = threading.Event()
+        self._bell = Bell()
+        self._thread = threading.Thread(target=self._watch, name=f"mps-{key}", daemon=True)
+
+    # ------------------------------------------------------------ what the driver asks
+
+    @property
+    def running(self) -> Running | None:
+        state = self._state
+        return state.running if state else None
+
+    @property
+    def gone(self) -> bool:
+        """Stopped for good, or never started."""
+        return self._retired.is_set()
+
+    def ensure(self, daemon: Daemon) -> Running:
+        """At once where it is so already. Where the first start fails, the keeper is gone with all that it made."""
+        state = self._state
+        if state and state.well(daemon):
+            return state.running
+        with self._turn:
+            if self._retired.is_set():
+                raise GoneError(f"MPS daemon {self._key} is being stopped; try again")
+            try:
+                return self._ensured(daemon)
+            finally:
+                if self._state is None:
+                    self._end_failed_start()
+
+    def _ensured(self, daemon: Daemon) -> Running:
+        state = self._state
+        process = state.process if state else None
+        restarts = state.running.restarts if state else 0
+        if state and (process is None or process.watched.ended()):
+            restarts += 1
+        if state and process and not process.watched.ended() and state.daemon.device == daemon.device:
+            self._limit(state, process, daemon)
+        else:
+            process = self._replaced(state, daemon)
+        self._failures, self._why = 0, ""
+        return self._show(daemon, process, restarts, "")
+
+    def _limit(self, state: _State, process: Process, daemon: Daemon) -> None:
+        try:
+            process.limit(daemon)
+            daemons.remember(self._place, daemon, process)
+        except HungError:
+            self._due = 0.0  # the watch finds out now, and replaces it
+            self._bell.ring()
+            raise
+        except DriverError as e:
+            # Told, so that the next `ensure` does not find it well, whatever ceilings it has now.
+            self._show(state.daemon, process, state.running.restarts, str(e))
+            raise
+
+    def _replaced(self, state: _State | None, daemon: Daemon) -> Process:
+        if state and state.process:
+            how = state.process.stop()
+            log.info("an MPS daemon %s and is replaced key=%s device=%s", how, self._key, daemon.device)
+        self._failures += 1
+        try:
+            process = daemons.start(self._place, daemon, self._command, self._patience.answer_s)
+        except DriverError as e:
+            if state:
+                self._why = f"the MPS daemon of {daemon.device} cannot be started"
+                self._down(daemon, state.running.restarts, f": {e}")
+            raise
+        log.info("an MPS daemon runs key=%s device=%s pid=%d", self._key, daemon.device, process.pid)
+        return process
+
+    def adopt(self) -> None:
+        """Take over what a former supervisor left: as it runs, or started again. DeviceError where it left nothing."""
+        with self._turn:
+            daemon, process = daemons.adopt(self._place, self._key, self._command, self._patience.answer_s)
+            if process is None:
+                self._why = f"the MPS daemon of {daemon.device} ended while no supervisor ran"
+                self._start_again(daemon, 0)
+                return
+            problem = ""
+            try:
+                if process.ceilings != (daemon.memory_mib, daemon.threads_percent):
+                    process.limit(daemon)
+            except DeviceError as e:
+                problem = str(e)
+            self._show(daemon, process, 0, problem)
+            log.info("an MPS daemon of a former supervisor is kept key=%s pid=%d %s", self._key, process.pid, problem)
+
+    def stop(self) -> None:
+        """Drain and end the daemon, and remove its folder."""
+        with self._turn:
+            if not self._retired.is_set():
+                self._end()
+                daemons.remove(self._place, self._key)
+
+    def close(self) -> None:
+        """For the supervisor's own end: drain and end the daemon; its folder stays, for containers hold it."""
+        with self._turn:
+            if not self._retired.is_set():
+                self._end()
+
+    def _end(self) -> None:
+        self._retire()
+        if self._state and self._state.process:
+            how = self._state.process.stop()
+            log.info("an MPS daemon is stopped key=%s: it %s", self._key, how)
+
+    def _end_failed_start(self) -> None:
+        self._retire()
+        with suppress(DeviceError):  # what failed first is the news
+            daemons.remove(self._place, self._key)
+
+    def _retire(self) -> None:
+        self._retired.set()
+        self._bell.ring()
+
+    # ------------------------------------------------------------ what readers see
+
+    def _show(self, daemon: Daemon, process: Process, restarts: int, problem: str) -> Running:
+        memory_mib, threads_percent = process.ceilings
+        running = Running(
+            key=self._key,
+            device=daemon.device,
+            pid=process.pid,
+            memory_mib=memory_mib,
+            threads_percent=threads_percent,
+            restarts=restarts,
+            problem=problem,
+        )
+        self._set(_State(daemon, process, running), self._patience.probe_s)
+        return running
+
+    def _down(self, daemon: Daemon, restarts: int, more: str) -> None:
+        """Nothing runs; the next start is after a pause."""
+        pause = pause_s(self._failures)
+        problem = f"{self._why}{more}; it is started again in {pause:g} s"
+        running = Running(
+            key=self._key,
+            device=daemon.device,
+            pid=0,
+            memory_mib=None,
+            threads_percent=None,
+            restarts=restarts,
+            problem=problem,
+        )
+        self._set(_State(daemon, None, running), pause)
+        log.error("an MPS daemon is down key=%s: %s", self._key, problem)
+
+    def _set(self, state: _State, due_s: float) -> None:
+        self._due = time.monotonic() + due_s
+        self._state = state
+        if self._thread.ident is None:
+            self._thread.start()
+        self._bell.ring()  # the thread waits for another process now
+
+    # ------------------------------------------------------------ the watch
+
+    def _watch(self) -> None:
+        while not self._retired.is_set():
+            state = self._state
+            assert state is not None, "the thread starts with the first state"
+            watched = (state.process.watched.descriptor,) if state.process else ()
+            wait(max(0.0, self._due - time.monotonic()), self._bell.descriptor, *watched)
+            if self._bell.heard():
+                continue
+            with self._turn:
+                if not self._retired.is_set() and self._state is state:
+                    self._looked_after(state)
+
+    def _looked_after(self, state: _State) -> None:
+        try:
+            self._look_after(state)
+        except OSError:
+            # No descriptors, no memory: a thread that ended of it would leave the daemon to itself.
+            log.exception("an MPS daemon could not be looked after key=%s", self._key)
+            self._retired.wait(_AGAIN_S)
+
+    def _look_after(self, state: _State) -> None:
+        process, restarts = state.process, state.running.restarts
+        if process is None:
+            self._start_again(state.daemon, restarts)
+            return
+        wrong, hung = self._probe(process)
+        ended = process.watched.ended()
+        if not (wrong or ended):
+            self._failures = 0
+            self._due = time.monotonic() + self._patience.probe_s
+            return
+        how = process.stop(drain=not hung)
+        self._why = f"the MPS daemon of {state.daemon.device} {how}" if ended else wrong
+        log.warning("an MPS daemon is replaced key=%s pid=%d: %s", self._key, process.pid, self._why)
+        if self._failures:
+            self._down(state.daemon, restarts, "")
+        else:
+            self._start_again(state.daemon, restarts)
+
+    def _probe(self, process: Process) -> tuple[str, bool]:
+        """What is wrong with it, "" when it is well or has ended; and whether it is no use to ask it for anything."""
+        if process.watched.ended():
+            return "", True
+        try:
+            return process.probe(), False
+        except DeviceError as e:
+            return str(e), True
+
+    def _start_again(self, daemon: Daemon, restarts: int) -> None:
+        """At the same paths, for containers hold them."""
+        self._failures += 1
+        try:
+            process = daemons.start(self._place, daemon, self._command, self._patience.answer_s)
+        except DriverError as e:
+            self._down(daemon, restarts, f", and it cannot be started again: {e}")
+            return
+        self._show(daemon, process, restarts + 1, f"{self._why}; it was started again, and its clients were lost")
+        log.warning("an MPS daemon was started again key=%s pid=%d: %s", self._key, process.pid, self._why)

@@ -1,0 +1,39 @@
+"""Which devices of the simulated node a daemon sees: CUDA_VISIBLE_DEVICES against the node's files (nvml/sim/state.py).
+
+Read here and not by that module, for the daemon starts without what is installed, YAML for one.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+class VisibleError(Exception):
+    """What CUDA_VISIBLE_DEVICES names is not there, in the words that the daemon ends with."""
+
+
+def visible(node: Path, names: str | None) -> tuple[str, ...]:
+    """UUIDs of the devices, in the order of their names; without names, all cards that are not partitioned."""
+    try:
+        body = json.loads((node / "node.json").read_text(encoding="utf-8"))
+        count, seed = len(body["node"]["gpus"]), uuid.UUID(body["seed"])
+        states = [json.loads((node / f"gpu{index}.json").read_text(encoding="utf-8")) for index in range(count)]
+    except (OSError, ValueError, LookupError) as e:
+        raise VisibleError(f"No simulated node in {node}: {e}") from e
+    cards = [f"GPU-{uuid.uuid5(seed, str(index))}" for index in range(count)]
+    if names is None:
+        return tuple(card for card, state in zip(cards, states, strict=True) if not state["mig"])
+    return tuple(_named(name.strip(), cards, states) for name in names.split(","))
+
+
+def _named(name: str, cards: list[str], states: list[dict[str, Any]]) -> str:
+    there = {card: state for card, state in zip(cards, states, strict=True) if not state["mig"] and not state["lost"]}
+    partitions = [p["uuid"] for state in states if not state["lost"] for p in state["partitions"] if p["uuid"]]
+    if name.isdigit() and int(name) < len(cards) and cards[int(name)] in there:
+        return cards[int(name)]
+    if name in there or name in partitions:
+        return name
+    raise VisibleError(f"No CUDA-capable device is detected: {name} is no usable card or partition here")

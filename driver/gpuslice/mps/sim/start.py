@@ -1,0 +1,74 @@
+"""The start of the simulated daemon: what it refuses, its files, its place in fore- or background."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from gpuslice.mps.sim.daemon import Daemon
+from gpuslice.mps.sim.devices import VisibleError, visible
+from gpuslice.mps.sim.server import name_myself
+
+NODE = "GPUSLICE_SIMULATED_NODE"
+_CONTROL = "nvidia-cuda-mps-control"
+
+
+def run(pipe: str, *, background: bool, multiuser: bool) -> int:
+    """Be the daemon until `quit`; its exit status."""
+    node, logs = os.environ.get(NODE, ""), os.environ.get("CUDA_MPS_LOG_DIRECTORY", "/var/log/nvidia-mps")
+    try:
+        devices = visible(Path(node), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        lock = os.open(f"{pipe}/control_lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in ("control.log", "server.log"):
+            os.close(os.open(f"{logs}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+        if why := _refused(node, devices, multiuser):
+            return _ended(why)
+        if background and not _continued_in_background():
+            return 0
+        name_myself(_CONTROL)
+        Path(pipe, f"{_CONTROL}.pid").write_text(f"{os.getpid()}\n", encoding="ascii")
+        daemon = Daemon(node, pipe, devices, multiuser=multiuser, log=lambda line: _log(logs, line))
+    except BlockingIOError:
+        return _ended("An instance of this daemon is already running")
+    except (OSError, VisibleError) as e:
+        return _ended(str(e))
+    daemon.serve()
+    os.unlink(f"{pipe}/{_CONTROL}.pid")  # noqa: PTH108
+    return 0
+
+
+def _refused(node: str, devices: tuple[str, ...], multiuser: bool) -> str:
+    here = Path(node, "mps")
+    cues = {path.name for path in here.iterdir()} if here.is_dir() else set()
+    if not devices:
+        return "No CUDA-capable device is detected"
+    if multiuser and cues & {"refuse-multiuser", f"refuse-multiuser.{devices[0]}"}:
+        return "unknown option -multiuser-server"
+    if multiuser and os.geteuid() != 0:
+        return "-multiuser-server requires root"
+    if cues & {"refuse-start", f"refuse-start.{devices[0]}"}:
+        return "Failed to start: a cue says so"
+    return ""
+
+
+def _continued_in_background() -> bool:
+    """False in the process that was started, once the other one is on its way."""
+    if os.fork():
+        return False
+    os.setsid()
+    return True
+
+
+def _ended(why: str) -> int:
+    os.write(2, f"{why}\n".encode())
+    return 1
+
+
+def _log(folder: str, line: str) -> None:
+    name = "server.log" if line.startswith(("server", "client")) else "control.log"
+    with suppress(OSError), open(f"{folder}/{name}", "a", encoding="utf-8") as file:
+        file.write(f"[{time.time():.3f} {os.getpid()}] {line}\n")

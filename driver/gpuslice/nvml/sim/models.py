@@ -1,0 +1,140 @@
+"""The products that can be simulated, from models.json: our own record of what NVIDIA's MIG guide and listings show.
+
+Only the simulator reads it; of real cards everything comes from NVML. Values that no listing of the very product showed
+are named in `inferred`. A product with a value missing is refused, and the refusal says what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import cast
+
+from gpuslice.core.model import MigProfile, Placement
+from gpuslice.errors import ConfigError
+from gpuslice.nvml.api import suffix
+
+_CARD_FIELDS = (
+    "name",
+    "architecture",
+    "compute_capability",
+    "memory_mib",
+    "reserved_mib",
+    "pci_device_id",
+    "resetless",
+)
+_COUNTS = ("memory_mib", "compute_slices", "multiprocessors", "copy_engines", "decoders", "encoders", "jpegs", "ofas")
+_PROFILE_FIELDS = ("name", "id", *_COUNTS, "max_instances", "starts", "size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """One card as NVML would describe it; `inferred` names what no listing of this very product showed."""
+
+    key: str  # "h100"
+    name: str  # nvmlDeviceGetName
+    architecture: str
+    compute_capability: str
+    memory_mib: int
+    reserved_mib: int
+    pci_device_id: str  # "0x233010DE": device, then vendor
+    resetless: bool  # MIG mode switches without a reset and is lost at reboot: Hopper and later
+    profiles: tuple[MigProfile, ...]
+    inferred: tuple[str, ...] = ()
+
+    @property
+    def memory_slices(self) -> int:
+        """Memory slices of the card, where the furthest placement ends: 8, but 4 on an A30, 12 on an RTX PRO 6000."""
+        return max((p.start + p.size for profile in self.profiles for p in profile.placements), default=0)
+
+    @property
+    def engines(self) -> dict[str, int]:
+        """Engine totals of the card, which are those of its widest profile (`MigProfile.engines`)."""
+        return max(self.profiles, key=lambda profile: profile.multiprocessors).engines() if self.profiles else {}
+
+
+@cache
+def catalogue() -> Mapping[str, Mapping[str, object]]:
+    """What models.json holds, by product key; pass an entry on to `product`."""
+    text = resources.files("gpuslice.nvml.sim").joinpath("models.json").read_text(encoding="utf-8")
+    return cast("Mapping[str, Mapping[str, object]]", json.loads(text)["products"])
+
+
+def known() -> tuple[str, ...]:
+    """Keys of the products that can be simulated."""
+    return tuple(key for key, body in catalogue().items() if "missing" not in body)
+
+
+def product(key: str, own: Mapping[str, Mapping[str, object]] | None = None) -> Product:
+    """The product of this key, from `own` (a node file's section) or the catalogue.
+
+    Raises ConfigError where the key is unknown or something is not known of the product.
+    """
+    body = (own or {}).get(key) or catalogue().get(key)
+    if body is None:
+        near = [other for other in known() if other.startswith(key.split("-")[0])] or list(known())
+        raise ConfigError(
+            f"product {key!r} is unknown; simulate one of {', '.join(near)}, or describe it in a node file"
+        )
+    if missing := body.get("missing"):
+        what = "; ".join(cast("list[str]", missing))
+        raise ConfigError(f"{key} cannot be simulated, for nobody has published its {what}; describe it in a node file")
+    _check(f"product {key!r}", body, (*_CARD_FIELDS, "profiles"), ("inferred",))
+    profiles = cast("list[Mapping[str, object]]", body["profiles"])
+    inferred = [*cast("list[str]", body.get("inferred", []))]
+    for entry in profiles:
+        _check(f"a profile of product {key!r}", entry, _PROFILE_FIELDS, ("inferred",))
+        inferred += [f"{entry['name']}.{name}" for name in cast("list[str]", entry.get("inferred", []))]
+    return Product(
+        key=key,
+        name=_text(key, body, "name"),
+        architecture=_text(key, body, "architecture"),
+        compute_capability=_text(key, body, "compute_capability"),
+        memory_mib=_count(key, body, "memory_mib"),
+        reserved_mib=_count(key, body, "reserved_mib"),
+        pci_device_id=_text(key, body, "pci_device_id"),
+        resetless=body["resetless"] is True,
+        profiles=tuple(_profile(key, entry) for entry in profiles),
+        inferred=tuple(inferred),
+    )
+
+
+def _profile(key: str, body: Mapping[str, object]) -> MigProfile:
+    name = _text(key, body, "name")
+    counts = {field: _count(f"{key} {name}", body, field) for field in _COUNTS}
+    size = _count(f"{key} {name}", body, "size")
+    starts = cast("list[int]", body["starts"])
+    return MigProfile(
+        id=_count(f"{key} {name}", body, "id"),
+        name=name,
+        suffix=suffix(name),
+        max_instances=_count(f"{key} {name}", body, "max_instances"),
+        placements=tuple(Placement(start, size) for start in starts),
+        **counts,
+    )
+
+
+def _check(where: str, body: Mapping[str, object], wanted: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    if missing := [field for field in wanted if body.get(field) is None]:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}; a simulated card needs every value")
+    if unknown := sorted(set(body) - set(wanted) - set(optional)):
+        raise ConfigError(
+            f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join((*wanted, *optional))}"
+        )
+
+
+def _count(where: str, body: Mapping[str, object], field: str) -> int:
+    value = body[field]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{field} of {where} is {value!r} and must be a whole number of at least 0")
+    return value
+
+
+def _text(where: str, body: Mapping[str, object], field: str) -> str:
+    value = body[field]
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{field} of {where} is {value!r} and must be a text; quote it in YAML")
+    return value

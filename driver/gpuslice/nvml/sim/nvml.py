@@ -1,0 +1,335 @@
+"""A node that refuses what a real one refuses, with NVML's own code for each refusal. A feature: docs/simulator.md.
+
+No GPU is needed, nor any library of NVIDIA. Each verb first waits for its turn, then meets the faults on cue, then
+takes its time, then acts. Changes of one GPU take turns, reads do not, and GPUs never wait for each other unless the
+latency is "serial", where every call of every process on this node waits for the one before it.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from gpuslice.core.model import MIB, Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Partition, Placement
+from gpuslice.errors import DeviceError
+from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, Memory, Process, XidEvent
+from gpuslice.nvml.sim import geometry
+from gpuslice.nvml.sim.node import SimNode
+from gpuslice.nvml.sim.state import Change, GpuState
+
+Latency = Literal["realistic", "zero", "serial"]
+
+# First compute capability whose time slice we let be set. Pascal is split over it, and nobody lists which of its cards
+# are in; Volta and later are.
+_TIME_SLICED = 7
+
+# Seconds a call takes: orders of magnitude, not measurements. NVIDIA's DRA driver notes about 1 s for destroying a GPU
+# instance and the like for creating one in its comments; the others are our guess at their proportion to that.
+SECONDS = {
+    "gpus": 0.02,
+    "look": 0.002,
+    "minor": 0.0005,
+    "set_mig_mode": 2.0,
+    "create_gpu_instance": 1.0,
+    "create_compute_instance": 0.1,
+    "destroy_compute_instance": 0.1,
+    "destroy_gpu_instance": 1.0,
+    "processes": 0.002,
+    "memory": 0.001,
+    "compute_mode": 0.0005,
+    "set_compute_mode": 0.01,
+    "time_slice": 0.02,  # a run of nvidia-smi
+    "set_time_slice": 0.02,
+}
+
+
+class SimNvml(SimNode):
+    """`Nvml` on a simulated node; what happens *to* the node (processes, XIDs, faults, reboots) is `SimNode`'s half."""
+
+    def __init__(self, folder: Path, node: str | Path | None = None, *, latency: Latency = "realistic") -> None:
+        super().__init__(folder, node)
+        self._latency = latency
+        self._closing = threading.Event()
+        self._lost: tuple[str, ...] = ()
+
+    # ------------------------------------------------------------ reading
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        found, lost = [], []
+        with self._turn(None, changing=False):
+            self._meet("gpus", None, done=False)
+            self._spend("gpus")
+            for gpu in self.cards:
+                try:
+                    self._meet("gpus", gpu.uuid, done=False)
+                    self._alive(gpu.index, self._state.read(gpu.index))
+                    found.append(gpu)
+                except DeviceError as e:
+                    lost.append(str(e))
+        self._lost = tuple(lost)
+        return tuple(found)
+
+    def lost(self) -> tuple[str, ...]:
+        return self._lost
+
+    def look(self, gpu: GpuUuid) -> LiveGpu:
+        return self._read("look", gpu).live
+
+    def minor(self, gpu: GpuUuid) -> int:
+        """The index, but beyond all indices while a resetless card is in MIG mode: legal, and wrong in any cache."""
+        state, index = self._read("minor", gpu), self.index(gpu)
+        return index + len(self.cards) if state.live.mig and self.cards[index].resetless else index
+
+    def processes(self, gpu: GpuUuid) -> tuple[Process, ...]:
+        return self._read("processes", gpu).processes
+
+    def memory(self, device: GpuUuid | MigUuid) -> Memory:
+        if device.startswith("MIG-"):
+            index, partition = self.find(MigUuid(device))
+            state = self._read("memory", self.cards[index].uuid)
+            total = self.profile(index, partition).memory_mib * MIB
+            used = sum(p.used_bytes or 0 for p in state.processes if p.gi == partition.gi)
+        else:
+            state, total = self._read("memory", GpuUuid(device)), self.cards[self.index(GpuUuid(device))].memory_bytes
+            used = sum(p.used_bytes or 0 for p in state.processes)
+        return Memory(total, used)
+
+    def compute_mode(self, gpu: GpuUuid) -> ComputeMode:
+        return self._read("compute_mode", gpu).compute_mode
+
+    def wait_event(self, timeout_s: float) -> XidEvent | None:
+        self._check_open()
+        # Before the faults: an XID that is raised while a cued call hangs must not be missed.
+        self._events.subscribe()
+        self._meet("wait_event", None, done=False)
+        return self._events.next(timeout_s)
+
+    # ------------------------------------------------------------ MIG mode
+
+    def set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
+        index = self.index(gpu)
+        state = self._change("set_mig_mode", gpu, lambda state: self._switched(index, state, on))
+        if state.live.mig == on:
+            return
+        if busy := _busy(state):
+            raise self._refusal(
+                index, Code.IN_USE, f"MIG mode waits for a reset, and {busy}; end that and reset the GPU"
+            )
+        raise self._refusal(index, Code.RESET_REQUIRED, "MIG mode is pending; reset the GPU or reboot the node")
+
+    def _switched(self, index: int, state: GpuState, on: bool) -> GpuState:
+        gpu = self.cards[index]
+        if not gpu.profiles:
+            raise self._refusal(index, Code.NOT_SUPPORTED, f"{gpu.product} has no MIG; use another GPU")
+        if state.live.mig == on:
+            return state.with_mig(on)
+        if state.live.partitions:
+            raise self._refusal(index, Code.IN_USE, "GPU instances stand on it; destroy them first")
+        if not gpu.resetless:
+            return state.with_mig(state.live.mig, pending=on)
+        if busy := _busy(state):
+            raise self._refusal(index, Code.IN_USE, f"MIG mode cannot be switched while {busy}; end that first")
+        return replace(state.with_mig(on), compute_mode=ComputeMode.DEFAULT, time_slice=0)
+
+    # ------------------------------------------------------------ partitions
+
+    def create_gpu_instance(self, gpu: GpuUuid, profile: int, placement: Placement) -> int:
+        index = self.index(gpu)
+        state = self._change("create_gpu_instance", gpu, lambda state: self._with_gi(index, state, profile, placement))
+        made = state.live.at(MigSlot(gpu, profile, placement))
+        assert made is not None
+        return made.gi
+
+    def _with_gi(self, index: int, state: GpuState, profile_id: int, placement: Placement) -> GpuState:
+        profile = self._profile(index, state, profile_id, placement)
+        standing = [(self.profile(index, p), p.placement) for p in state.live.partitions]
+        model = self._products[index]
+        if reason := geometry.refusal(model.engines, standing, profile, placement):
+            text = (
+                f"no room for a {profile.name} at memory slice {placement.start}: {reason}; destroy what is in its way"
+            )
+            raise self._refusal(index, Code.INSUFFICIENT_RESOURCES, text)
+        gi = geometry.instance_id(model.memory_slices, placement, (p.gi for p in state.live.partitions))
+        new = Partition(profile=profile_id, placement=placement, gi=gi)
+        return state.with_partitions((*state.live.partitions, new))
+
+    def _profile(self, index: int, state: GpuState, profile_id: int, placement: Placement) -> MigProfile:
+        if not state.live.mig:
+            raise self._refusal(index, Code.NOT_SUPPORTED, "MIG mode is off; switch it on first")
+        profile = self.cards[index].profile(profile_id)
+        if profile is None:
+            known = ", ".join(str(p.id) for p in self.cards[index].profiles)
+            raise self._refusal(
+                index, Code.INVALID_ARGUMENT, f"there is no MIG profile {profile_id}; use one of {known}"
+            )
+        if placement not in profile.placements:
+            starts = ", ".join(str(p.start) for p in profile.placements)
+            text = f"{profile.name} cannot stand at {placement.start}:{placement.size}; use one of the starts {starts}"
+            raise self._refusal(index, Code.INVALID_ARGUMENT, text)
+        return profile
+
+    def create_compute_instance(self, gpu: GpuUuid, gi: int) -> tuple[int, MigUuid]:
+        index = self.index(gpu)
+
+        def create(state: GpuState) -> GpuState:
+            partition = self._gi(index, state, gi)
+            if partition.ci is not None:
+                text = (
+                    f"GPU instance {gi} already has compute instance {partition.ci} over its full width; use that one"
+                )
+                raise self._refusal(index, Code.INSUFFICIENT_RESOURCES, text)
+            return _replaced(state, replace(partition, ci=0, uuid=MigUuid(f"MIG-{uuid.uuid4()}")))
+
+        made = self._change("create_compute_instance", gpu, create).partition(gi)
+        assert made is not None and made.ci is not None and made.uuid is not None
+        return made.ci, made.uuid
+
+    def destroy_compute_instance(self, gpu: GpuUuid, gi: int, ci: int) -> None:
+        index = self.index(gpu)
+
+        def destroy(state: GpuState) -> GpuState:
+            partition = self._gi(index, state, gi)
+            if partition.ci != ci:
+                raise self._refusal(
+                    index, Code.NOT_FOUND, f"GPU instance {gi} has no compute instance {ci}; it is gone"
+                )
+            if pids := [p.pid for p in state.processes if (p.gi, p.ci) == (gi, ci)]:
+                text = f"pids {', '.join(map(str, pids))} run on partition {partition.uuid}; end them first"
+                raise self._refusal(index, Code.IN_USE, text)
+            return _replaced(state, replace(partition, ci=None, uuid=None))
+
+        self._change("destroy_compute_instance", gpu, destroy)
+
+    def destroy_gpu_instance(self, gpu: GpuUuid, gi: int) -> None:
+        index = self.index(gpu)
+
+        def destroy(state: GpuState) -> GpuState:
+            partition = self._gi(index, state, gi)
+            if partition.ci is not None:
+                text = f"GPU instance {gi} has compute instance {partition.ci}; destroy that first"
+                raise self._refusal(index, Code.IN_USE, text)
+            return state.with_partitions(tuple(p for p in state.live.partitions if p.gi != gi))
+
+        self._change("destroy_gpu_instance", gpu, destroy)
+
+    def _gi(self, index: int, state: GpuState, gi: int) -> Partition:
+        if not state.live.mig:
+            raise self._refusal(index, Code.NOT_SUPPORTED, "MIG mode is off; switch it on first")
+        partition = state.partition(gi)
+        if partition is None:
+            raise self._refusal(index, Code.NOT_FOUND, f"there is no GPU instance {gi}; it is gone")
+        return partition
+
+    # ------------------------------------------------------------ compute mode
+
+    def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None:
+        index = self.index(gpu)
+
+        def switch(state: GpuState) -> GpuState:
+            if state.live.mig:  # nvml.h: on a card in MIG mode it is DEFAULT and cannot be changed
+                text = "the compute mode cannot be changed in MIG mode; switch MIG mode off first"
+                raise self._refusal(index, Code.NOT_SUPPORTED, text)
+            return replace(state, compute_mode=mode)
+
+        self._change("set_compute_mode", gpu, switch)
+
+    def time_slice(self, gpu: GpuUuid) -> int:
+        return self._sliced(self.index(gpu), self._read("time_slice", gpu)).time_slice
+
+    def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
+        index = self.index(gpu)
+        if level not in TIME_SLICES:
+            text = f"there is no time slice {level}; use one of 0 (default) to 3 (long)"
+            raise self._refusal(index, Code.INVALID_ARGUMENT, text)
+        self._change("set_time_slice", gpu, lambda state: replace(self._sliced(index, state), time_slice=level))
+
+    def _sliced(self, index: int, state: GpuState) -> GpuState:
+        gpu = self.cards[index]
+        if state.live.mig:
+            raise self._refusal(
+                index, Code.NOT_SUPPORTED, "it has no time slice in MIG mode; switch MIG mode off first"
+            )
+        if int(gpu.compute_capability.partition(".")[0]) < _TIME_SLICED:
+            raise self._refusal(index, Code.NOT_SUPPORTED, f"{gpu.product} has no time slice to set; use another GPU")
+        return state
+
+    def close(self) -> None:
+        """End this session; calls that hang or wait fail as uninitialized. The node stays as it is."""
+        self._closing.set()
+        super().close()
+
+    # ------------------------------------------------------------ one call's way
+
+    def _read(self, call: str, gpu: GpuUuid) -> GpuState:
+        index = self.index(gpu)
+        with self._turn(index, changing=False):
+            self._meet(call, gpu, done=False)
+            self._spend(call)
+            return self._alive(index, self._state.read(index))
+
+    def _change(self, call: str, gpu: GpuUuid, change: Change) -> GpuState:
+        index = self.index(gpu)
+        with self._turn(index, changing=True):
+            self._meet(call, gpu, done=False)
+            self._spend(call)
+            state = self._state.change(index, lambda state: change(self._alive(index, state)))
+            self._meet(call, gpu, done=True)
+            return state
+
+    @contextmanager
+    def _turn(self, index: int | None, *, changing: bool) -> Iterator[None]:
+        self._check_open()
+        if self._latency == "serial" or changing:
+            with self._state.turn(None if self._latency == "serial" else index):
+                yield
+        else:
+            yield
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise DeviceError("NVML is not initialized; the driver has closed it", Code.UNINITIALIZED)
+
+    def _meet(self, call: str, gpu: GpuUuid | None, *, done: bool) -> None:
+        """Suffer what is cued for this call."""
+        taken = self._cues.take(call, gpu, done)
+        if taken is None:
+            return
+        name, cue = taken
+        here = "the node" if gpu is None else self.label(self.index(gpu))
+        match cue.effect:
+            case "hang":
+                if not self._cues.hang(name):
+                    raise DeviceError(f"NVML was closed while {call} on {here} hung", Code.UNINITIALIZED)
+            case "lose":
+                if gpu is not None:
+                    self.lose(gpu)
+                raise DeviceError(f"{here} is lost (cued for {call}); reset it or reboot the node", Code.GPU_IS_LOST)
+            case "fail":
+                raise DeviceError(f"{here}: {call} failed with {Code(cue.code).name}, as cued", cue.code)
+
+    def _spend(self, call: str) -> None:
+        # The one place where waiting out a time is the purpose; the event ends it when the session is closed.
+        if self._latency != "zero" and self._closing.wait(SECONDS[call]):
+            raise DeviceError(f"NVML was closed during {call}", Code.UNINITIALIZED)
+
+    def _alive(self, index: int, state: GpuState) -> GpuState:
+        if state.lost:
+            raise self._refusal(index, Code.GPU_IS_LOST, "it is lost; reset it or reboot the node")
+        return state
+
+    def _refusal(self, index: int, code: Code, text: str) -> DeviceError:
+        return DeviceError(f"{self.label(index)}: {text}", code)
+
+
+def _busy(state: GpuState) -> str:
+    return ", ".join(f"pid {p.pid} ({p.name}) uses it" for p in state.processes)
+
+
+def _replaced(state: GpuState, partition: Partition) -> GpuState:
+    others = tuple(p for p in state.live.partitions if p.gi != partition.gi)
+    return state.with_partitions((*others, partition))

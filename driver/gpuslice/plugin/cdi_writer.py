@@ -1,0 +1,111 @@
+"""The last two steps of a prepare: what the claim turned out to be, and the CDI file that gives it to containers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from gpuslice.core import cdi, plan, share
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Mps
+from gpuslice.core.record import Grant, PreparedClaim, PreparedDevice, Record
+from gpuslice.core.share import Share
+from gpuslice.mps.api import Mps as MpsDaemons
+from gpuslice.nvml.api import Nvml
+from gpuslice.system import files
+from gpuslice.system.host import Host
+
+
+class Injector:
+    def __init__(
+        self, *, host: Host, nvml: Nvml, mps: MpsDaemons, inventory: Inventory, folder: Path, kind: str
+    ) -> None:
+        """`folder` is where the container runtime looks for transient specs; `kind` is "<vendor>/<class>"."""
+        self._host = host
+        self._nvml = nvml
+        self._mps = mps
+        self._inventory = inventory
+        self._folder = files.ensure_folder(folder, 0o755)
+        self._kind = kind
+
+    def inject(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> Record:
+        """Write the claim's CDI file; the record as it is when the claim is ready."""
+        prepared = plan.settle(record, live, self._kind)
+        self._write(record, prepared, live)
+        return replace(record, prepared=prepared)
+
+    def ensure(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> None:
+        """Write the file of a finished record again if somebody removed it; same text, same names."""
+        if record.prepared is not None and not self._path(record.plan.ref.uid).exists():
+            self._write(record, record.prepared, live)
+
+    def remove(self, uid: ClaimUid) -> None:
+        files.remove(self._path(uid))
+
+    def sweep(self, known: Mapping[ClaimUid, Record]) -> tuple[ClaimUid, ...]:
+        """Claims that have a file of ours but no record: what somebody's manual clean-up left."""
+        before, after = cdi.file_name(self._kind, "0").split("0.", 1)
+        names = (path.name for path in self._folder.glob(f"{before}*.{after}"))
+        uids = (ClaimUid(name.removeprefix(before).removesuffix(f".{after}")) for name in names)
+        return tuple(sorted(uid for uid in uids if uid not in known))
+
+    def _path(self, uid: ClaimUid) -> Path:
+        return self._folder / cdi.file_name(self._kind, uid)
+
+    def _write(self, record: Record, prepared: PreparedClaim, live: Mapping[GpuUuid, LiveGpu]) -> None:
+        if not prepared.devices:
+            return
+        labels = cdi.labels([device.request for device in prepared.devices])
+        devices = [
+            cdi.CdiDevice(cdi.device_name(record.plan.ref.uid, number), self._edits(grant, device, label, live))
+            for number, (grant, device, label) in enumerate(
+                zip(record.plan.grants, prepared.devices, labels, strict=True)
+            )
+        ]
+        body = cdi.spec(record.plan.ref.uid, self._kind, devices, self._host.common())
+        # Readable by all: a runtime need not run as the user that the driver runs as.
+        files.write_atomic(self._path(record.plan.ref.uid), json.dumps(body, separators=(",", ":")), 0o644)
+
+    def _edits(
+        self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
+    ) -> cdi.Injection:
+        partition = live[grant.gpu].at(grant.slot) if grant.slot is not None else None
+        # The minor is asked for now: a switch of MIG mode may have changed it.
+        minor = self._nvml.minor(grant.gpu)
+        nodes = self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
+        part = share.of(grant)
+        client = self._client(grant, part)
+        env = cdi.budget(
+            label,
+            device=device.device,
+            uuid=device.uuid,
+            enforcement=share.enforcement(grant),
+            memory_mib=self._memory_mib(grant) if part is None else part.memory_mib,
+            percent=0 if part is None else part.percent,
+            profile=self._profile_name(grant),
+        )
+        return replace(client, nodes=nodes, env={**client.env, **env})
+
+    def _client(self, grant: Grant, part: Share | None) -> cdi.Injection:
+        if not isinstance(grant.sharing, Mps) or part is None:
+            return cdi.Injection()
+        key = share.daemon_key(grant.gpu, grant.slot)
+        return cdi.mps_client(
+            str(self._mps.pipe(key)), str(self._mps.shm(key)), memory_mib=part.memory_mib, percent=part.percent
+        )
+
+    def _profile(self, grant: Grant) -> MigProfile | None:
+        pool = self._inventory.pool(grant.gpu)
+        return None if pool is None or grant.slot is None else pool.gpu.profile(grant.slot.profile)
+
+    def _profile_name(self, grant: Grant) -> str:
+        profile = self._profile(grant)
+        return "" if profile is None else profile.name
+
+    def _memory_mib(self, grant: Grant) -> int | None:
+        profile, pool = self._profile(grant), self._inventory.pool(grant.gpu)
+        if profile is not None:
+            return profile.memory_mib
+        return None if pool is None else pool.memory_mib

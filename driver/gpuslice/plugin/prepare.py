@@ -1,0 +1,256 @@
+"""The transaction: prepare, unprepare, recover. Decide by `core.plan`, write down, act, undo from what is written.
+
+Order of a prepare: intent on disk → steps on the hardware, each result noted as it comes into being → CDI file → finished
+record. Order of the way back: CDI file → hardware → record. So after a death at any point either the record is finished
+and everything it names exists, or the record tells what to undo; nothing of ours exists without a record.
+
+Everything here blocks and runs in worker threads. A claim's lock and its GPUs' locks are files: a second instance (rolling
+update) is kept out by the same means as a second thread. They are taken in one order, claim first, GPUs sorted, and never
+held while waiting for another claim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+
+from gpuslice.checkpoint import Checkpoint
+from gpuslice.core import plan, shared
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu
+from gpuslice.core.plan import Live
+from gpuslice.core.record import Busy, Plan, PreparedClaim, Record
+from gpuslice.errors import DeviceError, DriverError
+from gpuslice.nvml.api import MPS_SERVER, Nvml
+from gpuslice.plugin.cdi_writer import Injector
+from gpuslice.plugin.steps import Steps
+from gpuslice.system import files
+
+log = logging.getLogger(__name__)
+
+
+class Preparer:
+    def __init__(
+        self,
+        *,
+        nvml: Nvml,
+        checkpoint: Checkpoint,
+        inventory: Inventory,
+        steps: Steps,
+        injector: Injector,
+        locks: Path,
+    ) -> None:
+        self._nvml = nvml
+        self._checkpoint = checkpoint
+        self._inventory = inventory
+        self._steps = steps
+        self._injector = injector
+        self._locks = files.ensure_folder(locks)
+
+    # ------------------------------------------------------------ the doors' verbs
+
+    def prepare(self, claim: Claim) -> PreparedClaim | Busy:
+        """What the claim was given, the same as last time if it stands; or who has to leave first."""
+        answer = None
+        while answer is None:
+            answer = self._prepare(claim, self.gpus_of(claim))
+        return answer
+
+    def _prepare(self, claim: Claim, gpus: Sequence[GpuUuid]) -> PreparedClaim | Busy | None:
+        """None where another instance has prepared the claim on other GPUs meanwhile: again, with those locked too."""
+        uid = claim.ref.uid
+        with self._locked(uid, gpus):
+            record = self._checkpoint.get(uid)
+            if record is not None and not set(record.plan.gpus) <= set(gpus):
+                return None
+            if record is not None and record.prepared is not None and plan.serves(record, claim):
+                live = self._look(record.plan.named)
+                if plan.stands(record, live):
+                    if daemons := shared.daemons([record]):
+                        self._steps.uphold(daemons, tuple(self._checkpoint.records().values()))
+                    self._injector.ensure(record, live)
+                    return record.prepared
+            wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
+            if not set(wanted.gpus) <= set(gpus):
+                return None
+            if record is not None:
+                self._give_back(record)
+            live = self._look(wanted.named)
+            others = tuple(self._others(uid).values())
+            decision = plan.make(claim, self._inventory, others, live)
+            return decision if isinstance(decision, Busy) else self._carry_out(decision, others, live)
+
+    def unprepare(self, uid: ClaimUid, gpus: Sequence[GpuUuid]) -> bool:
+        """Give back what the claim holds. False where it holds other GPUs than expected: ask again with those."""
+        with self._locked(uid, gpus):
+            record = self._checkpoint.get(uid)
+            if record is not None and not set(record.plan.gpus) <= set(gpus):
+                return False
+            if record is not None:
+                self._give_back(record)
+            else:
+                self._injector.remove(uid)
+            return True
+
+    def recover(self, uid: ClaimUid) -> None:
+        """Undo a claim that a killed process left unfinished; leaves one alone that another instance has finished."""
+        gpus = self.gpus_of_record(uid)
+        with self._locked(uid, gpus):
+            record = self._checkpoint.get(uid)
+            if record is not None and record.prepared is None and set(record.plan.gpus) <= set(gpus):
+                log.warning("undoing what was left half-made claim=%s", record.plan.ref)
+                self._undo(record)
+
+    def mend(self, gpu: GpuUuid) -> None:
+        """Have the MPS daemons of a card as its records want them, for the supervisor may have lost them; the first error,
+        after all were tried."""
+        with files.locked(self._gpu_lock(gpu)):
+            records = tuple(self._checkpoint.records().values())
+            self._steps.uphold(shared.daemons(records, gpu), records)
+
+    # ------------------------------------------------------------ what others ask
+
+    def records(self) -> Mapping[ClaimUid, Record]:
+        return self._checkpoint.records()
+
+    def unfinished(self) -> tuple[ClaimUid, ...]:
+        return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
+
+    def gpus_of(self, claim: Claim) -> tuple[GpuUuid, ...]:
+        """GPUs that a prepare works on: those it would take and those that an older record of the claim holds."""
+        record = self._checkpoint.get(claim.ref.uid)
+        if record is not None and plan.serves(record, claim):
+            return record.plan.gpus
+        wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
+        return tuple(sorted({*wanted.gpus, *(() if record is None else record.plan.gpus)}))
+
+    def gpus_of_record(self, uid: ClaimUid) -> tuple[GpuUuid, ...]:
+        record = self._checkpoint.get(uid)
+        return () if record is None else record.plan.gpus
+
+    def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
+        """Claims that would still be in the way if those in `gone` had left."""
+        others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
+        return plan.in_the_way(plan.grants(claim, self._inventory), others, self._inventory)
+
+    def in_use(self, record: Record) -> bool:
+        """Whether a process runs on what the record holds; a GPU that cannot be asked counts as in use."""
+        made = {(done.slot.gpu, done.gi) for done in record.done}
+        partitioned = {done.slot.gpu for done in record.done}
+        try:
+            return any(
+                (gpu, process.gi) in made if gpu in partitioned else True
+                for gpu in record.plan.gpus
+                for process in self._nvml.processes(gpu)
+                if process.name != MPS_SERVER  # it outlives its clients
+            )
+        except DeviceError:
+            return True
+
+    # ------------------------------------------------------------ forward
+
+    def _carry_out(self, decided: Plan, others: Sequence[Record], live: Live) -> PreparedClaim:
+        record = Record(decided, shared.inherited(decided, others, live))
+        self._checkpoint.put(record)
+        try:
+            for step in decided.steps:
+                record = self._steps.do(step, record, others, self._checkpoint.put)
+                for other in shared.remade(record, others):
+                    self._checkpoint.put(other)
+                    # Its file names what vanished; the claim's next prepare writes it again.
+                    self._injector.remove(other.plan.ref.uid)
+            finished = self._injector.inject(record, self._look(decided.named))
+            self._checkpoint.put(finished)
+        except DriverError:
+            self._roll_back(decided.ref.uid)
+            raise
+        assert finished.prepared is not None
+        return finished.prepared
+
+    # ------------------------------------------------------------ back
+
+    def _undo(self, record: Record) -> None:
+        """Take everything back, the record last. Where a card refuses, the others' are taken back all the same; then the
+        error is raised and the record stays."""
+        for error in self._take_back(record).values():
+            raise error
+        self._checkpoint.drop(record.plan.ref.uid)
+
+    def _give_back(self, record: Record) -> None:
+        """As `_undo`; but a lost card keeps no pod from its end, for a node has to be drained before it is rebooted.
+
+        Nothing runs on such a card and it is tainted. What it keeps is a record of its own until it is back: then `recover`
+        undoes that, or the next prepare that finds it in its way.
+        """
+        refused = self._take_back(record)
+        for gpu, error in refused.items():
+            if not self._is_lost(gpu):
+                raise error
+        kept = {gpu: plan.leftover(record, gpu) for gpu in refused}
+        for gpu, leftover in kept.items():
+            log.warning(
+                "given back but for what %s keeps until it is back claim=%s: %s", gpu, record.plan.ref, refused[gpu]
+            )
+            self._checkpoint.put(leftover)
+        if record.plan.ref not in {leftover.plan.ref for leftover in kept.values()}:
+            self._checkpoint.drop(record.plan.ref.uid)
+
+    def _take_back(self, record: Record) -> dict[GpuUuid, DeviceError]:
+        """Undo a record's steps; the first error of each card that refuses.
+
+        The record is unfinished from the first moment: nobody may build on what is being taken away, and a new process
+        goes on with it.
+        """
+        uid = record.plan.ref.uid
+        others = tuple(self._others(uid).values())
+        undos = plan.undo(record, others)
+        if undos and record.prepared is not None:
+            self._checkpoint.put(replace(record, prepared=None))
+        self._injector.remove(uid)
+        refused: dict[GpuUuid, DeviceError] = {}
+        for undoing in undos:
+            if undoing.gpu not in refused:
+                try:
+                    self._steps.undo(undoing, others)
+                except DeviceError as e:
+                    refused[undoing.gpu] = e
+        return refused
+
+    def _is_lost(self, gpu: GpuUuid) -> bool:
+        """Whether the card cannot even be looked at, which is when it is tainted as lost."""
+        try:
+            self._nvml.look(gpu)
+        except DeviceError:
+            return True
+        return False
+
+    def _roll_back(self, uid: ClaimUid) -> None:
+        """After a failed prepare; a failure here is only told, for the record stays and the next call tries again."""
+        try:
+            record = self._checkpoint.get(uid)
+            if record is not None:
+                self._undo(record)
+        except DriverError as e:
+            log.error("cannot take a failed prepare back yet claim=%s: %s", uid, e)
+
+    # ------------------------------------------------------------ parts
+
+    def _others(self, uid: ClaimUid) -> dict[ClaimUid, Record]:
+        return {other: record for other, record in self._checkpoint.records().items() if other != uid}
+
+    def _look(self, gpus: Iterable[GpuUuid]) -> dict[GpuUuid, LiveGpu]:
+        return {gpu: self._nvml.look(gpu) for gpu in dict.fromkeys(gpus)}
+
+    @contextlib.contextmanager
+    def _locked(self, uid: ClaimUid, gpus: Sequence[GpuUuid]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(files.locked(self._locks / f"claim-{uid}.lock", unlink=True))
+            for gpu in sorted(gpus):
+                stack.enter_context(files.locked(self._gpu_lock(gpu)))
+            yield
+
+    def _gpu_lock(self, gpu: GpuUuid) -> Path:
+        return self._locks / f"gpu-{gpu}.lock"

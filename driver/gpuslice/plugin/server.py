@@ -1,0 +1,296 @@
+"""The kubelet's doors: registration, and DRA v1 and v1beta1 from one servicer, over unix sockets (grpc.aio).
+
+Contract facts: the kubelet gives GetInfo 1 s and a DRA call 45 s; it takes the first entry of `supported_versions` that
+it knows; the DRA socket must listen before the registration socket appears. C-core unlinks a socket's path when its
+server stops even if a newer process has bound the path since, so two instances never use the same names: a rolling
+update puts the pod's UID into both, and a lock per name refuses a second instance (measured on grpcio 1.85).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from gpuslice.core.model import ClaimRef, ClaimUid
+from gpuslice.core.record import PreparedClaim, PreparedDevice
+from gpuslice.errors import ConfigError, DriverError
+from gpuslice.pb import (
+    dra_v1_pb2,
+    dra_v1_pb2_grpc,
+    dra_v1beta1_pb2,
+    dra_v1beta1_pb2_grpc,
+    registration_v1_pb2,
+    registration_v1_pb2_grpc,
+)
+from gpuslice.system import files
+from gpuslice.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+# The kernel wants the NUL inside the 108 bytes of sun_path (unix(7)); Go and C-core refuse 108 alike.
+LONGEST_PATH = 107
+VERSIONS = ("v1.DRAPlugin", "v1beta1.DRAPlugin")
+_KUBELET_PATIENCE_S = 45.0
+
+Message = Any  # generated messages of two versions that share a shape; protoc's stubs have no common type
+
+
+class Claims(Protocol):
+    async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim: ...
+
+    async def unprepare(self, uid: ClaimUid) -> None: ...
+
+
+# ---------------------------------------------------------------- socket names
+
+
+def registration_name(folder: Path, driver: str, pod_uid: str = "") -> str:
+    """Name of the registration socket: deterministic, different for each driver and pod, as short as the path needs.
+
+    Without a pod UID it is fixed. With one, the full UID is preferred; the hashed forms are those of the Go helper of
+    Kubernetes 1.37. ConfigError where no form fits into a socket path.
+    """
+    if not pod_uid:
+        return _fitting(folder, [f"{driver}-reg.sock"])
+    short = _digest(pod_uid.encode(), 8)
+    both = _digest(f"{driver}\0{pod_uid}".encode(), 16)
+    return _fitting(folder, [f"{driver}-{pod_uid}-reg.sock", f"{driver}-{short}-reg.sock", f"dra-{both}-reg.sock"])
+
+
+def dra_name(folder: Path, pod_uid: str = "") -> str:
+    return _fitting(folder, [f"dra-{pod_uid}.sock" if pod_uid else "dra.sock"])
+
+
+def _digest(data: bytes, length: int) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:length]).decode().rstrip("=")
+
+
+def _fitting(folder: Path, names: Sequence[str]) -> str:
+    for name in names:
+        if len(os.fsencode(folder / name)) <= LONGEST_PATH:
+            return name
+    path = folder / names[-1]
+    raise ConfigError(
+        f"socket path {path} has {len(os.fsencode(path))} bytes and {LONGEST_PATH} is the limit of unix sockets; choose a "
+        "shorter folder or driver name"
+    )
+
+
+# ---------------------------------------------------------------- services
+
+
+class DraService:
+    """NodePrepareResources and NodeUnprepareResources of one version: `messages` is its message module."""
+
+    def __init__(self, messages: ModuleType, claims: Claims, telemetry: Telemetry) -> None:
+        self._pb = messages
+        self._claims = claims
+        self._telemetry = telemetry
+        self._has_share_id = "share_id" in messages.Device.DESCRIPTOR.fields_by_name
+
+    async def NodePrepareResources(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
+        patience = context.time_remaining() or _KUBELET_PATIENCE_S
+        answers = await asyncio.gather(
+            *(self._answer("prepare", c, self._prepare(c, patience)) for c in request.claims)
+        )
+        return self._pb.NodePrepareResourcesResponse(claims=dict(answers))
+
+    async def NodeUnprepareResources(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
+        answers = await asyncio.gather(*(self._answer("unprepare", c, self._unprepare(c)) for c in request.claims))
+        return self._pb.NodeUnprepareResourcesResponse(claims=dict(answers))
+
+    async def _prepare(self, message: Message, patience: float) -> Message:
+        ref = ClaimRef(message.namespace, message.name, ClaimUid(message.uid))
+        prepared = await self._claims.prepare(ref, patience)
+        return self._pb.NodePrepareResourceResponse(devices=[self._device(device) for device in prepared.devices])
+
+    async def _unprepare(self, message: Message) -> Message:
+        await self._claims.unprepare(ClaimUid(message.uid))
+        return self._pb.NodeUnprepareResourceResponse()
+
+    async def _answer(self, operation: str, message: Message, work: Awaitable[Message]) -> tuple[str, Message]:
+        """The claim's entry in the map: its result, or the sentence that the pod's events will show."""
+        empty = (
+            self._pb.NodePrepareResourceResponse if operation == "prepare" else self._pb.NodeUnprepareResourceResponse
+        )
+        claim = f"{message.namespace}/{message.name} ({message.uid})"
+        try:
+            with self._telemetry.request(operation):
+                try:
+                    answer = await work
+                except DriverError as e:
+                    log.error("%s refused claim=%s: %s", operation, claim, e)
+                    raise
+                except Exception:
+                    log.exception("%s failed unexpectedly claim=%s", operation, claim)
+                    raise
+                log.info("%s done claim=%s", operation, claim)
+                return message.uid, answer
+        except DriverError as e:
+            return message.uid, empty(error=str(e))
+        except Exception as e:  # noqa: BLE001 - logged above; one claim's bug must not fail the others
+            return message.uid, empty(error=f"internal error of the driver, see its log: {type(e).__name__}: {e}")
+
+    def _device(self, device: PreparedDevice) -> Message:
+        message = self._pb.Device(
+            request_names=[device.request],
+            pool_name=device.device.pool,
+            device_name=device.device.device,
+            cdi_device_ids=list(device.cdi_ids),
+        )
+        if self._has_share_id and device.share_id is not None:
+            message.share_id = device.share_id
+        return message
+
+
+class RegistrationService:
+    """Tells the kubelet's plugin watcher who we are, and hears whether it took us."""
+
+    def __init__(self, driver: str, endpoint: Path) -> None:
+        self._info = registration_v1_pb2.PluginInfo(
+            type="DRAPlugin", name=driver, endpoint=str(endpoint), supported_versions=list(VERSIONS)
+        )
+        self.refusal: str | None = (
+            "the kubelet has not asked yet; check that its plugin registry folder is the one we use"
+        )
+
+    async def GetInfo(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
+        return self._info
+
+    async def NotifyRegistrationStatus(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
+        if request.plugin_registered:
+            log.info("registered with the kubelet as %s", self._info.name)
+            self.refusal = None
+            return registration_v1_pb2.RegistrationStatusResponse()
+        self.refusal = f"the kubelet refused to register {self._info.name}: {request.error}"
+        log.error("%s", self.refusal)
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
+        raise AssertionError("abort raises")
+
+
+# ---------------------------------------------------------------- the doors
+
+
+class Doors:
+    """Both servers and their sockets. `failed` ends with a sentence when one of them is lost while we run."""
+
+    def __init__(
+        self,
+        *,
+        driver: str,
+        registry: Path,
+        plugin_folder: Path,
+        pod_uid: str,
+        registration_socket: str,
+        claims: Claims,
+        telemetry: Telemetry,
+    ) -> None:
+        if pod_uid and registration_socket:
+            raise ConfigError(
+                "a registration socket name and a pod UID exclude each other: a rolling update needs a name per pod; drop "
+                "--registration-socket or --pod-uid"
+            )
+        self.endpoint = plugin_folder / dra_name(plugin_folder, pod_uid)
+        name = _fitting(registry, [registration_socket]) if registration_socket else ""
+        self.registration = registry / (name or registration_name(registry, driver, pod_uid))
+        self._lock = _exclusive(plugin_folder, self.endpoint)
+        self.status = RegistrationService(driver, self.endpoint)
+        self._services = (
+            (dra_v1_pb2_grpc.add_DRAPluginServicer_to_server, DraService(dra_v1_pb2, claims, telemetry)),
+            (dra_v1beta1_pb2_grpc.add_DRAPluginServicer_to_server, DraService(dra_v1beta1_pb2, claims, telemetry)),
+            (registration_v1_pb2_grpc.add_RegistrationServicer_to_server, self.status),
+        )
+        self._servers: list[grpc.aio.Server] = []
+
+    async def open(self) -> None:
+        """Listen: first the DRA socket, then the one that makes the kubelet come. Both serve everything, so that a kubelet
+        which takes the registration socket for the endpoint is served as well."""
+        for path in (self.endpoint, self.registration):
+            server = grpc.aio.server()
+            for add, service in self._services:
+                add(service, server)  # type: ignore[no-untyped-call]
+            _bind(server, path)
+            await server.start()
+            self._servers.append(server)
+            log.info("serving on %s", path)
+
+    async def lost(self) -> str:
+        """Wait until a server ends or a socket is taken from us, which only a restart mends; says which."""
+        loop = asyncio.get_running_loop()
+        watches = [files.FolderWatch(path.parent, arrivals=True) for path in (self.endpoint, self.registration)]
+        changed = asyncio.Event()
+        try:
+            for watch in watches:
+                loop.add_reader(watch.fileno(), changed.set)
+            ends = [asyncio.ensure_future(server.wait_for_termination()) for server in self._servers]
+            while True:
+                news = asyncio.ensure_future(changed.wait())
+                await asyncio.wait([news, *ends], return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
+                changed.clear()
+                for watch in watches:
+                    watch.read()
+                gone = [str(p) for p in (self.endpoint, self.registration) if not p.is_socket()]
+                if gone or any(end.done() for end in ends):
+                    return (
+                        f"the server on {', '.join(gone) or 'a socket'} is gone; the process ends to be started again"
+                    )
+        finally:
+            for watch in watches:
+                loop.remove_reader(watch.fileno())
+                watch.close()
+
+    async def close(self, grace_s: float) -> None:
+        """Stop taking calls, registration first so that the kubelet turns to our successor, and unlink both sockets."""
+        for server in reversed(self._servers):
+            await server.stop(grace_s)
+        self._servers.clear()
+
+    def probe(self, timeout_s: float = 1.0) -> str | None:
+        """Call both of our own sockets as the kubelet would; None when they answer. Blocks; for /healthz."""
+        for path, method in (
+            (self.registration, "/pluginregistration.Registration/GetInfo"),
+            (self.endpoint, "/k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin/NodePrepareResources"),
+        ):
+            try:
+                with grpc.insecure_channel(f"unix:{path}") as channel:
+                    call: Any = channel.unary_unary(method)
+                    call(b"", timeout=timeout_s)  # an empty message is the same in every type
+            except grpc.RpcError as e:
+                return f"{path} does not answer ({e}); the process should be restarted"
+        return None
+
+
+def _exclusive(folder: Path, socket: Path) -> int:
+    lock = files.try_lock(folder / f"{socket.name}.lock")
+    if lock is None:
+        raise ConfigError(
+            f"another instance serves {socket} already; stop it, or give each instance its own --pod-uid for a rolling update"
+        )
+    return lock
+
+
+def _bind(server: grpc.aio.Server, path: Path) -> None:
+    """Bind with rights for root only; a stale socket of a killed process is replaced, anything else is refused."""
+    if path.exists() and not path.is_socket():
+        raise ConfigError(f"{path} exists and is no socket; remove it to let the driver listen there")
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    before = os.umask(0o077)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError as e:
+        raise ConfigError(f"cannot listen on {path} ({e}); check that its folder exists and is writable") from e
+    finally:
+        os.umask(before)

@@ -1,0 +1,243 @@
+"""A claim's way through the driver, in the order in which things may wait: gate, API server, tickets, thread.
+
+The transaction itself is `prepare.py`; here is only who waits for whom (`gate.py` has the tools):
+
+* One line of jobs per claim. An unprepare calls off a prepare that still waits, and outlasts one that works.
+* The claim is fetched inside its line, and again after every wait: a claim can be deallocated and allocated elsewhere
+  under one UID.
+* `Busy` releases everything. If the API still gives the devices to a holder, that is a double allocation and refused; if
+  all holders are gone or deallocated, their unprepare is under way and the claim waits for it, keeping its place in the
+  queue, without thread or lock. After a forced delete this saves the new pod the kubelet's retry.
+* Claims that take no GPU (admin access) pass the gate only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Executor
+from functools import partial
+from typing import Protocol, TypeVar
+
+from gpuslice.core import claims, shared
+from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
+from gpuslice.core.record import Busy, PreparedClaim, Record
+from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
+from gpuslice.plugin.claim_queue import Departures, Gate, Ticket, Tickets, Turn, Workers
+from gpuslice.plugin.prepare import Preparer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# The kubelet gives a call 45 s (k/k, defaultClientCallTimeout). A waiting claim has to be answered before that.
+MOST_WAIT_S = 40.0
+_SPARE_S = 5.0
+# Records of claims that the API server has not had for so long are collected (a force-deleted pod may still run).
+ORPHAN_AGE_S = 600.0
+
+
+class Claims(Protocol):
+    """What this module asks of the API server; both verbs block."""
+
+    def claim(self, namespace: str, name: str) -> dict[str, object]: ...
+
+
+class ClaimService:
+    def __init__(
+        self,
+        *,
+        api: Claims,
+        driver: str,
+        preparer: Preparer,
+        departures: Departures,
+        executor: Executor,
+        hang_limit_s: float = 15.0,
+    ) -> None:
+        self._api = api
+        self._driver = driver
+        self._preparer = preparer
+        self._departures = departures
+        self._executor = executor
+        self._gate = Gate()
+        self.tickets = Tickets()
+        self.workers = Workers(self.tickets, hang_limit_s)
+        self._absent_since: dict[ClaimUid, float] = {}
+        self._closed: DriverError | None = None
+
+    async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
+        """Prepare one claim; DriverError with a sentence for the pod's events. `timeout_s` is the caller's patience."""
+        deadline = asyncio.get_running_loop().time() + max(1.0, min(MOST_WAIT_S, timeout_s - _SPARE_S))
+        return await self._gate.run(ref.uid, "prepare", lambda turn: self._prepare(ref, deadline, turn))
+
+    async def unprepare(self, uid: ClaimUid) -> None:
+        """Give back what the claim holds; success when nothing is left, needs no API server."""
+        await self._gate.run(uid, "unprepare", lambda turn: self._unprepare(uid, turn), calls_off="prepare")
+
+    async def recover(self, only: Set[ClaimUid] | None = None) -> None:
+        """Undo what a killed process or a lost card left half-made. Called before the doors open: it then has the first
+        tickets."""
+        unfinished = await self._in_pool(self._preparer.unfinished)
+        wanted = (uid for uid in unfinished if only is None or uid in only)
+        await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._gate.busy(uid)))
+
+    async def mend(self) -> None:
+        """Have the MPS daemons of all records running, each card in its turn; the first error, after all were tried."""
+        records = await self._in_pool(self._preparer.records)
+        gpus = {step.gpu for step in shared.daemons(records.values())}
+        errors = [error for gpu in sorted(gpus) if (error := await self._mend(gpu))]
+        if errors:
+            raise errors[0]
+
+    async def _mend(self, gpu: GpuUuid) -> DriverError | None:
+        try:
+            await self._work([gpu], self.tickets.arrive(), Turn(), f"mend {gpu}", partial(self._preparer.mend, gpu))
+        except DriverError as e:
+            return e
+        return None
+
+    async def collect(self, now: float) -> None:
+        """Give back what claims hold that the API server has not had for ten minutes, if nothing runs on it; and what a
+        lost card kept."""
+        await self.recover()
+        records = await self._in_pool(self._preparer.records)
+        for uid in self._absent_since.keys() - records.keys():
+            del self._absent_since[uid]
+        for uid, record in records.items():
+            try:
+                if await self._held(record):
+                    self._absent_since.pop(uid, None)
+                    continue
+            except ApiError as e:
+                log.info("cannot tell whether claim %s still exists: %s", record.plan.ref, e)
+                continue
+            since = self._absent_since.setdefault(uid, now)
+            if now - since >= ORPHAN_AGE_S and not await self._in_use(record):
+                log.warning("claim is gone from the API server, giving its devices back claim=%s", record.plan.ref)
+                try:
+                    await self.unprepare(uid)
+                except DriverError as e:
+                    log.error(
+                        "cannot give back what a vanished claim holds, trying again claim=%s: %s", record.plan.ref, e
+                    )
+
+    async def _in_use(self, record: Record) -> bool:
+        work = partial(self._preparer.in_use, record)
+        name = f"a look at what claim {record.plan.ref} holds"
+        try:
+            return await self._work(record.plan.gpus, self.tickets.arrive(), Turn(), name, work)
+        except HungError:
+            return True
+
+    async def close(self, timeout_s: float) -> bool:
+        """Refuse and wake whoever waits, let running work end; False when something hangs."""
+        self._closed = ClaimError("the driver is shutting down; the kubelet asks its successor again")
+        self._departures.stop(self._closed)
+        return await self.workers.drained(timeout_s)
+
+    # ------------------------------------------------------------ the ways
+
+    async def _prepare(self, ref: ClaimRef, deadline: float, turn: Turn) -> PreparedClaim:
+        arrival = self.tickets.arrive()
+        while True:
+            if self._closed is not None:
+                raise self._closed
+            claim, gpus = await self._in_pool(lambda: self._wanted(ref))
+            with self._departures.listening() as news:
+                answer = await self._work(
+                    gpus, arrival, turn, f"prepare {ref.uid}", partial(self._preparer.prepare, claim)
+                )
+                if isinstance(answer, PreparedClaim):
+                    await self._unwanted(ref, turn)
+                    return answer
+                leaving = await self._leaving(claim, answer)
+                names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
+                log.info("waiting for holders to leave claim=%s holders=%s", ref, names)
+                # Nobody else gives back what a lost card kept, for the kubelet was answered.
+                await self.recover(leaving)
+                left = deadline - asyncio.get_running_loop().time()
+                if not await news.any_of(leaving, left):
+                    raise ClaimError(
+                        f"the devices of claim {ref} are still held by {names}, which the kubelet has not unprepared yet; "
+                        "it is tried again"
+                    )
+
+    async def _unprepare(self, uid: ClaimUid, turn: Turn) -> None:
+        while True:
+            # On the loop, for it is one stat(2): fetches that wait for a silent API server may fill the pool.
+            gpus = self._preparer.gpus_of_record(uid)
+            arrival = self.tickets.arrive()
+            if await self._work(gpus, arrival, turn, f"unprepare {uid}", partial(self._preparer.unprepare, uid, gpus)):
+                return
+
+    async def _recover(self, uid: ClaimUid) -> None:
+        async def work(turn: Turn) -> None:
+            gpus = self._preparer.gpus_of_record(uid)
+            await self._work(gpus, self.tickets.arrive(), turn, f"recover {uid}", lambda: self._preparer.recover(uid))
+
+        try:
+            await self._gate.run(uid, "recover", work)
+        except DriverError as e:
+            log.error("cannot undo what was left half-made claim=%s: %s", uid, e)
+
+    # ------------------------------------------------------------ parts
+
+    async def _work(self, gpus: Sequence[GpuUuid], arrival: int, turn: Turn, name: str, work: Callable[[], T]) -> T:
+        ticket: Ticket = await self.tickets.take(gpus, arrival)
+        return await self.workers.run(ticket, turn, work, name)
+
+    def _wanted(self, ref: ClaimRef) -> tuple[Claim, tuple[GpuUuid, ...]]:
+        """The claim as the API server has it now, and the GPUs that a prepare of it works on. Blocks."""
+        claim = self._fetch(ref)
+        return claim, self._preparer.gpus_of(claim)
+
+    def _fetch(self, ref: ClaimRef) -> Claim:
+        try:
+            body = self._api.claim(ref.namespace, ref.name)
+        except NotFoundError:
+            raise ClaimError(
+                f"claim {ref} does not exist (any more); its pod cannot start and should be deleted"
+            ) from None
+        return claims.parse(body, ref, self._driver)
+
+    async def _unwanted(self, ref: ClaimRef, turn: Turn) -> None:
+        """A prepare that nobody listens to any more: give it back if the claim is gone, for no unprepare may follow."""
+        if turn.listeners:
+            return
+        try:
+            await self._in_pool(lambda: self._fetch(ref))
+        except ClaimError:
+            await self._unprepare(ref.uid, turn)
+        except ApiError as e:
+            log.info("cannot tell whether claim %s is still wanted, keeping it: %s", ref, e)
+
+    async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
+        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
+        records: Mapping[ClaimUid, Record] = await self._in_pool(self._preparer.records)
+        gone: set[ClaimUid] = set()
+        for holder in busy.holders:
+            if holder.uid not in records or not await self._held(records[holder.uid]):
+                gone.add(holder.uid)
+        still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
+        if still:
+            raise ClaimError(
+                f"claim {claim.ref} was given devices that {', '.join(map(str, still))} holds; this is a double allocation: "
+                "delete this pod to have it scheduled again, and update a scheduler older than 1.37"
+            )
+        return frozenset(gone)
+
+    async def _held(self, record: Record) -> bool:
+        """Whether the API server still gives the record's devices to its claim."""
+        ref = record.plan.ref
+        try:
+            body = await self._in_pool(lambda: self._api.claim(ref.namespace, ref.name))
+        except NotFoundError:
+            return False
+        return claims.is_held(body, ref.uid, [grant.allocation.device for grant in record.plan.grants], self._driver)
+
+    async def _in_pool(self, call: Callable[[], T]) -> T:
+        """Run a short blocking call with this task's context (`run_in_executor` alone drops the `op=` id)."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, call)

@@ -1,0 +1,183 @@
+"""The hands of the transaction: carry one step out on the hardware, or take it back. What to do was decided before.
+
+Every `do` can be repeated, and every `undo` succeeds when what it would remove is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import assert_never
+
+from gpuslice.core import plan, share, shared
+from gpuslice.core.model import INTERVALS, GpuUuid, MigSlot, MigUuid
+from gpuslice.core.record import (
+    AdjustMps,
+    CreateMig,
+    DestroyMig,
+    MadeMig,
+    Record,
+    ResetComputeMode,
+    ResetTimeSlice,
+    SetComputeMode,
+    SetMigMode,
+    SetTimeSlice,
+    StartMps,
+    Step,
+    StopMps,
+    Undo,
+)
+from gpuslice.errors import DeviceError
+from gpuslice.mps.api import Daemon, Mps
+from gpuslice.nvml.api import Code, ComputeMode, Nvml
+
+log = logging.getLogger(__name__)
+
+Note = Callable[[Record], None]
+
+
+class Steps:
+    def __init__(self, nvml: Nvml, mps: Mps) -> None:
+        self._nvml = nvml
+        self._mps = mps
+
+    def do(self, step: Step, record: Record, others: Sequence[Record], note: Note) -> Record:
+        """Carry out one step of a record and `note` what came into being, before the next effect.
+
+        `others` are the records that may stand on the same thing; DeviceError where the hardware refuses.
+        """
+        match step:
+            case SetMigMode(gpu, on):
+                with self._naming_holders(gpu, "MIG mode"):
+                    self._nvml.set_mig_mode(gpu, on)
+            case CreateMig(slot):
+                return self._create(slot, record, note)
+            case SetComputeMode() | SetTimeSlice() if _stands(step, others):
+                pass  # an earlier share of this card has done it; it costs a run of nvidia-smi
+            case SetComputeMode(gpu):
+                with self._naming_holders(gpu, "the compute mode"):
+                    self._nvml.set_compute_mode(gpu, ComputeMode.EXCLUSIVE_PROCESS)
+            case SetTimeSlice(gpu, interval):
+                self._nvml.set_time_slice(gpu, INTERVALS.index(interval))
+            case StartMps():
+                self._ensure(step, (*others, record))
+            case _:
+                assert_never(step)
+        return record
+
+    def uphold(self, steps: Sequence[StartMps], records: Sequence[Record]) -> None:
+        """Have these MPS daemons running, which may have ended without us; at once where it is so. All are tried, and the
+        first error is raised."""
+        errors = []
+        for step in steps:
+            try:
+                self._ensure(step, records)
+            except DeviceError as e:
+                errors.append(e)
+        if errors:
+            raise errors[0]
+
+    def undo(self, undoing: Undo, others: Sequence[Record]) -> None:
+        """Take one step back; `others` are the records that stay."""
+        match undoing:
+            case DestroyMig():
+                self._destroy(undoing)
+            case ResetComputeMode(gpu):
+                if self._nvml.compute_mode(gpu) != ComputeMode.DEFAULT:  # also where the step was never carried out
+                    with _fine(Code.NOT_SUPPORTED):
+                        self._nvml.set_compute_mode(gpu, ComputeMode.DEFAULT)
+            case ResetTimeSlice(gpu):
+                # In MIG mode, or where nvidia-smi cannot do it, nothing was set.
+                with _fine(Code.NOT_SUPPORTED, Code.LIBRARY_NOT_FOUND):
+                    self._nvml.set_time_slice(gpu, 0)
+            case StopMps(gpu, slot):
+                self._mps.stop(share.daemon_key(gpu, slot))
+            case AdjustMps(gpu, slot):
+                self._adjust(StartMps(gpu, slot), others)
+            case _:
+                assert_never(undoing)
+
+    # ------------------------------------------------------------ partitions
+
+    def _create(self, slot: MigSlot, record: Record, note: Note) -> Record:
+        if any(done.slot == slot and done.uuid is not None for done in record.done):
+            return record  # made by an earlier share of the same partition
+        made = MadeMig(slot=slot, gi=self._nvml.create_gpu_instance(slot.gpu, slot.profile, slot.placement))
+        note(replace(record, done=(*record.done, made)))
+        ci, uuid = self._nvml.create_compute_instance(slot.gpu, made.gi)
+        record = replace(record, done=(*record.done, replace(made, ci=ci, uuid=uuid)))
+        note(record)
+        return record
+
+    def _destroy(self, undoing: DestroyMig) -> None:
+        gpu = undoing.slot.gpu
+        partition = plan.target(undoing, self._nvml.look(gpu))
+        if partition is None:
+            return
+        if partition.ci is not None:
+            with _fine(Code.NOT_FOUND):
+                self._nvml.destroy_compute_instance(gpu, partition.gi, partition.ci)
+        with _fine(Code.NOT_FOUND):
+            self._nvml.destroy_gpu_instance(gpu, partition.gi)
+
+    # ------------------------------------------------------------ MPS
+
+    def _ensure(self, step: StartMps, records: Sequence[Record]) -> None:
+        grants = shared.of(step, records)
+        memory_mib, percent = share.ceilings(grants)
+        self._mps.ensure(
+            Daemon(
+                key=share.daemon_key(step.gpu, step.slot),
+                device=_device(step, records),
+                memory_mib=memory_mib,
+                threads_percent=percent,
+            )
+        )
+
+    def _adjust(self, step: StartMps, others: Sequence[Record]) -> None:
+        """Lower the ceilings for those who stay. Not worth failing the one who leaves: its share is free either way."""
+        try:
+            self._ensure(step, others)
+        except DeviceError as e:
+            log.warning("cannot lower the ceilings of an MPS daemon gpu=%s: %s", step.gpu, e)
+
+    # ------------------------------------------------------------ words
+
+    @contextlib.contextmanager
+    def _naming_holders(self, gpu: GpuUuid, what: str) -> Iterator[None]:
+        try:
+            yield
+        except DeviceError as e:
+            if e.code != Code.IN_USE:
+                raise
+            names = ", ".join(f"{p.name or 'process'} (pid {p.pid})" for p in self._nvml.processes(gpu))
+            raise DeviceError(
+                f"{what} of GPU {gpu} cannot be switched while it is in use by {names or 'another NVML client'}; stop it "
+                "or wait until it leaves",
+                e.code,
+            ) from e
+
+
+def _stands(step: Step, others: Sequence[Record]) -> bool:
+    return any(other.prepared is not None and step in other.plan.steps for other in others)
+
+
+def _device(step: StartMps, records: Sequence[Record]) -> GpuUuid | MigUuid:
+    """The UUID that the daemon serves: the card's, or that of the partition which one of its sharers made."""
+    if step.slot is None:
+        return step.gpu
+    made = [done.uuid for record in records for done in record.done if done.slot == step.slot and done.uuid is not None]
+    if not made:
+        raise DeviceError(f"the partition for an MPS daemon on GPU {step.gpu} vanished; it is tried again")
+    return made[-1]
+
+
+@contextlib.contextmanager
+def _fine(*codes: Code) -> Iterator[None]:
+    try:
+        yield
+    except DeviceError as e:
+        if e.code not in codes:
+            raise

@@ -1,0 +1,201 @@
+"""Files below every door: whole-or-absent writes, locks between two instances, news of deleted files.
+
+The atomic write does **not** fsync. What our files guard (partitions, compute modes, MPS daemons) does not survive a
+reboot either, and a killed process loses nothing that it had written: the page cache belongs to the kernel. So fsync
+would buy durability for records that the next boot drops unread (`checkpoint.py` keeps one folder per boot), at
+milliseconds for each of a prepare's writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gpuslice.errors import StateError
+from gpuslice.system import libc
+
+_IN_DELETE, _IN_CREATE, _IN_MOVED_FROM, _IN_MOVED_TO = 0x200, 0x100, 0x40, 0x80
+_EVENT = struct.Struct("iIII")  # struct inotify_event without its name (inotify(7))
+
+
+# In temporary names: two driver pods of a rolling update may both be process 1 of their containers.
+_MINE = f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
+class Version(NamedTuple):
+    """What tells one content of a file from another without reading it.
+
+    The size is part of it because the kernel's clock is coarse (4 ms) and an inode is used again at once: of three quick
+    writes the third may look like the first by those two alone.
+    """
+
+    inode: int
+    mtime_ns: int
+    size: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Version:
+        return cls(stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None) -> Version:
+    """Make `path` hold `text`, or leave it as it was; readers see the old text or the new one, never a part.
+
+    The temporary file lies in the same folder: CDI runtimes notice a rename only from there (measured on
+    containerd 1.7 and 2.1), and its name has no suffix that they would read. Plain system calls: Python's file objects
+    make three times as many, each of which lets go of the interpreter and queues for it again.
+    """
+    temporary = f"{path.parent}/.{path.name}.{_MINE}.tmp"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        try:
+            _write(descriptor, text)
+            if mtime_ns is not None:
+                os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+            version = Version.of(os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)  # noqa: PTH104 - hot
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # noqa: PTH108
+        raise StateError(f"cannot write {path}: {e.strerror}; check permissions and free space of its folder") from e
+    return version
+
+
+def _write(descriptor: int, text: str) -> None:
+    left = memoryview(text.encode())
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def append(path: Path, text: str) -> Version:
+    """Add `text` to the end of a file that is there. After a death in the middle a part of it may stand there."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            _write(descriptor, text)
+            return Version.of(os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
+    except OSError as e:
+        raise StateError(f"cannot write {path}: {e.strerror}; check permissions and free space of its folder") from e
+
+
+def remove(path: Path) -> bool:
+    """Remove a file; False where it was gone already."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        raise StateError(f"cannot remove {path}: {e.strerror}; check the permissions of its folder") from e
+    return True
+
+
+def ensure_folder(path: Path, mode: int = 0o750) -> Path:
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as e:
+        raise StateError(
+            f"cannot create folder {path}: {e.strerror}; create it, or give the driver the right to"
+        ) from e
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StateError(
+            f"folder {path} is not writable for uid {os.getuid()}; give the driver the right to write there"
+        )
+    return path
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still what the path names: a lock on an unlinked file excludes nobody."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, unlink: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (flock(2): per open file, so threads and processes exclude each other alike).
+
+    Waits as long as it takes. `unlink` removes the file while the lock is held, so that locks named by claims leave
+    nothing behind; never set it for a lock that lives as long as the node (a GPU's).
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not unlink or _same_file(descriptor, path):  # only a lock that is unlinked can be an old one
+                try:
+                    yield
+                finally:
+                    if unlink:
+                        path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)
+
+
+def try_lock(path: Path) -> int | None:
+    """Take the lock now and keep it until the process ends; None if somebody has it. The descriptor is the lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(descriptor)
+            if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            raise
+        if _same_file(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+class FolderWatch:
+    """Names of files that are deleted from (or, with `arrivals`, leave or appear in) a folder, by inotify(7), whoever did it.
+
+    Without `arrivals` renames are no news: each atomic write is one.
+
+    `fileno` becomes readable when there is something to `read`; nothing is missed between construction and `close`.
+    """
+
+    def __init__(self, folder: Path, *, arrivals: bool = False) -> None:
+        # A bound socket appears by IN_CREATE, a file that was written atomically by IN_MOVED_TO.
+        mask = _IN_DELETE | (_IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE if arrivals else 0)
+        try:
+            self._fd = libc.watch_folder(folder, mask)
+        except OSError as e:
+            raise StateError(
+                f"cannot watch {folder}: {e.strerror}; raise fs.inotify.max_user_instances or check the folder"
+            ) from e
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self) -> list[str]:
+        """Names since the last read; empty when there is none. An overflow of the kernel's queue is the name ""."""
+        try:
+            data = os.read(self._fd, 65536)
+        except BlockingIOError:
+            return []
+        names, at = [], 0
+        while at < len(data):
+            _, _, _, length = _EVENT.unpack_from(data, at)
+            names.append(data[at + _EVENT.size : at + _EVENT.size + length].rstrip(b"\0").decode())
+            at += _EVENT.size + length
+        return names
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,334 @@
+"""The node around the GPUs: what a container needs besides its card, device numbers, the boot, places in sysfs.
+
+Every root is a parameter. `driver_root` is where *we* see the NVIDIA driver's files (the node's "/", or the root of a
+driver container); `host_root` is the same place as the node calls it, for runtimes mount and run by paths of the node,
+not of our container. Inside the workload a library keeps the path that it has below that root.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from gpuslice.core.cdi import DeviceNode, Hook, Injection, Mount
+from gpuslice.core.model import Gpu
+from gpuslice.errors import DeviceError, StateError
+from gpuslice.system.programs import LIBRARY_FOLDERS, PROGRAM_FOLDERS
+
+_GPU_MAJOR, _CONTROL_MINOR, _MODESET_MINOR = 195, 255, 254  # nv.h of the open kernel modules
+_READ_ONLY = ("ro", "nosuid", "nodev", "rbind", "rprivate")
+_SOCKET = ("nosuid", "nodev", "noexec", "rbind", "rprivate")
+
+_PROGRAMS = ("smi", "debugdump", "persistenced", "cuda-mps-control", "cuda-mps-server")  # each after "nvidia-"
+# Libraries of the driver that carry a version of their own, and data for graphics, OpenCL and ray tracing.
+_MORE_LIBRARIES = ("libnvidia-nvvm70.so.*", "libnvidia-egl-*.so.*.*")
+_DATA = (
+    "usr/share/nvidia/nvoptix.bin",
+    "usr/share/glvnd/egl_vendor.d/10_nvidia.json",
+    "usr/share/egl/egl_external_platform.d/*_nvidia_*.json",
+    "usr/share/vulkan/icd.d/nvidia_icd*.json",
+    "etc/vulkan/icd.d/nvidia_icd*.json",
+    "etc/OpenCL/vendors/nvidia.icd",
+)
+# Not /tmp/nvidia-mps: a workload that found the node's own MPS daemon would run outside its claim.
+_SOCKETS = ("run/nvidia-persistenced/socket", "run/nvidia-fabricmanager/socket")
+_HOOK_FOLDERS = ("usr/bin", "usr/local/bin", "usr/local/nvidia/toolkit", "opt/nvidia/toolkit")
+_VERSIONED = re.compile(r"lib(?:cuda|nvidia-ml)\.so\.(\d+(?:\.\d+)+)")
+_KERNEL_MODULE = re.compile(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s")
+
+
+class Host(Protocol):
+    """What the driver asks of the node itself. Everything is read when asked, for drivers are reloaded under us."""
+
+    def boot_id(self) -> str:
+        """Changes with every boot of the node, and only then."""
+
+    def locate(self, gpu: Gpu) -> Gpu:
+        """The same card with its NUMA node and PCIe root, or None for what the node does not say."""
+
+    def common(self) -> Injection:
+        """What every container with any GPU needs; `DeviceError` where the NVIDIA driver cannot be found."""
+
+    def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
+        """Nodes of the card /dev/nvidia<minor>, or of one partition of it: the card and its two capabilities.
+
+        The card's node alone opens no partition, so both ids of a partition are needed (capability design of MIG).
+        """
+
+    def advice(self) -> tuple[str, ...]:
+        """One sentence for each thing that works, but would work better if the node had it. For start-up logs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Driver:
+    """One installed version of the user-space driver, by paths below the driver root ("/usr/lib64/libcuda.so.…")."""
+
+    version: str
+    files: tuple[str, ...]  # libraries, programs, firmware, data: mounted as they are
+    folders: tuple[str, ...]  # of libraries, for the loader
+    links: tuple[tuple[str, str], ...]  # (path of the link, path of the library)
+
+
+class RealHost:
+    """A node with the NVIDIA driver. `cdi_hook` is a path of the node; without it the usual places are searched."""
+
+    def __init__(
+        self,
+        driver_root: Path = Path("/"),
+        *,
+        host_root: Path | None = None,
+        proc: Path = Path("/proc"),
+        sys: Path = Path("/sys"),
+        dev: Path = Path("/dev"),
+        cdi_hook: Path | None = None,
+    ) -> None:
+        self._root, self._host_root = driver_root, host_root or driver_root
+        self._proc, self._sys, self._dev = proc, sys, dev
+        self._given_hook = cdi_hook
+        self._found: _Driver | None = None
+
+    def boot_id(self) -> str:
+        return _boot_id(self._proc / "sys/kernel/random/boot_id")
+
+    def locate(self, gpu: Gpu) -> Gpu:
+        device = self._sys / "bus/pci/devices" / gpu.bus_id
+        return replace(gpu, numa_node=_numa_node(device), pcie_root=_pcie_root(device, self._sys))
+
+    def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
+        card = DeviceNode(f"/dev/nvidia{minor}", _GPU_MAJOR, minor)
+        if gi is None:
+            return (card,)
+        # The "gpu" number of this table is the device minor, not NVML's index (the two differ on many machines).
+        names = (f"gpu{minor}/gi{gi}/access", f"gpu{minor}/gi{gi}/ci{ci}/access")
+        return (card, *(self._capability(name) for name in names))
+
+    def common(self) -> Injection:
+        driver = self._driver()
+        hook = self._hook()
+        sockets = (path for path in _SOCKETS if (self._root / path).is_socket())
+        mounts = [self._mount(path, path) for path in driver.files]
+        mounts += [self._mount(f"/{path}", f"/{path}", _SOCKET) for path in sockets]
+        if hook is not None:
+            return Injection(nodes=self._control_nodes(), mounts=tuple(mounts), hooks=_hooks(hook, driver))
+        # Nobody makes links or the loader's cache in the container: each library appears under all its names, and
+        # programs find them by a variable. Weaker, for an image may set the variable itself.
+        mounts += [self._mount(library, link) for link, library in driver.links]
+        env = {"LD_LIBRARY_PATH": ":".join(driver.folders)}
+        return Injection(nodes=self._control_nodes(), mounts=tuple(mounts), env=env)
+
+    def advice(self) -> tuple[str, ...]:
+        if self._hook() is not None:
+            return ()
+        return (
+            "nvidia-cdi-hook was not found, so containers find the NVIDIA libraries by LD_LIBRARY_PATH, which an image "
+            "may override; install the NVIDIA container toolkit on the node or name the hook's path",
+        )
+
+    # ---------------------------------------------------------------- device numbers
+
+    def _control_nodes(self) -> tuple[DeviceNode, ...]:
+        uvm = self._major(
+            "nvidia-uvm", "load the module (nvidia-modprobe -u -c 0 does), for CUDA does not start without it"
+        )
+        nodes = [
+            DeviceNode("/dev/nvidiactl", _GPU_MAJOR, _CONTROL_MINOR),
+            DeviceNode("/dev/nvidia-uvm", uvm, 0),
+            DeviceNode("/dev/nvidia-uvm-tools", uvm, 1),
+        ]
+        if (self._dev / "nvidia-modeset").exists():
+            nodes.append(DeviceNode("/dev/nvidia-modeset", _GPU_MAJOR, _MODESET_MINOR))
+        return tuple(nodes)
+
+    def _major(self, name: str, remedy: str) -> int:
+        """Major of a character device that gets its number when its module loads."""
+        for line in _text(self._proc / "devices").partition("Block devices:")[0].splitlines():
+            number, _, found = line.strip().partition(" ")
+            if found == name:
+                return int(number)
+        path = self._dev / name
+        if path.is_char_device():
+            return os.major(path.stat().st_rdev)
+        raise DeviceError(f"device {name} has no number in {self._proc / 'devices'}; {remedy}")
+
+    def _capability(self, name: str) -> DeviceNode:
+        table = self._proc / "driver/nvidia-caps/mig-minors"
+        for line in _text(table).splitlines():
+            found, _, number = line.partition(" ")
+            if found == name:
+                major = self._major("nvidia-caps", "load the nvidia module again, for partitions are opened through it")
+                return DeviceNode(f"/dev/nvidia-caps/nvidia-cap{int(number)}", major, int(number))
+        raise DeviceError(f"capability {name} is not in {table}; check that the loaded NVIDIA driver supports MIG")
+
+    # ---------------------------------------------------------------- files of the driver
+
+    def _driver(self) -> _Driver:
+        """The driver's files, searched again when the library they were found by is gone or the module is another."""
+        loaded = _loaded_version(self._proc)
+        found = self._found
+        if found is None or loaded not in (None, found.version) or not (self._root / found.files[0][1:]).exists():
+            self._found = found = _search(self._root, loaded)
+        return found
+
+    def _hook(self) -> str | None:
+        if self._given_hook is not None:
+            return str(self._given_hook)
+        places = (f"{folder}/nvidia-cdi-hook" for folder in _HOOK_FOLDERS)
+        there = (path for path in places if (self._root / path).is_file())
+        return next((str(self._host_root / path) for path in there), None)
+
+    def _mount(self, source: str, target: str, options: tuple[str, ...] = _READ_ONLY) -> Mount:
+        return Mount(str(self._host_root / source[1:]), target, options)
+
+
+def _search(root: Path, loaded: str | None) -> _Driver:
+    if not root.is_dir():
+        raise DeviceError(f"driver root {root} is not there; mount the NVIDIA driver's root or name another")
+    anchor, version = _anchor(root, loaded)
+    folder = anchor.parent
+    libraries = [path for pattern in (f"*.so.{version}", *_MORE_LIBRARIES) for path in sorted(folder.glob(pattern))]
+    libraries += sorted(folder.glob(f"vdpau/*.so.{version}"))
+    libraries = [anchor, *(path for path in _files(libraries) if path != anchor)]
+    programs = (root / place / f"nvidia-{name}" for name in _PROGRAMS for place in PROGRAM_FOLDERS)
+    firmware = (
+        path for lib in ("lib", "usr/lib") for path in sorted(root.glob(f"{lib}/firmware/nvidia/{version}/gsp*.bin"))
+    )
+    data = (path for pattern in _DATA for path in sorted(root.glob(pattern)))
+    files = [*libraries, *_once(programs), *_once(firmware), *_files(data)]
+    links = {f"/{link.relative_to(root)}": f"/{library.relative_to(root)}" for link, library in _links(libraries)}
+    return _Driver(
+        version=version,
+        files=tuple(dict.fromkeys(f"/{path.relative_to(root)}" for path in files)),
+        folders=tuple(dict.fromkeys(f"/{path.parent.relative_to(root)}" for path in libraries)),
+        links=tuple(sorted(links.items())),
+    )
+
+
+def _anchor(root: Path, loaded: str | None) -> tuple[Path, str]:
+    """The library whose name tells the version: that of the loaded kernel module if it is there, else the newest."""
+    places = (sorted((root / folder).glob("lib*.so.*.*")) for folder in LIBRARY_FOLDERS)
+    names = ((path, _VERSIONED.fullmatch(path.name)) for place in places for path in _files(place))
+    found = [(path, match[1]) for path, match in names if match]
+    if not found:
+        text = f"no libcuda.so.<version> or libnvidia-ml.so.<version> below {root}"
+        raise DeviceError(f"{text}; install the NVIDIA driver there or name the driver root that has it")
+    fitting = [item for item in found if item[1] == loaded] or found
+    newest = max((item[1] for item in fitting), key=_numbers)
+    return next(item for item in fitting if item[1] == newest)
+
+
+def _links(libraries: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
+    """Other names of the libraries: the links beside them, and two that every program needs, there or not."""
+    by_folder: dict[Path, dict[str, Path]] = {}
+    for path in libraries:
+        by_folder.setdefault(path.parent, {})[path.name] = path
+    for folder, names in by_folder.items():
+        for name, path in names.items():
+            stem = name.partition(".so.")[0]
+            if stem in ("libcuda", "libnvidia-ml"):
+                yield folder / f"{stem}.so.1", path
+            if stem == "libcuda":
+                yield folder / "libcuda.so", path
+        for link in sorted(folder.glob("lib*.so*")):
+            if (library := _behind(link, names)) and link != library:
+                yield link, library
+
+
+def _behind(link: Path, names: Mapping[str, Path]) -> Path | None:
+    """The library at the end of a chain of links, by names: absolute links of a driver container lead us elsewhere."""
+    for _ in range(4):
+        if link.name in names or not link.is_symlink():
+            break
+        link = link.with_name(link.readlink().name)
+    return names.get(link.name)
+
+
+def _hooks(program: str, driver: _Driver) -> tuple[Hook, ...]:
+    """Links first, then the loader's cache, which is to see them. `nvidia-cdi-hook` is the toolkit's own program."""
+    name = "nvidia-cdi-hook"
+    links = [argument for link, library in driver.links for argument in ("--link", f"{Path(library).name}::{link}")]
+    folders = [argument for folder in driver.folders for argument in ("--folder", folder)]
+    return (
+        Hook("createContainer", program, (name, "create-symlinks", *links)),
+        Hook("createContainer", program, (name, "update-ldcache", *folders)),
+    )
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    """Regular files only: a link may point out of the driver root, where the runtime would not find what we saw."""
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """The first place of each file name: "bin" and "usr/bin" are one folder on most systems."""
+    return list({path.name: path for path in reversed(_files(paths))}.values())[::-1]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _loaded_version(proc: Path) -> str | None:
+    """Version of the loaded kernel module, None where it is not said."""
+    match = _KERNEL_MODULE.search(_text(proc / "driver/nvidia/version"))
+    return match[1] if match else None
+
+
+def _numa_node(device: Path) -> int | None:
+    text = _text(device / "numa_node").strip()
+    return int(text) if text.isdigit() else None  # sysfs says -1 for "none"
+
+
+def _pcie_root(device: Path, sys: Path) -> str | None:
+    """`pci<domain>:<bus>`: first folder below /sys/devices on the way to the card, None where it is no PCIe root."""
+    try:
+        parts = device.resolve(strict=True).relative_to((sys / "devices").resolve()).parts
+    except (OSError, ValueError):
+        return None
+    return parts[0] if parts[0].startswith("pci") and parts[-1] == device.name else None
+
+
+def _text(path: Path) -> str:
+    """A file of procfs or sysfs, empty where it is not there."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _boot_id(path: Path) -> str:
+    text = _text(path).strip()
+    if not text:
+        raise StateError(f"no boot id in {path}; without it records of an earlier boot cannot be told from today's")
+    return text
+
+
+class SimHost:
+    """A simulated node: the null device under our names, so that a container shows what it was given; no mounts."""
+
+    _NULL = (1, 3)  # Linux' allocated numbers of /dev/null
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def boot_id(self) -> str:
+        return _boot_id(self._folder / "boot_id")
+
+    def locate(self, gpu: Gpu) -> Gpu:
+        """Two sockets of four cards, each card with a PCIe root of its own, unless the card says otherwise."""
+        numa_node = gpu.index // 4 if gpu.numa_node is None else gpu.numa_node
+        return replace(gpu, numa_node=numa_node, pcie_root=gpu.pcie_root or f"pci{gpu.bus_id[:7]}")
+
+    def common(self) -> Injection:
+        return Injection(env={"GPUSLICE_SIMULATED": "true"})
+
+    def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
+        card = f"/dev/gpuslice-sim{minor}"
+        names = (card,) if gi is None else (card, f"{card}-gi{gi}", f"{card}-gi{gi}-ci{ci}")
+        return tuple(DeviceNode(name, *self._NULL) for name in names)
+
+    def advice(self) -> tuple[str, ...]:
+        return ()
