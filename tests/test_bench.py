@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hack.benchmark.exposition import Exposition, Histogram
-from hack.benchmark.table import Report, Row, figures, table
+from hack.lib.bench.exposition import Exposition, Histogram
+from hack.lib.bench.table import Report, Row, figures, table
 
 ROOT = Path(__file__).parents[1]
 TOLD = """\
@@ -39,7 +39,7 @@ def _bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         **environment,
     }
     return subprocess.run(
-        [sys.executable, str(ROOT / "hack" / "benchmark"), *arguments],
+        [sys.executable, "-m", "hack.lib.bench", *arguments],
         capture_output=True,
         text=True,
         env=environment,

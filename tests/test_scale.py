@@ -11,9 +11,9 @@ from gpuslice.core.pools.pool import PoolSlices, resource_slices
 from gpuslice.core.pools.reconcile import Owner
 from gpuslice.core.pools.validation import faults
 
-from hack.scaling import fleet
-from hack.scaling.measure import KINDS, WHOLE, Figure
-from hack.scaling.report import BASELINE, OURS, report, table
+from hack.lib.scale import fleet
+from hack.lib.scale.measure import KINDS, WHOLE, Figure
+from hack.lib.scale.report import BASELINE, OURS, report, table
 from tests.builders import a_policy
 
 NODE = fleet.Node("node-007", "a-uid")

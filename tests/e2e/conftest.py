@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.live import Cluster
-from tests.e2e.wanted import HERE, PLAYGROUND, refusal, version
+from tests.e2e.wanted import HACK_CLUSTER, HERE, refusal, version
 
 # Two cards: one can be held in a mode while the other is free for the next.
 _CARDS = "h100x2"
@@ -92,7 +92,7 @@ class Machine:
 
     def _start(self, cards: str) -> Cluster:
         started = subprocess.run(
-            [*PLAYGROUND, "up", "--gpus", cards, *self._arguments],
+            [*HACK_CLUSTER, "up", "--gpus", cards, *self._arguments],
             env={**os.environ, "SIMULATE_LATENCY": "zero"},
             stdout=subprocess.DEVNULL,  # stderr is shown: a build is slow, and says how far it is
             check=False,
@@ -104,7 +104,7 @@ class Machine:
         if self._cluster is None:
             return
         cluster, self._cluster = self._cluster, None
-        subprocess.run([*PLAYGROUND, "down"], capture_output=True, check=True)
+        subprocess.run([*HACK_CLUSTER, "down"], capture_output=True, check=True)
         assert not cluster.folder.exists()
         assert str(cluster.folder) not in Path("/proc/mounts").read_text()
         assert _processes_of(cluster.folder) == []

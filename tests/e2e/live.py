@@ -23,7 +23,7 @@ from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.system import files
 
 from tests.e2e.bodies import DRIVER, STAY, Body
-from tests.e2e.wanted import PLAYGROUND, ROOT
+from tests.e2e.wanted import HACK_CLUSTER, ROOT
 
 EXAMPLES = ROOT / "deploy" / "examples"
 _WAIT = "--timeout=60s"  # wiped slices are back within half a minute
@@ -34,7 +34,7 @@ _KINDS = "pods,resourceclaims,resourceclaimtemplates"
 
 class Cluster:
     def __init__(self) -> None:
-        self.facts: dict[str, Any] = json.loads(_call([*PLAYGROUND, "status", "--json"]))
+        self.facts: dict[str, Any] = json.loads(_call([*HACK_CLUSTER, "status", "--json"]))
         self.folder = Path(self.facts["folder"])
         self.spoiled = ""  # what could not be removed; no further test can tell anything then
         self.namespaces: list[str] = []
@@ -60,7 +60,7 @@ class Cluster:
         return list(found["items"])
 
     def process(self, part: str) -> int:
-        return int(_call([*PLAYGROUND, "status", "--pid", part]))
+        return int(_call([*HACK_CLUSTER, "status", "--pid", part]))
 
     # ------------------------------------------------------------ examples
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.e2e.live import Cluster
-from tests.e2e.wanted import PLAYGROUND
+from tests.e2e.wanted import HACK_CLUSTER
 
 SINCE = (1, 34)
 _SLICE = """\
@@ -57,7 +57,7 @@ def test_a_killed_driver_comes_back_and_keeps_its_claims(cluster: Cluster) -> No
 
 
 def test_a_second_cluster_is_refused(cluster: Cluster) -> None:
-    second = subprocess.run([*PLAYGROUND, "up"], capture_output=True, text=True, check=False)
+    second = subprocess.run([*HACK_CLUSTER, "up"], capture_output=True, text=True, check=False)
 
     assert (second.returncode, second.stderr.count("\n")) == (1, 1)
     assert "a cluster is there already" in second.stderr

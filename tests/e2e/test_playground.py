@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.wanted import PLAYGROUND
+from tests.e2e.wanted import HACK_CLUSTER
 
 SINCE = (1, 34)
 
@@ -34,7 +34,7 @@ def _put(environment: dict[str, str], *programs: str) -> None:
 
 
 def _refused(environment: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run([*PLAYGROUND, *arguments], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*HACK_CLUSTER, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     return done.stderr
 

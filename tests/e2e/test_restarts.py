@@ -13,9 +13,9 @@ from tests.e2e.live import Cluster
 from tests.e2e.trouble import (
     Instances,
     gone,
+    hack_cluster,
     heard,
     left_nothing,
-    playground,
     runs_again,
     runs_on,
     says,
@@ -33,7 +33,7 @@ def instances(cluster: Cluster) -> Iterator[Instances]:
     instances = Instances(cluster)
     with contextlib.ExitStack() as stack:
         stack.callback(instances.end)
-        stack.callback(playground, "start", "driver")
+        stack.callback(hack_cluster, "start", "driver")
         yield instances
 
 
@@ -62,7 +62,7 @@ def test_a_driver_that_is_killed_in_the_middle_of_a_prepare_finishes_what_it_beg
     for name in names:
         cluster.runs(name)
     assert len(cluster.records()) == len(cluster.cdi_files()) == len(cluster.partitions()) == 1
-    playground("start", "driver")
+    hack_cluster("start", "driver")
     cluster.delete(*names)
     left_nothing(cluster)
 
@@ -74,7 +74,7 @@ def test_a_driver_that_is_killed_while_pods_of_all_kinds_start_is_not_noticed(cl
 
         for name in names:
             cluster.runs(name)
-        playground("start", "driver")
+        hack_cluster("start", "driver")
         cluster.delete(*names)
         left_nothing(cluster)
 
@@ -95,7 +95,7 @@ def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, ins
 
     says(instances.start(), "registered with the kubelet")
 
-    playground("stop", "driver", "--gently")
+    hack_cluster("stop", "driver", "--gently")
     (new,) = _run(cluster, "mps-share")
 
     assert versions(cluster) == before
@@ -122,8 +122,8 @@ def test_an_update_that_fails_leaves_the_old_one_at_work(cluster: Cluster, insta
 def test_an_update_one_after_the_other_leaves_the_slices_as_they_are(cluster: Cluster) -> None:
     before = versions(cluster)
 
-    playground("stop", "driver", "--gently")
-    playground("start", "driver")
+    hack_cluster("stop", "driver", "--gently")
+    hack_cluster("start", "driver")
 
     _run(cluster, "mig-profile")
     assert versions(cluster) == before
@@ -189,7 +189,7 @@ def test_after_a_reboot_pods_that_start_again_have_what_they_had(cluster: Cluste
     names = _run(cluster, "mig-profile", "mps-share", restart="Always")
     before = {name: cluster.told(name) for name in names}
 
-    playground("reboot")
+    hack_cluster("reboot")
 
     for name in names:
         runs_again(cluster, name)

@@ -17,7 +17,7 @@ import yaml
 
 from tests.e2e.bodies import Body, exactly, made_from, pod, profile, template
 from tests.e2e.live import Cluster
-from tests.e2e.trouble import Instances, playground, says, versions
+from tests.e2e.trouble import Instances, hack_cluster, says, versions
 
 SINCE, UNTIL = (1, 34), (1, 35)
 _CARDS = 2
@@ -50,9 +50,9 @@ def publish(cluster: Cluster, tmp_path: Path) -> Iterator[Publish]:
         return list(_states(seen))
 
     with contextlib.ExitStack() as stack:
-        stack.callback(playground, "start", "driver")
+        stack.callback(hack_cluster, "start", "driver")
         stack.callback(instances.end)
-        playground("stop", "driver", "--gently")
+        hack_cluster("stop", "driver", "--gently")
         cluster.kubectl("delete", "resourceslices", "--all")
         yield start
         for watch in watches:
@@ -114,8 +114,8 @@ def test_a_pod_finds_the_whole_card_in_its_container(cluster: Cluster) -> None:
 def test_an_update_leaves_the_slices_as_they_are(cluster: Cluster) -> None:
     before = versions(cluster)
 
-    playground("stop", "driver", "--gently")
-    playground("start", "driver")
+    hack_cluster("stop", "driver", "--gently")
+    hack_cluster("start", "driver")
 
     cluster.runs(cluster.apply("whole-gpu"))
     assert versions(cluster) == before

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.e2e.live import Cluster
-from tests.e2e.wanted import PLAYGROUND, ROOT
+from tests.e2e.wanted import HACK_CLUSTER, ROOT
 
 _PATIENCE_S = 90  # a kubelet that was away looks every minute for claims of pods that went meanwhile
 
 
-def playground(*arguments: str) -> None:
-    done = subprocess.run([*PLAYGROUND, *arguments], capture_output=True, text=True, check=False)
+def hack_cluster(*arguments: str) -> None:
+    done = subprocess.run([*HACK_CLUSTER, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"hack/cluster {' '.join(arguments)}: {done.stderr}"
 
 
@@ -25,10 +25,10 @@ def playground(*arguments: str) -> None:
 def without(part: str) -> Iterator[None]:
     """For as long as this lasts the part is away, as after a crash; afterwards it serves again."""
     try:
-        playground("stop", part)
+        hack_cluster("stop", part)
         yield
     finally:
-        playground("start", part)
+        hack_cluster("start", part)
 
 
 def versions(cluster: Cluster) -> dict[str, tuple[str, str]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from hack.lib.cluster.versions import VERSIONS
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-PLAYGROUND = (sys.executable, str(ROOT / "hack" / "playground"))
+HACK_CLUSTER = (str(ROOT / "hack" / "cluster"),)
 
 
 def asked_for(config: pytest.Config, *, alone: bool = False) -> bool:
@@ -24,8 +24,7 @@ def asked_for(config: pytest.Config, *, alone: bool = False) -> bool:
 
 def version(config: pytest.Config) -> str:
     """Of Kubernetes: what was asked for, else what `hack/cluster` starts if not told."""
-    known = runpy.run_path(str(ROOT / "hack" / "playground" / "versions.py"))["VERSIONS"]
-    return str(config.getoption("cluster_version") or known[0])
+    return str(config.getoption("cluster_version") or VERSIONS[0])
 
 
 @cache
@@ -36,6 +35,6 @@ def refusal(config: pytest.Config) -> str:
     if config.getoption("cluster"):
         return ""
     checked = subprocess.run(
-        [*PLAYGROUND, "check", "--version", version(config)], capture_output=True, text=True, check=False
+        [*HACK_CLUSTER, "check", "--version", version(config)], capture_output=True, text=True, check=False
     )
     return checked.stderr.strip().removeprefix("hack/cluster: ")

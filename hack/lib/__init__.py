@@ -1,0 +1,1 @@
+"""The packages behind the commands of hack/."""

@@ -1,0 +1,1 @@
+"""Measure the driver process from outside: `hack/bench`. docs/performance.md"""

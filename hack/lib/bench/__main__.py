@@ -1,0 +1,81 @@
+"""`hack/bench`: measure, and show a table or JSON. What the figures mean: docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+
+from hack.lib.bench import alone, cluster
+from hack.lib.bench.subject import BenchError
+from hack.lib.bench.table import table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 once everything was measured, targets reached or not; 1 with a sentence where it could not be."""
+    options = _options(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _check(options)
+        report = cluster.run(options) if options.cluster else alone.run(options)
+    except BenchError as e:
+        print(f"hack/bench: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hack/bench: stopped; nothing of it stays", file=sys.stderr)
+        return 130
+    print(json.dumps(report.values(), indent=1) if options.json else table(report))
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hack/bench", description="Measure the driver: driver overhead, simulated.", allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help="a short run, good for a first look")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    names = [*alone.MEASURES, *cluster.MEASURES]
+    parser.add_argument("--only", action="append", choices=names, help="this measure only; may be repeated")
+    parser.add_argument("--rounds", type=_positive, help=f"rounds of each measure ({alone.FULL.rounds}, quick 1)")
+    beside = parser.add_argument_group("beside stand-ins for API server and kubelet")
+    beside.add_argument("--vs", metavar="REV", help="measure this git revision too, round by round beside this tree")
+    beside.add_argument(
+        "--calls", type=_positive, help=f"timed calls in a round ({alone.FULL.calls}, quick {alone.QUICK.calls})"
+    )
+    beside.add_argument(
+        "--claims", type=_positive, help=f"claims for memory ({alone.FULL.claims}, quick {alone.QUICK.claims})"
+    )
+    real = parser.add_argument_group("on a real Kubernetes (docs/cluster.md says what it needs)")
+    real.add_argument("--cluster", action="store_true", help="start one with hack/cluster, measure there, and end it")
+    real.add_argument("--cluster-version", metavar="1.37.1", help="of Kubernetes; what hack/cluster has if not said")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """BenchError for an option that says nothing in this kind of run."""
+    given = [name for name in ("vs", "calls", "claims") if getattr(options, name)] if options.cluster else []
+    if given:
+        raise BenchError(f"--{given[0]} is about stand-ins and has no meaning with --cluster; leave one of the two out")
+    if options.cluster_version and not options.cluster:
+        raise BenchError("--cluster-version names a Kubernetes to start; add --cluster")
+    known = cluster.MEASURES if options.cluster else alone.MEASURES
+    for name in options.only or ():
+        if name not in known:
+            raise BenchError(f"--only {name} belongs to the other kind of run; here there are {', '.join(known)}")
+
+
+def _stop(*_: object) -> None:
+    """Told to end in another way than Ctrl-C, it ends in the same: what was started is taken back."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

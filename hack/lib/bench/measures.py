@@ -1,0 +1,238 @@
+"""The measures: each runs a driver of its own on a fresh node and gives the figures of one round.
+
+All times are taken outside the driver process, where a kubelet stands. The stand-ins (API server over TLS, kubelet) share
+one process, so their own time is in every figure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from gpuslice.core.model import ClaimRef
+from gpuslice.nvml.sim.node import SimNode
+from gpuslice.pb import registration_v1_pb2, registration_v1_pb2_grpc
+from gpuslice.standin import scheduler
+from gpuslice.standin.cluster import DRIVER, NODE, Cluster, DriverProcess, complete
+from gpuslice.standin.kubelet import KubeletError
+from gpuslice.standin.scheduler import Request
+
+from hack.lib.bench.machine import cpu_s
+from hack.lib.bench.subject import BenchError, Subject
+from hack.lib.bench.table import Figures
+
+GPUS = 8
+CARD: Mapping[str, str] = {"type": "gpu"}
+PARTITION: Mapping[str, str] = {"type": "mig", "profile": "1g.10gb"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much of it. calls: timed prepares of each kind in a round. claims: how many go before memory is read last."""
+
+    rounds: int
+    calls: int
+    claims: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A driver that has published, and its cluster."""
+
+    cluster: Cluster
+    driver: DriverProcess
+    published_s: float
+
+    def allocations(self, where: Mapping[str, str]) -> list[Mapping[str, Any]]:
+        """One allocation of such a device on each card."""
+        slices = self.cluster.api.all("resourceslices")
+        wanted = [Request(name="r", where={**where, "index": index}) for index in range(GPUS)]
+        found = [scheduler.allocate(slices, [], [request], node=NODE) for request in wanted]
+        if None in found:
+            raise BenchError(f"the driver did not publish a device with {dict(where)} on each of {GPUS} cards")
+        return [allocation for allocation in found if allocation is not None]
+
+    def claim(self, number: int, allocation: Mapping[str, Any]) -> ClaimRef:
+        return self.cluster.allocated(f"claim-{number}", allocation)
+
+    async def prepare(self, ref: ClaimRef) -> float:
+        """Seconds of a NodePrepareResources that succeeds."""
+        return await _timed(self.cluster.run(ref))
+
+    async def unprepare(self, ref: ClaimRef) -> float:
+        began = time.perf_counter()
+        error = (await self.cluster.kubelet.unprepare([ref]))[ref.uid]
+        seconds = time.perf_counter() - began
+        if error:
+            raise BenchError(f"an unprepare failed: {error}")
+        self.cluster.delete(ref)
+        return seconds
+
+    async def wave(self, refs: Sequence[ClaimRef]) -> tuple[list[float], list[float]]:
+        """Prepare and unprepare them, all at once; seconds of each call."""
+        prepared = await asyncio.gather(*map(self.prepare, refs))
+        return prepared, await asyncio.gather(*map(self.unprepare, refs))
+
+    def resident_mb(self, field: str = "VmRSS") -> float:
+        """Megabytes (10^6 bytes) as the kernel counts them for the driver process; shared libraries included."""
+        return resident_mb(self.driver.pid, field)
+
+
+def resident_mb(pid: int, field: str = "VmRSS") -> float:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
+
+
+class _Cluster(Cluster):
+    """The stand-ins are always those of this tree, so that two revisions meet the same."""
+
+    def __init__(self, subject: Subject, folder: Path, simulate: str, latency: str) -> None:
+        super().__init__(folder, simulate, latency=latency)
+        self._subject, self.module = subject, subject.module
+
+    def arguments(self, *more: str) -> list[str]:
+        return self._subject.known(super().arguments(*more))
+
+
+@contextlib.asynccontextmanager
+async def running(
+    subject: Subject, simulate: str = f"h100x{GPUS}", *, latency: str = "zero", supervised: bool = False
+) -> AsyncIterator[Bench]:
+    """Start a driver on a fresh node and wait for its last slice. BenchError, with the end of its log, where it fails."""
+    with tempfile.TemporaryDirectory(prefix="gs-") as folder:
+        async with _Cluster(subject, Path(folder), simulate, latency) as cluster:
+            try:
+                if supervised:
+                    await cluster.supervise()
+                began = time.perf_counter()
+                driver = await cluster.start(environment=subject.environment(), ready=False)
+                ended = await asyncio.to_thread(_all_published, cluster)
+                await cluster.kubelet.registered(DRIVER)
+                yield Bench(cluster, driver, ended - began)
+            except (RuntimeError, KubeletError, TimeoutError) as e:
+                end = _end_of(Path(folder, "driver-0.log"))
+                raise BenchError(f"the driver of {subject.name} could not be measured: {e}\n{end}") from e
+
+
+def _end_of(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
+
+
+def _all_published(cluster: Cluster) -> float:
+    """Wait for the last slice of the last card; when it was stored. Looks at the store itself: copies would cost time."""
+
+    def there() -> bool:
+        bodies = [body for _, body in cluster.api.store.items("resourceslices", "", lambda _: True)[0]]
+        return len({body["spec"]["pool"]["name"] for body in bodies}) == GPUS and complete(bodies)
+
+    cluster.api.wait(there, 30.0)
+    return time.perf_counter()
+
+
+async def _timed(work: Awaitable[object]) -> float:
+    began = time.perf_counter()
+    await work
+    return time.perf_counter() - began
+
+
+def percentiles(name: str, seconds: Sequence[float]) -> Figures:
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {f"{name}_p50_ms": cuts[49] * 1e3, f"{name}_p99_ms": cuts[98] * 1e3}
+
+
+# ---------------------------------------------------------------- the measures
+
+
+async def start(subject: Subject, size: Size) -> Figures:
+    """From exec of the process to the last slice of eight cards stored."""
+    async with running(subject) as bench:
+        return {"start_s": bench.published_s}
+
+
+async def calls(subject: Subject, size: Size) -> Figures:
+    """NodePrepareResources and NodeUnprepareResources, one claim a call: one by one, then eight at once on eight cards."""
+    figures: Figures = {}
+    async with running(subject) as bench:
+        for kind, where in (("card", CARD), ("mig", PARTITION)):
+            devices = bench.allocations(where)
+            await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)])  # threads, connections
+            cpu, single = cpu_s(bench.driver.pid), []
+            for number in range(size.calls):
+                ref = bench.claim(number, devices[number % GPUS])
+                single.append((await bench.prepare(ref), await bench.unprepare(ref)))
+            waves = [
+                await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)])
+                for _ in range(max(1, size.calls // GPUS))
+            ]
+            spent = (cpu_s(bench.driver.pid) - cpu) / (len(single) + len(waves) * GPUS)
+            figures[f"cpu_{kind}_ms"] = spent * 1e3
+            figures |= percentiles(f"prepare_{kind}", [one for one, _ in single])
+            figures |= percentiles(f"unprepare_{kind}", [one for _, one in single])
+            figures |= percentiles(f"prepare_{kind}_eight", [one for wave, _ in waves for one in wave])
+            figures |= percentiles(f"unprepare_{kind}_eight", [one for _, wave in waves for one in wave])
+    return figures
+
+
+async def mig(subject: Subject, size: Size) -> Figures:
+    """One partition, then one on each of eight cards at once, where NVML takes its time (a creation: 1.1 s)."""
+    async with running(subject, f"h100x{GPUS}:mig", latency="realistic") as bench:
+        refs = [bench.claim(gpu, device) for gpu, device in enumerate(bench.allocations(PARTITION))]
+        one = await bench.prepare(refs[0])
+        await bench.cluster.kubelet.unprepare(refs[:1])
+        eight = await _timed(asyncio.gather(*map(bench.prepare, refs)))
+        return {"mig_one_s": one, "mig_eight_s": eight, "mig_ratio": eight / one}
+
+
+async def memory(subject: Subject, size: Size) -> Figures:
+    """Resident memory after start, after 100 claims and after them all; claims come and go eight at once, of both kinds."""
+    async with running(subject) as bench:
+        devices = [bench.allocations(CARD), bench.allocations(PARTITION)]
+        figures = {"rss_start_mb": bench.resident_mb()}
+        for number in range(max(1, size.claims // GPUS)):
+            if number * GPUS >= 100 and "rss_100_mb" not in figures:
+                figures["rss_100_mb"] = bench.resident_mb()
+            await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices[number % 2])])
+        figures["rss_end_mb"] = bench.resident_mb()
+        figures["rss_growth_mb"] = figures["rss_end_mb"] - figures.get("rss_100_mb", figures["rss_start_mb"])
+        return figures | {"rss_peak_mb": bench.resident_mb("VmHWM")}
+
+
+async def hang(subject: Subject, size: Size) -> Figures:
+    """The slowest GetInfo, and the slowest prepare on another card, while a prepare hangs in NVML."""
+    async with running(subject) as bench:
+        devices, node = bench.allocations(CARD), SimNode(bench.cluster.node_folder)
+        cue = node.cue("hang", "*", node.cards[0].uuid, times=None)
+        hanging = asyncio.create_task(bench.prepare(bench.claim(0, devices[0])))
+        if not await asyncio.to_thread(node.wait_hung, cue, 10.0):
+            raise BenchError("the prepare that was to hang in NVML did not; nothing can be said about its neighbours")
+        asked, prepared = [], []
+        for gpu in range(1, GPUS):
+            ref = bench.claim(gpu, devices[gpu])
+            asked.append(await _timed(_get_info(_socket_in(bench.cluster.registry))))
+            prepared.append(await bench.prepare(ref))
+            await bench.unprepare(ref)
+        if hanging.done():
+            raise BenchError("the prepare that was to hang in NVML came back early; look at the driver's hang limit")
+        node.withdraw(cue)
+        await hanging
+        node.close()
+        return {"hang_get_info_ms": max(asked) * 1e3, "hang_prepare_ms": max(prepared) * 1e3}
+
+
+def _socket_in(registry: Path) -> Path:
+    return next(path for path in registry.iterdir() if path.is_socket())
+
+
+async def _get_info(socket: Path) -> None:
+    """As the kubelet's plugin watcher asks: on a connection of its own."""
+    async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+        stub: Any = registration_v1_pb2_grpc.RegistrationStub(channel)  # type: ignore[no-untyped-call]
+        await stub.GetInfo(registration_v1_pb2.InfoRequest(), timeout=10.0)

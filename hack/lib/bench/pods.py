@@ -1,0 +1,146 @@
+"""Pods on a real Kubernetes: how long each mode takes to be ready, what the kubelet waits for, and who comes after whom."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from hack.lib.bench.exposition import Exposition
+from hack.lib.bench.onkube import CARDS, Kube
+from hack.lib.bench.stage import CARD_0, IGNORES, STAYS, WITHOUT, Extent, Stage, name_of
+from hack.lib.bench.subject import BenchError
+from hack.lib.bench.table import Figures
+
+SHARES = ("mps", "timeslice")
+CALLS = ("prepare", "unprepare")
+_SETTLED_S = 1.0
+
+
+def spread(name: str, values: Sequence[float], unit: str = "s") -> Figures:
+    """p50 and p95. Seconds in, milliseconds out where the unit says so."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    factor = 1e3 if unit == "ms" else 1.0
+    return {f"{name}_p50_{unit}": cuts[49] * factor, f"{name}_p95_{unit}": cuts[94] * factor}
+
+
+def pods(stage: Stage, extent: Extent) -> Figures:
+    """Each mode one by one, shares beside one that stays; then eight at once on a node that is free."""
+    _one(stage, WITHOUT)  # not counted, nor are the others of its kind below: connections open, pages come in
+    figures = spread("ready_none", [_one(stage, WITHOUT) for _ in range(extent.pods)])
+    figures |= spread("ready_none_eight", _waves(stage, WITHOUT, extent.waves))
+    for mode in stage.modes:
+        _one(stage, mode)
+        if mode == "mps":
+            first = _one_by_one(stage, mode, max(2, extent.pods // 3))
+            figures |= {key.replace("_mps_", "_mps_first_"): value for key, value in first.items()}
+        stays = stage.pod(mode) if mode in SHARES else None
+        if stays:
+            stage.run(stays)
+        figures |= _one_by_one(stage, mode, extent.pods)
+        if stays:
+            stage.end(stays)
+        figures |= _eight_at_once(stage, mode, extent.waves)
+    return figures
+
+
+def _one(stage: Stage, mode: str) -> float:
+    pod = stage.pod(mode)
+    seconds = stage.run(pod)
+    stage.end(pod)
+    return seconds
+
+
+def _one_by_one(stage: Stage, mode: str, count: int) -> Figures:
+    """Between two pods the kubelet's sums grow by exactly one call each, so they tell each call's own time."""
+    took, calls = [], dict[str, list[float]](prepare=[], unprepare=[])
+    before = stage.kube.kubelet()
+    for _ in range(count):
+        took.append(_one(stage, mode))
+        after = stage.kube.kubelet()
+        for call in CALLS:
+            calls[call].append(_mean(before, after, call))
+        before = after
+    figures = spread(f"ready_{mode}", took)
+    for call in CALLS:
+        figures |= spread(f"kubelet_{call}_{mode}", calls[call], "ms")
+    return figures
+
+
+def _eight_at_once(stage: Stage, mode: str, waves: int) -> Figures:
+    """The kubelet's buckets begin at 100 ms, so of calls that come together it tells the mean; the driver's tell more."""
+    stage.clear()
+    kubelet, driver = stage.kube.kubelet(), stage.kube.driver()
+    figures = spread(f"ready_{mode}_eight", _waves(stage, mode, waves))
+    kubelet_after, driver_after = stage.kube.kubelet(), stage.kube.driver()
+    for call in CALLS:
+        figures[f"kubelet_{call}_{mode}_eight_ms"] = _mean(kubelet, kubelet_after, call) * 1e3
+        inside = [
+            told.histogram("gpuslice_request_duration_seconds", operation=call) for told in (driver, driver_after)
+        ]
+        figures[f"driver_{call}_{mode}_eight_p95_ms"] = inside[1].since(inside[0]).quantile(0.95) * 1e3
+    return figures
+
+
+def _waves(stage: Stage, mode: str, waves: int) -> list[float]:
+    """Create to Ready of each pod, eight pods created in one moment."""
+    took, cards = [], set()
+    for _ in range(waves):
+        stage.clear()
+        eight = [stage.pod(mode) for _ in range(CARDS)]
+        took += stage.kube.eight(stage.run, eight)
+        cards.add(stage.kube.cards())
+        stage.kube.eight(stage.end, eight)
+    if mode != WITHOUT:
+        stage.notes[mode] = f"eight at once, {mode}: on {' or '.join(map(str, sorted(cards)))} card(s)"
+    return took
+
+
+def _mean(before: Exposition, after: Exposition, call: str) -> float:
+    """Seconds of a call of the driver, as the kubelet has timed it."""
+    method = {"prepare": "*/NodePrepareResources", "unprepare": "*/NodeUnprepareResources"}[call]
+    earlier, later = (
+        told.histogram("dra_grpc_operations_duration_seconds", driver_name="gpuslice.dev", method_name=method)
+        for told in (before, after)
+    )
+    try:
+        return later.since(earlier).mean()
+    except ValueError as e:
+        raise BenchError(f"the kubelet has not called {method[2:]} for a pod that came and went; see its log") from e
+
+
+def successors(stage: Stage, extent: Extent) -> Figures:
+    """A pod wants the very card of one that is being deleted: by force (its object is gone at once, its container ends
+    after that, or is killed after two seconds) and with grace (its object goes when the kubelet has given back what it
+    held)."""
+    figures: Figures = {}
+    for key, force, command in (("forced", True, STAYS), ("deaf", True, IGNORES), ("graceful", False, STAYS)):
+        before = failed(stage.kube)
+        took = [_succeed(stage, force, command) for _ in range(extent.successors)]
+        figures |= spread(key, [ready for ready, _ in took]) | spread(
+            f"{key}_prepare", [call for _, call in took], "ms"
+        )
+        figures[f"{key}_failed_count"] = failed(stage.kube) - before
+    return figures
+
+
+def _succeed(stage: Stage, force: bool, command: list[str]) -> tuple[float, float]:
+    """Seconds from create to Ready of the second, and of its NodePrepareResources. `command`: of the first."""
+    first, second = (stage.pod("gpu", CARD_0) for _ in range(2))
+    first["spec"]["containers"][0]["command"] = command
+    stage.run(first)
+    # Process 1 of a container drops what it has no trap for yet, and the kubelet kills it two seconds later.
+    stage.kube.elapse(_SETTLED_S)
+    before = stage.kube.kubelet()
+    stage.kube.delete(name_of(first), force=force)
+    seconds = stage.run(second)
+    prepared = _mean(before, stage.kube.kubelet(), "prepare")
+    stage.end(second)
+    stage.clear()
+    return seconds, prepared
+
+
+def failed(kube: Kube) -> float:
+    """Prepares so far that failed: whole calls as the kubelet counts them, and claims that the driver refused."""
+    calls, name = kube.kubelet(), "dra_grpc_operations_duration_seconds_count"
+    every, good = (calls.total(name, method_name="*/NodePrepareResources", grpc_status_code=c) for c in ("*", "OK"))
+    return every - good + kube.driver().total("gpuslice_requests_total", operation="prepare", result="error")

@@ -1,0 +1,94 @@
+"""When pods became ready and when they were gone, as a watch delivers it: nothing is asked twice, nothing is polled."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import urllib3
+
+from hack.lib.bench.subject import BenchError
+
+_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Moments by the monotonic clock, 0.0: not yet; and the state it was last seen in."""
+
+    ready: float = 0.0
+    gone: float = 0.0
+    state: str = "never seen"
+
+
+class PodWatch:
+    """One watch on the pods; it notes when each became ready and when each was gone."""
+
+    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
+        """`response`: to a watch, its body not yet read."""
+        self._response = response
+        self._known: dict[str, _Seen] = {}
+        self._news = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with contextlib.suppress(ValueError, OSError):  # it has come to its end by itself
+            self._response.shutdown()
+        self._thread.join()
+
+    def ready(self, name: str) -> float:
+        """Wait for it, if need be; the moment. BenchError after a minute."""
+        return self._wait(name, "ready", lambda seen: seen.ready)
+
+    def gone(self, name: str) -> float:
+        return self._wait(name, "gone", lambda seen: seen.gone)
+
+    def _wait(self, name: str, what: str, moment: Callable[[_Seen], float]) -> float:
+        def seen() -> _Seen:
+            return self._known.get(name, _Seen())
+
+        with self._news:
+            self._news.wait_for(lambda: self._ended or moment(seen()), _PATIENCE_S)
+            if not moment(seen()):
+                why = "the watch on pods ended" if self._ended else f"{_PATIENCE_S:.0f} s have passed"
+                raise BenchError(f"{why} before pod {name} was {what}; it was {seen().state}")
+            return moment(seen())
+
+    def _follow(self) -> None:
+        try:
+            for line in lines(self._response):
+                at = time.perf_counter()
+                self._note(json.loads(line), at)
+        except (urllib3.exceptions.HTTPError, ValueError, OSError):
+            pass  # closed, by us or by the server: told to whoever waits
+        finally:
+            with self._news:
+                self._ended = True
+                self._news.notify_all()
+
+    def _note(self, event: Mapping[str, Any], at: float) -> None:
+        pod = event["object"]
+        name, conditions = pod["metadata"]["name"], pod.get("status", {}).get("conditions", ())
+        ready = any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+        with self._news:
+            before = self._known.get(name, _Seen())
+            self._known[name] = _Seen(
+                ready=before.ready or (at if ready else 0.0),
+                gone=at if event["type"] == "DELETED" else 0.0,
+                state=" ".join([pod["status"]["phase"], *(one["message"] for one in conditions if "message" in one)]),
+            )
+            self._news.notify_all()
+
+
+def lines(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    rest = b""
+    for chunk in response.stream():
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole

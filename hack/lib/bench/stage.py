@@ -1,0 +1,100 @@
+"""What the measures on a real Kubernetes play on: our templates and our pods.
+
+The pods are those of deploy/examples, with a container that stays until it is told to end, and then ends at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+
+import yaml
+
+from hack.lib.bench.onkube import CLAIMS, PODS, TEMPLATES, Body, Kube
+from hack.lib.bench.subject import ROOT
+
+EXAMPLES = {"gpu": "whole-gpu", "mig": "mig-profile", "mps": "mps-share", "timeslice": "time-slice-share"}
+WITHOUT = "none"  # a pod that asks for no device: what a pod takes here anyway
+STAYS = ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
+IGNORES = ["sleep", "2147483647"]  # process 1 has no handler for SIGTERM, so it is dropped
+CARD_0 = "card-0"  # the template of claims that only one device can serve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """How much of it, in a round. pods: one by one, of each mode. waves: of eight. successors: of each kind."""
+
+    rounds: int
+    pods: int
+    waves: int
+    successors: int
+    churn: int  # pods
+    rest_s: float
+
+
+class Stage:
+    """The cluster with our templates on it."""
+
+    def __init__(self, kube: Kube) -> None:
+        self.kube = kube
+        types = kube.types()
+        self.modes = [mode for mode in EXAMPLES if mode in types]
+        self.notes: dict[str, str] = {}  # by what they are about
+        self._numbers = itertools.count(1)
+        self._pods: dict[str, Body] = {}
+        for mode in self.modes:
+            template, self._pods[mode] = yaml.safe_load_all(
+                (ROOT / "deploy" / "examples" / f"{EXAMPLES[mode]}.yaml").read_text(encoding="utf-8")
+            )
+            kube.ask("POST", TEMPLATES, template)
+            if mode == "gpu":
+                kube.ask("POST", TEMPLATES, _of_one_card(template))
+                self._pods[WITHOUT] = _without(self._pods[mode])
+        if left_out := EXAMPLES.keys() - set(self.modes):
+            self.notes["modes"] = f"not offered on this Kubernetes, so not measured: {', '.join(sorted(left_out))}"
+
+    def pod(self, mode: str, template: str = "") -> Body:
+        """A pod of its own name; `template`: another one than the example's."""
+        pod = copy.deepcopy(self._pods[mode])
+        pod["metadata"]["name"] = f"{mode}-{next(self._numbers)}"
+        pod["spec"]["containers"][0]["command"] = STAYS
+        # The kubelet looks every 300 ms whether a pod's volumes are mounted, which would be most of what is measured.
+        pod["spec"]["automountServiceAccountToken"] = False
+        pod["spec"]["terminationGracePeriodSeconds"] = 1  # for one that is told to end before it has set its trap
+        for claim in pod["spec"].get("resourceClaims", ()) if template else ():
+            claim["resourceClaimTemplateName"] = template
+        return pod
+
+    def run(self, pod: Body) -> float:
+        """Create it; seconds from just before the request until the watch delivered Ready."""
+        began = self.kube.create(pod)
+        return self.kube.pods.ready(name_of(pod)) - began
+
+    def end(self, pod: Body) -> float:
+        """Delete it with its own grace; seconds until the watch delivered that it is gone."""
+        began = self.kube.delete(name_of(pod))
+        return self.kube.pods.gone(name_of(pod)) - began
+
+    def clear(self) -> None:
+        """Return when no pod holds anything."""
+        self.kube.until_none(PODS)
+        self.kube.until_none(CLAIMS)
+
+
+def name_of(pod: Body) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def _of_one_card(template: Body) -> Body:
+    template = copy.deepcopy(template)
+    template["metadata"]["name"] = CARD_0
+    selector = {"cel": {"expression": "device.attributes['gpuslice.dev'].index == 0"}}
+    template["spec"]["spec"]["devices"]["requests"][0]["exactly"]["selectors"] = [selector]
+    return template
+
+
+def _without(pod: Body) -> Body:
+    pod = copy.deepcopy(pod)
+    del pod["spec"]["resourceClaims"], pod["spec"]["containers"][0]["resources"]
+    return pod

@@ -1,0 +1,170 @@
+"""The programs of a cluster, built from Go modules into a cache folder for each version."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hack.lib.cluster.errors import PlaygroundError
+from hack.lib.cluster.versions import CONTAINERD, KUBE, module_file
+
+_GIB = 1 << 30
+_BUILD_GIB = 8  # sources, Go's build cache, the programs: measured 6
+_CONTAINERD_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr")
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuslice" / "cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class Binaries:
+    """Where the programs of one version are, or will be."""
+
+    version: str
+
+    @property
+    def folder(self) -> Path:
+        return cache() / f"v{self.version}"
+
+    @property
+    def kube(self) -> Path:
+        return self.folder / "kube"
+
+    @property
+    def runtime(self) -> Path:
+        """Folder of containerd's programs."""
+        return cache() / f"containerd-{CONTAINERD}"
+
+    def missing(self) -> list[Path]:
+        programs = [self.runtime / name for name in _CONTAINERD_PROGRAMS]
+        return [path for path in (self.kube, *programs) if not path.exists()]
+
+    def ensure(self) -> None:
+        """Build what is missing, with progress on standard error. PlaygroundError where that cannot be."""
+        missing = self.missing()
+        if not missing:
+            return
+        _check_go(self.version)
+        _check_room()
+        if any(path.parent == self.runtime for path in missing):
+            _say(f"building containerd {CONTAINERD} into {self.runtime}: once, 2 minutes on two cores")
+            self._build_containerd()
+        if self.kube in missing:
+            _say(f"building Kubernetes {self.version} into {self.folder}: once, 9 minutes on two cores")
+            self._build_kube()
+
+    def _build_kube(self) -> None:
+        modules = str(KUBE / module_file(self.version))
+        major, minor, _ = self.version.split(".")
+        package = "k8s.io/component-base/version"
+        stamped = {"gitVersion": f"v{self.version}", "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
+        # Clients look at the version, and so does our driver.
+        flags = " ".join(["-s -w", *(f"-X {package}.{key}={value}" for key, value in stamped.items())])
+        total = _count(["go", "list", "-deps", "-modfile", modules, "."], KUBE)
+        with _built_into(self.folder) as made:
+            command = ["go", "build", "-v", "-trimpath", "-mod=readonly", "-modfile", modules, "-ldflags", flags]
+            _build([*command, "-o", str(made / "kube"), "."], KUBE, total)
+
+    def _build_containerd(self) -> None:
+        with _built_into(self.runtime) as made:
+            programs = [f"github.com/containerd/containerd/v2/cmd/{name}@{CONTAINERD}" for name in _CONTAINERD_PROGRAMS]
+            _build(
+                ["go", "install", "-v", "-trimpath", "-ldflags", "-s -w", *programs], Path("/"), 1100, GOBIN=str(made)
+            )
+
+
+@contextlib.contextmanager
+def _built_into(folder: Path) -> Iterator[Path]:
+    """A folder to build in, beside `folder`; its files are moved there when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as made:
+        yield Path(made)
+        folder.mkdir(exist_ok=True)
+        for path in Path(made).iterdir():
+            path.rename(folder / path.name)
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    # No other toolchain is fetched behind anybody's back, and nothing of the C compiler is needed.
+    return {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off", **more}
+
+
+def _count(command: Sequence[str], folder: Path) -> int:
+    """Packages to compile at most; the first time this fetches the sources."""
+    _say("fetching sources")
+    done = subprocess.run(command, cwd=folder, env=_environment({}), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PlaygroundError(_reason("its sources cannot be had", done.stderr.splitlines()))
+    return len(done.stdout.splitlines())
+
+
+def _build(command: Sequence[str], folder: Path, total: int, **more: str) -> None:
+    """Run a build that prints each package it compiles."""
+    lines: list[str] = []
+    with subprocess.Popen(
+        ["nice", *command], cwd=folder, env=_environment(more), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                lines.append(line.rstrip())
+                _progress(len(lines), total)
+        except BaseException:
+            process.terminate()
+            raise
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if process.returncode:
+        raise PlaygroundError(_reason("the build failed", lines))
+
+
+def _progress(done: int, total: int) -> None:
+    """On a terminal one line that moves; elsewhere a line for each tenth. A warm build cache makes it stop early."""
+    if sys.stderr.isatty():
+        print(f"\r  {done} of at most {total} packages", end="", file=sys.stderr, flush=True)
+    elif done % max(1, total // 10) == 0:
+        _say(f"  {done} of at most {total} packages")
+
+
+def _reason(what: str, lines: Sequence[str]) -> str:
+    told = [line for line in lines if line.startswith(("go: ", "#")) or ": " in line]
+    last = told[-1] if told else "Go gave no reason"
+    return f"{what}: {last}; check that Go's module proxy can be reached (go env GOPROXY) and try again"
+
+
+def _check_go(version: str) -> None:
+    found = re.search(r"^go (\d+)\.(\d+)", (KUBE / module_file(version)).read_text(), re.MULTILINE)
+    assert found is not None
+    least = (int(found[1]), int(found[2]))
+    words = f"building Kubernetes {version} needs Go {least[0]}.{least[1]} or later"
+    if shutil.which("go") is None:
+        raise PlaygroundError(f"{words}, and there is no go on PATH; install it (go.dev/dl) or put it on PATH")
+    said = subprocess.run(["go", "env", "GOVERSION"], env=_environment({}), capture_output=True, text=True, check=False)
+    has = re.match(r"go(\d+)\.(\d+)", said.stdout)
+    if has is None or (int(has[1]), int(has[2])) < least:
+        raise PlaygroundError(
+            f"{words}, and go on PATH is {said.stdout.strip() or 'broken'}; put a newer one first on PATH"
+        )
+
+
+def _check_room() -> None:
+    cache().mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache()).free / _GIB
+    if free < _BUILD_GIB:
+        raise PlaygroundError(
+            f"a build needs {_BUILD_GIB} GiB of disk and {cache()} has {free:.1f} GiB; make room, or set XDG_CACHE_HOME and "
+            "GOCACHE to a larger disk"
+        )
+
+
+def _say(text: str) -> None:
+    print(f"hack/cluster: {text}", file=sys.stderr, flush=True)

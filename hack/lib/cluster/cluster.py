@@ -1,0 +1,341 @@
+"""The cluster from outside: make it, find it, end it.
+
+Which one runs is not a matter of a file that says so: whoever runs it holds a lock on the work folder, and the kernel lets
+go of that when the last of it has ended, however it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hack.lib.cluster import machine
+from hack.lib.cluster.binaries import Binaries
+from hack.lib.cluster.errors import PlaygroundError
+from hack.lib.cluster.layout import CGROUP, REPOSITORY, Facts, Place, Ports, empty, work_folder
+from hack.lib.cluster.processes import PATIENCE_S
+from hack.lib.cluster.ready import Readiness
+
+_WAIT_S = 30.0
+_GLANCE_S = 0.05  # between two looks at something that sends no event
+NONE = "there is no cluster; hack/cluster up starts one"
+_TAKEN = (
+    "a cluster is there already, and this machine has room for one; use it (hack/cluster status) or end it first "
+    "(hack/cluster down)"
+)
+
+Say = Callable[[str], None]
+
+
+def up(version: str, gpus: str, say: Say, *, kubelet: bool = True) -> Facts:
+    """Start a cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays.
+
+    Without a kubelet it is a control plane alone, for nodes that are objects and nothing else.
+    """
+    machine.check()
+    machine.check_gpus(gpus)
+    if running() is not None:
+        raise PlaygroundError(_TAKEN)
+    Binaries(version).ensure()
+    place = Place(work_folder())
+    tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
+    facts = Facts(version, gpus, tokens, Ports.free(), kubelet)
+    with _owned(place.root) as lock:
+        try:
+            _clear(place.root)
+            place.logs.mkdir()
+            facts.write(place.facts)
+            _start(place, lock, say)
+        except BaseException:
+            _end(place)
+            raise
+    return facts
+
+
+def check(version: str) -> None:
+    """PlaygroundError with the first reason why `up` would not start at once."""
+    machine.check()
+    if running() is not None:
+        raise PlaygroundError(_TAKEN)
+    missing = Binaries(version).missing()
+    if missing:
+        raise PlaygroundError(
+            f"{missing[0]} is not built; hack/cluster build makes it, in about ten minutes the first time"
+        )
+
+
+def down() -> bool:
+    """End the cluster and remove all of it; whether there was one."""
+    place = Place(work_folder())
+    if not place.root.exists():
+        return False
+    _check_owner(place.root)
+    _end(place)
+    return True
+
+
+def running() -> Facts | None:
+    """The cluster that serves, or None."""
+    place = Place(work_folder())
+    if not place.root.exists() or not _locked(place.root):
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        return Facts.read(place.facts)
+    return None
+
+
+def wait() -> None:
+    """Return when the cluster has ended."""
+    outer = _outer(Place(work_folder()))
+    if outer:
+        handle = os.pidfd_open(outer)
+        try:
+            select.select([handle], [], [])
+        finally:
+            os.close(handle)
+
+
+def processes() -> dict[str, int]:
+    """Process ids of the running parts, as this machine counts them."""
+    place = Place(work_folder())
+    inside: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):
+        inside = json.loads(place.pids.read_text())
+    here = _counted_inside(_first(place))
+    return {name: here[pid] for name, pid in inside.items() if pid in here}
+
+
+# ---------------------------------------------------------------- one part of it
+
+
+def stop(part: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """End a part, and let nobody start it again: as its crash would, or as an update does it, with SIGTERM."""
+    place, _ = _part(part)
+    (place.held / part).touch()
+    _kill(processes().get(part, 0), number)
+
+
+def start(part: str) -> None:
+    """Let a part run again; return when it serves."""
+    place, facts = _part(part)
+    (place.held / part).unlink(missing_ok=True)
+    _wake(place)
+    ready = Readiness(place, facts)
+    _await(lambda: part in processes() and ready.of(part), f"{part} serves; see {place.logs / part}.log")
+
+
+def reboot() -> None:
+    """Restart the node, as far as that can be had; return when its kubelet and its driver serve."""
+    facts = _served()
+    if not facts.kubelet:
+        raise PlaygroundError(
+            "this cluster is a control plane alone and has no node to reboot; hack/cluster up makes one"
+        )
+    place = Place(work_folder())
+    place.reboot.touch()
+    _wake(place)
+    ready = Readiness(place, facts)
+    parts = ("kubelet", "driver") if facts.gpus else ("kubelet",)
+    _await(lambda: not place.reboot.exists() and all(map(ready.of, parts)), f"the node is back; see {place.logs}")
+
+
+def _part(name: str) -> tuple[Place, Facts]:
+    facts, place = _served(), Place(work_folder())
+    known = sorted(processes().keys() | {path.name for path in place.held.iterdir()})
+    if name not in known:
+        raise PlaygroundError(f"the cluster has no part {name!r}; it has {', '.join(known)}")
+    return place, facts
+
+
+def _served() -> Facts:
+    facts = running()
+    if facts is None:
+        raise PlaygroundError(NONE)
+    return facts
+
+
+def _wake(place: Place) -> None:
+    """Process 1 looks around when a child ends, or when it is told that one did."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(_first(place) or os.getpid(), signal.SIGCHLD)
+
+
+def _await(done: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not done():
+        if time.monotonic() > end:
+            raise PlaygroundError(f"it took longer than {PATIENCE_S:.0f} s until {what}")
+        time.sleep(_GLANCE_S)
+
+
+# ---------------------------------------------------------------- start and end
+
+
+def _start(place: Place, lock: int, say: Say) -> None:
+    """Run process 1 in namespaces of its own, until it says that all is ready."""
+    apart = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    errors = place.root / "log" / "init.log"
+    with errors.open("wb") as log:
+        process = subprocess.Popen(
+            [*apart, sys.executable, "-m", "hack.lib.cluster.init", str(place.root)],
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C is for us: we end it in order
+        )
+    try:
+        place.init.write_text(str(process.pid))
+        reason = _listen(process, say)
+    except BaseException:
+        process.kill()  # and process 1 with it: --kill-child
+        process.wait()
+        raise
+    if reason is not None:
+        last = errors.read_text().strip()[-600:] or "it was killed"
+        raise PlaygroundError(reason or f"the cluster ended while it started: {last}")
+
+
+def _listen(process: subprocess.Popen[str], say: Say) -> str | None:
+    """Pass on what process 1 says; None when all is ready, else why not, as far as it said."""
+    assert process.stdout is not None
+    failed: list[str] = []
+    for line in process.stdout:
+        if line == "ready\n":
+            process.returncode = 0  # it stays; nobody waits for it
+            return None
+        if failed or line.startswith("failed "):  # what follows are the reason's further lines
+            failed.append(line)
+        else:
+            say(line.rstrip())
+    process.wait()
+    return "".join(failed).removeprefix("failed ").rstrip()
+
+
+def _end(place: Place) -> None:
+    first, outer = _first(place), _outer(place)
+    for pid in (first, outer):
+        _kill(pid)
+    _remove_cgroups()
+    shutil.rmtree(place.root, ignore_errors=True)
+    if place.root.exists():
+        raise PlaygroundError(f"{place.root} could not be removed; see what is mounted below it and remove it")
+
+
+def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """End a process and wait until it is gone; process 1 of a namespace goes after all others there."""
+    with contextlib.suppress(ProcessLookupError):
+        if not pid:
+            return
+        handle = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(handle, number)
+            if not select.select([handle], [], [], _WAIT_S)[0]:
+                raise PlaygroundError(
+                    f"process {pid} does not end within {_WAIT_S:.0f} s of {number.name}; see its state in ps"
+                )
+        finally:
+            os.close(handle)
+
+
+def _outer(place: Place) -> int:
+    """The `unshare` that waits for process 1; 0 if it is gone."""
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        pid = int(place.init.read_text())
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if str(place.root).encode() in words:  # else the number has gone to somebody else
+            return pid
+    return 0
+
+
+def _first(place: Place) -> int:
+    """Process 1 of the cluster; 0 if it is gone."""
+    outer = _outer(place)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        children = Path(f"/proc/{outer}/task/{outer}/children").read_text().split() if outer else []
+        return int(children[0]) if children else 0
+    return 0
+
+
+def _counted_inside(first: int) -> dict[int, int]:
+    """Process id inside the cluster → process id on this machine."""
+    found: dict[int, int] = {}
+    try:
+        namespace = Path(f"/proc/{first}/ns/pid").stat().st_ino
+    except FileNotFoundError:
+        return found
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not to be looked at
+            if (folder / "ns" / "pid").stat().st_ino == namespace:
+                line = next(s for s in (folder / "status").read_text().splitlines() if s.startswith("NSpid:"))
+                found[int(line.split()[-1])] = int(folder.name)
+    return found
+
+
+def _remove_cgroups() -> None:
+    """Remove the cgroups that containers leave, in each hierarchy. One with processes in it is somebody else's and stays."""
+    top = Path("/sys/fs/cgroup")
+    for tree in (top / CGROUP, *top.glob(f"*/{CGROUP}")):
+        for folder, _, _ in os.walk(tree, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+
+
+# ---------------------------------------------------------------- the lock
+
+
+@contextlib.contextmanager
+def _owned(root: Path) -> Iterator[int]:
+    """The work folder, made and locked by us. PlaygroundError where a cluster has it."""
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    _check_owner(root)
+    lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _lock(lock):
+            raise PlaygroundError(_TAKEN)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _locked(root: Path) -> bool:
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear(root: Path) -> None:
+    """Remove what a cluster left that ended with the machine."""
+    _remove_cgroups()
+    empty(root)
+
+
+def _check_owner(root: Path) -> None:
+    """In a folder that all may write to, the name could be somebody else's."""
+    found = root.lstat()
+    if root.is_symlink() or not root.is_dir() or found.st_uid != os.geteuid():
+        raise PlaygroundError(f"{root} is not a folder of ours; remove it, or set TMPDIR to another place")

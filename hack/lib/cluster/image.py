@@ -1,0 +1,88 @@
+"""The one container image: busybox, and an `nvidia-smi` that says what the driver put into the container.
+
+It goes by the names that deploy/examples use, so that they run unchanged on a machine that can pull nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from hack.lib.cluster.parts import PAUSE
+
+# Full names, as the kubelet asks the runtime for them.
+NAMES = ("docker.io/library/ubuntu:24.04", "docker.io/library/busybox:latest", PAUSE)
+
+_NVIDIA_SMI = b"""\
+#!/bin/sh
+echo "No NVIDIA program and no GPU here: a stand-in. The driver put into this container:"
+env | grep -E '^(GPUSLICE|CUDA|NVIDIA)_' | sort
+"""
+
+
+def write(archive: Path, busybox: Path, links: list[str]) -> None:
+    """Write an OCI archive for `ctr images import`."""
+    layer = _layer(busybox.read_bytes(), links)
+    command = {"Env": ["PATH=/usr/bin:/bin"], "Cmd": ["sleep", "2147483647"]}
+    rootfs = {"type": "layers", "diff_ids": [_digest(layer)]}
+    config = json.dumps({"architecture": _architecture(), "os": "linux", "config": command, "rootfs": rootfs}).encode()
+    oci = "application/vnd.oci.image"
+    manifest = _json(
+        schemaVersion=2,
+        mediaType=f"{oci}.manifest.v1+json",
+        config=_about(config, f"{oci}.config.v1+json"),
+        layers=[_about(layer, f"{oci}.layer.v1.tar")],
+    )
+    named = [
+        {**_about(manifest, f"{oci}.manifest.v1+json"), "annotations": {"io.containerd.image.name": name}}
+        for name in NAMES
+    ]
+    with tarfile.open(archive, "w") as tar:
+        _add(tar, "oci-layout", _json(imageLayoutVersion="1.0.0"))
+        _add(tar, "index.json", _json(schemaVersion=2, manifests=named))
+        for blob in (layer, config, manifest):
+            _add(tar, f"blobs/sha256/{_digest(blob).removeprefix('sha256:')}", blob)
+
+
+def _layer(busybox: bytes, links: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in ("bin", "usr", "usr/bin", "tmp", "etc"):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755
+            tar.addfile(folder)
+        _add(tar, "bin/busybox", busybox, 0o755)
+        _add(tar, "usr/bin/nvidia-smi", _NVIDIA_SMI, 0o755)
+        for name in sorted({*links} - {"busybox"}):
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+    return buffer.getvalue()
+
+
+def _architecture() -> str:
+    """This machine's, in Go's words."""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes, mode: int = 0o644) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), mode
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _json(**values: Any) -> bytes:
+    return json.dumps(values).encode()
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _about(content: bytes, kind: str) -> dict[str, Any]:
+    return {"mediaType": kind, "digest": _digest(content), "size": len(content)}

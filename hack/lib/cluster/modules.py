@@ -1,0 +1,56 @@
+"""Write the go.mod of `hack/kube` for one Kubernetes version: python -m hack.lib.cluster.modules 1.37.1
+
+Kubernetes is not meant to be required: its go.mod replaces its own parts by folders of its repository. Each of them is
+also a module, of the version that belongs to it, and that is what we name instead. The results are checked in, with
+their sums, so that a build takes exactly what was tried; run this again only for another version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from hack.lib.cluster.versions import KUBE, module_file
+
+_STAGED = re.compile(r"^\s*(k8s\.io/[\w.-]+) => \./staging/", re.MULTILINE)
+
+
+def module_text(version: str, theirs: str) -> str:
+    """Our go.mod from that of kubernetes `version` (1.37.1)."""
+    staged = sorted(set(_STAGED.findall(theirs)))
+    replaced = "\n".join(f"\t{name} => {name} v0.{version.removeprefix('1.')}" for name in staged)
+    return (
+        f"module gpuslice.dev/hack/kube\n\n{_line(theirs, 'go')}\n\n{_line(theirs, 'godebug')}\n\n"
+        f"require (\n\tk8s.io/kubernetes v{version}\n\tgo.etcd.io/etcd/server/v3 {_etcd(theirs)}\n)\n\n"
+        f"replace (\n{replaced}\n)\n"
+    )
+
+
+def _line(text: str, word: str) -> str:
+    found = re.search(rf"^{word} .*$", text, re.MULTILINE)
+    return found[0] if found else ""
+
+
+def _etcd(text: str) -> str:
+    found = re.search(r"go\.etcd\.io/etcd/client/v3 (v\S+)", text)
+    if found is None:
+        raise SystemExit("modules: kubernetes' go.mod names no etcd client; look which server belongs to it")
+    return found[1]
+
+
+def main(version: str) -> None:
+    go = {**os.environ, "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=mod"}
+    shown = ["go", "mod", "download", "-json", f"k8s.io/kubernetes@v{version}"]
+    downloaded = subprocess.run(shown, cwd="/", env=go, check=True, capture_output=True)
+    ours = KUBE / module_file(version)
+    ours.write_text(module_text(version, Path(json.loads(downloaded.stdout)["GoMod"]).read_text()))
+    ours.with_suffix(".sum").unlink(missing_ok=True)
+    subprocess.run(["go", "mod", "tidy", "-modfile", str(ours)], cwd=KUBE, env=go, check=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,247 @@
+"""The parts of the cluster: their command lines and their files. What each flag is for stands where it is not plain."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from hack.lib.cluster.binaries import Binaries
+from hack.lib.cluster.layout import LOOPBACK, NODE, Facts, Place
+
+Command = list[str]
+
+# The kubelet sets these for the whole machine; it shall find them set already, in files of ours.
+SYSCTLS = {
+    "vm/overcommit_memory": "1",
+    "vm/panic_on_oom": "0",
+    "kernel/panic": "10",
+    "kernel/panic_on_oops": "1",
+    "kernel/keys/root_maxkeys": "1000000",
+    "kernel/keys/root_maxbytes": "25000000",
+}
+PAUSE = "gpuslice.dev/pause:1"
+
+
+# ---------------------------------------------------------------- command lines
+
+
+def commands(place: Place, facts: Facts, binaries: Binaries) -> dict[str, Command]:
+    """Every part of the control plane and the node by its name."""
+    kube = str(binaries.kube)
+    return {
+        "etcd": [kube, "etcd", *_etcd(place, facts)],
+        "containerd": [str(binaries.runtime / "containerd"), "--config", str(place.root / "containerd.toml")],
+        "kube-apiserver": [kube, "kube-apiserver", *_api_server(place, facts)],
+        "kube-controller-manager": [kube, "kube-controller-manager", *_controllers(place, facts)],
+        "kube-scheduler": [kube, "kube-scheduler", *_scheduler(place, facts)],
+        "kubelet": [kube, "kubelet", *_kubelet(place)],
+    }
+
+
+def driver(place: Place, facts: Facts) -> Command:
+    return [
+        *(sys.executable, "-m", "gpuslice", "run", "--simulate", facts.gpus, "--node-name", NODE),
+        *("--kubeconfig", str(place.driver)),
+        *("--kubelet-plugins-directory-path", str(place.plugins)),
+        *("--kubelet-registrar-directory-path", str(place.registry)),
+        *("--cdi-root", str(place.cdi), "--mps-root", str(place.mps)),
+        *("--http-endpoint", f"{LOOPBACK}:{facts.ports.driver}"),
+    ]
+
+
+def supervisor(place: Place, facts: Facts) -> Command:
+    return [
+        *(sys.executable, "-m", "gpuslice", "mps-supervisor", "--simulate", facts.gpus),
+        *("--mps-root", str(place.mps), "--kubelet-plugins-directory-path", str(place.plugins)),
+    ]
+
+
+def _etcd(place: Place, facts: Facts) -> Command:
+    client, peer = (f"http://{LOOPBACK}:{port}" for port in (facts.ports.etcd, facts.ports.peer))
+    return [
+        f"--data-dir={place.root / 'etcd'}",
+        f"--listen-client-urls={client}",
+        f"--advertise-client-urls={client}",
+        f"--listen-peer-urls={peer}",
+        f"--initial-advertise-peer-urls={peer}",
+        f"--initial-cluster=default={peer}",
+        "--unsafe-no-fsync",  # nothing here outlives the machine
+        "--log-level=warn",
+    ]
+
+
+def _api_server(place: Place, facts: Facts) -> Command:
+    return [
+        f"--etcd-servers=http://{LOOPBACK}:{facts.ports.etcd}",
+        f"--bind-address={LOOPBACK}",
+        f"--secure-port={facts.ports.api}",
+        f"--cert-dir={place.api}",
+        "--endpoint-reconciler-type=none",  # a loopback address is refused as an endpoint
+        "--service-account-issuer=https://kubernetes.default.svc",
+        f"--service-account-key-file={place.key}",
+        f"--service-account-signing-key-file={place.key}",
+        f"--token-auth-file={place.root / 'tokens.csv'}",
+        "--authorization-mode=Node,RBAC",
+        "--enable-admission-plugins=NodeRestriction",
+        "--service-cluster-ip-range=10.0.0.0/24",
+        "--allow-privileged",
+        "--kubelet-preferred-address-types=Hostname",  # NODE stands in the node's /etc/hosts: logs and exec work
+    ]
+
+
+def _client(place: Place) -> Command:
+    return [f"--kubeconfig={place.admin}", "--leader-elect=false", f"--bind-address={LOOPBACK}"]
+
+
+# For measuring: the API server is the limit, not the client's own (50 a second keeps the scheduler at 14 pods a second).
+_UNHURRIED = ["--kube-api-qps=2000", "--kube-api-burst=2000"]
+
+
+def _controllers(place: Place, facts: Facts) -> Command:
+    # Nobody speaks for nodes without a kubelet, so nobody may judge them by their silence.
+    judges = "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,-device-taint-eviction-controller"
+    return [
+        *_client(place),
+        f"--secure-port={facts.ports.controllers}",
+        f"--service-account-private-key-file={place.key}",
+        f"--root-ca-file={place.certificate}",
+        *([] if facts.kubelet else [judges, *_UNHURRIED]),
+    ]
+
+
+def _scheduler(place: Place, facts: Facts) -> Command:
+    asked = f"={place.admin}"  # who may read its profile (/debug/pprof), the API server says
+    return [
+        *_client(place),
+        f"--secure-port={facts.ports.scheduler}",
+        f"--authentication-kubeconfig{asked}",
+        f"--authorization-kubeconfig{asked}",
+        *([] if facts.kubelet else _UNHURRIED),
+    ]
+
+
+def _kubelet(place: Place) -> Command:
+    return [
+        f"--config={place.root / 'kubelet.json'}",
+        f"--kubeconfig={place.root / 'kubelet.conf'}",
+        f"--root-dir={place.kubelet}",
+        f"--cert-dir={place.kubelet / 'pki'}",
+        f"--hostname-override={NODE}",
+    ]
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_files(place: Place, facts: Facts, busybox: str) -> None:
+    """Every configuration file that does not depend on a running part."""
+    tokens = facts.tokens
+    _secret(
+        place,
+        "tokens.csv",
+        f'{tokens["admin"]},admin,admin,"system:masters"\n'
+        f'{tokens["kubelet"]},system:node:{NODE},kubelet,"system:nodes"\n',
+    )
+    _secret(place, "admin.conf", kubeconfig(place, facts, tokens["admin"]))
+    _secret(place, "kubelet.conf", kubeconfig(place, facts, tokens["kubelet"]))
+    (place.root / "kubelet.json").write_text(json.dumps(_kubelet_config(place, facts)))
+    (place.root / "containerd.toml").write_text(_containerd(place))
+    (place.cni / "conf").mkdir(parents=True)
+    network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
+    (place.cni / "conf" / "none.conflist").write_text(json.dumps(network))
+    plugin = place.cni / "none"
+    plugin.write_text(_CNI.format(busybox=busybox))
+    plugin.chmod(0o755)
+
+
+def _secret(place: Place, name: str, text: str) -> None:
+    path = place.root / name
+    path.touch(mode=0o600)
+    path.write_text(text)
+
+
+def kubeconfig(place: Place, facts: Facts, token: str) -> str:
+    server = {"server": f"https://{LOOPBACK}:{facts.ports.api}", "certificate-authority": str(place.certificate)}
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "gpuslice", "cluster": server}],
+            "users": [{"name": "user", "user": {"token": token}}],
+            "contexts": [{"name": "gpuslice", "context": {"cluster": "gpuslice", "user": "user"}}],
+            "current-context": "gpuslice",
+        }
+    )
+
+
+def _kubelet_config(place: Place, facts: Facts) -> Mapping[str, Any]:
+    return {
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "address": LOOPBACK,
+        "port": facts.ports.kubelet,
+        "healthzPort": 0,
+        "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
+        "authorization": {"mode": "AlwaysAllow"},
+        "containerRuntimeEndpoint": f"unix://{place.socket}",
+        "failCgroupV1": False,
+        "cgroupDriver": "cgroupfs",
+        "cgroupsPerQOS": False,
+        "enforceNodeAllocatable": [],
+        "failSwapOn": False,
+        "oomScoreAdj": 0,
+        "makeIPTablesUtilChains": False,
+        "localStorageCapacityIsolation": False,
+        "resolvConf": "",
+        "clusterDNS": ["10.0.0.10"],  # nobody is there; without an address each pod has a warning about it
+        "syncFrequency": "1s",
+        # A full disk of a developer's machine is no reason to evict a pod, nor to drop images that nobody can pull.
+        "imageGCHighThresholdPercent": 100,
+        "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%"},
+        "podLogsDir": str(place.logs / "pods"),
+        "volumePluginDir": str(place.kubelet / "volume-plugins"),
+    }
+
+
+def _containerd(place: Place) -> str:
+    return f"""\
+version = 3
+root = '{place.containerd / "root"}'
+state = '{place.containerd / "state"}'
+[grpc]
+  address = '{place.socket}'
+[ttrpc]
+  address = '{place.socket}.ttrpc'
+[plugins.'io.containerd.nri.v1.nri']
+  disable = true
+[plugins.'io.containerd.internal.v1.opt']
+  path = '{place.containerd / "opt"}'
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = '{PAUSE}'
+[plugins.'io.containerd.cri.v1.runtime']
+  enable_cdi = true
+  cdi_spec_dirs = ['{place.cdi}']
+  # Where we may not lower our own score, every sandbox would fail: "can't get final child's PID from pipe".
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins.'io.containerd.cri.v1.runtime'.cni]
+    bin_dirs = ['{place.cni}']
+    conf_dir = '{place.cni / "conf"}'
+    use_internal_loopback = true
+"""
+
+
+# Pods get a network of their own with nothing but the loopback interface in it. The address is told to the kubelet, which
+# wants one; nobody answers there.
+_CNI = """\
+#!{busybox} sh
+case $CNI_COMMAND in
+ADD)
+  echo '{{"cniVersion": "1.0.0", "interfaces": [{{"name": "eth0", "sandbox": "'$CNI_NETNS'"}}],'
+  echo '"ips": [{{"address": "192.0.2.1/32", "interface": 0}}]}}'
+  ;;
+VERSION) echo '{{"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0"]}}' ;;
+esac
+"""

@@ -1,0 +1,42 @@
+"""A reboot of the node, as far as it can be had: what lives in memory is gone, what lies on disk stays.
+
+Gone: every process of the node with its containers, the mounts they had, /run, the folders that a node has below /run (CDI
+files, MPS), the boot id, and what a reset takes from the cards. The control plane runs on, as on machines of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import uuid
+from pathlib import Path
+
+from hack.lib.cluster.layout import Facts, Place, empty
+
+
+def forget(place: Place, facts: Facts) -> None:
+    """Take from the node what a reboot takes. No process of it may run."""
+    _unmount(place)
+    for folder in (Path("/run"), place.cdi, place.mps, place.containerd / "state"):
+        if folder.exists():
+            empty(folder)
+    place.socket.unlink(missing_ok=True)
+    new_boot(place)
+    if facts.gpus:
+        from gpuslice.nvml.sim.node import SimNode
+
+        SimNode(place.simulated).reboot()
+
+
+def new_boot(place: Place) -> None:
+    place.boot_id.write_text(f"{uuid.uuid4()}\n")
+
+
+def _unmount(place: Place) -> None:
+    """What kubelet and containerd mounted, the last first; not the mount that the kubelet's folder itself is."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    points = [Path(line.split()[1]) for line in lines]
+    below = [
+        p for p in points if place.kubelet in p.parents or place.containerd in p.parents or Path("/run") in p.parents
+    ]
+    for point in reversed(below):
+        subprocess.run(["umount", "--lazy", str(point)], check=False, stderr=subprocess.DEVNULL)

@@ -1,0 +1,16 @@
+"""What is run: Kubernetes versions that were tried, and the container runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+KUBE = Path(__file__).parents[2] / "kube"
+
+# Newest first; the first is the default. 1.35 drops what keeps overlapping devices apart: the driver has to notice.
+VERSIONS = ("1.37.1", "1.36.3", "1.35.4")
+CONTAINERD = "v2.3.6"
+
+
+def module_file(version: str) -> str:
+    """The go.mod of this version, beside main.go; the default's has the name that editors and `go vet` look for."""
+    return "go.mod" if version == VERSIONS[0] else f"v{version}.mod"

@@ -1,0 +1,130 @@
+"""`hack/scale`: how fast the real scheduler places pods on nodes with our slices, against whole GPUs alone.
+
+The two sets of slices take turns, round by round, so that what slows this machine down meets both. docs/performance.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from gpuslice.core.policy.rules import Policy
+from gpuslice.errors import DriverError
+from gpuslice.node import read_policy
+
+from hack.lib.scale.api import Api
+from hack.lib.scale.control import Scheduler, control_plane
+from hack.lib.scale.errors import ScaleError
+from hack.lib.scale.fleet import CARDS, Plan, cards, create_classes, create_nodes, plan, publish
+from hack.lib.scale.measure import KINDS, WHOLE, Figure, Kind, measure
+from hack.lib.scale.report import BASELINE, OURS, Found, report, table
+
+_WARM = 8  # pods that are not counted: the scheduler compiles selectors, and has seen the new slices
+_PROFILE_S = 3
+_WHOLE_ONLY = {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"modes": ["gpu"]}}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 once all was measured, targets reached or not; 1 with a sentence where it could not be."""
+    options = _options(arguments)
+    try:
+        gpus = cards()
+        plans = {
+            BASELINE: plan(gpus, Policy.parse(_WHOLE_ONLY)),
+            OURS: plan(gpus, read_policy(options.policy)),
+        }
+        with control_plane() as (api, scheduler):
+            found = _measured(api, scheduler, plans, options)
+    except (ScaleError, DriverError) as e:
+        _say(str(e))
+        return 1
+    told = report(found, {"nodes": options.nodes, "cards": CARDS, "pods": options.pods, "rounds": options.rounds})
+    print(json.dumps(told, indent=1) if options.json else table(told))
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hack/scale",
+        description="Pods a second that the real scheduler places on nodes with our slices, without kubelets.",
+    )
+    parser.add_argument("--nodes", type=_positive, default=100, help="with eight simulated H100 each (100)")
+    parser.add_argument("--pods", type=_positive, default=200, help="of each kind in a round (200)")
+    parser.add_argument("--rounds", type=_positive, default=3, help="of each (3)")
+    parser.add_argument(
+        "--only", action="append", choices=[kind.key for kind in KINDS], help="this kind of request only"
+    )
+    parser.add_argument(
+        "--policy", type=Path, metavar="FILE", help="what our driver offers, if not all (docs/policy.md)"
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="keep CPU profiles of the scheduler there, for go tool pprof -top",
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _measured(api: Api, scheduler: Scheduler, plans: Mapping[str, Plan], options: argparse.Namespace) -> Found:
+    create_classes(api)
+    nodes = create_nodes(api, options.nodes)
+    kinds = [kind for kind in KINDS if not options.only or kind.key in options.only]
+    found: Found = {}
+    for number in range(options.rounds):
+        names = list(plans)
+        for name in names if number % 2 == 0 else reversed(names):
+            _say(f"round {number + 1} of {options.rounds}: {name}")
+            publish(api, nodes, plans[name])
+            asked = [WHOLE] if name == BASELINE else kinds
+            measure(api, scheduler, asked[0], min(_WARM, options.pods))
+            for kind in asked:
+                path = options.profile and options.profile / f"{name.replace(' ', '-')}-{kind.key}.pb.gz"
+                figure = _figure(api, scheduler, kind, options.pods, path)
+                found.setdefault((name, kind), []).append(figure)
+    return found
+
+
+def _figure(api: Api, scheduler: Scheduler, kind: Kind, pods: int, profile: Path | None) -> Figure:
+    """Measured once; where a profile is asked for, that costs a little too."""
+    if profile is None:
+        return measure(api, scheduler, kind, pods)
+    profile.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1, "profile") as thread:
+        taken: list[Future[bytes]] = []
+        figure = measure(
+            api, scheduler, kind, pods, lambda: taken.append(thread.submit(scheduler.profile, api, _PROFILE_S))
+        )
+        profile.write_bytes(taken[0].result())
+    return figure
+
+
+def _say(text: str) -> None:
+    print(f"hack/scale: {text}", file=sys.stderr, flush=True)
+
+
+def _stop(*_: object) -> None:
+    """Told to end in another way than Ctrl-C, it ends in the same."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, _stop)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        _say("stopped; nothing of it stays")
+        sys.exit(130)

@@ -1,0 +1,69 @@
+"""A control plane without a node, by `hack/cluster`: its API server, and its scheduler, which can be held."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hack.lib.scale.api import Api
+from hack.lib.scale.errors import ScaleError
+
+_CLUSTER = str(Path(__file__).parents[2] / "cluster")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduler:
+    pid: int
+    url: str
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """It stands still: pods pile up that it does not know of."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
+    def cpu_s(self) -> float:
+        """Processor time that it has used so far, of all its threads."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def profile(self, api: Api, seconds: int) -> bytes:
+        """Where its processor time goes for so long from now on, for `go tool pprof -top`."""
+        return api.fetch(f"{self.url}/debug/pprof/profile?seconds={seconds}")
+
+
+@contextlib.contextmanager
+def control_plane() -> Iterator[tuple[Api, Scheduler]]:
+    """Up while it is used; nothing of it stays."""
+    if _run("up", "--control-plane"):
+        raise ScaleError("the control plane did not start; it said why above")
+    try:
+        told = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
+        facts = json.loads(told)
+        yield (
+            Api(Path(facts["folder"]) / "admin.conf"),
+            Scheduler(facts["processes"]["kube-scheduler"], facts["scheduler"]),
+        )
+    finally:
+        _run("down")
+
+
+def _run(*arguments: str) -> int:
+    """In a session of its own: Ctrl-C is for us, and we tell it once. Whatever it was about, it comes to an orderly end."""
+    process = subprocess.Popen([_CLUSTER, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return process.wait()
+    except BaseException:
+        if arguments[0] == "up":
+            process.terminate()
+        process.wait()
+        raise

@@ -1,0 +1,85 @@
+"""Nodes that are objects and nothing else, each with the slices that our driver would publish on it."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import Gpu, GpuUuid
+from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools import reconcile
+from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
+from gpuslice.core.pools.reconcile import Create, Owner
+from gpuslice.nvml.sim.nvml import SimNvml
+
+from hack.lib.scale.api import CLASSES, NODES, SLICES, Api, Body
+
+DRIVER = "gpuslice.dev"
+CARDS = "h100x8"
+REPOSITORY = Path(__file__).parents[3]
+_SEED = uuid.UUID(int=0)
+ALL = Features(partitionable=True, consumable=True, taints=True)  # as Kubernetes 1.36 and later have them
+_READY = {"type": "Ready", "status": "True", "reason": "Simulated", "message": "an object and nothing else"}
+
+Plan = Callable[[str], Sequence[PoolSlices]]  # what a node of this name publishes
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    name: str
+    uid: str
+
+
+def cards() -> tuple[Gpu, ...]:
+    """The cards of one simulated node."""
+    with tempfile.TemporaryDirectory(prefix="gpuslice-scale-") as folder:
+        nvml = SimNvml(Path(folder), CARDS)
+        try:
+            return nvml.gpus()
+        finally:
+            nvml.close()
+
+
+def plan(gpus: Sequence[Gpu], policy: Policy) -> Plan:
+    """What the driver publishes on a node with these cards under this policy; only names and UUIDs are the node's own."""
+
+    def pools(node: str) -> Sequence[PoolSlices]:
+        own = [replace(gpu, uuid=GpuUuid(f"GPU-{uuid.uuid5(_SEED, f'{node}/{gpu.index}')}")) for gpu in gpus]
+        return resource_slices(Inventory.of(own, policy, node), {}, driver=DRIVER, features=ALL)
+
+    return pools
+
+
+def slices(node: Node, pools: Sequence[PoolSlices]) -> list[Body]:
+    """The objects that the driver's publisher would create, in its order."""
+    owner = Owner(DRIVER, node.name, node.uid)
+    return [change.body for change in reconcile.changes(pools, [], owner) if isinstance(change, Create)]
+
+
+def publish(api: Api, nodes: Iterable[Node], plan: Plan) -> None:
+    """Replace all slices of these nodes by those of the plan."""
+    api.clear(SLICES)
+    api.create(SLICES, (body for node in nodes for body in slices(node, plan(node.name))))
+
+
+def create_classes(api: Api) -> None:
+    text = (REPOSITORY / "deploy" / "deviceclasses.yaml").read_text()
+    api.create(CLASSES, yaml.safe_load_all(text))
+
+
+def create_nodes(api: Api, count: int) -> list[Node]:
+    """Nodes that are ready for pods. Admission adds a taint to each, which only a kubelet's life would remove."""
+    names = [f"node-{i:03}" for i in range(count)]
+    made = api.create(
+        NODES, ({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}} for name in names)
+    )
+    room = {"cpu": "256", "memory": "2Ti", "pods": "1000"}
+    status = {"capacity": room, "allocatable": room, "conditions": [_READY]}
+    api.patch((f"{NODES}/{name}/status", {"status": status}) for name in names)
+    api.patch((f"{NODES}/{name}", {"spec": {"taints": None}}) for name in names)
+    return [Node(body["metadata"]["name"], body["metadata"]["uid"]) for body in made]

@@ -1,0 +1,109 @@
+"""How fast the scheduler places pods of one kind.
+
+The pods and their claims are made while the scheduler is held (SIGSTOP), so that neither the API client nor the
+controller that makes the claims is what is measured; the time is from its release to the last pod bound, as a watch
+tells. In it are the scheduler's own work, its writes (claim status, binding, events) and the API server's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from hack.lib.scale.api import CLAIMS, PODS, TEMPLATES, Api, Body
+from hack.lib.scale.control import Scheduler
+from hack.lib.scale.errors import ScaleError
+from hack.lib.scale.fleet import REPOSITORY
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of request, as an example in deploy/examples asks for it."""
+
+    key: str
+    text: str
+    example: str
+
+    def template(self) -> Body:
+        return self._document("ResourceClaimTemplate")
+
+    def pod(self, name: str) -> Body:
+        return {**self._document("Pod"), "metadata": {"name": name}}
+
+    def _document(self, kind: str) -> dict[str, Any]:
+        text = (REPOSITORY / "deploy" / "examples" / f"{self.example}.yaml").read_text()
+        found: dict[str, Any] = next(body for body in yaml.safe_load_all(text) if body["kind"] == kind)
+        return found
+
+
+WHOLE = Kind("whole", "a whole GPU", "whole-gpu")
+KINDS = (
+    WHOLE,
+    Kind("profile", "1g.10gb", "mig-profile"),
+    Kind("memory", "9Gi of anything", "any-share-by-memory"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    pods_per_s: float
+    cpu_ms: float  # the scheduler's processor time for each pod
+
+
+def measure(
+    api: Api, scheduler: Scheduler, kind: Kind, count: int, meanwhile: Callable[[], None] | None = None
+) -> Figure:
+    """Place `count` pods of a kind and remove them again. `meanwhile` is called when the scheduler has begun.
+
+    ScaleError where there is no room for them.
+    """
+    template, pod = kind.template(), kind.pod("")
+    api.create(TEMPLATES, [template])
+    bodies = [{**pod, "metadata": {"name": f"pod-{i:04}"}} for i in range(count)]
+    try:
+        with scheduler.held():
+            api.create(PODS, bodies)
+            _until(api, count, _has_claim)
+            cpu, begun = scheduler.cpu_s(), time.monotonic()
+        if meanwhile:
+            meanwhile()
+        _until(api, count, _is_bound)
+        took, used = time.monotonic() - begun, scheduler.cpu_s() - cpu
+    finally:
+        api.clear(PODS)
+        api.clear(TEMPLATES)
+    api.gone(CLAIMS)
+    return Figure(count / took, used / count * 1000)
+
+
+def _until(api: Api, count: int, is_so: Callable[[Body], bool]) -> None:
+    """Return when it is so for this many pods. ScaleError where the scheduler gives one up."""
+    done: set[str] = set()
+    for event in api.watch(PODS):
+        if event["type"] == "LISTED":
+            continue
+        if refusal := _refusal(event["object"]):
+            raise ScaleError(f"a pod finds no room: {refusal} Place fewer --pods, or --only what the policy offers.")
+        if is_so(event["object"]):
+            done.add(event["object"]["metadata"]["name"])
+        if len(done) == count:
+            return
+
+
+def _has_claim(pod: Body) -> bool:
+    return bool(pod.get("status", {}).get("resourceClaimStatuses"))
+
+
+def _refusal(pod: Body) -> str:
+    """What the scheduler says after it has looked at all nodes in vain; other troubles it gets over."""
+    conditions = pod.get("status", {}).get("conditions", ())
+    said = (one.get("message", "") for one in conditions if one["type"] == "PodScheduled" and one["status"] == "False")
+    return next((message for message in said if message.startswith("0/")), "")
+
+
+def _is_bound(pod: Body) -> bool:
+    return bool(pod["spec"].get("nodeName"))
