@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import wanted
+from tests.kit.cluster import wanted
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,7 +19,7 @@ from gpuslice.standin.cluster import DRIVER, Cluster, DriverProcess
 from gpuslice.standin.scheduler import Request
 from gpuslice.system.files import FolderWatch
 
-from tests.mps.node import Program
+from tests.kit.mps_node import Program
 
 CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})
 EIGHT = 8

@@ -19,8 +19,8 @@ from gpuslice.errors import DeviceError
 from gpuslice.mps import control
 from gpuslice.mps.supervisor import Supervisor
 
-from tests.builders import a_policy
-from tests.rig import Rig, a_claim, a_share
+from tests.kit.builders import a_policy
+from tests.kit.rig import Rig, a_claim, a_share
 
 GOLDEN = Path(__file__).parent / "golden" / "nodes"
 NODES = ("h100x8", "a100-40gx2+l4", "a100-40g:mig", "h200")

@@ -11,7 +11,7 @@ from gpuslice.errors import ConfigError, StateError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cdi_rules import Body, faults
+from tests.kit.cdi_rules import Body, faults
 
 UID = "0d9c2f7e-5a0b-4c53-9a39-6a0f6f0f9d11"
 KIND = "gpuslice.dev/claim"

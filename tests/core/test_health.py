@@ -7,7 +7,7 @@ from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import DeviceRef, Gpu, LiveGpu, MigUuid, Partition, Placement, Taint
 from gpuslice.core.policy.rules import Policy
 
-from tests.builders import a_gpu
+from tests.kit.builders import a_gpu
 
 OFF, ON = LiveGpu(mig=False, mig_pending=False), LiveGpu(mig=True, mig_pending=True)
 

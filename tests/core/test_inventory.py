@@ -22,7 +22,7 @@ from gpuslice.core.model import (
 from gpuslice.errors import ConfigError
 from gpuslice.nvml.sim import geometry, models
 
-from tests.builders import a_gpu, a_policy, an_inventory
+from tests.kit.builders import a_gpu, a_policy, an_inventory
 
 POOL = PoolName("node-1/0000-3b-00-0")
 

@@ -8,7 +8,7 @@ from gpuslice.core.layout import Place
 from gpuslice.core.model import Gpu, MigProfile, MigSlot, Placement
 from gpuslice.nvml.sim import geometry, models
 
-from tests.builders import a_gpu
+from tests.kit.builders import a_gpu
 
 
 def named(gpu: Gpu, *names: str) -> list[MigProfile]:

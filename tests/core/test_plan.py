@@ -25,7 +25,7 @@ from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Busy, CreateMig, DestroyMig, MadeMig, Plan, Record, SetMigMode
 from gpuslice.errors import ClaimError, DeviceError
 
-from tests.builders import a_gpu
+from tests.kit.builders import a_gpu
 
 H100 = a_gpu("h100", 0)
 OFF, ON = LiveGpu(mig=False, mig_pending=False), LiveGpu(mig=True, mig_pending=True)

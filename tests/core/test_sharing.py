@@ -21,7 +21,7 @@ from gpuslice.standin.scheduler import Body, Request, allocate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders import a_gpu, a_policy, an_inventory
+from tests.kit.builders import a_gpu, a_policy, an_inventory
 
 NODE, DRIVER = "node-1", "gpuslice.dev"
 ALL = Features(partitionable=True, consumable=True, taints=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.live import Cluster
-from tests.e2e.wanted import HACK_CLUSTER, HERE, refusal, version
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.wanted import HACK_CLUSTER, HERE, refusal, version
 
 # Two cards: one can be held in a mode while the other is free for the next.
 _CARDS = "h100x2"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.e2e.bodies import Body, attribute, exactly, made_from, pod, profile, template
-from tests.e2e.live import Cluster
+from tests.kit.cluster.bodies import Body, attribute, exactly, made_from, pod, profile, template
+from tests.kit.cluster.live import Cluster
 
 _CARDS = (0, 1)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from gpuslice.nvml.api import Code
 from gpuslice.nvml.sim.faults import Effect
 
-from tests.e2e.bodies import attribute, claim, exactly, made_from, named, pod, profile, template
-from tests.e2e.live import Cluster
+from tests.kit.cluster.bodies import attribute, claim, exactly, made_from, named, pod, profile, template
+from tests.kit.cluster.live import Cluster
 
 PART = exactly("mig", where=profile("1g.10gb"))
 _MAKING, _REMOVING = "create_gpu_instance", "destroy_gpu_instance"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.bodies import STUBBORN
-from tests.e2e.live import Cluster
-from tests.e2e.trouble import heard, left_nothing, warnings
+from tests.kit.cluster.bodies import STUBBORN
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.trouble import heard, left_nothing, warnings
 
 _FORCED = ("--force", "--grace-period=0", "--wait=false")
 

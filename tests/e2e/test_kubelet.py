@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.live import Cluster
-from tests.e2e.trouble import gone, heard, left_nothing, without
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.trouble import gone, heard, left_nothing, without
 
 _FAILED = "FailedPrepareDynamicResources"
 

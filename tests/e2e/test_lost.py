@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from tests.e2e.bodies import attribute, exactly, inside, made_from, pod, profile, template
-from tests.e2e.live import Cluster
+from tests.kit.cluster.bodies import attribute, exactly, inside, made_from, pod, profile, template
+from tests.kit.cluster.live import Cluster
 
 _POOL = "node1/0000-0a-00-0"
 _ON_IT = f"{attribute('index')} == 0 && {profile('1g.10gb')}"

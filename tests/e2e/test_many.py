@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.e2e.bodies import exactly, made_from, pod, profile, template
-from tests.e2e.live import Cluster
+from tests.kit.cluster.bodies import exactly, made_from, pod, profile, template
+from tests.kit.cluster.live import Cluster
 
 CARDS = "h100x8"
 _NAMES = [f"pod-{n}" for n in range(8)]

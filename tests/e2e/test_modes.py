@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.live import EXAMPLES, Cluster, environment
+from tests.kit.cluster.live import EXAMPLES, Cluster, environment
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
-from tests.e2e.live import Cluster
-from tests.e2e.wanted import HACK_CLUSTER
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.wanted import HACK_CLUSTER
 
 SINCE = (1, 34)
 _SLICE = """\

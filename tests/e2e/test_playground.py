@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.wanted import HACK_CLUSTER
+from tests.kit.cluster.wanted import HACK_CLUSTER
 
 SINCE = (1, 34)
 

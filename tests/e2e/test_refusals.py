@@ -6,8 +6,20 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.bodies import DRIVER, Body, attribute, claim, config, exactly, made_from, named, pod, profile, template
-from tests.e2e.live import Cluster
+from tests.kit.cluster.bodies import (
+    DRIVER,
+    Body,
+    attribute,
+    claim,
+    config,
+    exactly,
+    made_from,
+    named,
+    pod,
+    profile,
+    template,
+)
+from tests.kit.cluster.live import Cluster
 
 _NO_PLACE = "cannot allocate all claims"
 _CLASSES = ("gpu", "mig", "mps", "timeslice", "slice")

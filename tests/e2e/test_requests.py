@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.bodies import (
+from tests.kit.cluster.bodies import (
     STAY,
     Body,
     attribute,
@@ -21,7 +21,7 @@ from tests.e2e.bodies import (
     template,
     wanted,
 )
-from tests.e2e.live import Cluster
+from tests.kit.cluster.live import Cluster
 
 WHOLE = exactly("gpu")
 PART = exactly("mig", where=profile("1g.10gb"))

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.live import Cluster
-from tests.e2e.trouble import (
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.trouble import (
     Instances,
     gone,
     hack_cluster,

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tests.e2e.bodies import attribute, exactly, inside, made_from, pod, profile, template
-from tests.e2e.live import Cluster
-from tests.e2e.wanted import ROOT
+from tests.kit.cluster.bodies import attribute, exactly, inside, made_from, pod, profile, template
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.wanted import ROOT
 
 
 def on_the_first_card(cluster: Cluster) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.bodies import Body, exactly, made_from, pod, profile, template
-from tests.e2e.live import Cluster
-from tests.e2e.trouble import Instances, hack_cluster, says, versions
+from tests.kit.cluster.bodies import Body, exactly, made_from, pod, profile, template
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.trouble import Instances, hack_cluster, says, versions
 
 SINCE, UNTIL = (1, 34), (1, 35)
 _CARDS = 2

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mps.node import Node
+from tests.kit.mps_node import Node
 
 
 @pytest.fixture

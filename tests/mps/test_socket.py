@@ -14,7 +14,7 @@ from gpuslice.errors import DeviceError
 from gpuslice.mps import wire
 from gpuslice.mps.client import MpsClient
 
-from tests.mps.node import Node
+from tests.kit.mps_node import Node
 
 HEAVY = ("grpc", "kubernetes", "asyncio", "google", "prometheus_client", "yaml", "pynvml", "urllib3")
 

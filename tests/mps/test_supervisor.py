@@ -16,7 +16,7 @@ from gpuslice.mps.process import boot_id
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.sim.nvml import SimNvml
 
-from tests.mps.node import Node
+from tests.kit.mps_node import Node
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a daemon that serves several uids")
 MOUNTS = pytest.mark.skipif(os.geteuid() != 0, reason="needs root with CAP_SYS_ADMIN: a mount namespace of its own")

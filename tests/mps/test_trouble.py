@@ -15,7 +15,7 @@ from gpuslice.mps.daemon import Patience
 from gpuslice.mps.monitor import pause_s
 from gpuslice.mps.process import ProcessId, Watched
 
-from tests.mps.node import QUICK, SOON_S, Node
+from tests.kit.mps_node import QUICK, SOON_S, Node
 
 SMALL_KIB = 30 * 1024
 

@@ -1,0 +1,175 @@
+"""A simulated node with an MPS supervisor: in this process, or as the process that it is; and stand-in CUDA programs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gpuslice.core.model import GpuUuid, MigUuid
+from gpuslice.mps import control
+from gpuslice.mps.api import Daemon
+from gpuslice.mps.client import MpsClient
+from gpuslice.mps.daemon import Patience
+from gpuslice.mps.supervisor import Supervisor
+from gpuslice.nvml.sim.node import SimNode
+
+from tests.kit import mps_client as program
+
+SOON_S = 20.0
+QUICK = Patience(probe_s=0.2, answer_s=0.5)
+
+
+class Program:
+    """A stand-in CUDA program that runs."""
+
+    def __init__(self, pipe: Path, uid: int = 0, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-E", program.__file__, str(pipe), str(uid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, **environment},
+        )
+        self.pid = self.process.pid
+
+    @classmethod
+    def told(cls, environment: Mapping[str, str]) -> Program:
+        """One in a container that has this environment from its CDI file."""
+        limits = {k: v for k, v in environment.items() if k.startswith("CUDA_MPS_") and "DIRECTORY" not in k}
+        return cls(Path(environment["CUDA_MPS_PIPE_DIRECTORY"]), 0, **limits)
+
+    def says(self) -> str:
+        """Its next line; "" where it has ended."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], SOON_S)
+        assert ready, "the program says nothing"
+        return self.process.stdout.readline().strip()
+
+    def got(self) -> tuple[str, str]:
+        """(memory in MiB or "none", percent) as it was told at its start."""
+        words = self.says().split()
+        assert words[0] == "server", words
+        return words[3], words[5]
+
+    def allocates(self, mib: int) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"allocate {mib}\n")
+        return self.says()
+
+    def quiet(self) -> bool:
+        """Whether it runs, and nobody has said anything to it."""
+        assert self.process.stdout is not None
+        return self.process.poll() is None and not select.select([self.process.stdout], [], [], 0)[0]
+
+    def ended(self) -> int:
+        return self.process.wait(SOON_S)
+
+    def end(self) -> int:
+        """Let it end by itself; its exit status, also where it has ended already."""
+        self.process.communicate(timeout=SOON_S)
+        return self.process.returncode
+
+
+class Heard(logging.Handler):
+    """What the supervisor in this process logs; `wait` for a line that holds these words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+        self._more = threading.Condition()
+        logger = logging.getLogger("gpuslice.mps")
+        logger.addHandler(self)
+        logger.setLevel(logging.DEBUG)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._more:
+            self._lines.append(record.getMessage())
+            self._more.notify_all()
+
+    def lines(self, words: str) -> list[str]:
+        with self._more:
+            return [line for line in self._lines if words in line]
+
+    def wait(self, words: str, times: int = 1) -> str:
+        with self._more:
+            assert self._more.wait_for(lambda: sum(words in line for line in self._lines) >= times, SOON_S), self._lines
+            return next(line for line in reversed(self._lines) if words in line)
+
+
+class Node:
+    def __init__(self, folder: Path, spec: str = "h100x2") -> None:
+        self.folder, self.spec = folder, spec
+        self.sim = SimNode(folder / "node", spec)
+        self.root = folder / "mps"
+        self.command: Sequence[str] = control.program(Path("/"), self.sim.folder)
+        self.client = MpsClient(self.root)
+        self.heard = Heard()
+        self.programs: list[Program] = []
+        self.processes: list[subprocess.Popen[str]] = []
+        self.supervisor: Supervisor | None = None
+
+    def supervise(self, patience: Patience | None = None) -> Supervisor:
+        self.supervisor = Supervisor(self.root, self.command, patience=patience or Patience())
+        self.supervisor.open()
+        return self.supervisor
+
+    def supervise_in_process(self, *prefix: str) -> subprocess.Popen[str]:
+        """As it is run on a node; returns when it serves."""
+        arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "gpuslice", "mps-supervisor", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        assert process.stderr is not None
+        lines = []
+        while "serves" not in (line := process.stderr.readline()):
+            lines.append(line)
+            assert line, lines
+        return process
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.communicate(timeout=SOON_S)
+        if self.supervisor is not None:
+            self.supervisor.close()
+        for running in self.programs:
+            running.end()
+        self.sim.close()
+        logging.getLogger("gpuslice.mps").removeHandler(self.heard)
+
+    # ------------------------------------------------------------ what a test asks for
+
+    def uuid(self, gpu: int = 0) -> GpuUuid:
+        return self.sim.cards[gpu].uuid
+
+    def daemon(
+        self, gpu: int = 0, *, memory_mib: int | None = 10240, threads_percent: int | None = 40, device: str = ""
+    ) -> Daemon:
+        uuid = MigUuid(device) if device else self.uuid(gpu)
+        return Daemon(key=f"gpu-{gpu}", device=uuid, memory_mib=memory_mib, threads_percent=threads_percent)
+
+    def program(self, gpu: int = 0, uid: int = 0, **environment: str) -> Program:
+        self.programs.append(Program(self.client.pipe(f"gpu-{gpu}"), uid, **environment))
+        return self.programs[-1]
+
+    def cue(self, name: str) -> Path:
+        """Cue a fault of the stand-in (simdaemon.py); remove the file to withdraw it."""
+        path = self.sim.folder / "mps" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        return path
+
+    def log(self, key: str = "gpu-0") -> list[str]:
+        """Commands that the daemon of this key was told."""
+        text = (self.client.log(key) / "control.log").read_text(encoding="utf-8")
+        return [line.partition("command ")[2] for line in text.splitlines()]

@@ -1,0 +1,158 @@
+"""The driver's claim side in this process: real doors on real sockets, a simulated node, stand-in API server and kubelet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef
+from gpuslice.kube import Kube
+from gpuslice.plugin.claim_queue import Departures
+from gpuslice.plugin.server import Doors
+from gpuslice.plugin.service import ClaimService
+from gpuslice.standin.apiserver import StandInApiServer
+from gpuslice.standin.kubelet import Answer, StandInKubelet
+from gpuslice.system import files
+from gpuslice.telemetry import Telemetry
+
+from tests.kit.rig import NODE, Rig
+
+DRIVER = "gpuslice.dev"
+
+
+class Instance:
+    """One driver process' claim side. Several may serve one node, as in a rolling update."""
+
+    def __init__(self, world: World, pod_uid: str = "", *, hang_limit_s: float = 15.0) -> None:
+        self._world = world
+        self.rig = Rig(world.folder / "rig", world.spec)
+        self._executor = ThreadPoolExecutor(8)
+        self._kube = Kube(world.api.kubeconfig)
+        self._departures = Departures()
+        self.service = ClaimService(
+            api=self._kube,
+            driver=DRIVER,
+            preparer=self.rig.preparer,
+            departures=self._departures,
+            executor=self._executor,
+            hang_limit_s=hang_limit_s,
+        )
+        self.doors = Doors(
+            driver=DRIVER,
+            registry=world.registry,
+            plugin_folder=world.plugins,
+            pod_uid=pod_uid,
+            registration_socket="",
+            claims=self.service,
+            telemetry=Telemetry(),
+        )
+        self._watch = files.FolderWatch(self.rig.checkpoint.folder)
+
+    async def open(self) -> Instance:
+        def heard() -> None:
+            self._departures.left([ClaimUid(name.removesuffix(".json")) for name in self._watch.read()])
+
+        asyncio.get_running_loop().add_reader(self._watch.fileno(), heard)
+        await self.doors.open()
+        return self
+
+    async def close(self) -> None:
+        self.rig.nvml.withdraw()  # nothing hangs on after a test
+        await self.doors.close(0)
+        await self.service.close(10)
+        asyncio.get_running_loop().remove_reader(self._watch.fileno())
+        self._watch.close()
+        self._executor.shutdown()
+        self._kube.close()
+
+
+class World:
+    """Use as `async with World(tmp_path) as world`; one instance runs at once, `join` starts another."""
+
+    def __init__(self, folder: Path, spec: str = "h100x2", *, hang_limit_s: float = 15.0) -> None:
+        self.folder, self.spec, self._hang_limit_s = folder, spec, hang_limit_s
+        self.registry, self.plugins = files.ensure_folder(folder / "reg"), files.ensure_folder(folder / "plug")
+        self.api = StandInApiServer(folder / "api")
+        self.kubelet = StandInKubelet(self.registry)
+        self.instances: list[Instance] = []
+
+    async def __aenter__(self) -> World:
+        self.api.start()
+        self.api.add_node(NODE)
+        await self.kubelet.__aenter__()
+        await self.join(hang_limit_s=self._hang_limit_s)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for instance in self.instances:
+            await instance.close()
+        await self.kubelet.__aexit__(kind, error, trace)
+        self.api.stop()
+
+    async def join(self, pod_uid: str = "", *, hang_limit_s: float = 15.0) -> Instance:
+        instance = await Instance(self, pod_uid, hang_limit_s=hang_limit_s).open()
+        self.instances.append(instance)
+        await self.kubelet.registered(DRIVER, count=len(self.instances))
+        return instance
+
+    async def leave(self, instance: Instance) -> None:
+        self.instances.remove(instance)
+        await instance.close()
+
+    @property
+    def rig(self) -> Rig:
+        return self.instances[0].rig
+
+    def device(self, name: str, gpu: int = 0) -> DeviceRef:
+        return self.rig.device(name, gpu)
+
+    # ------------------------------------------------------------ claims
+
+    def claim(
+        self,
+        name: str,
+        *devices: DeviceRef,
+        config: Sequence[Mapping[str, Any]] = (),
+        admin: bool = False,
+        requests: Sequence[str] = (),
+        more: Sequence[Mapping[str, Any]] = (),
+        annotations: Mapping[str, str] | None = None,
+    ) -> ClaimRef:
+        """A claim that the API server shows as allocated to these devices."""
+        names = requests or [f"gpu-{number}" for number in range(len(devices))]
+        results = [
+            {"request": request, "driver": DRIVER, "pool": ref.pool, "device": ref.device}
+            | ({"adminAccess": True} if admin else {})
+            for request, ref in zip(names, devices, strict=True)
+        ]
+        metadata = {"name": name, "annotations": dict(annotations or {})}
+        body = self.api.create("resourceclaims", {"metadata": metadata, "spec": {"devices": {}}}, "default")
+        body["status"] = {"allocation": {"devices": {"results": [*results, *more], "config": list(config)}}}
+        self.api.update("resourceclaims", body)
+        return ClaimRef("default", name, ClaimUid(body["metadata"]["uid"]))
+
+    def deallocate(self, ref: ClaimRef) -> None:
+        body = self.api.get("resourceclaims", ref.name, ref.namespace)
+        body["status"] = {}
+        self.api.update("resourceclaims", body)
+
+    def delete(self, ref: ClaimRef) -> None:
+        self.api.delete("resourceclaims", ref.name, ref.namespace)
+
+    async def prepare(self, ref: ClaimRef) -> Answer:
+        return (await self.kubelet.prepare([ref]))[ref.uid]
+
+    async def prepared(self, ref: ClaimRef) -> Answer:
+        answer = await self.prepare(ref)
+        assert not answer.error, answer.error
+        return answer
+
+    async def unprepare(self, ref: ClaimRef) -> None:
+        error = (await self.kubelet.unprepare([ref]))[ref.uid]
+        assert not error, error

@@ -1,0 +1,218 @@
+"""Publishing when others delete, servers go away, answers get lost and fields disappear."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gpuslice.core.pools import reconcile
+from gpuslice.kube import Kube
+from gpuslice.publishing.publisher import Publisher
+from gpuslice.standin import resource_slices
+from gpuslice.standin.apiserver import StandInApiServer
+
+from tests.kit.publishing import (
+    DRIVER,
+    FAST,
+    NODE,
+    TAINT,
+    a_pool,
+    a_publisher,
+    an_api_server,
+    look_again,
+    plain,
+    published,
+    shown,
+    wipe,
+)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StandInApiServer]:
+    with an_api_server(tmp_path) as server:
+        yield server
+
+
+@pytest.mark.contract(59)
+def test_slices_come_back_after_the_wipe_of_a_starting_kubelet_even_when_it_wipes_again(
+    server: StandInApiServer,
+) -> None:
+    with a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu"))
+
+        for _ in range(3):
+            wipe(server)
+            server.wait(lambda: len(server.all("resourceslices")) == 2)
+        assert publisher.published.wait(10)
+
+    assert {body["spec"]["pool"]["generation"] for body in server.all("resourceslices")} == {1}
+
+
+@pytest.mark.contract(59)
+def test_a_slice_that_somebody_deleted_or_edited_is_put_right(server: StandInApiServer) -> None:
+    with a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu"))
+
+        body = next(body for body in server.all("resourceslices") if "devices" in body["spec"])
+        server.delete("resourceslices", body["metadata"]["name"])
+        server.wait(lambda: len(server.all("resourceslices")) == 2)
+        body = next(body for body in server.all("resourceslices") if "devices" in body["spec"])
+        server.update("resourceslices", body | {"spec": body["spec"] | {"devices": []}})
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+
+@pytest.mark.contract(60)
+def test_a_watch_that_lags_causes_no_duplicates(server: StandInApiServer) -> None:
+    server.hang(times=9, path="watch=true")
+    with a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu"))
+        published(publisher, a_pool("gpu"), a_pool("gpu", pool="n1/b"))
+        published(publisher, a_pool("mps"), a_pool("gpu", pool="n1/b"))
+
+        assert server.writes["create resourceslices"] == 4
+        assert server.writes["update resourceslices"] == 1
+        server.release()
+    assert server.writes["create resourceslices"] == 4
+
+
+@pytest.mark.contract(60)
+def test_a_conflict_that_the_watch_does_not_explain_is_looked_into(server: StandInApiServer) -> None:
+    server.hang(times=9, path="watch=true")
+    with a_publisher(server) as publisher:
+        published(publisher, plain("gpu"))
+        (body,) = server.all("resourceslices")
+        server.update("resourceslices", body | {"spec": body["spec"] | {"devices": []}})
+
+        published(publisher, plain("mps"))
+
+        assert shown(server) == ["n1/a/mps"]
+        assert publisher.last_error == ""
+        server.release()
+
+
+@pytest.mark.contract(56)
+def test_dropped_counters_are_told_and_no_device_is_published_without_them(tmp_path: Path) -> None:
+    with an_api_server(tmp_path, "1.35") as server, a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu", "mig-1g-19-0"))
+        look_again(server)
+
+        assert publisher.status.dropped == {reconcile.PARTITIONABLE}
+        assert shown(server) == []
+        assert server.writes["create resourceslices"] == 1
+
+
+@pytest.mark.contract(56)
+def test_dropped_taints_are_told_and_not_fought_over(tmp_path: Path) -> None:
+    with an_api_server(tmp_path, dropping=(resource_slices.TAINTS,)) as server, a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu", taints=[TAINT]))
+        look_again(server)
+
+        assert publisher.status.dropped == {reconcile.TAINTS}
+        assert shown(server) == ["n1/a/gpu"]
+        assert server.writes == {"create nodes": 1, "create resourceslices": 2}
+        published(publisher, a_pool("mps"))
+        assert shown(server) == ["n1/a/mps"]
+
+
+@pytest.mark.contract(67)
+def test_an_api_server_that_is_away_is_waited_for(server: StandInApiServer) -> None:
+    server.away()
+    told = threading.Event()
+    kube = Kube(server.kubeconfig)
+    publisher = Publisher(kube, DRIVER, NODE, pace=FAST, changed=lambda status: told.set() if status.error else None)
+    publisher.start()
+    publisher.publish([a_pool("gpu")])
+
+    assert told.wait(10)
+    assert "no answer from the API server at 127.0.0.1" in publisher.last_error
+    server.back()
+    assert publisher.published.wait(10)
+    publisher.stop()
+    kube.close()
+    assert publisher.last_error == ""
+
+
+@pytest.mark.contract(59, 67)
+def test_what_was_missed_while_the_api_server_was_away_is_made_up_for(server: StandInApiServer) -> None:
+    with a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu"))
+        server.away()
+        wipe(server)
+        server.store.compact()
+        publisher.publish([a_pool("mps")])
+        server.back()
+
+        assert publisher.published.wait(10)
+        assert shown(server) == ["n1/a/mps"]
+
+
+@pytest.mark.contract(67)
+@pytest.mark.parametrize("status", [403, 409, 429, 500])
+def test_a_refused_write_is_told_and_tried_again(server: StandInApiServer, status: int) -> None:
+    errors: list[str] = []
+    server.fail(status, times=3, method="POST", path="resourceslices")
+    kube = Kube(server.kubeconfig)
+    publisher = Publisher(kube, DRIVER, NODE, pace=FAST, changed=lambda status: errors.append(status.error))
+    publisher.start()
+
+    published(publisher, a_pool("gpu"))
+    publisher.stop()
+    kube.close()
+
+    assert "create resourceslices" in errors[0]
+    assert server.writes["create resourceslices"] == 2
+
+
+@pytest.mark.contract(67)
+def test_lost_answers_and_hung_up_watches_end_in_the_wanted_state(server: StandInApiServer) -> None:
+    server.cut(times=2, method="POST", path="resourceslices")
+    server.cut(times=3, path="watch=true")
+    server.fail(410, times=2, path="watch=true")
+    with a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu"))
+        wipe(server)
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+
+@pytest.mark.contract(57)
+def test_slices_follow_a_node_that_is_registered_anew(server: StandInApiServer) -> None:
+    with a_publisher(server) as publisher:
+        published(publisher, a_pool("gpu"))
+
+        server.delete("nodes", NODE)
+        uid = server.add_node(NODE)
+        wipe(server)
+        server.wait(lambda: len(server.all("resourceslices")) == 2)
+
+    assert {b["metadata"]["ownerReferences"][0]["uid"] for b in server.all("resourceslices")} == {uid}
+
+
+@pytest.mark.contract(69)
+def test_two_instances_that_want_the_same_come_to_rest(server: StandInApiServer) -> None:
+    pools = [a_pool("gpu", pool=f"n1/{n}") for n in range(4)]
+    with a_publisher(server) as old, a_publisher(server) as new:
+        for publisher in (old, new):
+            publisher.publish(pools)
+
+        assert old.published.wait(10)
+        assert new.published.wait(10)
+        server.wait(lambda: len(server.all("resourceslices")) == 8)
+        assert shown(server) == [f"n1/{n}/gpu" for n in range(4)]
+    with a_publisher(server) as third:
+        before = server.writes
+        published(third, *pools)
+
+    assert server.writes == before
+
+
+@pytest.mark.contract(69)
+def test_a_new_instance_beside_a_running_one_writes_nothing(server: StandInApiServer) -> None:
+    with a_publisher(server) as old:
+        published(old, a_pool("gpu"))
+        before = server.writes
+        with a_publisher(server) as new:
+            published(new, a_pool("gpu"))
+
+    assert server.writes == before

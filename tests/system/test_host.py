@@ -1,0 +1,350 @@
+"""RealHost on trees that look like nodes, SimHost on a folder; golden files of whole CDI specs."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gpuslice.core import cdi
+from gpuslice.core.cdi import CdiDevice, DeviceNode, Injection
+from gpuslice.core.model import Gpu, GpuUuid
+from gpuslice.errors import DeviceError, StateError
+from gpuslice.system.host import Host, RealHost, SimHost
+
+from tests.kit.cdi_rules import faults
+from tests.kit.node_tree import DEBIAN, RHEL, VERSION, fill_driver_root, fill_proc, write
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+UID = "0d9c2f7e-5a0b-4c53-9a39-6a0f6f0f9d11"
+CARD = Gpu(
+    uuid=GpuUuid("GPU-1"),
+    index=5,
+    bus_id="0000:3b:00.0",
+    product="NVIDIA H100 80GB HBM3",
+    architecture="Hopper",
+    compute_capability="9.0",
+    memory_bytes=80 << 30,
+    driver_version=VERSION,
+    cuda_version="13.0",
+)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    fill_proc(tmp_path / "proc")
+    fill_driver_root(tmp_path / "root")
+    (tmp_path / "dev").mkdir()
+    return tmp_path
+
+
+def host_of(node: Path, host_root: Path | None = None, hook: Path | None = None) -> RealHost:
+    return RealHost(
+        node / "root", host_root=host_root, proc=node / "proc", sys=node / "sys", dev=node / "dev", cdi_hook=hook
+    )
+
+
+def mounted(injection: Injection) -> dict[str, str]:
+    return {mount.container_path: mount.host_path for mount in injection.mounts}
+
+
+@contextmanager
+def a_socket(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        yield
+
+
+# ---------------------------------------------------------------- files of the driver
+
+
+@pytest.mark.parametrize("folder", [DEBIAN, RHEL, "usr/lib/x86_64-linux-gnu/nvidia/current", "lib64"])
+def test_the_libraries_of_the_driver_are_found_in_the_folders_of_each_distribution(node: Path, folder: str) -> None:
+    other = node / "other"
+    fill_driver_root(other, folder)
+
+    common = RealHost(other, proc=node / "proc", dev=node / "dev").common()
+
+    library = f"{folder}/libnvidia-ptxjitcompiler.so.{VERSION}"
+    assert mounted(common)[f"/{library}"] == str(other / library)
+    assert f"/{folder}/vdpau/libvdpau_nvidia.so.{VERSION}" in mounted(common)
+    assert {mount.options for mount in common.mounts} == {("ro", "nosuid", "nodev", "rbind", "rprivate")}
+
+
+def test_programs_and_firmware_come_along_and_nothing_of_the_operating_system(node: Path) -> None:
+    paths = mounted(host_of(node).common()).keys()
+
+    assert {"/usr/bin/nvidia-smi", f"/lib/firmware/nvidia/{VERSION}/gsp_ga10x.bin"} <= paths
+    assert not {"/usr/bin/bash", f"/{DEBIAN}/libc.so.6"} & paths
+
+
+def test_with_a_driver_container_the_host_path_has_its_root_and_the_container_path_has_not(node: Path) -> None:
+    common = host_of(node, host_root=Path("/run/nvidia/driver")).common()
+
+    assert mounted(common)[f"/{DEBIAN}/libcuda.so.{VERSION}"] == f"/run/nvidia/driver/{DEBIAN}/libcuda.so.{VERSION}"
+
+
+def test_the_version_of_the_loaded_kernel_module_wins_over_a_newer_one_on_disk(node: Path) -> None:
+    fill_driver_root(node / "root", RHEL, "999.1")
+
+    paths = mounted(host_of(node).common()).keys()
+
+    assert f"/{DEBIAN}/libcuda.so.{VERSION}" in paths
+    assert not [path for path in paths if path.endswith("999.1")]
+
+
+def test_the_newest_version_is_taken_by_number_when_the_module_does_not_say(node: Path) -> None:
+    fill_driver_root(node / "root", RHEL, "1000.1")
+    (node / "proc/driver/nvidia/version").unlink()
+
+    assert f"/{RHEL}/libcuda.so.1000.1" in mounted(host_of(node).common())
+
+
+def test_a_driver_that_was_upgraded_under_us_is_read_again(node: Path) -> None:
+    host = host_of(node)
+    host.common()
+    fill_driver_root(node / "root", RHEL, "590.10")
+    fill_proc(node / "proc", "590.10")
+
+    paths = mounted(host.common()).keys()
+
+    assert f"/{RHEL}/libcuda.so.590.10" in paths
+    assert not [path for path in paths if path.endswith(VERSION)]
+
+
+def test_what_did_not_change_is_not_searched_again(node: Path) -> None:
+    host = host_of(node)
+    first = host.common()
+    write(node / "root" / DEBIAN / f"libnvidia-late.so.{VERSION}")
+
+    assert host.common() == first
+
+
+def test_sockets_of_the_node_are_given_when_they_are_there_but_never_a_foreign_mps_daemon(
+    node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = host_of(node)
+    host.common()
+    (node / "root/tmp/nvidia-mps").mkdir(parents=True)
+    monkeypatch.chdir(node / "root")  # a bound path holds 107 bytes at most
+
+    with a_socket(Path("run/nvidia-persistenced/socket")):
+        mounts = {mount.container_path: mount for mount in host.common().mounts}
+
+    assert mounts["/run/nvidia-persistenced/socket"].options == ("nosuid", "nodev", "noexec", "rbind", "rprivate")
+    assert not [path for path in mounts if "mps" in path and not path.startswith("/usr/bin/")]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_node_without_a_driver_is_told_in_one_sentence(tmp_path: Path, there: bool) -> None:
+    root = tmp_path / "root"
+    if there:
+        root.mkdir()
+
+    with pytest.raises(DeviceError, match=str(root)) as caught:
+        RealHost(root, proc=tmp_path, dev=tmp_path).common()
+
+    assert "; " in str(caught.value)
+
+
+# ---------------------------------------------------------------- the hook, and the way without it
+
+
+def test_the_installed_hook_makes_links_and_the_cache_of_the_loader(node: Path) -> None:
+    write(node / "root/usr/bin/nvidia-cdi-hook")
+
+    common = host_of(node, host_root=Path("/run/nvidia/driver")).common()
+
+    links, cache = common.hooks
+    assert {links.path, cache.path} == {"/run/nvidia/driver/usr/bin/nvidia-cdi-hook"}
+    assert links.args[:2] == ("nvidia-cdi-hook", "create-symlinks")
+    assert f"libcuda.so.{VERSION}::/{DEBIAN}/libcuda.so.1" in links.args
+    assert cache.args[:4] == ("nvidia-cdi-hook", "update-ldcache", "--folder", f"/{DEBIAN}")
+    assert "LD_LIBRARY_PATH" not in common.env
+
+
+def test_a_hook_that_the_operator_names_is_used_unseen(node: Path) -> None:
+    host = host_of(node, hook=Path("/opt/tools/nvidia-cdi-hook"))
+
+    assert {hook.path for hook in host.common().hooks} == {"/opt/tools/nvidia-cdi-hook"}
+    assert host.advice() == ()
+
+
+def test_a_hook_that_is_installed_later_is_used_from_then_on(node: Path) -> None:
+    host = host_of(node)
+    assert host.common().hooks == ()
+
+    write(node / "root/usr/local/nvidia/toolkit/nvidia-cdi-hook")
+
+    assert len(host.common().hooks) == 2
+
+
+def test_without_the_hook_a_library_appears_under_all_its_names(node: Path) -> None:
+    host = host_of(node)
+
+    common = host.common()
+
+    source = str(node / "root" / DEBIAN / f"libcuda.so.{VERSION}")
+    names = {path for path, host_path in mounted(common).items() if host_path == source}
+    assert names == {f"/{DEBIAN}/libcuda.so.{VERSION}", f"/{DEBIAN}/libcuda.so.1", f"/{DEBIAN}/libcuda.so"}
+    assert common.env == {"LD_LIBRARY_PATH": f"/{DEBIAN}:/{DEBIAN}/vdpau"}
+    assert "nvidia-cdi-hook" in host.advice()[0]
+
+
+def test_links_that_point_out_of_a_driver_container_are_followed_by_name(node: Path) -> None:
+    link = node / "root" / DEBIAN / "libnvidia-encode.so.1"
+    link.unlink()
+    link.symlink_to(f"/{DEBIAN}/libnvidia-encode.so.{VERSION}")
+
+    assert f"/{DEBIAN}/libnvidia-encode.so.1" in mounted(host_of(node).common())
+
+
+def test_a_root_without_any_links_still_gives_the_names_that_cuda_needs(node: Path) -> None:
+    for link in (node / "root" / DEBIAN).glob("*.so*"):
+        if link.is_symlink():
+            link.unlink()
+
+    names = {Path(path).name for path in mounted(host_of(node).common())}
+
+    assert {"libcuda.so", "libcuda.so.1", "libnvidia-ml.so.1"} <= names
+
+
+# ---------------------------------------------------------------- device nodes
+
+
+def test_control_nodes_have_the_numbers_of_the_running_kernel(node: Path) -> None:
+    assert host_of(node).common().nodes == (
+        DeviceNode("/dev/nvidiactl", 195, 255),
+        DeviceNode("/dev/nvidia-uvm", 508, 0),
+        DeviceNode("/dev/nvidia-uvm-tools", 508, 1),
+    )
+
+
+def test_modeset_is_given_where_the_node_has_it(node: Path) -> None:
+    write(node / "dev/nvidia-modeset")
+
+    assert DeviceNode("/dev/nvidia-modeset", 195, 254) in host_of(node).common().nodes
+
+
+def test_a_kernel_without_nvidia_uvm_is_refused_with_the_remedy(node: Path) -> None:
+    write(node / "proc/devices", "Character devices:\n195 nvidia\n\nBlock devices:\n  8 nvidia-uvm\n")
+
+    with pytest.raises(DeviceError, match=r"nvidia-uvm.*nvidia-modprobe"):
+        host_of(node).common()
+
+
+def test_a_whole_card_is_its_own_node(node: Path) -> None:
+    assert host_of(node).nodes(3) == (DeviceNode("/dev/nvidia3", 195, 3),)
+
+
+def test_two_partitions_of_one_card_share_its_node_and_have_capabilities_of_their_own(node: Path) -> None:
+    host = host_of(node)
+
+    one, two = host.nodes(1, gi=1, ci=0), host.nodes(1, gi=2, ci=0)
+
+    assert one == (
+        DeviceNode("/dev/nvidia1", 195, 1),
+        DeviceNode("/dev/nvidia-caps/nvidia-cap147", 236, 147),
+        DeviceNode("/dev/nvidia-caps/nvidia-cap148", 236, 148),
+    )
+    assert set(one) & set(two) == {DeviceNode("/dev/nvidia1", 195, 1)}
+
+
+def test_a_partition_that_the_kernel_cannot_have_is_refused(node: Path) -> None:
+    with pytest.raises(DeviceError, match="gpu1/gi99/access"):
+        host_of(node).nodes(1, gi=99, ci=0)
+
+
+# ---------------------------------------------------------------- boot and place
+
+
+def test_the_boot_id_is_the_kernels(node: Path) -> None:
+    assert host_of(node).boot_id() == "5f2b5f52-1111-4e1c-8d5b-000000000000"
+
+
+def test_no_boot_id_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
+    hosts: list[Host] = [RealHost(proc=tmp_path), SimHost(tmp_path)]
+    for host in hosts:
+        with pytest.raises(StateError, match="boot id"):
+            host.boot_id()
+
+
+def test_a_card_is_located_by_the_first_folder_on_its_way_through_sysfs(node: Path) -> None:
+    device = node / "sys/devices/pci0000:37/0000:37:01.0/0000:3b:00.0"
+    write(device / "numa_node", "1\n")
+    link = node / "sys/bus/pci/devices/0000:3b:00.0"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("../../../devices/pci0000:37/0000:37:01.0/0000:3b:00.0")
+
+    assert host_of(node).locate(CARD) == replace(CARD, numa_node=1, pcie_root="pci0000:37")
+
+
+@pytest.mark.parametrize("way", ["devices/platform/0000:3b:00.0", "devices/pci0000:37/elsewhere", "bus"])
+def test_a_way_that_is_not_one_of_pci_gives_no_root_and_minus_one_no_numa_node(node: Path, way: str) -> None:
+    write(node / "sys" / way / "numa_node", "-1\n")
+    link = node / "sys/bus/pci/devices/0000:3b:00.0"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(node / "sys" / way)
+
+    assert host_of(node).locate(CARD) == CARD
+
+
+def test_a_card_that_sysfs_does_not_know_has_no_place(node: Path) -> None:
+    assert host_of(node).locate(CARD) == CARD
+
+
+# ---------------------------------------------------------------- the simulated node
+
+
+def test_a_simulated_node_shows_a_container_what_it_was_given(tmp_path: Path) -> None:
+    write(tmp_path / "boot_id", "boot-1\n")
+    host = SimHost(tmp_path)
+
+    names = [node.path for node in host.nodes(2, gi=7, ci=0)]
+
+    assert host.boot_id() == "boot-1"
+    assert names == ["/dev/gpuslice-sim2", "/dev/gpuslice-sim2-gi7", "/dev/gpuslice-sim2-gi7-ci0"]
+    assert {(node.major, node.minor) for node in host.nodes(2, gi=7, ci=0)} == {(1, 3)}
+    assert host.common().mounts == ()
+
+
+def test_simulated_cards_have_places_like_real_ones(tmp_path: Path) -> None:
+    assert SimHost(tmp_path).locate(CARD) == replace(CARD, numa_node=1, pcie_root="pci0000:3b")
+
+
+# ---------------------------------------------------------------- whole files
+
+
+@pytest.mark.contract(34)
+@pytest.mark.parametrize(
+    ("name", "hook", "given"),
+    [
+        ("cdi-card-and-partition-with-hook", True, [(0, None, None), (1, 1, 0)]),
+        ("cdi-partitions-without-hook", False, [(1, 1, 0), (1, 2, 0)]),
+    ],
+)
+def test_the_file_of_a_claim_is_the_golden_one(
+    node: Path, name: str, hook: bool, given: list[tuple[int, int | None, int | None]]
+) -> None:
+    if hook:
+        write(node / "root/usr/bin/nvidia-cdi-hook")
+    host = host_of(node, host_root=Path("/run/nvidia/driver"))
+    edits = [Injection(nodes=host.nodes(*numbers)) for numbers in given]
+    devices = [CdiDevice(cdi.device_name(UID, index), edit) for index, edit in enumerate(edits)]
+
+    body = cdi.spec(UID, "gpuslice.dev/claim", devices, host.common())
+
+    assert faults(body) == []
+    assert json.dumps(body, indent=1) + "\n" == (GOLDEN / f"{name}.json").read_text()
+
+
+def test_the_file_of_a_simulated_claim_is_one_that_runtimes_accept(tmp_path: Path) -> None:
+    host = SimHost(tmp_path)
+    devices = [CdiDevice(cdi.device_name(UID, 0), Injection(nodes=host.nodes(0)))]
+
+    assert faults(cdi.spec(UID, "gpuslice.dev/claim", devices, host.common())) == []
