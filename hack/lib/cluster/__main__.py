@@ -13,7 +13,7 @@ from pathlib import Path
 from hack.lib.cluster import cluster
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.layout import LOOPBACK, Facts, Place, work_folder
+from hack.lib.cluster.layout import LOOPBACK, REAL, Facts, Place, work_folder
 from hack.lib.cluster.versions import VERSIONS
 
 _ABOUT = """\
@@ -45,7 +45,7 @@ def main() -> int:
         return _kubectl(sys.argv[2:])
     parsed = _parser().parse_args()
     if parsed.command == "up":
-        return _up(parsed.version, parsed.gpus, parsed.foreground, kubelet=not parsed.control_plane)
+        return _up(_facts(parsed), parsed.foreground)
     if parsed.command == "build":
         Binaries(parsed.version).ensure()
         return 0
@@ -78,9 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="start it", allow_abbrev=False)
     node = up.add_mutually_exclusive_group()
     node.add_argument(
-        "--gpus", default="", metavar="CARDS", help="cards to simulate (docs/simulator.md); with none, no driver"
+        "--gpus",
+        default="",
+        metavar="CARDS",
+        help=f"cards to simulate (docs/simulator.md), or {REAL!r}: those of this machine; with none, no driver",
     )
     node.add_argument("--control-plane", action="store_true", help="no kubelet: nodes are the objects that you make")
+    up.add_argument("--driver-root", default="/", metavar="FOLDER", help="where NVIDIA's driver is, for real cards")
+    up.add_argument("--cdi-hook", default="", metavar="FILE", help="NVIDIA's nvidia-cdi-hook, for real cards")
+    up.add_argument("--policy", default="", metavar="FILE", help="what the cards may offer (docs/policy.md)")
+    up.add_argument(
+        "--program", action="append", default=[], metavar="FILE", help="a program that containers have too; repeatable"
+    )
     up.add_argument("--foreground", action="store_true", help="stay until Ctrl-C, and end it then")
     build = commands.add_parser("build", help="only build what it needs", allow_abbrev=False)
     check = commands.add_parser("check", help="say what `up` is missing; exit code 1 if anything", allow_abbrev=False)
@@ -102,14 +111,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _up(version: str, gpus: str, foreground: bool, *, kubelet: bool) -> int:
+def _facts(parsed: argparse.Namespace) -> Facts:
+    return cluster.wanted(
+        parsed.version,
+        gpus=parsed.gpus,
+        kubelet=not parsed.control_plane,
+        driver_root=parsed.driver_root,
+        cdi_hook=parsed.cdi_hook,
+        policy=str(Path(parsed.policy).absolute()) if parsed.policy else "",
+        programs=tuple(str(Path(program).absolute()) for program in parsed.program),
+    )
+
+
+def _up(facts: Facts, foreground: bool) -> int:
     begun = time.monotonic()
-    facts = cluster.up(version, gpus, _say, kubelet=kubelet)
-    cards = f" with {gpus} simulated" if gpus else ""
-    _say(f"Kubernetes {version}{cards} is up, {time.monotonic() - begun:.1f} s")
+    cluster.up(facts, _say)
+    simulated = "real cards" if facts.gpus == REAL else f"{facts.gpus} simulated"
+    cards = f" with {simulated}" if facts.gpus else ""
+    _say(f"Kubernetes {facts.version}{cards} is up, {time.monotonic() - begun:.1f} s")
     place = Place(work_folder())
     print(f"\n  export KUBECONFIG={place.admin}")
-    if gpus:
+    if facts.gpus:
         print(_TRY.format(devices=_devices(place, facts), logs=place.logs))
     if not foreground:
         print("  hack/cluster down", flush=True)
@@ -123,7 +145,12 @@ def _up(version: str, gpus: str, foreground: bool, *, kubelet: bool) -> int:
 
 
 def _devices(place: Place, facts: Facts) -> str:
-    return f".venv/bin/gpuslice devices --simulate {facts.gpus} --kubelet-plugins-directory-path {place.plugins}"
+    if facts.gpus == REAL:
+        root = facts.driver_root
+        cards = f"--driver-root-ctr-path {root} --nvidia-driver-root {root}"
+    else:
+        cards = f"--simulate {facts.gpus}"
+    return f".venv/bin/gpuslice devices {cards} --kubelet-plugins-directory-path {place.plugins}"
 
 
 def _status(as_json: bool, part: str | None) -> int:

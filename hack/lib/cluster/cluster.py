@@ -19,8 +19,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from hack.lib.cluster import machine
+from hack.lib.cluster import machine, network
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import CGROUP, REPOSITORY, Facts, Place, Ports, empty, work_folder
@@ -38,29 +39,30 @@ _TAKEN = (
 Say = Callable[[str], None]
 
 
-def up(version: str, gpus: str, say: Say, *, kubelet: bool = True) -> Facts:
-    """Start a cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays.
+def wanted(version: str, **choices: Any) -> Facts:
+    """A cluster that is not there yet: with secrets and ports of its own; `choices` are further fields of `Facts`."""
+    tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
+    return Facts(version=version, tokens=tokens, ports=Ports.free(), **choices)
 
-    Without a kubelet it is a control plane alone, for nodes that are objects and nothing else.
-    """
+
+def up(facts: Facts, say: Say) -> None:
+    """Start this cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays."""
     machine.check()
-    machine.check_gpus(gpus)
+    machine.check_gpus(facts.gpus)
     if running() is not None:
         raise PlaygroundError(_TAKEN)
-    Binaries(version).ensure()
+    Binaries(facts.version).ensure()
     place = Place(work_folder())
-    tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
-    facts = Facts(version, gpus, tokens, Ports.free(), kubelet)
     with _owned(place.root) as lock:
         try:
             _clear(place.root)
             place.logs.mkdir()
             facts.write(place.facts)
+            network.ensure()
             _start(place, lock, say)
         except BaseException:
             _end(place)
             raise
-    return facts
 
 
 def check(version: str) -> None:
@@ -230,6 +232,7 @@ def _end(place: Place) -> None:
     for pid in (first, outer):
         _kill(pid)
     _remove_cgroups()
+    network.remove()
     shutil.rmtree(place.root, ignore_errors=True)
     if place.root.exists():
         raise PlaygroundError(f"{place.root} could not be removed; see what is mounted below it and remove it")

@@ -9,7 +9,9 @@ import hashlib
 import io
 import json
 import platform
+import subprocess
 import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,16 @@ env | grep -E '^(GPUSLICE|CUDA|NVIDIA)_' | sort
 """
 
 
-def write(archive: Path, busybox: Path, links: list[str]) -> None:
-    """Write an OCI archive for `ctr images import`."""
-    layer = _layer(busybox.read_bytes(), links)
+def write(
+    archive: Path, busybox: Path, links: list[str], programs: Sequence[str] = (), *, simulated: bool = True
+) -> None:
+    """Write an OCI archive for `ctr images import`. `programs`: of this machine, with the libraries that they need."""
+    files = {f"usr/bin/{Path(program).name}": Path(program) for program in programs}
+    files |= {str(path).lstrip("/"): path for program in programs for path in _libraries(program)}
+    contents = {name: path.read_bytes() for name, path in files.items()} | {"bin/busybox": busybox.read_bytes()}
+    if simulated:
+        contents["usr/bin/nvidia-smi"] = _NVIDIA_SMI
+    layer = _layer(contents, links)
     command = {"Env": ["PATH=/usr/bin:/bin"], "Cmd": ["sleep", "2147483647"]}
     rootfs = {"type": "layers", "diff_ids": [_digest(layer)]}
     config = json.dumps({"architecture": _architecture(), "os": "linux", "config": command, "rootfs": rootfs}).encode()
@@ -49,20 +58,41 @@ def write(archive: Path, busybox: Path, links: list[str]) -> None:
             _add(tar, f"blobs/sha256/{_digest(blob).removeprefix('sha256:')}", blob)
 
 
-def _layer(busybox: bytes, links: list[str]) -> bytes:
+def _libraries(program: str) -> list[Path]:
+    """Of the C library and whatever else the program is linked with, the loader included; by the paths that it names.
+
+    ldd(1): "libc.so.6 => /lib/…/libc.so.6 (0x…)", and the loader as a path alone.
+    """
+    said = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+    words = [word for line in said.splitlines() for word in line.split() if word.startswith("/")]
+    # The NVIDIA libraries in the container need these of the C library, though the program does not name them.
+    folders = sorted({Path(word).parent for word in words if Path(word).name == "libc.so.6"})
+    more = [
+        folder / name for folder in folders for name in ("libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6")
+    ]
+    return [path for path in dict.fromkeys([*map(Path, words), *more]) if path.exists()]
+
+
+def _layer(contents: Mapping[str, bytes], links: list[str]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name in ("bin", "usr", "usr/bin", "tmp", "etc"):
+        for name in ("bin", "usr", "usr/bin", "tmp", "etc", *_folders(contents)):
             folder = tarfile.TarInfo(name)
             folder.type, folder.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755
             tar.addfile(folder)
-        _add(tar, "bin/busybox", busybox, 0o755)
-        _add(tar, "usr/bin/nvidia-smi", _NVIDIA_SMI, 0o755)
+        for name, content in contents.items():
+            _add(tar, name, content, 0o755)
         for name in sorted({*links} - {"busybox"}):
             link = tarfile.TarInfo(f"bin/{name}")
             link.type, link.linkname = tarfile.SYMTYPE, "busybox"
             tar.addfile(link)
     return buffer.getvalue()
+
+
+def _folders(contents: Mapping[str, bytes]) -> list[str]:
+    """The folders of these files that every image lacks, the outer ones first."""
+    parents = {str(parent) for name in contents for parent in Path(name).parents}
+    return sorted(parents - {".", "bin", "usr", "usr/bin"})
 
 
 def _architecture() -> str:

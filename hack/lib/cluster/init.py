@@ -14,7 +14,7 @@ from pathlib import Path
 from hack.lib.cluster import image, parts, reboot, software
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.layout import NODE, Facts, Place
+from hack.lib.cluster.layout import NODE, REAL, Facts, Place
 from hack.lib.cluster.processes import PATIENCE_S, Processes
 from hack.lib.cluster.ready import Readiness
 
@@ -91,7 +91,7 @@ class Init:
         busybox = software.busybox()
         applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
         archive = self._place.root / "image.tar"
-        image.write(archive, busybox, applets)
+        image.write(archive, busybox, applets, self._facts.programs, simulated=self._facts.gpus != REAL)
         ctr = [str(self._binaries.runtime / "ctr"), "--address", str(self._place.socket), "--namespace", "k8s.io"]
         software.call([*ctr, "images", "import", str(archive)])
         archive.unlink()

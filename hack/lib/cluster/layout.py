@@ -7,10 +7,11 @@ import shutil
 import socket
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 NODE = "node1"
+REAL = "real"  # the cards of this machine, in place of simulated ones
 LOOPBACK = "127.0.0.1"
 CGROUP = "k8s.io"  # where containerd puts the containers of a kubelet that makes no cgroups itself
 REPOSITORY = Path(__file__).parents[3]
@@ -156,18 +157,21 @@ class Facts:
     """One running cluster, as it was asked for."""
 
     version: str
-    gpus: str  # "" for none: no driver is started
+    gpus: str  # "" for none: no driver is started; REAL, or what `--simulate` takes
     tokens: dict[str, str]
     ports: Ports
     kubelet: bool = True  # False: the control plane alone, whose nodes are objects and nothing else
+    driver_root: str = "/"  # of NVIDIA's driver, where the cards are real
+    cdi_hook: str = ""  # NVIDIA's nvidia-cdi-hook, where it is not in its usual place
+    policy: str = ""  # a file
+    programs: tuple[str, ...] = ()  # of this machine, that containers have too
 
     def write(self, path: Path) -> None:
-        values = {name: getattr(self, name) for name in ("version", "gpus", "tokens", "kubelet")}
-        ports = {name: getattr(self.ports, name) for name in Ports.__dataclass_fields__}
         path.touch(mode=0o600)
-        path.write_text(json.dumps({**values, "ports": ports}))
+        path.write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Facts:
         values = json.loads(path.read_text())
-        return cls(**{**values, "ports": Ports(**values["ports"])})
+        programs = tuple(values["programs"])
+        return cls(**{**values, "ports": Ports(**values["ports"]), "programs": programs})

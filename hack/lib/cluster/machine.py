@@ -8,7 +8,7 @@ import sys
 
 from hack.lib.cluster import software
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.layout import work_folder
+from hack.lib.cluster.layout import REAL, work_folder
 
 _PROGRAMS = {
     "runc": "runs the containers; apt-get install runc (one with libseccomp)",
@@ -50,7 +50,7 @@ def check_gpus(gpus: str) -> None:
     from gpuslice.nvml.sim import spec
 
     try:
-        if gpus:
+        if gpus not in ("", REAL):
             spec.parse(gpus)
     except DriverError as e:
         raise PlaygroundError(str(e)) from e

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hack.lib.cluster.binaries import Binaries
-from hack.lib.cluster.layout import LOOPBACK, NODE, Facts, Place
+from hack.lib.cluster.layout import LOOPBACK, NODE, REAL, Facts, Place
 
 Command = list[str]
 
@@ -42,7 +42,8 @@ def commands(place: Place, facts: Facts, binaries: Binaries) -> dict[str, Comman
 
 def driver(place: Place, facts: Facts) -> Command:
     return [
-        *(sys.executable, "-m", "gpuslice", "run", "--simulate", facts.gpus, "--node-name", NODE),
+        *(sys.executable, "-m", "gpuslice", "run", *_cards(facts), "--node-name", NODE),
+        *(("--policy", facts.policy) if facts.policy else ()),
         *("--kubeconfig", str(place.driver)),
         *("--kubelet-plugins-directory-path", str(place.plugins)),
         *("--kubelet-registrar-directory-path", str(place.registry)),
@@ -53,9 +54,20 @@ def driver(place: Place, facts: Facts) -> Command:
 
 def supervisor(place: Place, facts: Facts) -> Command:
     return [
-        *(sys.executable, "-m", "gpuslice", "mps-supervisor", "--simulate", facts.gpus),
+        *(sys.executable, "-m", "gpuslice", "mps-supervisor", *_cards(facts, supervisor=True)),
         *("--mps-root", str(place.mps), "--kubelet-plugins-directory-path", str(place.plugins)),
     ]
+
+
+def _cards(facts: Facts, *, supervisor: bool = False) -> Command:
+    """Which cards the driver's processes serve."""
+    if facts.gpus != REAL:
+        return ["--simulate", facts.gpus]
+    seen = ["--driver-root-ctr-path", facts.driver_root]
+    if supervisor:
+        return seen
+    hook = ["--nvidia-cdi-hook-path", facts.cdi_hook] if facts.cdi_hook else []
+    return [*seen, "--nvidia-driver-root", facts.driver_root, *hook]
 
 
 def _etcd(place: Place, facts: Facts) -> Command:

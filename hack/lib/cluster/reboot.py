@@ -10,7 +10,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from hack.lib.cluster.layout import Facts, Place, empty
+from hack.lib.cluster.layout import REAL, Facts, Place, empty
 
 
 def forget(place: Place, facts: Facts) -> None:
@@ -21,7 +21,7 @@ def forget(place: Place, facts: Facts) -> None:
             empty(folder)
     place.socket.unlink(missing_ok=True)
     new_boot(place)
-    if facts.gpus:
+    if facts.gpus not in ("", REAL):
         from gpuslice.nvml.sim.node import SimNode
 
         SimNode(place.simulated).reboot()
