@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.versions import CONTAINERD, KUBE, module_file
+from hack.lib.cluster.versions import CONTAINERD, KUBE, TOOLKIT, module_file
 
 _GIB = 1 << 30
 _BUILD_GIB = 8  # sources, Go's build cache, the programs: measured 6
+_TOOLKIT_PROGRAMS = ("nvidia-cdi-hook", "nvidia-ctk")
 _CONTAINERD_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr")
 
 
@@ -80,6 +81,23 @@ class Binaries:
             _build(
                 ["go", "install", "-v", "-trimpath", "-ldflags", "-s -w", *programs], Path("/"), 1100, GOBIN=str(made)
             )
+
+
+def toolkit() -> list[Path]:
+    """NVIDIA's `nvidia-cdi-hook` and `nvidia-ctk`, for real cards; built where they are missing (a minute)."""
+    folder = cache() / f"toolkit-{TOOLKIT}"
+    if missing := [name for name in _TOOLKIT_PROGRAMS if not (folder / name).exists()]:
+        _check_room()
+        _say(f"building {' and '.join(missing)} {TOOLKIT} into {folder}: once, a minute on two cores")
+        with _built_into(folder) as made:
+            programs = [
+                f"github.com/NVIDIA/nvidia-container-toolkit/cmd/{name}@{TOOLKIT}" for name in _TOOLKIT_PROGRAMS
+            ]
+            # It finds NVML while it runs, so symbols of a library that is not there now must not be bound at the start.
+            flags = "-s -w -extldflags=-Wl,-z,lazy"
+            command = ["go", "install", "-v", "-trimpath", "-ldflags", flags, *programs]
+            _build(command, Path("/"), 300, GOBIN=str(made), CGO_ENABLED="1", CGO_CFLAGS="-w")
+    return [folder / name for name in _TOOLKIT_PROGRAMS]
 
 
 @contextlib.contextmanager

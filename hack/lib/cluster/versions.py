@@ -9,6 +9,7 @@ KUBE = Path(__file__).parents[2] / "kube"
 # Newest first; the first is the default. 1.35 drops what keeps overlapping devices apart: the driver has to notice.
 VERSIONS = ("1.37.1", "1.36.3", "1.35.4")
 CONTAINERD = "v2.3.6"
+TOOLKIT = "v1.20.2"  # of NVIDIA's container toolkit
 
 
 def module_file(version: str) -> str:

@@ -1,0 +1,107 @@
+"""The packed folder: what is in it, whether it is whole and fits this machine, and how it is laid out on arrival.
+
+Standard library only: this runs where nothing of ours is installed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tarfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hack.lib.gpu.errors import GpuError
+
+FORMAT = 1
+ABOUT = "pack.json"
+SITE = "site"  # Python packages, for every Python that they were packed for
+PROGRAMS = "programs"  # Kubernetes, containerd and what they need; left out of a pack of facts alone
+_SHARED_LIBRARIES = "lib"
+TREE = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """`pack.json`: written last, so that a folder without it is incomplete."""
+
+    revision: str  # of the source, as git describes it
+    machine: str  # as `uname -m` says it
+    pythons: list[str]  # "3.12"
+    archives: dict[str, str]  # file name: SHA-256
+    kubernetes: str = ""  # version; "" in a pack of facts alone
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of each part before it was packed
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        (folder / ABOUT).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> About:
+    """GpuError where the folder is no pack, is incomplete, or was made for another machine or another Python."""
+    again = "make it again with hack/gpu pack"
+    try:
+        about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise GpuError(f"{folder} has no {ABOUT}, so it is no packed folder or an incomplete one; {again}") from None
+    except (ValueError, TypeError) as e:
+        raise GpuError(f"{folder / ABOUT} cannot be read ({e}); {again}") from e
+    if about.format != FORMAT:
+        raise GpuError(f"{folder} has format {about.format}, and this tree reads format {FORMAT}; {again}")
+    if about.machine != platform.machine():
+        raise GpuError(
+            f"{folder} was packed for {about.machine}, and this machine is {platform.machine()}; {again} there"
+        )
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if here not in about.pythons:
+        raise GpuError(
+            f"{folder} was packed for Python {', '.join(about.pythons)}, and this is Python {here}; run it by one of "
+            f"those (PYTHON=python3.x hack/gpu run), or pack with --python {here}"
+        )
+    for name in about.archives:
+        if not (folder / name).is_file():
+            raise GpuError(f"{folder} lacks {name}, so it is incomplete; {again}")
+    return about
+
+
+def archive(folder: Path, about: About, part: str) -> Path | None:
+    """The archive of a part, its sum checked; None where this pack has no such part. GpuError where it was damaged."""
+    name = next((name for name in about.archives if name.partition(".")[0] == part), None)
+    if name is None:
+        return None
+    found = digest(folder / name)
+    if found != about.archives[name]:
+        raise GpuError(f"{folder / name} is damaged: its SHA-256 is not that of {ABOUT}; copy the folder again")
+    return folder / name
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(source) as tar:
+        tar.extractall(target, filter="tar")
+
+
+def lay_out_programs(programs: Path) -> None:
+    """Make `bin/` what a PATH needs: a program that came with libraries of its own finds them through a starter."""
+    for program in sorted((programs / "own-libraries").glob("*")):
+        starter = programs / "bin" / program.name
+        libraries = programs / _SHARED_LIBRARIES
+        starter.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={libraries} exec {program} "$@"\n', encoding="utf-8")
+        starter.chmod(0o755)
+
+
+def environment(site: Path, programs: Path | None) -> dict[str, str]:
+    """What a stage finds: our packages, and before the machine's own programs those that were packed."""
+    path = os.environ.get("PATH", os.defpath)
+    mine = {"PYTHONPATH": f"{site}:{TREE}", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if programs is None:
+        return {**os.environ, **mine}
+    return {**os.environ, **mine, "PATH": f"{programs / 'bin'}:{path}", "XDG_CACHE_HOME": str(programs / "cache")}

@@ -1,0 +1,109 @@
+"""`hack/gpu pack`: one folder that travels to a machine without a network."""
+
+from __future__ import annotations
+
+import lzma
+import platform
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hack.lib.gpu import bundle, programs, wheels
+from hack.lib.gpu.bundle import PROGRAMS, SITE, About
+from hack.lib.gpu.errors import GpuError
+
+PYTHONS = ("3.11", "3.12", "3.13")
+LIMIT_MIB = 60  # with the work tree it must stay below the 64 MiB that travel
+_MIB = 1 << 20
+# One solid block: Kubernetes' programs repeat each other's libraries, as far apart as the dictionary is long.
+_FILTERS = [
+    {"id": lzma.FILTER_X86},
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * _MIB},
+]
+_OTHER_FILTERS = _FILTERS[1:]  # the first one is for x86 code
+
+Say = Callable[[str], None]
+
+
+def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str], version: str, say: Say) -> About:
+    """Make the folder anew. GpuError where a part cannot be had; then the folder has no `pack.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / bundle.ABOUT).unlink(missing_ok=True)
+    for old in (*folder.glob(f"{SITE}.tar*"), *folder.glob(f"{PROGRAMS}.tar*")):
+        old.unlink()
+    with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as work:
+        parts = {SITE: Path(work, SITE)}
+        say(f"Python packages for Python {', '.join(pythons)}")
+        wheels.collect(parts[SITE], Path(work, "downloads"), pythons)
+        if not facts:
+            say("programs")
+            parts[PROGRAMS] = Path(work, PROGRAMS)
+            programs.collect(parts[PROGRAMS], version)
+        with ThreadPoolExecutor(len(parts)) as threads:
+            jobs = {
+                part: threads.submit(_write, source, folder, part, compressed, say) for part, source in parts.items()
+            }
+            written = {part: job.result() for part, job in jobs.items()}
+        sizes = {part: _size(source) for part, source in parts.items()}
+    about = About(
+        revision=_revision(),
+        machine=platform.machine(),
+        pythons=list(pythons),
+        archives={path.name: bundle.digest(path) for path in written.values()},
+        kubernetes="" if facts else version,
+        sizes=sizes,
+    )
+    about.write(folder)
+    _check_size(folder, compressed)
+    return about
+
+
+def _write(source: Path, folder: Path, part: str, compressed: bool, say: Say) -> Path:
+    begun = time.monotonic()
+    path = folder / f"{part}.tar{'.xz' if compressed else ''}"
+    if compressed:
+        filters = _FILTERS if platform.machine() == "x86_64" else _OTHER_FILTERS
+        with lzma.open(path, "wb", filters=filters) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+            _fill(tar, source)
+    else:
+        with tarfile.open(path, "w") as tar:
+            _fill(tar, source)
+    size = path.stat().st_size / _MIB
+    say(f"{path.name}: {_size(source) / _MIB:.0f} MiB packed into {size:.1f} MiB, {time.monotonic() - begun:.0f} s")
+    return path
+
+
+def _fill(tar: tarfile.TarFile, source: Path) -> None:
+    for path in _in_order(source):
+        tar.add(path, path.relative_to(source), recursive=False)
+
+
+def _in_order(source: Path) -> Iterator[Path]:
+    """Folders first, then what resembles each other side by side: by kind, then by name."""
+    paths = sorted(source.rglob("*"))
+    yield from (path for path in paths if path.is_dir())
+    yield from sorted((path for path in paths if not path.is_dir()), key=lambda path: (path.suffix, path.name))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _check_size(folder: Path, compressed: bool) -> None:
+    size = _size(folder) / _MIB
+    if compressed and size > LIMIT_MIB:
+        raise GpuError(
+            f"{folder} has {size:.1f} MiB, and {LIMIT_MIB} MiB may travel; pack for one Python alone (--python 3.12)"
+        )
+
+
+def _revision() -> str:
+    git = shutil.which("git")
+    command = [str(git), "-C", str(wheels.REPOSITORY), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if git else None
+    return done.stdout.strip() if done and done.returncode == 0 else "unknown"

@@ -1,0 +1,54 @@
+"""`hack/gpu report`: the results of a run as a table for docs/on-a-gpu.md, and what they prove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hack.lib.gpu import results
+from hack.lib.gpu.errors import GpuError
+from hack.lib.gpu.results import LEFT_OUT, NO, YES, Check
+
+# The beginning of a line of docs/unproven.md, and the checks that prove it where all of them hold.
+PROVES = {
+    "The whole of `nvml/real.py`": ("the tests on a real card ran", "NVML answers"),
+    "MPS: the command language": ("the memory ceiling is read back", "the server is ACTIVE then"),
+    "The memory ceiling of a daemon holds": (
+        "the ceiling holds",
+        "a program cannot raise the ceiling by its environment",
+    ),
+    "A daemon with a `/dev/shm` of its own": ("two pods with MPS shares compute at once",),
+    "Which libraries, programs and device nodes": ("a pod computes on the card that its claim holds",),
+    "CDI 0.5.0 files are read by containerd": ("a pod computes on the card that its claim holds",),
+    "The `update-ldcache` and symlink hooks": ("a pod computes on the card that its claim holds",),
+}
+
+
+def report(folder: Path) -> str:
+    """GpuError where the folder has no results."""
+    checks = results.read(folder)
+    if not checks:
+        raise GpuError(f"{folder} has no {results.FILE}; give the folder into which hack/gpu run wrote")
+    counts = {result: sum(check.result == result for check in checks) for result in (YES, NO, LEFT_OUT)}
+    lines = [
+        f"{len(checks)} checks: {counts[YES]} hold, {counts[NO]} do not, {counts[LEFT_OUT]} were left out.",
+        "",
+        "| stage | check | holds | seen |",
+        "|---|---|---|---|",
+        *(_row(check) for check in checks),
+        "",
+        *_proven(checks),
+    ]
+    return "\n".join(lines)
+
+
+def _row(check: Check) -> str:
+    value = " ".join(check.value.replace("|", "/").split())
+    return f"| {check.stage} | {check.name} | {check.result} | {value[:160]}{'…' if len(value) > 160 else ''} |"
+
+
+def _proven(checks: Sequence[Check]) -> Iterator[str]:
+    held = {check.name for check in checks if check.result == YES}
+    lines = [line for line, needed in PROVES.items() if held.issuperset(needed)]
+    yield "Lines that may leave docs/unproven.md:" if lines else "No line of docs/unproven.md is proven by this run."
+    yield from (f"* {line} …" for line in lines)

@@ -1,0 +1,75 @@
+"""The CUDA program of ours, as a process that obeys."""
+
+from __future__ import annotations
+
+import re
+import select
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from hack.lib.gpu import programs
+from hack.lib.gpu.errors import GpuError
+from hack.lib.gpu.stages.machine import Machine
+
+_PATIENCE_S = 40.0
+
+
+def find(machine: Machine) -> Path:
+    """The packed program, or one compiled here. GpuError where neither can be had."""
+    packed = machine.programs / "bin" / programs.PROGRAM if machine.programs else None
+    if packed is not None and packed.exists():
+        return packed
+    target = Path(tempfile.gettempdir(), f"gpuslice-{programs.PROGRAM}")
+    if not target.exists():
+        if shutil.which("gcc") is None:
+            raise GpuError("the CUDA program is not packed, and there is no gcc to compile it")
+        programs.compile_program(target)
+    return target
+
+
+class Program:
+    """One process on the card; `first` is what it says of the card."""
+
+    def __init__(self, machine: Machine, *before: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [*before, str(find(machine)), "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            bufsize=1,
+            env={**machine.program_environment(), **environment},
+        )
+        self.first = self.says()
+
+    def says(self) -> str:
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], _PATIENCE_S)[0]:
+            return "silent"
+        return self.process.stdout.readline().strip()
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def does(self, line: str) -> str:
+        self.tell(line)
+        return self.says()
+
+    def end(self) -> int:
+        """Its exit status; killed where it does not end with its input."""
+        try:
+            self.process.communicate(timeout=_PATIENCE_S)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self.process.kill()
+            self.process.wait()
+        return self.process.returncode
+
+
+def numbers(answer: str) -> Mapping[str, float]:
+    """{"free": 3825.0, …} of "ok free=3825 total=…"."""
+    return {name: float(value) for name, value in re.findall(r"(\w+)=([0-9.]+)\b", answer)}

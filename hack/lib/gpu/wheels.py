@@ -1,0 +1,67 @@
+"""The Python packages of a pack: our own and what it needs, for several Pythons in one folder.
+
+A package for several Pythons differs in its compiled modules only, and their names tell the Python
+("…cpython-312-x86_64-linux-gnu.so"), so all of them lie beside each other.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hack.lib.gpu.errors import GpuError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+TESTS = ("pytest", "pytest-asyncio", "pytest-timeout")  # the NVML contract is a test suite
+# What our dependencies bring and we never import: the asynchronous Kubernetes client, and what only it needs.
+UNUSED = (
+    "kubernetes/aio",
+    *("aiohttp", "aiohttp_retry", "aiohappyeyeballs", "aiosignal", "frozenlist", "multidict", "propcache", "yarl"),
+)
+
+
+def collect(target: Path, downloads: Path, pythons: Sequence[str]) -> None:
+    """Lay out our package and all that it needs below `target`. GpuError where the package index refuses."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ours = downloads / "ours"
+    _pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(ours), str(REPOSITORY))
+    for python in pythons:
+        folder = downloads / python
+        _pip(
+            *("download", "--quiet", "--dest", str(folder), "--python-version", python, "--only-binary", ":all:"),
+            *(word for tag in _platforms() for word in ("--platform", tag)),
+            *(*project["dependencies"], *TESTS),
+        )
+    for wheel in sorted(downloads.glob("*/*.whl")):
+        _unzip(wheel, target)
+    if not (target / "gpuslice").is_dir():
+        raise GpuError(f"no wheel of ours came to {ours}; check that pip can build this project (pip wheel .)")
+
+
+def _platforms() -> tuple[str, ...]:
+    machine = platform.machine()
+    return tuple(f"{tag}_{machine}" for tag in ("manylinux2014", "manylinux_2_17", "manylinux_2_28"))
+
+
+def _pip(command: str, *arguments: str) -> None:
+    whole = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, *arguments]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise GpuError(f"pip {command} failed: {last}; check that the package index can be reached")
+
+
+def _unzip(wheel: Path, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not _unused(name):
+                archive.extract(name, target)
+
+
+def _unused(name: str) -> bool:
+    return any(name == unused or name.startswith(f"{unused}/") for unused in UNUSED)
