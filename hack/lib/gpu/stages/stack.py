@@ -23,7 +23,11 @@ from hack.lib.gpu.stages.program import numbers
 FILE = "stack.txt"  # what the parts of the cluster said
 _PATIENCE_S = 40
 # The card's settings are not ours to change: docs/policy.md, `keep`.
-_POLICY = {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"keep": ["computeMode", "timeSlice"]}}
+_POLICY = {
+    "apiVersion": "gpuslice.dev/v1alpha1",
+    "kind": "Policy",
+    "default": {"modes": ["gpu", "mps", "timeslice"], "keep": ["computeMode", "timeSlice"]},
+}
 
 
 def run(machine: Machine, results: Results) -> None:
@@ -37,7 +41,8 @@ def run(machine: Machine, results: Results) -> None:
         ):
             return
         results.check(f"Kubernetes {VERSIONS[0]}, containerd, driver: time", True, f"{took:.1f} s")
-        _published(stack, results)
+        if not _published(stack, results):
+            return
         for trial in (_whole, _memory, _extended, _time_slicing, _mps, _replaced, _restart):
             with results.trying(trial.__name__.strip("_").replace("_", " ")):
                 trial(stack, results)
@@ -160,12 +165,14 @@ class Stack:
                     file.write(f"==== {name}\n{path.read_text(errors='replace')[-400_000:]}\n")
 
 
-def _published(stack: Stack, results: Results) -> None:
+def _published(stack: Stack, results: Results) -> bool:
+    """Whether claims may be made: on a real card none of them may switch MIG mode."""
     slices = stack.items("resourceslices")
     devices = [device for body in slices for device in body["spec"].get("devices") or ()]
     kinds = sorted({device["attributes"]["type"]["string"] for device in devices})
     results.check("the card is published", "gpu" in kinds, f"{len(devices)} devices of {', '.join(kinds)}")
     (stack.machine.out / "slices.json").write_text(json.dumps(slices, indent=1), encoding="utf-8")
+    return not stack.real or results.check("no claim can switch MIG mode", "mig" not in kinds, kinds)
 
 
 def _computes(stack: Stack, said: str) -> bool:
@@ -187,8 +194,8 @@ def _whole(stack: Stack, results: Results) -> None:
 
 def _memory(stack: Stack, results: Results) -> None:
     stack.template("memory", "slice", memory="9Gi")
-    stack.pod("memory", "memory", "allocate 1024", "spin 20000", "memory")
-    said = stack.ends("memory")
+    stack.pod("memory", "memory", "allocate 1024", "spin 20000", "memory", "hold")
+    said = stack.holds("memory")
     device = stack.items("resourceclaims")[0]["status"]["allocation"]["devices"]["results"][0]["device"]
     results.check("a pod asks for memory alone and computes", _computes(stack, said), f"{device}; {said}")
 
