@@ -32,6 +32,7 @@ class About:
     machine: str  # as `uname -m` says it
     pythons: list[str]  # "3.12"
     archives: dict[str, str]  # file name: SHA-256
+    contents: dict[str, str]  # file name: one SHA-256 of all that is in it, however it was packed
     kubernetes: str = ""  # version; "" in a pack of facts alone
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of each part before it was packed
     format: int = FORMAT

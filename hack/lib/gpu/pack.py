@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import platform
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,9 +34,7 @@ Say = Callable[[str], None]
 def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str], version: str, say: Say) -> About:
     """Make the folder anew. GpuError where a part cannot be had; then the folder has no `pack.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / bundle.ABOUT).unlink(missing_ok=True)
-    for old in (*folder.glob(f"{SITE}.tar*"), *folder.glob(f"{PROGRAMS}.tar*")):
-        old.unlink()
+    before = _before(folder)
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as work:
         parts = {SITE: Path(work, SITE)}
         say(f"Python packages for Python {', '.join(pythons)}")
@@ -44,17 +43,22 @@ def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str],
             say("programs")
             parts[PROGRAMS] = Path(work, PROGRAMS)
             programs.collect(parts[PROGRAMS], version)
-        with ThreadPoolExecutor(len(parts)) as threads:
-            jobs = {
-                part: threads.submit(_write, source, folder, part, compressed, say) for part, source in parts.items()
-            }
-            written = {part: job.result() for part, job in jobs.items()}
+        contents = {_name(part, compressed): _content(source) for part, source in parts.items()}
         sizes = {part: _size(source) for part, source in parts.items()}
+        new = [part for part in parts if before.get(_name(part, compressed)) != contents[_name(part, compressed)]]
+        for path in folder.glob("*.tar*"):
+            if path.name not in contents or path.name in [_name(part, compressed) for part in new]:
+                path.unlink()
+            else:
+                say(f"{path.name} is up to date")
+        with ThreadPoolExecutor(len(parts)) as threads:
+            list(threads.map(lambda part: _write(parts[part], folder / _name(part, compressed), say), new))
     about = About(
         revision=_revision(),
         machine=platform.machine(),
         pythons=list(pythons),
-        archives={path.name: bundle.digest(path) for path in written.values()},
+        archives={name: bundle.digest(folder / name) for name in contents},
+        contents=contents,
         kubernetes="" if facts else version,
         sizes=sizes,
     )
@@ -63,10 +67,32 @@ def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str],
     return about
 
 
-def _write(source: Path, folder: Path, part: str, compressed: bool, say: Say) -> Path:
+def _before(folder: Path) -> Mapping[str, str]:
+    """What is packed there already, by archive, and the mark of a whole pack taken off. Nothing where it is not whole."""
+    try:
+        about = bundle.read(folder)
+        whole = all(bundle.digest(folder / name) == digest for name, digest in about.archives.items())
+    except GpuError:
+        return {}
+    (folder / bundle.ABOUT).unlink()
+    return about.contents if whole else {}
+
+
+def _name(part: str, compressed: bool) -> str:
+    return f"{part}.tar{'.xz' if compressed else ''}"
+
+
+def _content(source: Path) -> str:
+    """One digest of all names and contents below a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        whole.update(f"{path.relative_to(source)} {path.stat().st_mode:o} {bundle.digest(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def _write(source: Path, path: Path, say: Say) -> None:
     begun = time.monotonic()
-    path = folder / f"{part}.tar{'.xz' if compressed else ''}"
-    if compressed:
+    if path.suffix == ".xz":
         filters = _FILTERS if platform.machine() == "x86_64" else _OTHER_FILTERS
         with lzma.open(path, "wb", filters=filters) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
             _fill(tar, source)
@@ -75,7 +101,6 @@ def _write(source: Path, folder: Path, part: str, compressed: bool, say: Say) ->
             _fill(tar, source)
     size = path.stat().st_size / _MIB
     say(f"{path.name}: {_size(source) / _MIB:.0f} MiB packed into {size:.1f} MiB, {time.monotonic() - begun:.0f} s")
-    return path
 
 
 def _fill(tar: tarfile.TarFile, source: Path) -> None:

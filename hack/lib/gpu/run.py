@@ -69,7 +69,7 @@ def run(folder: Path, out: Path | None, only: str, driver_root: Path | None, say
         codes = []
         for stage in chosen:
             there = unpacking.wait() if stage.programs else unpacking.ready()
-            codes.append(_stage(stage, site, programs if there else None, root, target, say))
+            codes.append(run_stage(stage, site, programs if there else None, root, target, say))
         say(f"results are in {target}, {_since(begun)} in all; hack/gpu report {target} shows them")
     return 1 if any(codes) else 0
 
@@ -109,7 +109,8 @@ class _Unpacking:
         return self._there
 
 
-def _stage(stage: Stage, site: Path, programs: Path | None, root: Path | None, out: Path, say: Say) -> int:
+def run_stage(stage: Stage, site: Path, programs: Path | None, root: Path | None, out: Path, say: Say) -> int:
+    """Run one stage to its end or its limit; its exit code. What it found is in `out` then."""
     results = Results(out, stage.name)
     if stage.programs and programs is None:
         results.leave_out(
