@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gpuslice.core.model import MIB, Claim
+from gpuslice.core.model import MIB, Claim, Settings
 from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import ClaimError, DeviceError
 from gpuslice.mps import control
@@ -257,3 +257,59 @@ def test_a_server_of_mps_alone_does_not_keep_an_orphan(rig: Rig) -> None:
     SimNode(rig.folder / "node").run_process(rig.gpus[0].uuid, name=MPS_SERVER)
 
     assert not rig.preparer.in_use(record)
+
+
+# ---------------------------------------------------------------- settings that are kept
+
+
+KEEP = Policy.parse(
+    {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"keep": ["computeMode", "timeSlice"]}}
+)
+
+
+def test_a_policy_that_keeps_the_compute_mode_has_shares_and_the_card_s_own_mode(short: Path) -> None:
+    there = Rig(short, policy=KEEP)
+    supervisor = a_supervisor(short)
+    supervisor.open()
+    claim = by_mps(there, "one")
+
+    there.prepare(claim)
+
+    assert there.figures() == (ComputeMode.DEFAULT, 0)
+    assert daemon(there).memory_mib == 10 * 1024
+    assert env(there, claim)["GPUSLICE_GPU_0_MEMORY_ENFORCEMENT"] == "none"  # a program can go past the daemon
+    there.unprepare(claim)
+    assert there.figures() == (ComputeMode.DEFAULT, 0)
+    there.assert_empty()
+    supervisor.close()
+    there.nvml.close()
+
+
+def test_a_share_that_set_the_compute_mode_gives_it_back_under_a_policy_that_keeps_it(short: Path) -> None:
+    before = Rig(short, policy=Policy.default())
+    supervisor = a_supervisor(short)
+    supervisor.open()
+    claim = by_mps(before, "one")
+    before.prepare(claim)
+    before.nvml.close()
+
+    after = Rig(short, policy=KEEP)
+    after.unprepare(claim)
+
+    assert after.figures() == (ComputeMode.DEFAULT, 0)
+    after.assert_empty()
+    supervisor.close()
+    after.nvml.close()
+
+
+def test_a_policy_that_keeps_the_time_slice_refuses_an_interval_and_names_itself(short: Path) -> None:
+    there = Rig(short, policy=KEEP)
+    claim = a_share("one", there.device("gpu"), settings=Settings(interval="short"))
+
+    with pytest.raises(
+        ClaimError, match=r"/gpu cannot have the time-slice interval 'short', because this node's policy"
+    ):
+        there.prepare(claim)
+
+    assert there.figures() == (ComputeMode.DEFAULT, 0)
+    there.nvml.close()

@@ -94,7 +94,10 @@ def _sharing(sharing: Sharing) -> dict[str, object]:
         case TimeSlicing():
             return {"by": "timeSlicing", **asdict(sharing)}
         case Mps():
-            return {"by": "mps", **asdict(sharing)}
+            body = {"by": "mps", **asdict(sharing)}
+            if sharing.enforced:
+                del body["enforced"]  # what 0.1.0 wrote, and every record but of cards that keep their compute mode
+            return body
         case _:
             assert_never(sharing)
 
@@ -108,7 +111,8 @@ def _to_sharing(body: Json) -> Sharing:
         case "timeSlicing":
             return TimeSlicing(body["shares"], body["memory_mib"], body.get("interval", "default"), body.get("part"))
         case "mps":
-            return Mps(body["shares"], body["memory_mib"], body["clients"], body.get("part"))
+            enforced = body.get("enforced", True)
+            return Mps(body["shares"], body["memory_mib"], body["clients"], body.get("part"), enforced)
         case other:
             raise ValueError(f"sharing {other!r} is not known to this version")
 

@@ -36,7 +36,7 @@ from gpuslice.core.model import (
     WholeGpu,
 )
 from gpuslice.core.policy.rules import GpuPolicy, Policy
-from gpuslice.core.policy.schema import SHARED, Mode, Parts
+from gpuslice.core.policy.schema import SHARED, Mode, Parts, Setting
 from gpuslice.errors import ConfigError
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -57,6 +57,7 @@ class Pool:
     gpu: Gpu
     devices: tuple[Device, ...]
     reserve_bytes: int  # memory of the whole card that is not sold
+    keep: frozenset[Setting] = frozenset()  # what is not changed on this card
 
     @property
     def memory_mib(self) -> int:
@@ -165,7 +166,7 @@ def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
     name = _pool_name(node, gpu)
     offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
     devices = tuple(Device(DeviceRef(name, offer_name(offer)), offer) for offer in offers)
-    return Pool(name=name, gpu=gpu, devices=devices, reserve_bytes=policy.reserve_bytes)
+    return Pool(name=name, gpu=gpu, devices=devices, reserve_bytes=policy.reserve_bytes, keep=policy.keep)
 
 
 def _sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
@@ -209,7 +210,8 @@ def _sharing(mode: Mode, slice_: Slice, policy: GpuPolicy) -> Mps | TimeSlicing:
     mine, card = _multiprocessors(slice_)
     clients = max(1, policy.mps_clients * mine // card)
     if mode is Mode.MPS:
-        return _enough(Mps(min(policy.mps_shares, clients), memory, clients), gpu)
+        enforced = isinstance(slice_, MigSlice) or Setting.COMPUTE_MODE not in policy.keep
+        return _enough(Mps(min(policy.mps_shares, clients), memory, clients, enforced=enforced), gpu)
     return _enough(TimeSlicing(policy.timeslice_shares, memory, interval), gpu)
 
 

@@ -183,12 +183,14 @@ class Mps:
     """Up to `shares` claims (by default) run at once on the slice, through one MPS daemon.
 
     `clients` is the most CUDA contexts that the daemon serves, `memory_mib` what can be sold in all. `part` as above.
+    `enforced` is false where the card keeps its compute mode: then a program can use the card past the daemon.
     """
 
     shares: int
     memory_mib: int
     clients: int
     part: int | None = None
+    enforced: bool = True
 
 
 Sharing = Exclusive | Monitor | TimeSlicing | Mps

@@ -94,9 +94,9 @@ def enforcement(grant: Grant) -> str:
     match grant.sharing:
         case Exclusive():
             return "hardware"
-        case Mps():
+        case Mps(enforced=True):
             return "mps"
-        case TimeSlicing() | Monitor():
+        case Mps() | TimeSlicing() | Monitor():
             return "none"
         case _:
             assert_never(grant.sharing)

@@ -241,6 +241,28 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ("default: {static: {19: 0}}", "default.static.19 is 0, which has no effect"),
         ("default: {static: {19: '7'}}", "default.static.19 is the text '7' and must be a number; write 7"),
         ("default: {static: {19: true}}", "default.static.19 must be a whole number from 0 on, not true or false"),
+        ("default: {keep: computeMode}", "default.keep must be a list, not a text"),
+        (
+            "default: {keep: [clocks]}",
+            "default.keep names 'clocks', which it does not know; use computeMode, timeSlice",
+        ),
+        ("default: {keep: [timeSlice, timeSlice]}", "default.keep names timeSlice twice"),
+        (
+            "default: {modes: [gpu, mig], keep: [computeMode]}",
+            "default.keep names computeMode to no effect: only mode mps changes it",
+        ),
+        (
+            "default: {modes: [mps], keep: [timeSlice]}",
+            "default.keep names timeSlice to no effect: only mode gpu or timeslice changes it",
+        ),
+        (
+            "default: {timeslice: {interval: short}, keep: [timeSlice]}",
+            "default.keep contradicts itself: keep names timeSlice, and timeslice.interval is short",
+        ),
+        (
+            "default: {keep: [timeSlice]}\ngpus: [{match: {index: 0}, timeslice: {interval: long}}]",
+            "gpus[0].timeslice.interval contradicts itself: keep names timeSlice, and timeslice.interval is long",
+        ),
         ("gpus: {}", "gpus must be a list, not a mapping"),
         ("gpus: []", "gpus is an empty list"),
         ("gpus: [{modes: [gpu]}]", "gpus[0] has no match"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from gpuslice.core.model import Gpu, MigProfile
 from gpuslice.core.policy import schema
-from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Terms
+from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Setting, Terms
 from gpuslice.errors import ConfigError
 
 _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
@@ -35,6 +35,7 @@ class GpuPolicy:
     interval: str  # one of `INTERVALS`, for the whole card
     twins: frozenset[Mode] = frozenset()  # in what manner partitions are shared too; none while `mig` is not offered
     static: tuple[tuple[MigProfile, int], ...] | Parts = ()  # for clusters without partitionable devices
+    keep: frozenset[Setting] = frozenset()  # what is not changed on this card
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Policy:
             interval=said.timeslice_interval or "default",
             twins=frozenset(said.shared_partitions or ()) if mig else frozenset(),
             static=_static(said, gpu, modes),
+            keep=frozenset(said.keep or ()),
         )
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:

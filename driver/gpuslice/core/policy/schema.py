@@ -17,7 +17,7 @@ from gpuslice.core.policy import strict
 API_VERSION = "gpuslice.dev/v1alpha1"
 KIND = "Policy"
 
-KEYS = ("modes", "profiles", "suffixes", "reserve", "mps", "timeslice", "sharedPartitions", "static")
+KEYS = ("modes", "profiles", "suffixes", "reserve", "mps", "timeslice", "sharedPartitions", "static", "keep")
 SHARES = 4  # of a shared device, where the policy says nothing: a claim that says nothing gets a quarter of it
 _PROFILE = re.compile(r"\d+g\.\d+gb([+-][a-z]+(\.[a-z]+)*)?")
 _SUFFIX = re.compile(r"[+-][a-z]+(\.[a-z]+)*")
@@ -31,6 +31,13 @@ class Mode(StrEnum):
     MIG = "mig"
     MPS = "mps"
     TIMESLICE = "timeslice"
+
+
+class Setting(StrEnum):
+    """A setting of a card that the driver would change, and that an operator may want to keep as it is."""
+
+    COMPUTE_MODE = "computeMode"  # EXCLUSIVE_PROCESS while a whole card is shared by MPS
+    TIME_SLICE = "timeSlice"  # an interval other than the default (nvidia-smi compute-policy)
 
 
 SHARED = (Mode.MPS, Mode.TIMESLICE)  # many claims on one device, in the order in which they are offered
@@ -96,6 +103,7 @@ class Terms:
     timeslice_interval: str | None = None
     shared_partitions: tuple[Mode, ...] | None = None
     static: tuple[tuple[ProfileRef, int], ...] | Parts | None = None
+    keep: tuple[Setting, ...] | None = None
 
     def over(self, base: Terms) -> Terms:
         """These terms where they say something, else the base's. `profiles` and `suffixes` are one question."""
@@ -191,9 +199,11 @@ def _terms(body: Mapping[str, object], path: str, base: Terms) -> Terms:
         timeslice_interval=strict.optional(timeslice, "interval", f"{path}.timeslice", _interval),
         shared_partitions=strict.optional(body, "sharedPartitions", path, _shared_partitions),
         static=strict.optional(body, "static", path, _static),
+        keep=strict.optional(body, "keep", path, _keep),
     )
     _effective(body, path, said, said.over(base))
     _consistent(body, path, said.over(base))
+    _kept(path, said, said.over(base))
     return said
 
 
@@ -225,6 +235,24 @@ def _effective(body: Mapping[str, object], path: str, said: Terms, in_force: Ter
         )
 
 
+_CHANGED_BY = {Setting.COMPUTE_MODE: (Mode.MPS,), Setting.TIME_SLICE: (Mode.GPU, Mode.TIMESLICE)}
+
+
+def _kept(path: str, said: Terms, in_force: Terms) -> None:
+    """Refuse to keep what nothing would change, and to change what is kept."""
+    modes = set(in_force.modes or ALL_MODES)
+    for setting in said.keep or ():
+        if not modes.intersection(_CHANGED_BY[setting]):
+            words = " or ".join(_CHANGED_BY[setting])
+            strict.fail(f"{path}.keep", f"names {setting} to no effect: only mode {words} changes it; leave it out")
+    interval = in_force.timeslice_interval or "default"
+    if Setting.TIME_SLICE in (in_force.keep or ()) and interval != "default":
+        strict.fail(
+            f"{path}.{'keep' if said.keep else 'timeslice.interval'}",
+            f"contradicts itself: keep names timeSlice, and timeslice.interval is {interval}; drop one of them",
+        )
+
+
 def _consistent(body: Mapping[str, object], path: str, in_force: Terms) -> None:
     """Refuse what this section says in vain beside what it says too, or what is in force."""
     for key in SHARED:
@@ -252,6 +280,15 @@ def _modes(value: object, path: str, known: Sequence[Mode] = ALL_MODES) -> tuple
 
 def _shared_partitions(value: object, path: str) -> tuple[Mode, ...]:
     return _modes(value, path, SHARED)
+
+
+def _keep(value: object, path: str) -> tuple[Setting, ...]:
+    entries = enumerate(strict.sequence(value, path))
+    words = strict.unique((strict.text(v, f"{path}[{i}]") for i, v in entries), path)
+    for word in words:
+        if word not in list(Setting):
+            strict.fail(path, f"names {word!r}, which it does not know; use {', '.join(Setting)}")
+    return tuple(map(Setting, words))
 
 
 def _interval(value: object, path: str) -> str:

@@ -228,7 +228,7 @@ def _mps(mps: Mps, alone: _Face) -> _Face:
     shared = replace(
         alone,
         type="mps",
-        enforcement="mps",
+        enforcement="mps" if mps.enforced else "none",
         memory_mib=mps.memory_mib,
         sm_percent=_ALL_SMS,
         clients=mps.clients,
