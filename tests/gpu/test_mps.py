@@ -18,6 +18,7 @@ from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.api import Nvml
 
 from tests.gpu import program
+from tests.gpu.conftest import driver_root
 
 CEILING_MIB = 4096
 OUT_OF_MEMORY = "2"  # cuda.h, CUDA_ERROR_OUT_OF_MEMORY
@@ -58,7 +59,7 @@ def client(real: Nvml, short: Path) -> Iterator[MpsClient]:
     if gpu is None:
         pytest.skip("no real GPU with MIG mode off, and these tests switch nothing")
     try:
-        command = control.program(Path("/"), None)
+        command = control.program(driver_root(), None, links=short / "libraries")
     except DeviceError as e:
         pytest.skip(f"no MPS: {e}")
     supervisor = Supervisor(short / "mps", command)

@@ -105,6 +105,81 @@ def test_the_newest_version_is_taken_by_number_when_the_module_does_not_say(node
     assert f"/{RHEL}/libcuda.so.1000.1" in mounted(host_of(node).common())
 
 
+def fill_own_folder(root: Path, version: str = VERSION) -> None:
+    """A driver in a folder of its own, as seen on a virtual machine with driver 580: /usr/local/nvidia."""
+    for name in ("cuda", "nvidia-ml"):
+        write(root / f"lib64/lib{name}.so.{version}")
+        (root / f"lib64/lib{name}.so.1").symlink_to(f"lib{name}.so.{version}")
+    (root / "lib").symlink_to("lib64")
+    write(root / "glibc/libc.so.6")
+    write(root / "bin/nvidia-smi")
+    write(root / f"firmware/nvidia/{version}/gsp_ga10x.bin")
+    write(root / "share/vulkan/icd.d/nvidia_icd.json")
+    write(root / "share/vulkan/implicit_layer.d/nvidia_layers.json")
+    write(root / "share/glvnd/egl_vendor.d/10_nvidia.json")
+
+
+def test_a_root_that_is_the_driver_s_alone_gives_its_data_where_containers_look(node: Path) -> None:
+    root = node / "own"
+    fill_own_folder(root)
+
+    paths = mounted(RealHost(root, proc=node / "proc", dev=node / "dev").common())
+
+    assert paths[f"/lib64/libcuda.so.{VERSION}"] == f"{root}/lib64/libcuda.so.{VERSION}"
+    assert paths["/bin/nvidia-smi"] == f"{root}/bin/nvidia-smi"
+    assert paths[f"/lib/firmware/nvidia/{VERSION}/gsp_ga10x.bin"] == f"{root}/firmware/nvidia/{VERSION}/gsp_ga10x.bin"
+    assert paths["/usr/share/vulkan/icd.d/nvidia_icd.json"] == f"{root}/share/vulkan/icd.d/nvidia_icd.json"
+    assert "/usr/share/vulkan/implicit_layer.d/nvidia_layers.json" in paths
+    assert "/usr/share/glvnd/egl_vendor.d/10_nvidia.json" in paths
+    assert not [path for path in paths if "libc.so" in path]
+
+
+def test_links_of_the_node_into_the_driver_s_own_folder_are_followed(node: Path) -> None:
+    root = node / "linked"
+    fill_own_folder(root / "opt/vendor/nvidia")
+    for name, target in (
+        (
+            "usr/lib/libcuda.so.1",
+            "/opt/vendor/nvidia/lib64/libcuda.so.1",
+        ),  # absolute: below the root, as in a container
+        ("usr/lib/libnvidia-ml.so.1", "../../opt/vendor/nvidia/lib64/libnvidia-ml.so.1"),
+        ("usr/bin/nvidia-smi", "/opt/vendor/nvidia/bin/nvidia-smi"),
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(target)
+
+    paths = mounted(RealHost(root, proc=node / "proc", dev=node / "dev").common())
+
+    library = f"opt/vendor/nvidia/lib64/libcuda.so.{VERSION}"
+    assert paths[f"/{library}"] == str(root / library)
+    assert paths["/usr/bin/nvidia-smi"] == f"{root}/opt/vendor/nvidia/bin/nvidia-smi"  # on the PATH of a container
+
+
+def test_a_root_with_links_that_lead_out_of_it_is_refused_by_the_link(node: Path) -> None:
+    root = node / "outward"
+    (root / "usr/lib").mkdir(parents=True)
+    (root / "usr/lib/libcuda.so.1").symlink_to("../../../elsewhere/libcuda.so.580.1")
+    write(node / "elsewhere/libcuda.so.580.1")
+
+    with pytest.raises(DeviceError) as refused:
+        RealHost(root, proc=node / "proc", dev=node / "dev").common()
+
+    assert str(refused.value) == (
+        f"{root}/usr/lib/libcuda.so.1 is a link to ../../../elsewhere/libcuda.so.580.1, which is not below the driver root "
+        f"{root}; name the folder that holds the NVIDIA driver's own files as the driver root"
+    )
+
+
+def test_a_root_of_another_version_than_the_kernel_module_is_refused_with_both(node: Path) -> None:
+    root = node / "newer"
+    fill_driver_root(root, RHEL, "999.1")
+
+    with pytest.raises(
+        DeviceError, match=rf"is version 999\.1, and the loaded kernel module is version {VERSION}, so CUDA"
+    ):
+        RealHost(root, proc=node / "proc", dev=node / "dev").common()
+
+
 def test_a_driver_that_was_upgraded_under_us_is_read_again(node: Path) -> None:
     host = host_of(node)
     host.common()

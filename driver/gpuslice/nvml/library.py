@@ -15,19 +15,10 @@ import pynvml
 
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import Code
+from gpuslice.system.programs import LIBRARY_FOLDERS
 
 SONAME = "libnvidia-ml.so.1"
-_FOLDERS = (
-    "usr/lib64",
-    "usr/lib/x86_64-linux-gnu",
-    "usr/lib/aarch64-linux-gnu",
-    "usr/lib",
-    "lib64",
-    "lib/x86_64-linux-gnu",
-    "lib/aarch64-linux-gnu",
-    "lib",
-    "",
-)
+_FOLDERS = (*LIBRARY_FOLDERS, "")
 
 _REMEDIES = {
     Code.UNINITIALIZED: "NVML was closed under this call; restart the driver",

@@ -9,35 +9,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from gpuslice.core.cdi import DeviceNode, Hook, Injection, Mount
 from gpuslice.core.model import Gpu
 from gpuslice.errors import DeviceError, StateError
-from gpuslice.system.programs import LIBRARY_FOLDERS, PROGRAM_FOLDERS
+from gpuslice.system import driver_files
+from gpuslice.system.driver_files import DriverFiles
 
 _GPU_MAJOR, _CONTROL_MINOR, _MODESET_MINOR = 195, 255, 254  # nv.h of the open kernel modules
 _READ_ONLY = ("ro", "nosuid", "nodev", "rbind", "rprivate")
 _SOCKET = ("nosuid", "nodev", "noexec", "rbind", "rprivate")
 
-_PROGRAMS = ("smi", "debugdump", "persistenced", "cuda-mps-control", "cuda-mps-server")  # each after "nvidia-"
-# Libraries of the driver that carry a version of their own, and data for graphics, OpenCL and ray tracing.
-_MORE_LIBRARIES = ("libnvidia-nvvm70.so.*", "libnvidia-egl-*.so.*.*")
-_DATA = (
-    "usr/share/nvidia/nvoptix.bin",
-    "usr/share/glvnd/egl_vendor.d/10_nvidia.json",
-    "usr/share/egl/egl_external_platform.d/*_nvidia_*.json",
-    "usr/share/vulkan/icd.d/nvidia_icd*.json",
-    "etc/vulkan/icd.d/nvidia_icd*.json",
-    "etc/OpenCL/vendors/nvidia.icd",
-)
 # Not /tmp/nvidia-mps: a workload that found the node's own MPS daemon would run outside its claim.
 _SOCKETS = ("run/nvidia-persistenced/socket", "run/nvidia-fabricmanager/socket")
 _HOOK_FOLDERS = ("usr/bin", "usr/local/bin", "usr/local/nvidia/toolkit", "opt/nvidia/toolkit")
-_VERSIONED = re.compile(r"lib(?:cuda|nvidia-ml)\.so\.(\d+(?:\.\d+)+)")
 _KERNEL_MODULE = re.compile(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s")
 
 
@@ -63,16 +51,6 @@ class Host(Protocol):
         """One sentence for each thing that works, but would work better if the node had it. For start-up logs."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Driver:
-    """One installed version of the user-space driver, by paths below the driver root ("/usr/lib64/libcuda.so.…")."""
-
-    version: str
-    files: tuple[str, ...]  # libraries, programs, firmware, data: mounted as they are
-    folders: tuple[str, ...]  # of libraries, for the loader
-    links: tuple[tuple[str, str], ...]  # (path of the link, path of the library)
-
-
 class RealHost:
     """A node with the NVIDIA driver. `cdi_hook` is a path of the node; without it the usual places are searched."""
 
@@ -89,7 +67,7 @@ class RealHost:
         self._root, self._host_root = driver_root, host_root or driver_root
         self._proc, self._sys, self._dev = proc, sys, dev
         self._given_hook = cdi_hook
-        self._found: _Driver | None = None
+        self._found: DriverFiles | None = None
 
     def boot_id(self) -> str:
         return _boot_id(self._proc / "sys/kernel/random/boot_id")
@@ -110,7 +88,7 @@ class RealHost:
         driver = self._driver()
         hook = self._hook()
         sockets = (path for path in _SOCKETS if (self._root / path).is_socket())
-        mounts = [self._mount(path, path) for path in driver.files]
+        mounts = [self._mount(path, target) for path, target in driver.files]
         mounts += [self._mount(f"/{path}", f"/{path}", _SOCKET) for path in sockets]
         if hook is not None:
             return Injection(nodes=self._control_nodes(), mounts=tuple(mounts), hooks=_hooks(hook, driver))
@@ -165,12 +143,12 @@ class RealHost:
 
     # ---------------------------------------------------------------- files of the driver
 
-    def _driver(self) -> _Driver:
+    def _driver(self) -> DriverFiles:
         """The driver's files, searched again when the library they were found by is gone or the module is another."""
         loaded = _loaded_version(self._proc)
         found = self._found
-        if found is None or loaded not in (None, found.version) or not (self._root / found.files[0][1:]).exists():
-            self._found = found = _search(self._root, loaded)
+        if found is None or loaded not in (None, found.version) or not (self._root / found.anchor[1:]).exists():
+            self._found = found = driver_files.search(self._root, loaded)
         return found
 
     def _hook(self) -> str | None:
@@ -184,69 +162,7 @@ class RealHost:
         return Mount(str(self._host_root / source[1:]), target, options)
 
 
-def _search(root: Path, loaded: str | None) -> _Driver:
-    if not root.is_dir():
-        raise DeviceError(f"driver root {root} is not there; mount the NVIDIA driver's root or name another")
-    anchor, version = _anchor(root, loaded)
-    folder = anchor.parent
-    libraries = [path for pattern in (f"*.so.{version}", *_MORE_LIBRARIES) for path in sorted(folder.glob(pattern))]
-    libraries += sorted(folder.glob(f"vdpau/*.so.{version}"))
-    libraries = [anchor, *(path for path in _files(libraries) if path != anchor)]
-    programs = (root / place / f"nvidia-{name}" for name in _PROGRAMS for place in PROGRAM_FOLDERS)
-    firmware = (
-        path for lib in ("lib", "usr/lib") for path in sorted(root.glob(f"{lib}/firmware/nvidia/{version}/gsp*.bin"))
-    )
-    data = (path for pattern in _DATA for path in sorted(root.glob(pattern)))
-    files = [*libraries, *_once(programs), *_once(firmware), *_files(data)]
-    links = {f"/{link.relative_to(root)}": f"/{library.relative_to(root)}" for link, library in _links(libraries)}
-    return _Driver(
-        version=version,
-        files=tuple(dict.fromkeys(f"/{path.relative_to(root)}" for path in files)),
-        folders=tuple(dict.fromkeys(f"/{path.parent.relative_to(root)}" for path in libraries)),
-        links=tuple(sorted(links.items())),
-    )
-
-
-def _anchor(root: Path, loaded: str | None) -> tuple[Path, str]:
-    """The library whose name tells the version: that of the loaded kernel module if it is there, else the newest."""
-    places = (sorted((root / folder).glob("lib*.so.*.*")) for folder in LIBRARY_FOLDERS)
-    names = ((path, _VERSIONED.fullmatch(path.name)) for place in places for path in _files(place))
-    found = [(path, match[1]) for path, match in names if match]
-    if not found:
-        text = f"no libcuda.so.<version> or libnvidia-ml.so.<version> below {root}"
-        raise DeviceError(f"{text}; install the NVIDIA driver there or name the driver root that has it")
-    fitting = [item for item in found if item[1] == loaded] or found
-    newest = max((item[1] for item in fitting), key=_numbers)
-    return next(item for item in fitting if item[1] == newest)
-
-
-def _links(libraries: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
-    """Other names of the libraries: the links beside them, and two that every program needs, there or not."""
-    by_folder: dict[Path, dict[str, Path]] = {}
-    for path in libraries:
-        by_folder.setdefault(path.parent, {})[path.name] = path
-    for folder, names in by_folder.items():
-        for name, path in names.items():
-            stem = name.partition(".so.")[0]
-            if stem in ("libcuda", "libnvidia-ml"):
-                yield folder / f"{stem}.so.1", path
-            if stem == "libcuda":
-                yield folder / "libcuda.so", path
-        for link in sorted(folder.glob("lib*.so*")):
-            if (library := _behind(link, names)) and link != library:
-                yield link, library
-
-
-def _behind(link: Path, names: Mapping[str, Path]) -> Path | None:
-    """The library at the end of a chain of links, by names: absolute links of a driver container lead us elsewhere."""
-    for _ in range(4):
-        if link.name in names or not link.is_symlink():
-            break
-        link = link.with_name(link.readlink().name)
-    return names.get(link.name)
-
-
-def _hooks(program: str, driver: _Driver) -> tuple[Hook, ...]:
+def _hooks(program: str, driver: DriverFiles) -> tuple[Hook, ...]:
     """Links first, then the loader's cache, which is to see them. `nvidia-cdi-hook` is the toolkit's own program."""
     name = "nvidia-cdi-hook"
     links = [argument for link, library in driver.links for argument in ("--link", f"{Path(library).name}::{link}")]
@@ -255,20 +171,6 @@ def _hooks(program: str, driver: _Driver) -> tuple[Hook, ...]:
         Hook("createContainer", program, (name, "create-symlinks", *links)),
         Hook("createContainer", program, (name, "update-ldcache", *folders)),
     )
-
-
-def _files(paths: Iterable[Path]) -> list[Path]:
-    """Regular files only: a link may point out of the driver root, where the runtime would not find what we saw."""
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
-
-
-def _once(paths: Iterable[Path]) -> list[Path]:
-    """The first place of each file name: "bin" and "usr/bin" are one folder on most systems."""
-    return list({path.name: path for path in reversed(_files(paths))}.values())[::-1]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 def _loaded_version(proc: Path) -> str | None:

@@ -17,7 +17,15 @@ from gpuslice.errors import DeviceError, HungError
 
 # Below the driver root. "usr" before its aliases, for "lib64" is often a link to it; the rest are driver folders of
 # Debian's own packages, and of container-optimised systems that keep the driver in a folder without "usr".
-PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/lib/nvidia/current", "usr/local/bin", "bin", "sbin")
+PROGRAM_FOLDERS = (
+    "usr/bin",
+    "usr/sbin",
+    "usr/lib/nvidia/current",
+    "usr/local/bin",
+    "bin",
+    "sbin",
+    "usr/local/nvidia/bin",
+)
 _ARCHES = ("x86_64-linux-gnu", "aarch64-linux-gnu")
 LIBRARY_FOLDERS = (
     *(f"usr/lib/{arch}{tail}" for arch in _ARCHES for tail in ("", "/nvidia/current")),
@@ -26,6 +34,9 @@ LIBRARY_FOLDERS = (
     *(f"lib/{arch}" for arch in _ARCHES),
     "lib64",
     "lib",
+    "usr/local/nvidia/lib64",  # where virtual machines and images keep the driver apart
+    "usr/local/nvidia/lib",
+    "usr/local/glibc/usr/lib",  # Talos
 )
 _OURS = ("libcuda.so*", "libnvidia-*.so*")
 

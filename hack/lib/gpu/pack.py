@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import lzma
 import platform
 import shutil
@@ -70,9 +71,9 @@ def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str],
 def _before(folder: Path) -> Mapping[str, str]:
     """What is packed there already, by archive, and the mark of a whole pack taken off. Nothing where it is not whole."""
     try:
-        about = bundle.read(folder)
+        about = About(**json.loads((folder / bundle.ABOUT).read_text(encoding="utf-8")))
         whole = all(bundle.digest(folder / name) == digest for name, digest in about.archives.items())
-    except GpuError:
+    except (OSError, ValueError, TypeError):
         return {}
     (folder / bundle.ABOUT).unlink()
     return about.contents if whole else {}

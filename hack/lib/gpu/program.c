@@ -8,7 +8,7 @@
  *   allocate MIB   device memory, kept
  *   touch MIB      device memory, kept and written by a kernel
  *   managed MIB    managed memory, kept and written by a kernel
- *   spin ROUNDS    one kernel on every multiprocessor, timed
+ *   spin ROUNDS    one kernel of a fixed amount of work, timed
  *   second S       such kernels one after the other for S seconds: how many
  *   fault          a kernel writes to an address that is not mapped
  *   uid            user and process id
@@ -46,6 +46,7 @@ static const char PTX[] =
     "done:\n  ret;\n}\n";
 
 enum { ATTRIBUTE_MULTIPROCESSORS = 16, ATTACH_GLOBAL = 1 }; /* cuda.h */
+enum { BLOCKS = 2112 }; /* of a timed kernel: the same work however many multiprocessors there are */
 
 typedef int Result;
 typedef uint64_t Pointer;
@@ -87,7 +88,7 @@ static void answer(Result e, const char *text) {
 
 static Result spin(unsigned rounds) {
   void *arguments[] = {&out, &rounds};
-  Result e = launch(spinning, processors * 16, 1, 1, 256, 1, 1, 0, NULL, arguments, NULL);
+  Result e = launch(spinning, BLOCKS, 1, 1, 256, 1, 1, 0, NULL, arguments, NULL);
   return e ? e : synchronize();
 }
 

@@ -20,7 +20,9 @@ def run(machine: Machine, results: Results) -> None:
     from gpuslice.system.host import RealHost
 
     root = machine.driver_root
-    common = RealHost(root, host_root=root).common()
+    hook = machine.programs / "bin" / "nvidia-cdi-hook" if machine.programs else None
+    common = RealHost(root, host_root=root, cdi_hook=hook).common()
+    results.check("hooks of ours", True, "; ".join(" ".join(one.args[1:])[:120] for one in common.hooks))
     ours = {mount.container_path: mount.host_path for mount in common.mounts}
     missing = [path for path in ours.values() if not _exists(path)]
     results.check("our CDI file names files that are there", not missing, f"{len(ours)} mounts; missing: {missing}")
@@ -30,7 +32,7 @@ def run(machine: Machine, results: Results) -> None:
             "it gives what NVIDIA's generator gives", "nvidia-ctk is not in this pack, or not laid out yet"
         )
         return
-    command = [str(tool), "cdi", "generate", "--format=json", "--driver-root", str(root), "--output="]
+    command = [str(tool), "cdi", "generate", "--format=json", "--driver-root", str(root), "--dev-root=/", "--output="]
     done = subprocess.run(command, env=machine.program_environment(), capture_output=True, text=True, check=False)
     (machine.out / FILE).write_text(
         json.dumps({"ours": ours, "theirs": done.stdout, "errors": done.stderr[-4000:]}, indent=1)

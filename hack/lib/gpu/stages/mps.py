@@ -53,7 +53,8 @@ class Daemon:
     def start(self) -> int:
         path = f"{self._control.parent}:{os.environ['PATH']}"  # it looks for the server program there
         environment = {**self._machine.program_environment(), **self.environment, "PATH": path}
-        return subprocess.run([str(self._control), "-d"], env=environment, check=False, timeout=20).returncode
+        command = [str(self._control), "-d", *(["-multiuser-server"] if os.geteuid() == 0 else [])]
+        return subprocess.run(command, env=environment, check=False, timeout=20).returncode
 
     def tell(self, *lines: str) -> str:
         environment = {**self._machine.program_environment(), **self.environment}
