@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import MIB, Gpu, GpuUuid
+from gpuslice.core.model import API_VERSION, MIB, Gpu, GpuUuid
+from gpuslice.core.policy.reading import KIND
 from gpuslice.core.policy.rules import Policy
-from gpuslice.core.policy.schema import API_VERSION, KIND
 from gpuslice.nvml.sim import models
 
 

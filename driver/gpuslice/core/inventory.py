@@ -30,13 +30,14 @@ from gpuslice.core.model import (
     Mps,
     Offer,
     PoolName,
+    Setting,
     Sharing,
     Slice,
     TimeSlicing,
     WholeGpu,
 )
 from gpuslice.core.policy.rules import GpuPolicy, Policy
-from gpuslice.core.policy.schema import SHARED, Mode, Parts, Setting
+from gpuslice.core.policy.schema import SHARED, Mode, Parts
 from gpuslice.errors import ConfigError
 
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -102,6 +103,11 @@ class Inventory:
 
     def pool(self, uuid: GpuUuid) -> Pool | None:
         return self._pools.get(uuid)
+
+    def kept(self, uuid: GpuUuid) -> frozenset[Setting]:
+        """The settings of this card that are not changed."""
+        pool = self._pools.get(uuid)
+        return frozenset() if pool is None else pool.keep
 
     def gpu(self, uuid: GpuUuid) -> Gpu | None:
         pool = self._pools.get(uuid)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NewType
 
 GpuUuid = NewType("GpuUuid", str)  # "GPU-…", NVML's
@@ -19,6 +20,7 @@ ClaimUid = NewType("ClaimUid", str)  # Kubernetes'
 PoolName = NewType("PoolName", str)  # "<node>/<pci bus id>"
 
 MIB = 1024 * 1024
+API_VERSION = "gpuslice.dev/v1alpha1"  # of the objects that users write: policies and opaque parameters
 
 
 # ---------------------------------------------------------------- hardware as it could be
@@ -196,6 +198,13 @@ class Mps:
 Sharing = Exclusive | Monitor | TimeSlicing | Mps
 
 INTERVALS = ("default", "short", "medium", "long")  # nvidia-smi compute-policy --set-timeslice 0 … 3
+
+
+class Setting(StrEnum):
+    """A setting of a card that the driver would change, and that an operator may want to keep as it is."""
+
+    COMPUTE_MODE = "computeMode"  # EXCLUSIVE_PROCESS while a whole card is shared by MPS
+    TIME_SLICE = "timeSlice"  # an interval other than the default (nvidia-smi compute-policy)
 
 
 @dataclass(frozen=True, slots=True)

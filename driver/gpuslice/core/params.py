@@ -7,14 +7,24 @@ an error which names the field and the remedy. Class configs count first, claim 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import fields, replace
 from typing import assert_never
 
-from gpuslice.core.model import INTERVALS, Exclusive, Monitor, Mps, Offer, Settings, TimeSlicing, WholeGpu
+from gpuslice.core.model import (
+    API_VERSION,
+    INTERVALS,
+    Exclusive,
+    Monitor,
+    Mps,
+    Offer,
+    Setting,
+    Settings,
+    TimeSlicing,
+    WholeGpu,
+)
 from gpuslice.errors import ClaimError
 
-API_VERSION = "gpuslice.dev/v1alpha1"
 KIND = "SliceConfig"
 _ENFORCEMENT = ("required", "preferred")
 
@@ -41,12 +51,17 @@ def merge(layers: Iterable[Settings]) -> Settings:
     return merged
 
 
-def check(settings: Settings, offer: Offer, device: object) -> None:
-    """Refuse a setting that this device would ignore, and a demand that it cannot meet."""
+def check(settings: Settings, offer: Offer, device: object, kept: Set[Setting] = frozenset()) -> None:
+    """Refuse a setting that this device would ignore or may not change (`kept`), and a demand that it cannot meet."""
     match offer.sharing:
         case Exclusive():  # a card or a partition of one's own: the hardware enforces it, whatever was demanded
             if settings.interval is not None and not isinstance(offer.slice_, WholeGpu):
                 raise ClaimError(f"timeSlicing.interval has no effect on partition {device}; remove the setting")
+            if settings.interval not in (None, "default") and Setting.TIME_SLICE in kept:
+                raise ClaimError(
+                    f"{device} cannot have the time-slice interval {settings.interval!r}, because this node's policy keeps "
+                    "the card's own (keep: [timeSlice]); ask for 'default', or remove the setting"
+                )
         case TimeSlicing() | Mps():
             if settings.interval is not None:
                 raise ClaimError(

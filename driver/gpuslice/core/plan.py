@@ -33,7 +33,6 @@ from gpuslice.core.model import (
     TimeSlicing,
     WholeGpu,
 )
-from gpuslice.core.policy.schema import Setting
 from gpuslice.core.record import (
     AdjustMps,
     Busy,
@@ -210,7 +209,7 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
             f"claim {ref} was given {device}, which this node does not offer (any more); delete the pod to have it "
             "scheduled again"
         )
-    params.check(allocation.settings, offer, device)
+    params.check(allocation.settings, offer, device, inventory.kept(offer.gpu.uuid))
     if isinstance(offer.sharing, Monitor) and not allocation.admin:
         raise ClaimError(
             f"{device} is for admin access only; set adminAccess: true on the request, in a namespace for it"
@@ -263,9 +262,9 @@ def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: 
                     f"{grant.allocation.device} does not exist now, so there is nothing to watch; ask for monitor"
                 )
         case Exclusive():
-            yield from _time_slice(grant, grant.allocation.settings.interval, inventory)
+            yield from _time_slice(gpu, grant.allocation.settings.interval)
         case TimeSlicing(interval=interval):
-            yield from _time_slice(grant, interval if grant.slot is None else None, inventory)
+            yield from _time_slice(gpu, interval if grant.slot is None else None)
         case Mps(enforced=enforced):
             # Whether a partition takes a compute mode is not known, and not needed: see `docs/mps.md`.
             if grant.slot is None and enforced:
@@ -275,16 +274,9 @@ def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: 
             assert_never(grant.sharing)
 
 
-def _time_slice(grant: Grant, interval: str | None, inventory: Inventory) -> Iterator[Step]:
-    if interval in (None, "default"):
-        return
-    pool = inventory.pool(grant.gpu)
-    if pool is not None and Setting.TIME_SLICE in pool.keep:
-        raise ClaimError(
-            f"{grant.allocation.device} cannot have the time-slice interval {interval!r}, because this node's policy "
-            "keeps the card's own (keep: [timeSlice]); ask for 'default', or leave the interval out"
-        )
-    yield SetTimeSlice(grant.gpu, str(interval))
+def _time_slice(gpu: Gpu, interval: str | None) -> Iterator[Step]:
+    if interval not in (None, "default"):
+        yield SetTimeSlice(gpu.uuid, str(interval))
 
 
 def _whole(grant: Grant, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:

@@ -37,7 +37,8 @@ def test_every_product_is_either_complete_or_says_what_it_lacks() -> None:
     for key, body in catalogue().items():
         if key in known():
             model = product(key)
-            assert all(model.memory_mib - model.reserved_mib >= p.memory_mib for p in model.profiles)
+            # Not less what is reserved: a real H200 says 143360 MiB of 7g.141gb, and 143156 MiB beside its reserve.
+            assert all(model.memory_mib >= p.memory_mib for p in model.profiles)
         else:
             assert body["missing"]
 

@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpuslice.core.model import Gpu, MigProfile
-from gpuslice.core.policy import schema
-from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Setting, Terms
+from gpuslice.core.model import Gpu, MigProfile, Setting
+from gpuslice.core.policy import reading
+from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Terms
 from gpuslice.errors import ConfigError
 
 _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
@@ -51,7 +51,7 @@ class Policy:
     @staticmethod
     def parse(body: Mapping[str, object]) -> Policy:
         """An already loaded document. ConfigError names the path, the limit and the remedy."""
-        return Policy(*schema.read(body))
+        return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
         """What this card may offer. ConfigError where the policy asks of it what it certainly cannot do."""
