@@ -141,15 +141,15 @@ def test_a_stage_whose_programs_are_not_packed_is_left_out(tmp_path: Path) -> No
 def test_the_table_has_a_row_for_each_check_and_the_lines_that_are_proven(tmp_path: Path) -> None:
     stage = Results(tmp_path, "mps")
     stage.check("the ceiling holds", True, "ok | error 2")
-    stage.check("a program cannot raise the ceiling by its environment", True)
+    stage.check("two users at once", True)
     stage.check("managed memory is kept within the ceiling too", False, "ok")
 
     text = report.report(tmp_path)
 
     assert "3 checks: 2 hold, 1 do not, 0 were left out." in text
     assert "| mps | the ceiling holds | yes | ok / error 2 |" in text
-    assert "* The memory ceiling of a daemon holds …" in text
-    assert "* MPS: the command language …" not in text
+    assert "* MPS: `-multiuser-server` with programs of several users …" in text
+    assert "* `nvidia-smi` of the examples" not in text
 
 
 def test_what_the_report_calls_proven_is_written_down_somewhere() -> None:
