@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core.model import ClaimRef
-from gpuslice.mps.api import Running
+from gpuslice.mps.api import DaemonStatus
 from gpuslice.mps.client import MpsClient
 from gpuslice.standin.cluster import DRIVER, Cluster, DriverProcess
 from gpuslice.standin.scheduler import Request
@@ -64,7 +64,7 @@ async def until_tainted(cluster: Cluster, so: bool) -> None:
     await asyncio.to_thread(cluster.api.wait, lambda: bool(taints(cluster)["mps"]) is so, 20.0)
 
 
-def mended(client: MpsClient, watch: FolderWatch, old_pid: int) -> Running:
+def mended(client: MpsClient, watch: FolderWatch, old_pid: int) -> DaemonStatus:
     """Wait until the only daemon is another process and the driver has ensured it."""
     while True:
         (running,) = client.running()

@@ -59,13 +59,13 @@ def memory_map(pool: Pool, live: LiveGpu | None, grants: Sequence[Grant], record
     """The card's memory slices in order, each under its number, with what occupies them."""
     gpu = pool.gpu
     whole = [grant for grant in grants if grant.slot is None and not isinstance(grant.sharing, Monitor)]
-    text = (share.together(whole) or "whole card") if whole else ""
+    text = (share.usage(whole) or "whole card") if whole else ""
     if not gpu.profiles:
         return [f"  memory  [{(text or '.').center(4 * _CELL)}]"]
     width = max(place.start + place.size for profile in gpu.profiles for place in profile.placements)
     if whole:
         return _ruled(width, [(0, width, text)])
-    foreign = () if live is None else plan.strays(gpu.uuid, live, records)
+    foreign = () if live is None else plan.foreign_partitions(gpu.uuid, live, records)
     return _ruled(width, [_block(gpu, p, p in foreign, grants) for p in (live.partitions if live is not None else ())])
 
 
@@ -74,8 +74,8 @@ def _block(gpu: Gpu, partition: Partition, foreign: bool, grants: Sequence[Grant
     slot = MigSlot(gpu.uuid, partition.profile, place)
     profile = gpu.profile(partition.profile)
     name = profile.name if profile is not None else f"profile {partition.profile}"
-    mark = " (foreign)" if foreign else "" if partition.uuid else " (half-made)"
-    shared = share.together([grant for grant in grants if grant.slot == slot])
+    mark = " (foreign)" if foreign else "" if partition.uuid else " (incomplete)"
+    shared = share.usage([grant for grant in grants if grant.slot == slot])
     return place.start, place.size, f"{name}{mark} {shared}".rstrip()
 
 
@@ -84,7 +84,7 @@ def claims(records: Mapping[ClaimUid, Record]) -> str:
     rows = [("CLAIM", "UID", "STATE", "REQUEST", "DEVICE", "SHARE", "UUID")]
     for uid, record in sorted(records.items(), key=lambda item: item[1].plan.ref):
         ref = record.plan.ref
-        state = "prepared" if record.prepared else "half-made"
+        state = "prepared" if record.prepared else "incomplete"
         made = record.prepared.devices if record.prepared else ()
         for number, grant in enumerate(record.plan.grants):
             found = made[number].uuid if made else "-"
@@ -96,7 +96,7 @@ def claims(records: Mapping[ClaimUid, Record]) -> str:
                     state,
                     grant.allocation.request,
                     what,
-                    share.words(grant) or "-",
+                    share.describe(grant) or "-",
                     found,
                 )
             )
@@ -134,6 +134,6 @@ def _offers(pool: Pool) -> str:
 
 def _holding(record: Record, grant: Grant) -> str:
     verb = "watched by" if isinstance(grant.sharing, Monitor) else "held by"
-    state = "" if record.prepared else " (half-made)"
+    state = "" if record.prepared else " (incomplete)"
     what = f"{grant.allocation.device.device}{state}"
-    return f"{verb} {record.plan.ref.namespace}/{record.plan.ref.name} as {what} {share.words(grant)}".rstrip()
+    return f"{verb} {record.plan.ref.namespace}/{record.plan.ref.name} as {what} {share.describe(grant)}".rstrip()

@@ -48,7 +48,7 @@ def setup_logging(level: str) -> None:
 
 
 class Telemetry:
-    """Counters and the timing of the two doors. One registry per instance, so that tests may build many."""
+    """Counters and the timing of the two server. One registry per instance, so that tests may build many."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -100,7 +100,7 @@ class HttpServer:
         """Listen at "host:port" (port 0: any). ConfigError where that is impossible."""
         host, _, port = address.rpartition(":")
 
-        class Handler(_Handler):
+        class Handler(_MetricsHandler):
             checks: ClassVar[dict[str, Check]] = {"/healthz": healthy, "/readyz": ready}
             metrics = staticmethod(lambda: generate_latest(telemetry.registry))
 
@@ -124,7 +124,7 @@ class HttpServer:
         self._server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _MetricsHandler(BaseHTTPRequestHandler):
     checks: ClassVar[dict[str, Check]]
     metrics: Callable[[], bytes]
     protocol_version = "HTTP/1.1"

@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 from gpuslice.core import cdi
-from gpuslice.core.cdi import CdiDevice, DeviceNode, Hook, Injection, Mount
+from gpuslice.core.cdi import CdiDevice, ContainerEdits, DeviceNode, Hook, Mount
 from gpuslice.core.model import DeviceRef, PoolName
 from gpuslice.errors import ConfigError, StateError
 from hypothesis import given
@@ -15,7 +15,7 @@ from tests.kit.cdi_rules import Body, faults
 
 UID = "0d9c2f7e-5a0b-4c53-9a39-6a0f6f0f9d11"
 KIND = "gpuslice.dev/claim"
-COMMON = Injection(
+COMMON = ContainerEdits(
     nodes=(DeviceNode("/dev/nvidiactl", 195, 255), DeviceNode("/dev/nvidia-uvm", 508, 0)),
     mounts=(
         Mount("/run/nvidia/driver/usr/lib64/libcuda.so.580.65.06", "/usr/lib64/libcuda.so.580.65.06", ("ro", "rbind")),
@@ -30,7 +30,7 @@ COMMON = Injection(
 
 def a_card(index: int, env: dict[str, str] | None = None) -> CdiDevice:
     node = DeviceNode(f"/dev/nvidia{index}", 195, index)
-    return CdiDevice(cdi.device_name(UID, index), Injection(nodes=(node,), env=env or {}))
+    return CdiDevice(cdi.device_name(UID, index), ContainerEdits(nodes=(node,), env=env or {}))
 
 
 def edits(body: Body, device: int = 0) -> dict[str, list[Body]]:
@@ -62,13 +62,13 @@ def test_each_device_alone_is_enough() -> None:
 
 
 def test_the_legacy_hook_is_told_to_inject_nothing() -> None:
-    body = cdi.spec(UID, KIND, [a_card(0)], Injection())
+    body = cdi.spec(UID, KIND, [a_card(0)], ContainerEdits())
 
     assert cast(list[object], edits(body)["env"]) == ["NVIDIA_VISIBLE_DEVICES=void"]
 
 
 def test_the_text_does_not_depend_on_the_order_of_the_edits() -> None:
-    shuffled = Injection(nodes=COMMON.nodes[::-1], mounts=COMMON.mounts[::-1], hooks=COMMON.hooks)
+    shuffled = ContainerEdits(nodes=COMMON.nodes[::-1], mounts=COMMON.mounts[::-1], hooks=COMMON.hooks)
 
     one = cdi.spec(UID, KIND, [a_card(0, {"B": "1", "A": "2"})], COMMON)
     two = cdi.spec(UID, KIND, [a_card(0, {"A": "2", "B": "1"})], shuffled)
@@ -85,14 +85,14 @@ def test_hooks_keep_their_order_for_links_come_before_the_cache() -> None:
 def test_a_node_of_the_host_under_another_name_is_written_with_its_host_path() -> None:
     node = DeviceNode("/dev/gpu", 1, 3, host_path="/dev/null", permissions="r")
 
-    body = cdi.spec(UID, KIND, [CdiDevice(cdi.device_name(UID, 0), Injection(nodes=(node,)))], Injection())
+    body = cdi.spec(UID, KIND, [CdiDevice(cdi.device_name(UID, 0), ContainerEdits(nodes=(node,)))], ContainerEdits())
 
     wanted = {"path": "/dev/gpu", "hostPath": "/dev/null", "type": "c", "major": 1, "minor": 3, "permissions": "r"}
     assert edits(body)["deviceNodes"] == [wanted]
 
 
 def test_two_different_things_for_one_place_are_refused() -> None:
-    clash = Injection(nodes=(DeviceNode("/dev/nvidiactl", 1, 3),))
+    clash = ContainerEdits(nodes=(DeviceNode("/dev/nvidiactl", 1, 3),))
 
     with pytest.raises(StateError, match="/dev/nvidiactl"):
         cdi.spec(UID, KIND, [CdiDevice(cdi.device_name(UID, 0), clash)], COMMON)
@@ -105,7 +105,7 @@ def test_environment_that_contradicts_or_is_misspelt_is_refused(env: dict[str, s
 
 
 def test_device_names_of_another_claim_or_given_twice_are_refused() -> None:
-    stranger = CdiDevice("another-claim-0", Injection())
+    stranger = CdiDevice("another-claim-0", ContainerEdits())
 
     for devices in ([a_card(0), a_card(0)], [stranger], []):
         with pytest.raises(StateError, match=UID):
@@ -135,7 +135,7 @@ def test_a_program_is_told_its_budget_under_the_name_of_its_request() -> None:
 
     (label,) = cdi.labels(["small-gpu"])
 
-    env = cdi.budget(label, device=device, uuid="MIG-1", enforcement="hardware", memory_mib=9856, profile="1g.10gb")
+    env = cdi.limit_env(label, device=device, uuid="MIG-1", enforcement="hardware", memory_mib=9856, profile="1g.10gb")
 
     assert env == {
         "GPUSLICE_SMALL_GPU_DEVICE": "node-a/0000-3b-00-0/mig-1g-19-0",
@@ -147,7 +147,7 @@ def test_a_program_is_told_its_budget_under_the_name_of_its_request() -> None:
 
 
 def test_what_a_device_does_not_have_is_not_told() -> None:
-    env = cdi.budget("GPU", device=DeviceRef(PoolName("p"), "monitor"), uuid="GPU-1", enforcement="none")
+    env = cdi.limit_env("GPU", device=DeviceRef(PoolName("p"), "monitor"), uuid="GPU-1", enforcement="none")
 
     assert env.keys() == {"GPUSLICE_GPU_DEVICE", "GPUSLICE_GPU_UUID", "GPUSLICE_GPU_MEMORY_ENFORCEMENT"}
 
@@ -156,7 +156,7 @@ def test_what_a_device_does_not_have_is_not_told() -> None:
 def test_a_share_is_told_its_own_figures_and_by_what_means_they_hold() -> None:
     device = DeviceRef(PoolName("p"), "mps")
 
-    env = cdi.budget("GPU", device=device, uuid="GPU-1", enforcement="mps", memory_mib=10240, percent=25)
+    env = cdi.limit_env("GPU", device=device, uuid="GPU-1", enforcement="mps", memory_mib=10240, percent=25)
 
     assert env["GPUSLICE_GPU_MEMORY_MIB"] == "10240"
     assert env["GPUSLICE_GPU_MEMORY_ENFORCEMENT"] == "mps"
@@ -187,7 +187,9 @@ def test_no_two_devices_of_a_claim_share_a_variable(requests: list[str]) -> None
     names = [
         name
         for label in cdi.labels(requests)
-        for name in cdi.budget(label, device=ref, uuid="GPU-1", enforcement="mps", memory_mib=1, percent=1, profile="x")
+        for name in cdi.limit_env(
+            label, device=ref, uuid="GPU-1", enforcement="mps", memory_mib=1, percent=1, profile="x"
+        )
     ]
 
     assert len(set(names)) == len(names)

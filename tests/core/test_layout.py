@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from gpuslice.core import layout
-from gpuslice.core.layout import Place
+from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import Gpu, MigProfile, MigSlot, Placement
 from gpuslice.nvml.sim import geometry, models
 
@@ -87,4 +87,4 @@ def test_the_whole_cards_engines_are_those_of_its_plain_widest_profile() -> None
     assert widest is not None
     assert (widest.name, layout.full(())) == ("4g.96gb", None)
     assert layout.totals(gpu.profiles) == widest.engines()
-    assert layout.fits(layout.totals(gpu.profiles), [Place(widest, widest.placements[0])])
+    assert layout.fits(layout.totals(gpu.profiles), [ProfilePlacement(widest, widest.placements[0])])

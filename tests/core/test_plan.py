@@ -214,7 +214,7 @@ def test_strays_are_partitions_that_no_record_explains() -> None:
     ours, foreign = a_partition("MIG-a"), a_partition("MIG-b", start=3, gi=8)
     live = LiveGpu(mig=True, mig_pending=True, partitions=(ours, foreign))
 
-    assert plan.strays(H100.uuid, live, [a_record()]) == (foreign,)
+    assert plan.foreign_partitions(H100.uuid, live, [a_record()]) == (foreign,)
 
 
 def test_a_record_stands_while_all_it_made_is_there() -> None:

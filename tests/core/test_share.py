@@ -65,7 +65,7 @@ def test_a_fixed_part_is_one_nth_of_everything() -> None:
     ],
 )
 def test_only_shares_of_one_kind_on_one_slice_stand_beside_each_other(one: Grant, two: Grant, together: bool) -> None:
-    assert share.beside(one, two) is share.beside(two, one) is together
+    assert share.coexists(one, two) is share.coexists(two, one) is together
 
 
 @pytest.mark.parametrize(

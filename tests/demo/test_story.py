@@ -24,7 +24,7 @@ def test_the_demo_tells_its_story_on_two_simulated_cards_and_leaves_nothing_behi
     assert "train has node-1/0000-18-00-0/gpu" in told.stdout
     assert "the pod stays Pending" in told.stdout
     assert "this is a double allocation" in told.stdout
-    assert "3g.40gb (half-made)" in told.stdout
+    assert "3g.40gb (incomplete)" in told.stdout
     assert "infer has node-1/0000-18-00-0/mps, 20480 MiB, 25 % of the SMs" in told.stdout
     assert "notebook has node-1/0000-18-00-0/timeslice, 16384 MiB, 1 of 4 turns" in told.stdout
     assert "[                        mps 40960 of 81152 MiB                        ]" in told.stdout

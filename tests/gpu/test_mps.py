@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gpuslice.errors import DeviceError
 from gpuslice.mps import control
-from gpuslice.mps.api import Daemon
+from gpuslice.mps.api import DaemonSpec
 from gpuslice.mps.client import MpsClient
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.api import Nvml
@@ -65,7 +65,7 @@ def client(real: Nvml, short: Path) -> Iterator[MpsClient]:
     supervisor = Supervisor(short / "mps", command)
     supervisor.open()
     there = MpsClient(short / "mps")
-    there.ensure(Daemon(key="mine", device=gpu.uuid, memory_mib=CEILING_MIB, threads_percent=50))
+    there.ensure(DaemonSpec(key="mine", device=gpu.uuid, memory_mib=CEILING_MIB, threads_percent=50))
     yield there
     there.stop("mine")
     supervisor.close()

@@ -9,7 +9,7 @@ from gpuslice.core.policy.rules import Policy
 from gpuslice.core.pools import reconcile
 from gpuslice.core.pools.pool import PoolSlices, resource_slices
 from gpuslice.core.pools.reconcile import Owner
-from gpuslice.core.pools.validation import faults
+from gpuslice.core.pools.validation import problems
 
 from hack.lib.scale import fleet
 from hack.lib.scale.measure import KINDS, WHOLE, Figure
@@ -40,7 +40,7 @@ def test_a_node_of_the_fleet_publishes_what_the_driver_plans_for_its_cards() -> 
     assert [pool.name for pool in planned] == [pool.name for pool in real]
     assert len(planned) == 8
     assert _without_uuids(tuple(planned)) == _without_uuids(real)
-    assert [faults(pool) for pool in planned] == [()] * 8
+    assert [problems(pool) for pool in planned] == [()] * 8
 
 
 def test_the_objects_are_those_that_a_publisher_finds_nothing_to_change_in() -> None:

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from gpuslice.core.model import GpuUuid, MigUuid
 from gpuslice.mps import control
-from gpuslice.mps.api import Daemon
+from gpuslice.mps.api import DaemonSpec
 from gpuslice.mps.client import MpsClient
-from gpuslice.mps.daemon import Patience
+from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.sim.node import SimNode
 
 from tests.kit import mps_client as program
 
 SOON_S = 20.0
-QUICK = Patience(probe_s=0.2, answer_s=0.5)
+QUICK = Timeouts(probe_s=0.2, answer_s=0.5)
 
 
 class Program:
@@ -115,8 +115,8 @@ class Node:
         self.processes: list[subprocess.Popen[str]] = []
         self.supervisor: Supervisor | None = None
 
-    def supervise(self, patience: Patience | None = None) -> Supervisor:
-        self.supervisor = Supervisor(self.root, self.command, patience=patience or Patience())
+    def supervise(self, timeouts: Timeouts | None = None) -> Supervisor:
+        self.supervisor = Supervisor(self.root, self.command, timeouts=timeouts or Timeouts())
         self.supervisor.open()
         return self.supervisor
 
@@ -154,9 +154,9 @@ class Node:
 
     def daemon(
         self, gpu: int = 0, *, memory_mib: int | None = 10240, threads_percent: int | None = 40, device: str = ""
-    ) -> Daemon:
+    ) -> DaemonSpec:
         uuid = MigUuid(device) if device else self.uuid(gpu)
-        return Daemon(key=f"gpu-{gpu}", device=uuid, memory_mib=memory_mib, threads_percent=threads_percent)
+        return DaemonSpec(key=f"gpu-{gpu}", device=uuid, memory_mib=memory_mib, threads_percent=threads_percent)
 
     def program(self, gpu: int = 0, uid: int = 0, **environment: str) -> Program:
         self.programs.append(Program(self.client.pipe(f"gpu-{gpu}"), uid, **environment))

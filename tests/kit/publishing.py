@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpuslice.core.model import PoolName
-from gpuslice.core.pools.backoff import Pace
+from gpuslice.core.pools.backoff import BackoffConfig
 from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.kube import Kube
 from gpuslice.publishing.publisher import Publisher
 from gpuslice.standin.apiserver import StandInApiServer
 
 DRIVER, NODE = "gpuslice.dev", "n1"
-FAST = Pace(quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1)
+FAST = BackoffConfig(quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1)
 TAINT = {"key": "gpuslice.dev/xid", "value": "79", "effect": "NoSchedule"}
 
 
@@ -27,7 +27,7 @@ def an_api_server(folder: Path, version: str = "1.37", dropping: tuple[str, ...]
 
 
 @contextmanager
-def a_publisher(server: StandInApiServer, pace: Pace = FAST) -> Iterator[Publisher]:
+def a_publisher(server: StandInApiServer, pace: BackoffConfig = FAST) -> Iterator[Publisher]:
     kube = Kube(server.kubeconfig)
     publisher = Publisher(kube, DRIVER, NODE, pace=pace)
     publisher.start()

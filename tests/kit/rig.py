@@ -15,9 +15,9 @@ from gpuslice.core.record import Busy, PreparedClaim
 from gpuslice.mps.client import MpsClient
 from gpuslice.nvml.api import ComputeMode, Nvml
 from gpuslice.nvml.sim.nvml import SimNvml
-from gpuslice.plugin.cdi_writer import Injector
+from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.prepare import Preparer
-from gpuslice.plugin.steps import Steps
+from gpuslice.plugin.steps import StepExecutor
 from gpuslice.system.host import SimHost
 
 NODE = "node-1"
@@ -79,15 +79,15 @@ class Rig:
         host = SimHost(self.folder / "node")
         self.checkpoint = Checkpoint(self.folder / "claims", host.boot_id())
         self.mps = MpsClient(self.folder / "mps")
-        self.injector = Injector(
+        self.cdi_writer = CdiWriter(
             host=host, nvml=nvml, mps=self.mps, inventory=self.inventory, folder=self.folder / "cdi", kind=KIND
         )
         self.preparer = Preparer(
             nvml=nvml,
             checkpoint=self.checkpoint,
             inventory=self.inventory,
-            steps=Steps(nvml, self.mps),
-            injector=self.injector,
+            steps=StepExecutor(nvml, self.mps),
+            cdi_writer=self.cdi_writer,
             locks=self.folder / "locks",
         )
 
@@ -139,7 +139,7 @@ class Rig:
         return set(self.checkpoint.records())
 
     def assert_agreed(self) -> None:
-        """Node, records and CDI say the same: nothing half-made, nothing without a record, nothing missing."""
+        """Node, records and CDI say the same: nothing incomplete, nothing without a record, nothing missing."""
         records = self.checkpoint.records()
         assert all(record.prepared is not None for record in records.values())
         made = {done.uuid for record in records.values() for done in record.done if done.uuid is not None}

@@ -1,4 +1,4 @@
-"""The driver's claim side in this process: real doors on real sockets, a simulated node, stand-in API server and kubelet."""
+"""The driver's claim side in this process: real server on real sockets, a simulated node, stand-in API server and kubelet."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef
 from gpuslice.kube import Kube
-from gpuslice.plugin.claim_queue import Departures
-from gpuslice.plugin.server import Doors
+from gpuslice.plugin.claim_queue import Releases
+from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.standin.apiserver import StandInApiServer
-from gpuslice.standin.kubelet import Answer, StandInKubelet
+from gpuslice.standin.kubelet import PluginAnswer, StandInKubelet
 from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
 
@@ -32,16 +32,16 @@ class Instance:
         self.rig = Rig(world.folder / "rig", world.spec)
         self._executor = ThreadPoolExecutor(8)
         self._kube = Kube(world.api.kubeconfig)
-        self._departures = Departures()
+        self._releases = Releases()
         self.service = ClaimService(
             api=self._kube,
             driver=DRIVER,
             preparer=self.rig.preparer,
-            departures=self._departures,
+            releases=self._releases,
             executor=self._executor,
             hang_limit_s=hang_limit_s,
         )
-        self.doors = Doors(
+        self.server = PluginServer(
             driver=DRIVER,
             registry=world.registry,
             plugin_folder=world.plugins,
@@ -54,15 +54,15 @@ class Instance:
 
     async def open(self) -> Instance:
         def heard() -> None:
-            self._departures.left([ClaimUid(name.removesuffix(".json")) for name in self._watch.read()])
+            self._releases.notify([ClaimUid(name.removesuffix(".json")) for name in self._watch.read()])
 
         asyncio.get_running_loop().add_reader(self._watch.fileno(), heard)
-        await self.doors.open()
+        await self.server.open()
         return self
 
     async def close(self) -> None:
         self.rig.nvml.withdraw()  # nothing hangs on after a test
-        await self.doors.close(0)
+        await self.server.close(0)
         await self.service.close(10)
         asyncio.get_running_loop().remove_reader(self._watch.fileno())
         self._watch.close()
@@ -145,10 +145,10 @@ class World:
     def delete(self, ref: ClaimRef) -> None:
         self.api.delete("resourceclaims", ref.name, ref.namespace)
 
-    async def prepare(self, ref: ClaimRef) -> Answer:
+    async def prepare(self, ref: ClaimRef) -> PluginAnswer:
         return (await self.kubelet.prepare([ref]))[ref.uid]
 
-    async def prepared(self, ref: ClaimRef) -> Answer:
+    async def prepared(self, ref: ClaimRef) -> PluginAnswer:
         answer = await self.prepare(ref)
         assert not answer.error, answer.error
         return answer

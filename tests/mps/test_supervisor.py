@@ -11,7 +11,7 @@ import pytest
 from gpuslice.core.model import Placement
 from gpuslice.errors import DeviceError
 from gpuslice.mps import control
-from gpuslice.mps.api import Daemon, Running
+from gpuslice.mps.api import DaemonSpec, DaemonStatus
 from gpuslice.mps.process import boot_id
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.sim.nvml import SimNvml
@@ -27,7 +27,7 @@ def test_the_first_share_starts_a_daemon_with_its_ceilings(node: Node) -> None:
 
     running = node.client.ensure(node.daemon())
 
-    assert running == Running(
+    assert running == DaemonStatus(
         key="gpu-0",
         device=node.uuid(),
         pid=running.pid,
@@ -338,7 +338,7 @@ def test_a_key_that_would_leave_the_root_is_refused(node: Node) -> None:
     node.supervise()
 
     with pytest.raises(DeviceError, match="names no MPS daemon"):
-        node.client.ensure(Daemon(key="../up", device=node.uuid(), memory_mib=None, threads_percent=None))
+        node.client.ensure(DaemonSpec(key="../up", device=node.uuid(), memory_mib=None, threads_percent=None))
 
 
 def test_a_root_that_is_too_long_for_sockets_is_refused(node: Node) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from gpuslice.errors import DeviceError
-from gpuslice.mps.daemon import Patience
+from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.monitor import pause_s
-from gpuslice.mps.process import ProcessId, Watched
+from gpuslice.mps.process import PidfdProcess, ProcessId
 
 from tests.kit.mps_node import QUICK, SOON_S, Node
 
@@ -23,7 +23,7 @@ SMALL_KIB = 30 * 1024
 def _gone(pid: int) -> bool:
     """Whether the process ends soon, or has."""
     try:
-        return Watched(ProcessId.of(pid)).ended(SOON_S)
+        return PidfdProcess(ProcessId.of(pid)).ended(SOON_S)
     except ProcessLookupError:
         return True
 
@@ -94,7 +94,7 @@ def test_a_daemon_that_stops_answering_is_replaced(node: Node) -> None:
 
 
 def test_a_daemon_that_hangs_when_it_is_changed_is_told_and_replaced_at_once(node: Node) -> None:
-    node.supervise(Patience(probe_s=600, answer_s=0.5))
+    node.supervise(Timeouts(probe_s=600, answer_s=0.5))
     node.client.ensure(node.daemon())
     hang = node.cue("hang")
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from gpuslice.core.model import ClaimUid, GpuUuid
 from gpuslice.errors import ClaimError, HungError
-from gpuslice.plugin.claim_queue import Departures, Gate, Tickets, Turn, Workers
+from gpuslice.plugin.claim_queue import ClaimQueue, Job, Releases, Tickets, Workers
 
 A, B = GpuUuid("GPU-a"), GpuUuid("GPU-b")
 UID, OTHER = ClaimUid("u-1"), ClaimUid("u-2")
@@ -23,18 +23,18 @@ class Held:
         self.begun, self.release = asyncio.Event(), asyncio.Event()
         self.result, self.working, self.runs = result, working, 0
 
-    async def __call__(self, turn: Turn) -> str:
+    async def __call__(self, job: Job) -> str:
         self.runs += 1
-        turn.working += self.working
+        job.working += self.working
         self.begun.set()
         try:
             await self.release.wait()
         finally:
-            turn.working -= self.working
+            job.working -= self.working
         return self.result
 
 
-async def _nothing(turn: Turn) -> str:
+async def _nothing(job: Job) -> str:
     return "at once"
 
 
@@ -45,7 +45,7 @@ async def _settled() -> None:
 
 
 async def test_jobs_of_one_claim_come_one_after_the_other() -> None:
-    gate, first = Gate(), Held()
+    gate, first = ClaimQueue(), Held()
     one = asyncio.create_task(gate.run(UID, "prepare", first))
     await first.begun.wait()
     second = Held("second")
@@ -60,7 +60,7 @@ async def test_jobs_of_one_claim_come_one_after_the_other() -> None:
 
 
 async def test_jobs_of_two_claims_do_not_wait_for_each_other() -> None:
-    gate, stuck = Gate(), Held()
+    gate, stuck = ClaimQueue(), Held()
     one = asyncio.create_task(gate.run(UID, "prepare", stuck))
     await stuck.begun.wait()
 
@@ -72,7 +72,7 @@ async def test_jobs_of_two_claims_do_not_wait_for_each_other() -> None:
 
 @pytest.mark.contract(28)
 async def test_a_retry_joins_the_call_that_still_runs() -> None:
-    gate, job = Gate(), Held()
+    gate, job = ClaimQueue(), Held()
     callers = [asyncio.create_task(gate.run(UID, "prepare", job)) for _ in range(3)]
     await job.begun.wait()
     job.release.set()
@@ -82,7 +82,7 @@ async def test_a_retry_joins_the_call_that_still_runs() -> None:
 
 
 async def test_an_unprepare_calls_off_a_prepare_that_waits() -> None:
-    gate, waits = Gate(), Held(working=False)
+    gate, waits = ClaimQueue(), Held(working=False)
     prepare = asyncio.create_task(gate.run(UID, "prepare", waits))
     await waits.begun.wait()
 
@@ -92,7 +92,7 @@ async def test_an_unprepare_calls_off_a_prepare_that_waits() -> None:
 
 
 async def test_an_unprepare_outlasts_a_prepare_that_works() -> None:
-    gate, works = Gate(), Held()
+    gate, works = ClaimQueue(), Held()
     prepare = asyncio.create_task(gate.run(UID, "prepare", works))
     await works.begun.wait()
     unprepare = asyncio.create_task(gate.run(UID, "unprepare", _nothing, calls_off="prepare"))
@@ -106,7 +106,7 @@ async def test_an_unprepare_outlasts_a_prepare_that_works() -> None:
 
 
 async def test_a_waiting_job_that_nobody_listens_to_any_more_is_called_off() -> None:
-    gate, waits = Gate(), Held(working=False)
+    gate, waits = ClaimQueue(), Held(working=False)
     callers = [asyncio.create_task(gate.run(UID, "prepare", waits)) for _ in range(2)]
     await waits.begun.wait()
 
@@ -121,7 +121,7 @@ async def test_a_waiting_job_that_nobody_listens_to_any_more_is_called_off() -> 
 
 @pytest.mark.contract(29)
 async def test_work_goes_on_when_its_caller_has_gone() -> None:
-    gate, works = Gate(), Held()
+    gate, works = ClaimQueue(), Held()
     caller = asyncio.create_task(gate.run(UID, "prepare", works))
     await works.begun.wait()
     caller.cancel()
@@ -206,7 +206,7 @@ class Stuck:
 
 async def _hung(workers: Workers, tickets: Tickets, work: Callable[[], str]) -> Awaitable[str]:
     ticket = await tickets.take([A], tickets.arrive())
-    return asyncio.ensure_future(workers.run(ticket, Turn(), work, "prepare u-1"))
+    return asyncio.ensure_future(workers.run(ticket, Job(), work, "prepare u-1"))
 
 
 async def test_a_gpu_whose_call_does_not_come_back_answers_everybody_until_it_does() -> None:
@@ -252,7 +252,7 @@ async def test_work_keeps_the_context_of_its_request() -> None:
     tickets = Tickets()
     ticket = await tickets.take([A], tickets.arrive())
 
-    assert await Workers(tickets).run(ticket, Turn(), op.get, "look") == "7f"
+    assert await Workers(tickets).run(ticket, Job(), op.get, "look") == "7f"
 
 
 async def test_an_error_of_the_work_reaches_the_caller() -> None:
@@ -262,14 +262,14 @@ async def test_an_error_of_the_work_reaches_the_caller() -> None:
     tickets = Tickets()
     ticket = await tickets.take([A], tickets.arrive())
     with pytest.raises(ClaimError, match="no"):
-        await Workers(tickets).run(ticket, Turn(), fails, "prepare")
+        await Workers(tickets).run(ticket, Job(), fails, "prepare")
 
 
 async def test_work_after_work_runs_in_one_thread_that_goes_home_when_all_is_done() -> None:
     tickets = Tickets()
     workers = Workers(tickets)
     ran = [
-        await workers.run(await tickets.take([A], tickets.arrive()), Turn(), threading.current_thread, "look")
+        await workers.run(await tickets.take([A], tickets.arrive()), Job(), threading.current_thread, "look")
         for _ in range(3)
     ]
 
@@ -288,42 +288,42 @@ async def test_a_thread_that_cannot_be_started_costs_the_gpu_nothing(monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(ClaimError, match="can't start new thread; raise the limit of processes"):
-            await workers.run(await tickets.take([A], tickets.arrive()), Turn(), lambda: None, "prepare u-1")
+            await workers.run(await tickets.take([A], tickets.arrive()), Job(), lambda: None, "prepare u-1")
 
     assert await workers.drained(0.01)
     assert (await tickets.take([A], tickets.arrive())).gpus == (A,)
 
 
 async def test_a_waiter_hears_of_a_departure_that_came_before_it_waited() -> None:
-    departures = Departures()
-    with departures.listening() as news:
-        departures.left([UID])
+    releases = Releases()
+    with releases.listening() as news:
+        releases.notify([UID])
 
-        assert await news.any_of([UID, OTHER], 30)
+        assert await news.wait_any([UID, OTHER], 30)
 
 
 async def test_a_waiter_gives_up_at_its_deadline() -> None:
-    departures = Departures()
-    with departures.listening() as news:
-        departures.left([OTHER])
+    releases = Releases()
+    with releases.listening() as news:
+        releases.notify([OTHER])
 
-        assert not await news.any_of([UID], 0.01)
+        assert not await news.wait_any([UID], 0.01)
 
 
 async def test_lost_news_wakes_everybody() -> None:
-    departures = Departures()
-    with departures.listening() as news:
-        departures.left([ClaimUid("")])
+    releases = Releases()
+    with releases.listening() as news:
+        releases.notify([ClaimUid("")])
 
-        assert await news.any_of([UID], 30)
+        assert await news.wait_any([UID], 30)
 
 
 async def test_shutting_down_ends_every_wait() -> None:
-    departures = Departures()
-    with departures.listening() as news:
-        waiting = asyncio.create_task(news.any_of([UID], 30))
+    releases = Releases()
+    with releases.listening() as news:
+        waiting = asyncio.create_task(news.wait_any([UID], 30))
         await _settled()
-        departures.stop(ClaimError("shutting down"))
+        releases.stop(ClaimError("shutting down"))
 
         with pytest.raises(ClaimError, match="shutting down"):
             await waiting

@@ -10,7 +10,7 @@ from gpuslice.core.model import MIB, Claim, Settings
 from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import ClaimError, DeviceError
 from gpuslice.mps import control
-from gpuslice.mps.api import Running
+from gpuslice.mps.api import DaemonStatus
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.api import MPS_SERVER, ComputeMode
 from gpuslice.nvml.sim.node import SimNode
@@ -47,7 +47,7 @@ def by_mps(rig: Rig, name: str, gib: int = 10, percent: int = 0, clients: int = 
     return a_share(name, rig.device(device), {"memory": gib * GIB, "clients": clients, **ceiling})
 
 
-def daemon(rig: Rig) -> Running:
+def daemon(rig: Rig) -> DaemonStatus:
     (running,) = rig.mps.running()
     return running
 
@@ -124,7 +124,7 @@ def test_a_killed_driver_disturbs_no_client_and_finds_the_limits_as_they_were(ri
 
     again = rig.restarted()  # nothing was handed over: the process is as dead as after SIGKILL
     again.recover()
-    again.preparer.mend(again.gpus[0].uuid)
+    again.preparer.ensure_daemons(again.gpus[0].uuid)
     prepared = [again.prepare(claim) for claim in claims]
 
     assert len(prepared) == 8
@@ -147,7 +147,7 @@ def test_daemons_of_a_lost_supervisor_are_made_again_from_the_records(short: Pat
 
     second = a_supervisor(short)
     second.open()
-    rig.preparer.mend(rig.gpus[0].uuid)
+    rig.preparer.ensure_daemons(rig.gpus[0].uuid)
 
     assert (daemon(rig).memory_mib, rig.mps.pipe(daemon(rig).key)) == (12288, pipe)
     rig.unprepare(claim)
@@ -243,7 +243,7 @@ def test_a_daemon_that_cannot_be_mended_keeps_none_of_its_neighbours(rig: Rig) -
     (cues / f"refuse-start.{uuids[0]}").touch()
 
     with pytest.raises(DeviceError):
-        rig.preparer.mend(rig.gpus[0].uuid)
+        rig.preparer.ensure_daemons(rig.gpus[0].uuid)
 
     assert [running.device for running in rig.mps.running() if not running.problem] == [uuids[1]]
 

@@ -1,4 +1,4 @@
-"""Prepare and unprepare on a simulated node, without doors."""
+"""Prepare and unprepare on a simulated node, without server."""
 
 from __future__ import annotations
 

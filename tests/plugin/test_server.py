@@ -1,4 +1,4 @@
-"""The kubelet's doors: sockets, registration, and what an RPC answers."""
+"""The kubelet's server: sockets, registration, and what an RPC answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 from gpuslice.errors import ConfigError
 from gpuslice.pb import dra_v1_pb2, dra_v1_pb2_grpc, registration_v1_pb2, registration_v1_pb2_grpc
-from gpuslice.plugin.server import LONGEST_PATH, Doors, dra_name, registration_name
+from gpuslice.plugin.server import LONGEST_PATH, PluginServer, dra_name, registration_name
 from gpuslice.standin.kubelet import V1BETA1, StandInKubelet
 from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
@@ -77,8 +77,8 @@ def test_a_socket_path_of_108_bytes_is_refused_and_one_of_107_is_not() -> None:
         registration_name(Path("/" + "d" * room), DRIVER, UID)
 
 
-def doors(folder: Path, *, pod_uid: str = "", registration_socket: str = "") -> Doors:
-    return Doors(
+def server(folder: Path, *, pod_uid: str = "", registration_socket: str = "") -> PluginServer:
+    return PluginServer(
         driver=DRIVER,
         registry=files.ensure_folder(folder / "reg"),
         plugin_folder=files.ensure_folder(folder / "plug"),
@@ -100,23 +100,23 @@ class _NoClaims:
 @pytest.mark.contract(11)
 def test_a_rolling_update_with_a_fixed_registration_name_is_refused(short: Path) -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
-        doors(short, pod_uid=UID, registration_socket="x-reg.sock")
+        server(short, pod_uid=UID, registration_socket="x-reg.sock")
 
 
 @pytest.mark.contract(10)
 def test_a_second_instance_with_the_same_names_is_refused_and_one_with_a_pod_uid_is_not(short: Path) -> None:
-    first = doors(short)
+    first = server(short)
 
     with pytest.raises(ConfigError, match=r"another instance serves .*dra.sock already"):
-        doors(short)
-    second = doors(short, pod_uid=UID)
+        server(short)
+    second = server(short, pod_uid=UID)
 
     assert len({first.endpoint, first.registration, second.endpoint, second.registration}) == 4
 
 
 @pytest.mark.contract(9)
 async def test_stale_sockets_are_replaced_and_own_ones_unlinked(short: Path) -> None:
-    ours = doors(short)
+    ours = server(short)
     for path in (ours.endpoint, ours.registration):
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(str(path))
@@ -130,7 +130,7 @@ async def test_stale_sockets_are_replaced_and_own_ones_unlinked(short: Path) -> 
 
 
 async def test_a_file_in_the_place_of_a_socket_is_refused_with_a_sentence(short: Path) -> None:
-    ours = doors(short)
+    ours = server(short)
     ours.endpoint.write_text("mine")
 
     with pytest.raises(ConfigError, match="is no socket; remove it"):
@@ -139,7 +139,7 @@ async def test_a_file_in_the_place_of_a_socket_is_refused_with_a_sentence(short:
 
 
 async def test_sockets_are_for_root_only(short: Path) -> None:
-    ours = doors(short)
+    ours = server(short)
     await ours.open()
 
     assert [path.stat().st_mode & 0o777 for path in (ours.endpoint, ours.registration)] == [0o700, 0o700]
@@ -148,7 +148,7 @@ async def test_sockets_are_for_root_only(short: Path) -> None:
 
 @pytest.mark.contract(4)
 async def test_the_dra_socket_listens_before_the_registration_socket_appears(short: Path) -> None:
-    ours = doors(short)
+    ours = server(short)
     watch = files.FolderWatch(ours.registration.parent, arrivals=True)
     connected = asyncio.get_running_loop().create_future()
 
@@ -169,7 +169,7 @@ async def test_the_dra_socket_listens_before_the_registration_socket_appears(sho
 @pytest.mark.contract(14)
 @pytest.mark.parametrize("which", ["endpoint", "registration"])
 async def test_a_socket_that_is_taken_away_is_noticed(short: Path, which: str) -> None:
-    ours = doors(short)
+    ours = server(short)
     await ours.open()
     lost = asyncio.ensure_future(ours.lost())
     await asyncio.sleep(0)
@@ -185,7 +185,7 @@ async def test_a_socket_that_is_taken_away_is_noticed(short: Path, which: str) -
 
 @pytest.mark.contract(1, 2)
 async def test_get_info_says_who_we_are_newest_service_first(world: World) -> None:
-    ours = world.instances[0].doors
+    ours = world.instances[0].server
     async with grpc.aio.insecure_channel(f"unix:{ours.registration}") as channel:
         info = await registration(channel).GetInfo(registration_v1_pb2.InfoRequest())
 
@@ -196,7 +196,7 @@ async def test_get_info_says_who_we_are_newest_service_first(world: World) -> No
 
 @pytest.mark.contract(5)
 async def test_a_refused_registration_is_an_error_to_the_kubelet_and_no_end_of_the_driver(world: World) -> None:
-    ours = world.instances[0].doors
+    ours = world.instances[0].server
     async with grpc.aio.insecure_channel(f"unix:{ours.registration}") as channel:
         stub = registration(channel)
         for _ in range(3):
@@ -213,7 +213,7 @@ async def test_a_refused_registration_is_an_error_to_the_kubelet_and_no_end_of_t
 
 @pytest.mark.contract(6)
 async def test_a_get_info_that_failed_once_does_not_keep_us_from_being_registered(short: Path) -> None:
-    ours = doors(short)
+    ours = server(short)
     somebody = grpc.aio.server()  # knows no GetInfo
     somebody.add_insecure_port(f"unix:{ours.registration}")
     await somebody.start()
@@ -240,7 +240,7 @@ async def test_a_restarted_kubelet_finds_us_again_without_our_doing(world: World
 @pytest.mark.contract(15)
 @pytest.mark.parametrize("which", ["endpoint", "registration"])
 async def test_each_socket_serves_everything(world: World, which: str) -> None:
-    path = getattr(world.instances[0].doors, which)
+    path = getattr(world.instances[0].server, which)
     async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
         assert (await registration(channel).GetInfo(registration_v1_pb2.InfoRequest())).name == DRIVER
         answer = await plugin(channel).NodePrepareResources(dra_v1_pb2.NodePrepareResourcesRequest())
@@ -270,7 +270,7 @@ async def test_get_info_is_answered_while_a_prepare_hangs(world: World) -> None:
     hanging = asyncio.create_task(world.prepare(world.claim("one", world.device("mig-1g-19-0"))))
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
 
-    async with grpc.aio.insecure_channel(f"unix:{world.instances[0].doors.registration}") as channel:
+    async with grpc.aio.insecure_channel(f"unix:{world.instances[0].server.registration}") as channel:
         info = await registration(channel).GetInfo(registration_v1_pb2.InfoRequest(), timeout=1)
     other = await world.prepared(world.claim("two", world.device("gpu", 1)))
 
@@ -281,7 +281,7 @@ async def test_get_info_is_answered_while_a_prepare_hangs(world: World) -> None:
 
 
 async def test_the_probe_says_which_socket_does_not_answer(world: World) -> None:
-    ours = world.instances[0].doors
+    ours = world.instances[0].server
     assert await asyncio.to_thread(ours.probe) is None
     ours.endpoint.unlink()
 

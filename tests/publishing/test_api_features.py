@@ -9,7 +9,7 @@ import pytest
 from gpuslice.core.pools.pool import Features
 from gpuslice.errors import ApiError
 from gpuslice.kube import Kube
-from gpuslice.publishing.api_features import features
+from gpuslice.publishing.api_features import probe
 from gpuslice.standin import resource_slices
 from gpuslice.standin.apiserver import StandInApiServer
 
@@ -39,7 +39,7 @@ def test_features_are_found_out_without_storing_anything(
     tmp_path: Path, version: str, dropping: list[str], expected: tuple[bool, bool, bool]
 ) -> None:
     with StandInApiServer(tmp_path, version, dropping=dropping) as server:
-        found = features(Kube(server.kubeconfig), DRIVER, NODE)
+        found = probe(Kube(server.kubeconfig), DRIVER, NODE)
 
         assert (found.partitionable, found.consumable, found.taints) == expected
         assert not server.writes
@@ -48,9 +48,7 @@ def test_features_are_found_out_without_storing_anything(
 def test_a_feature_whose_field_is_refused_is_off(server: StandInApiServer) -> None:
     server.fail(422, path="dryRun", text="spec.sharedCounters: Forbidden: feature gate is off")
 
-    assert features(Kube(server.kubeconfig), DRIVER, NODE) == Features(
-        partitionable=False, consumable=True, taints=True
-    )
+    assert probe(Kube(server.kubeconfig), DRIVER, NODE) == Features(partitionable=False, consumable=True, taints=True)
 
 
 def test_a_refusal_that_says_nothing_about_fields_is_an_error_and_not_a_missing_feature(
@@ -59,4 +57,4 @@ def test_a_refusal_that_says_nothing_about_fields_is_an_error_and_not_a_missing_
     server.fail(422, path="dryRun", text="denied by policy: this node may not write slices of another")
 
     with pytest.raises(ApiError, match="denied by policy"):
-        features(Kube(server.kubeconfig), DRIVER, NODE)
+        probe(Kube(server.kubeconfig), DRIVER, NODE)

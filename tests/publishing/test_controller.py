@@ -20,8 +20,8 @@ from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
 from gpuslice.nvml.sim.nvml import SimNvml
-from gpuslice.publishing.controller import Offering, Shapes
-from gpuslice.publishing.node_health import Surveyor
+from gpuslice.publishing.controller import Shapes, SliceController
+from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.standin.apiserver import StandInApiServer
 
 from tests.kit.builders import a_gpu
@@ -116,18 +116,18 @@ def test_an_instance_that_is_replaced_does_not_write_its_shape_over_its_successo
 # ---------------------------------------------------------------- the look
 
 
-def a_surveyor(rig: Rig, limit_s: float = 0.2) -> Surveyor:
-    return Surveyor(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict, limit_s=limit_s)
+def a_surveyor(rig: Rig, limit_s: float = 0.2) -> NodeHealth:
+    return NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict, limit_s=limit_s)
 
 
 def test_a_card_that_hangs_is_told_and_hides_no_other(short: Path) -> None:
     rig = Rig(short, "l4x3")
-    surveyor = a_surveyor(rig)
+    health = a_surveyor(rig)
     cue = rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
     rig.nvml.lose(rig.gpus[2].uuid)
 
     for _ in range(2):  # the second time it is not asked again
-        found = surveyor.look(rig.inventory)
+        found = health.look(rig.inventory)
         told = {(ref.pool, t.key, t.value) for ref, taints in found.items() for t in taints if t.key == "gpu"}
         assert told == {(rig.inventory.pools[0].name, "gpu", "hung"), (rig.inventory.pools[2].name, "gpu", "lost")}
 
@@ -137,15 +137,15 @@ def test_a_card_that_hangs_is_told_and_hides_no_other(short: Path) -> None:
 
 def test_a_card_that_answers_again_is_well_again(short: Path) -> None:
     rig = Rig(short, "l4")
-    surveyor, before = a_surveyor(rig), set(threading.enumerate())
+    health, before = a_surveyor(rig), set(threading.enumerate())
     cue = rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
-    surveyor.look(rig.inventory)
+    health.look(rig.inventory)
     (thread,) = set(threading.enumerate()) - before
 
     rig.nvml.withdraw(cue)
     thread.join(10)
 
-    assert not any(t.key == "gpu" for taints in surveyor.look(rig.inventory).values() for t in taints)
+    assert not any(t.key == "gpu" for taints in health.look(rig.inventory).values() for t in taints)
 
 
 # ---------------------------------------------------------------- the thread
@@ -169,14 +169,14 @@ def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(
     found = Inventory.of(nvml.gpus(), Policy.default(), NODE)
     rig = Rig(short / "rig", "l4")
     checkpoint = _Trouble(short / "claims", "boot")
-    surveyor = Surveyor(nvml=nvml, mps=rig.mps, checkpoint=checkpoint, hung=dict)
-    offering = Offering(
+    health = NodeHealth(nvml=nvml, mps=rig.mps, checkpoint=checkpoint, hung=dict)
+    controller = SliceController(
         kube=Kube(server.kubeconfig),
         driver=DRIVER,
         node=NODE,
         dynamic=found,
         static=found,
-        surveyor=surveyor,
+        health=health,
         checkpoint=checkpoint,
         folder=short,
     )
@@ -185,12 +185,12 @@ def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(
     handler.emit = lambda record: told.set() if "cannot plan" in record.getMessage() else None  # type: ignore[method-assign]
     logging.getLogger("gpuslice.publishing.controller").addHandler(handler)
     try:
-        offering.start()
+        controller.start()
         assert told.wait(10)
-        assert "Too many open files" in (offering.problem() or "")
+        assert "Too many open files" in (controller.problem() or "")
         checkpoint.trouble = False
-        offering.nudge()
+        controller.nudge()
         server.wait(lambda: bool(server.all("resourceslices")), 10)
     finally:
-        offering.stop()
+        controller.stop()
         logging.getLogger("gpuslice.publishing.controller").removeHandler(handler)

@@ -20,7 +20,7 @@ from gpuslice.pb import (
     registration_v1_pb2,
     registration_v1_pb2_grpc,
 )
-from gpuslice.standin.kubelet import V1, V1BETA1, Answer, Given, KubeletError, StandInKubelet
+from gpuslice.standin.kubelet import V1, V1BETA1, Given, KubeletError, PluginAnswer, StandInKubelet
 
 DRIVER = "gpuslice.dev"
 A, B = ClaimRef("team", "a", ClaimUid("uid-a")), ClaimRef("team", "b", ClaimUid("uid-b"))
@@ -273,7 +273,7 @@ async def test_a_pods_claims_travel_in_one_call_with_the_kubelets_deadline(folde
         errors = await kubelet.unprepare([A, B])
 
     given = Given(requests=("gpu",), pool="p0", device="gpu", cdi_ids=("a.b/claim=uid-a-0",), share_id="share-1")
-    assert answers[A.uid] == Answer(devices=(given,))
+    assert answers[A.uid] == PluginAnswer(devices=(given,))
     assert errors == {A.uid: "", B.uid: ""}
     assert [44 < patience < 46 for patience in plugin.patience] == [True, True]
 
@@ -302,7 +302,7 @@ async def test_the_error_of_one_claim_leaves_the_other_alone(folder: Path) -> No
         await kubelet.registered(DRIVER)
         answers = await kubelet.prepare([A, B])
 
-    assert answers[A.uid] == Answer(error="no such device")
+    assert answers[A.uid] == PluginAnswer(error="no such device")
     assert answers[B.uid].devices
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core import cdi
-from gpuslice.core.cdi import CdiDevice, DeviceNode, Injection
+from gpuslice.core.cdi import CdiDevice, ContainerEdits, DeviceNode
 from gpuslice.core.model import Gpu, GpuUuid
 from gpuslice.errors import DeviceError, StateError
 from gpuslice.system.host import Host, RealHost, SimHost
@@ -48,7 +48,7 @@ def host_of(node: Path, host_root: Path | None = None, hook: Path | None = None)
     )
 
 
-def mounted(injection: Injection) -> dict[str, str]:
+def mounted(injection: ContainerEdits) -> dict[str, str]:
     return {mount.container_path: mount.host_path for mount in injection.mounts}
 
 
@@ -409,7 +409,7 @@ def test_the_file_of_a_claim_is_the_golden_one(
     if hook:
         write(node / "root/usr/bin/nvidia-cdi-hook")
     host = host_of(node, host_root=Path("/run/nvidia/driver"))
-    edits = [Injection(nodes=host.nodes(*numbers)) for numbers in given]
+    edits = [ContainerEdits(nodes=host.nodes(*numbers)) for numbers in given]
     devices = [CdiDevice(cdi.device_name(UID, index), edit) for index, edit in enumerate(edits)]
 
     body = cdi.spec(UID, "gpuslice.dev/claim", devices, host.common())
@@ -420,6 +420,6 @@ def test_the_file_of_a_claim_is_the_golden_one(
 
 def test_the_file_of_a_simulated_claim_is_one_that_runtimes_accept(tmp_path: Path) -> None:
     host = SimHost(tmp_path)
-    devices = [CdiDevice(cdi.device_name(UID, 0), Injection(nodes=host.nodes(0)))]
+    devices = [CdiDevice(cdi.device_name(UID, 0), ContainerEdits(nodes=host.nodes(0)))]
 
     assert faults(cdi.spec(UID, "gpuslice.dev/claim", devices, host.common())) == []

@@ -68,7 +68,7 @@ class Hook:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Injection:
+class ContainerEdits:
     """What is put into a container. Hooks keep their order, for links come before the loader's cache."""
 
     nodes: tuple[DeviceNode, ...] = ()
@@ -82,7 +82,7 @@ class CdiDevice:
     """One device of a claim's file: its name (`device_name`) and what it adds to the common edits."""
 
     name: str
-    edits: Injection
+    edits: ContainerEdits
 
 
 # ---------------------------------------------------------------- names
@@ -159,7 +159,7 @@ def _label(request: str) -> str:
     return re.sub(r"[^A-Z0-9]", "_", request.upper())
 
 
-def budget(
+def limit_env(
     label: str,
     *,
     device: DeviceRef,
@@ -186,7 +186,7 @@ def budget(
     return {f"GPUSLICE_{label}_{name}": value for name, value in facts.items() if value is not None}
 
 
-def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> Injection:
+def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> ContainerEdits:
     """What makes a program in the container a client of an MPS daemon, with its own share of memory and SMs.
 
     The daemon's /dev/shm has to be the container's (NVIDIA's MPS documentation), in the place of one that the pod mounts
@@ -198,13 +198,13 @@ def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> Injecti
         env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(percent)
     options = ("rw", "nosuid", "nodev", "bind", "rprivate")
     shared = Mount(shm, "/dev/shm", options)  # noqa: S108 - a path in the container
-    return Injection(mounts=(Mount(pipe, pipe, options), shared), env=env)
+    return ContainerEdits(mounts=(Mount(pipe, pipe, options), shared), env=env)
 
 
 # ---------------------------------------------------------------- the file
 
 
-def spec(uid: str, kind: str, devices: Sequence[CdiDevice], common: Injection) -> dict[str, object]:
+def spec(uid: str, kind: str, devices: Sequence[CdiDevice], common: ContainerEdits) -> dict[str, object]:
     """The claim's CDI file. The same arguments give the same text; `StateError` for what no runtime would take."""
     names = [device.name for device in devices]
     if len(set(names)) != len(names) or not all(name.startswith(f"{_checked_uid(uid)}-") for name in names):
@@ -225,12 +225,12 @@ def spec(uid: str, kind: str, devices: Sequence[CdiDevice], common: Injection) -
     }
 
 
-def _merged(common: Injection, own: Injection) -> Injection:
+def _merged(common: ContainerEdits, own: ContainerEdits) -> ContainerEdits:
     env = dict(_NO_LEGACY_HOOK)
     for name, value in (*common.env.items(), *own.env.items()):
         if env.setdefault(name, value) != value or not _ENV.fullmatch(name):
             raise StateError(f"environment variable {name!r} of a CDI device is misspelt or has two values; rename one")
-    return Injection(
+    return ContainerEdits(
         nodes=_unique((*common.nodes, *own.nodes), lambda node: node.path),
         mounts=_unique((*common.mounts, *own.mounts), lambda mount: mount.container_path),
         hooks=tuple(dict.fromkeys((*common.hooks, *own.hooks))),
@@ -247,7 +247,7 @@ def _unique(items: Iterable[_Edit], place: Callable[[_Edit], str]) -> tuple[_Edi
     return tuple(found[name] for name in sorted(found))
 
 
-def _edits(injection: Injection) -> dict[str, object]:
+def _edits(injection: ContainerEdits) -> dict[str, object]:
     edits: dict[str, list[object]] = {
         "env": [f"{name}={injection.env[name]}" for name in sorted(injection.env)],
         "deviceNodes": [_node(node) for node in injection.nodes],

@@ -46,7 +46,7 @@ def taints(
     for pool in inventory.pools:
         gpu = pool.gpu
         now = live.get(gpu.uuid)
-        foreign = () if now is None else plan.strays(gpu.uuid, now, known)
+        foreign = () if now is None else plan.foreign_partitions(gpu.uuid, now, known)
         for device in pool.devices:
             here = [unwell[gpu.uuid]] if gpu.uuid in unwell else []
             if now is not None and not isinstance(device.offer.sharing, Monitor):

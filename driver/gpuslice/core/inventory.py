@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import TypeVar, assert_never
 
 from gpuslice.core import layout
-from gpuslice.core.layout import Place
+from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import (
     MIB,
     DeviceRef,
@@ -193,7 +193,7 @@ def _offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
         slices = [MigSlice(gpu, place.profile, place.placement) for place in places]
         for slice_ in slices:
             yield Offer(slice_, Exclusive())
-        for mode in (mode for mode in SHARED if mode in policy.twins):
+        for mode in (mode for mode in SHARED if mode in policy.shared_partitions):
             for slice_ in slices:
                 yield Offer(slice_, _sharing(mode, slice_, policy))
     whole = WholeGpu(gpu)
@@ -258,7 +258,7 @@ def _parted(parts: Parts, gpu: Gpu, policy: GpuPolicy) -> Mps | TimeSlicing:
     return sharing
 
 
-def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[Place]:
+def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[ProfilePlacement]:
     possible = all(count <= profile.max_instances for profile, count in wanted)
     partitions = [profile for profile, count in wanted for _ in range(count)] if possible else []
     places = layout.arrange(layout.totals(gpu.profiles), partitions) if possible else None
@@ -271,10 +271,10 @@ def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[P
     return sorted(places, key=lambda place: (_size(place.profile), place.placement))
 
 
-def _in_order(gpu: Gpu, profiles: Sequence[MigProfile]) -> list[Place]:
+def _in_order(gpu: Gpu, profiles: Sequence[MigProfile]) -> list[ProfilePlacement]:
     """All places of these profiles: smallest profile first, then the place that excludes fewest, then the highest."""
     card = layout.totals(gpu.profiles)
-    places = [Place(profile, placement) for profile in profiles for placement in profile.placements]
+    places = [ProfilePlacement(profile, placement) for profile in profiles for placement in profile.placements]
     places = [place for place in places if place.profile.max_instances > 0]
     excluded = {place: sum(not layout.fits(card, (place, other)) for other in places) for place in places}
     return sorted(places, key=lambda place: (_size(place.profile), excluded[place], -place.placement.start))

@@ -15,7 +15,7 @@ from gpuslice.core.model import Gpu, MigProfile, MigSlot, Placement
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class ProfilePlacement:
     """A profile at one of its places."""
 
     profile: MigProfile
@@ -56,7 +56,7 @@ def _width(profile: MigProfile) -> int:
     return max((placement.size for placement in profile.placements), default=0)
 
 
-def fits(card: Mapping[str, int], places: Sequence[Place]) -> bool:
+def fits(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> bool:
     """Whether these may stand together on a card of these `totals`."""
     taken = 0
     for place in places:
@@ -66,7 +66,7 @@ def fits(card: Mapping[str, int], places: Sequence[Place]) -> bool:
     return within(card, places)
 
 
-def within(card: Mapping[str, int], places: Sequence[Place]) -> bool:
+def within(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> bool:
     """The rules without the overlap: instance counts and engine sums."""
     count: dict[int, int] = {}
     engines = dict.fromkeys(card, 0)
@@ -89,10 +89,13 @@ def coexist(gpu: Gpu, one: MigSlot, two: MigSlot) -> bool:
     profiles = gpu.profile(one.profile), gpu.profile(two.profile)
     if profiles[0] is None or profiles[1] is None:
         return True
-    return fits(totals(gpu.profiles), (Place(profiles[0], one.placement), Place(profiles[1], two.placement)))
+    return fits(
+        totals(gpu.profiles),
+        (ProfilePlacement(profiles[0], one.placement), ProfilePlacement(profiles[1], two.placement)),
+    )
 
 
-def conflicts(card: Mapping[str, int], places: Sequence[Place]) -> Iterator[tuple[int, ...]]:
+def conflicts(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> Iterator[tuple[int, ...]]:
     """Every minimal illegal set, by index: pairs first, then larger ones. Each proper subset of one is legal."""
     for i, one in enumerate(places):
         for j in range(i + 1, len(places)):
@@ -102,7 +105,7 @@ def conflicts(card: Mapping[str, int], places: Sequence[Place]) -> Iterator[tupl
 
 
 def _excesses(
-    card: Mapping[str, int], places: Sequence[Place], chosen: tuple[int, ...], taken: int, start: int
+    card: Mapping[str, int], places: Sequence[ProfilePlacement], chosen: tuple[int, ...], taken: int, start: int
 ) -> Iterator[tuple[int, ...]]:
     """Sets without overlap that break a count or a sum, grown from legal ones."""
     for i in range(start, len(places)):
@@ -115,7 +118,7 @@ def _excesses(
             yield grown
 
 
-def arrange(card: Mapping[str, int], wanted: Sequence[MigProfile]) -> tuple[Place, ...] | None:
+def arrange(card: Mapping[str, int], wanted: Sequence[MigProfile]) -> tuple[ProfilePlacement, ...] | None:
     """A legal place for each of the wanted partitions, or None where there is none. Widest first, highest start first.
 
     Equal profiles take places in falling order, so that the search does not try each permutation of them.
@@ -125,14 +128,14 @@ def arrange(card: Mapping[str, int], wanted: Sequence[MigProfile]) -> tuple[Plac
 
 
 def _arrange(
-    card: Mapping[str, int], wanted: Sequence[MigProfile], placed: tuple[Place, ...]
-) -> tuple[Place, ...] | None:
+    card: Mapping[str, int], wanted: Sequence[MigProfile], placed: tuple[ProfilePlacement, ...]
+) -> tuple[ProfilePlacement, ...] | None:
     if not wanted:
         return placed
     profile = wanted[0]
     same = [place.placement.start for place in placed if place.profile == profile]
     for placement in sorted(profile.placements, reverse=True):
-        grown = (*placed, Place(profile, placement))
+        grown = (*placed, ProfilePlacement(profile, placement))
         if (not same or placement.start < same[-1]) and fits(card, grown):
             found = _arrange(card, wanted[1:], grown)
             if found is not None:

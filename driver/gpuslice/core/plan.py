@@ -75,13 +75,13 @@ def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Li
             )
     _refuse_several_daemons(claim.ref, wanted)
     for number, grant in enumerate(wanted):
-        too_much = share.excess(grant, [other for other in wanted[:number] if share.beside(grant, other)])
+        too_much = share.excess(grant, [other for other in wanted[:number] if share.coexists(grant, other)])
         if too_much:
             raise ClaimError(
                 f"claim {claim.ref} was given {too_much} on {grant.allocation.device}; delete the pod to have it "
                 "scheduled again"
             )
-    holders = in_the_way(wanted, others, inventory)
+    holders = blockers(wanted, others, inventory)
     if holders:
         return Busy(holders)
     steps: list[Step] = []
@@ -101,13 +101,13 @@ def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
             )
 
 
-def in_the_way(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
+def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
     """Claims of which at least one has to leave before `wanted` can be had: it holds the same, or the shares are too many."""
     held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
     found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
     for grant in wanted:
-        sharers = [(ref, other) for ref, other in held if share.beside(grant, other)]
-        mine = [other for other in wanted if other is not grant and share.beside(grant, other)]
+        sharers = [(ref, other) for ref, other in held if share.coexists(grant, other)]
+        mine = [other for other in wanted if other is not grant and share.coexists(grant, other)]
         if share.excess(grant, [*mine, *(other for _, other in sharers)]):
             found |= {ref for ref, _ in sharers}
     return tuple(sorted(found))
@@ -129,7 +129,7 @@ def stands(record: Record, live: Live) -> bool:
     return {done.uuid for done in record.done if done.uuid is not None} <= there
 
 
-def settle(record: Record, live: Live, kind: str) -> PreparedClaim:
+def prepared_claim(record: Record, live: Live, kind: str) -> PreparedClaim:
     """What the claim turned out to be, with the CDI names that the kubelet passes on. Pure; see `injection.py`."""
     uid = record.plan.ref.uid
     return PreparedClaim(
@@ -192,7 +192,7 @@ def target(undoing: DestroyMig, live: LiveGpu) -> Partition | None:
     return named or (there if there is not None and there.ci is None else None)
 
 
-def strays(gpu: GpuUuid, live: LiveGpu, records: Iterable[Record]) -> tuple[Partition, ...]:
+def foreign_partitions(gpu: GpuUuid, live: LiveGpu, records: Iterable[Record]) -> tuple[Partition, ...]:
     """Partitions that no record explains: foreign, for every partition of ours has a record first."""
     slots = {step.slot for record in records for step in record.plan.steps if isinstance(step, CreateMig)}
     return tuple(p for p in live.partitions if MigSlot(gpu, p.profile, p.placement) not in slots)
@@ -233,7 +233,7 @@ def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:
     """Whether the two cannot be held at the same time."""
     if one.gpu != two.gpu or isinstance(one.sharing, Monitor) or isinstance(two.sharing, Monitor):
         return False
-    if share.beside(one, two):
+    if share.coexists(one, two):
         return False
     if one.slot is None or two.slot is None:
         return True
@@ -250,7 +250,7 @@ def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: 
     assert gpu is not None  # _grant found the offer in the same inventory
     now = live[grant.gpu]
     if not isinstance(grant.sharing, Monitor):
-        foreign = strays(gpu.uuid, now, records)
+        foreign = foreign_partitions(gpu.uuid, now, records)
         if grant.slot is None:
             yield from _whole(grant, gpu, now, foreign)
         else:
@@ -288,10 +288,10 @@ def _whole(grant: Grant, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) 
 
 
 def _partition(grant: Grant, slot: MigSlot, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:
-    in_the_way = [p for p in foreign if not layout.coexist(gpu, slot, MigSlot(gpu.uuid, p.profile, p.placement))]
-    if in_the_way:
+    blockers = [p for p in foreign if not layout.coexist(gpu, slot, MigSlot(gpu.uuid, p.profile, p.placement))]
+    if blockers:
         raise DeviceError(
-            f"the place of {grant.allocation.device} is taken by {_named(in_the_way)}, which gpuslice did not make; "
+            f"the place of {grant.allocation.device} is taken by {_named(blockers)}, which gpuslice did not make; "
             "destroy it to free the place"
         )
     yield from _mode(gpu, live, on=True)

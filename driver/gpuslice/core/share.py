@@ -62,7 +62,7 @@ def mode(grant: Grant) -> str:
             assert_never(grant.sharing)
 
 
-def words(grant: Grant) -> str:
+def describe(grant: Grant) -> str:
     """The share in a person's words: "10240 MiB, 25 % of the SMs"; "" for a device of one's own."""
     mine = of(grant)
     if mine is None:
@@ -73,7 +73,7 @@ def words(grant: Grant) -> str:
     return ", ".join(parts)
 
 
-def together(grants: Sequence[Grant]) -> str:
+def usage(grants: Sequence[Grant]) -> str:
     """What the shares of one slice amount to, short enough for a map: "mps 20480 of 81152 MiB"."""
     used = sum(mine.memory_mib for mine in map(of, grants) if mine is not None)
     for grant in grants:
@@ -102,7 +102,7 @@ def enforcement(grant: Grant) -> str:
             assert_never(grant.sharing)
 
 
-def beside(one: Grant, two: Grant) -> bool:
+def coexists(one: Grant, two: Grant) -> bool:
     """Whether two grants are shares of the same device, or fixed parts of the same slice, and so do not exclude each other."""
     if (one.gpu, one.slot) != (two.gpu, two.slot):
         return False
@@ -122,11 +122,16 @@ def excess(wanted: Grant, others: Sequence[Grant]) -> str:
     for name, limit in _limits(wanted):
         total = getattr(mine, name) + sum(getattr(share, name) for share in shares)
         if total > limit:
-            return f"{total} {_WORDS[name]} of {limit}"
+            return f"{total} {_DESCRIPTIONS[name]} of {limit}"
     return ""
 
 
-_WORDS = {"memory_mib": "MiB of memory", "percent": "percent of the SMs", "clients": "MPS clients", "turns": "shares"}
+_DESCRIPTIONS = {
+    "memory_mib": "MiB of memory",
+    "percent": "percent of the SMs",
+    "clients": "MPS clients",
+    "turns": "shares",
+}
 
 
 def _limits(grant: Grant) -> Iterable[tuple[str, int]]:

@@ -9,10 +9,10 @@ from gpuslice.core.model import GpuUuid, LiveGpu, MigUuid
 from gpuslice.core.record import CreateMig, Done, Grant, Plan, PreparedClaim, Record, StartMps
 
 
-def inherited(decided: Plan, records: Iterable[Record], live: Mapping[GpuUuid, LiveGpu]) -> tuple[Done, ...]:
+def reusable(decided: Plan, records: Iterable[Record], live: Mapping[GpuUuid, LiveGpu]) -> tuple[Done, ...]:
     """What other claims have made already of what this plan wants made: the partition that a further share joins.
 
-    Only what is still there counts: one that vanished under its sharers is made anew, for them as well (`remade`).
+    Only what is still there counts: one that vanished under its sharers is made anew, for them as well (`repointed`).
     """
     slots = {step.slot for step in decided.steps if isinstance(step, CreateMig)}
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
@@ -20,7 +20,7 @@ def inherited(decided: Plan, records: Iterable[Record], live: Mapping[GpuUuid, L
     return tuple({done.slot: done for done in finished if done.slot in slots}.values())
 
 
-def remade(record: Record, others: Iterable[Record]) -> tuple[Record, ...]:
+def repointed(record: Record, others: Iterable[Record]) -> tuple[Record, ...]:
     """Those of the others that stand on a partition of this record by an older UUID, put right: their claims are given the
     new one at the next prepare, and the last to leave knows what to destroy."""
     new = {done.slot: done for done in record.done if done.uuid is not None}
@@ -40,13 +40,13 @@ def _renamed(prepared: PreparedClaim | None, uuids: Mapping[MigUuid | None, MigU
     return replace(prepared, devices=tuple(devices))
 
 
-def daemons(records: Iterable[Record], gpu: GpuUuid | None = None) -> tuple[StartMps, ...]:
+def daemons_of(records: Iterable[Record], gpu: GpuUuid | None = None) -> tuple[StartMps, ...]:
     """The MPS daemons that finished records stand on, each once; of one GPU if it is named."""
     steps = (step for record in records if record.prepared is not None for step in record.plan.steps)
     return tuple(dict.fromkeys(s for s in steps if isinstance(s, StartMps) and gpu in (None, s.gpu)))
 
 
-def of(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
+def shares_of(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
     """Every share that stands on this MPS daemon."""
     return tuple(
         grant

@@ -71,7 +71,7 @@ class Stage:
         published = self.devices()
         for device, grant in zip(record.prepared.devices if record.prepared else (), record.plan.grants, strict=True):
             whole = published[device.device.pool, device.device.device]["capacity"]["memory"]["value"]
-            what = share.words(grant) or whole
+            what = share.describe(grant) or whole
             print(f"    {ref.name} has {device.device}, {what}, {device.uuid}, ready after {took_ms:.0f} ms")
 
     async def take(self, name: str, words: str, *requests: Request) -> bool:

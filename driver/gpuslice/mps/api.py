@@ -10,7 +10,7 @@ from gpuslice.core.model import GpuUuid, MigUuid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Daemon:
+class DaemonSpec:
     """A daemon as it shall be. The ceilings hold for every client alike; None: no ceiling.
 
     `key` names its folder (a DNS label of at most 24 characters), so that socket paths stay below 108 bytes (unix(7)).
@@ -24,7 +24,7 @@ class Daemon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
+class DaemonStatus:
     """A daemon as it is. The ceilings are those that it told when asked, not those that it was given.
 
     `restarts` counts since the supervisor first started it; `problem` is one sentence about the last thing that went
@@ -40,11 +40,11 @@ class Running:
     problem: str
 
 
-class Mps(Protocol):
+class MpsDaemons(Protocol):
     """Every verb blocks, may be called from several threads, and raises `DeviceError` with one sentence."""
 
-    def ensure(self, daemon: Daemon) -> Running:
-        """Have this daemon running with these ceilings; at once where it is so already. Nothing stays half-made.
+    def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
+        """Have this daemon running with these ceilings; at once where it is so already. Nothing stays incomplete.
 
         Ceilings that changed hold for new clients; those that are connected keep theirs.
         """
@@ -52,7 +52,7 @@ class Mps(Protocol):
     def stop(self, key: str) -> None:
         """Terminate its clients through MPS, then the daemon, and remove its folder; gone is success."""
 
-    def running(self) -> tuple[Running, ...]:
+    def running(self) -> tuple[DaemonStatus, ...]:
         """All daemons, by key, those in trouble included."""
 
     def incarnation(self) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from gpuslice import __version__
 from gpuslice.errors import DeviceError
 from gpuslice.mps import wire
-from gpuslice.mps.api import Daemon, Running
-from gpuslice.mps.paths import Place
+from gpuslice.mps.api import DaemonSpec, DaemonStatus
+from gpuslice.mps.paths import Paths
 
 _CONNECT_S = 2.0
 _ANSWER_S = 2.0  # for what starts and stops nothing
@@ -21,10 +21,10 @@ class MpsClient:
     """`Mps` over `<root>/supervisor.sock`. Stateless; any number of threads may use it."""
 
     def __init__(self, root: Path) -> None:
-        self._place = Place(root)
+        self._paths = Paths(root)
 
-    def ensure(self, daemon: Daemon) -> Running:
-        self._place.check(daemon.key)
+    def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
+        self._paths.check(daemon.key)
         message = {"op": "ensure", "daemon": wire.daemon_body(daemon)}
         what = f"ensure the MPS daemon of {daemon.device}"
         for running in self._list(what, message, _CHANGE_S):
@@ -39,10 +39,10 @@ class MpsClient:
         try:
             self._list(f"stop MPS daemon {key}", {"op": "stop", "key": key}, _CHANGE_S)
         except DeviceError:
-            if self._place.folder(key).exists():
+            if self._paths.folder(key).exists():
                 raise
 
-    def running(self) -> tuple[Running, ...]:
+    def running(self) -> tuple[DaemonStatus, ...]:
         return self._list("list the MPS daemons", {"op": "running"}, _ANSWER_S)
 
     def incarnation(self) -> str:
@@ -50,22 +50,22 @@ class MpsClient:
         return str(greeting.get("incarnation"))
 
     def pipe(self, key: str) -> Path:
-        return self._place.pipe(key)
+        return self._paths.pipe(key)
 
     def shm(self, key: str) -> Path:
-        return self._place.shm(key)
+        return self._paths.shm(key)
 
     def log(self, key: str) -> Path:
-        return self._place.log(key)
+        return self._paths.log(key)
 
-    def _list(self, what: str, message: wire.Message, timeout_s: float) -> tuple[Running, ...]:
+    def _list(self, what: str, message: wire.Message, timeout_s: float) -> tuple[DaemonStatus, ...]:
         _, answer = self._ask(what, message, timeout_s)
         body = answer.get("running")
         return tuple(wire.running_of(entry) for entry in body) if isinstance(body, list) else ()
 
     def _ask(self, what: str, message: wire.Message, timeout_s: float) -> tuple[wire.Message, wire.Message]:
         """Greeting and answer of the supervisor; `what` completes "cannot …"."""
-        path = self._place.socket
+        path = self._paths.socket
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(_CONNECT_S)

@@ -20,17 +20,17 @@ from pathlib import Path
 
 from gpuslice.errors import DeviceError, DriverError, HungError
 from gpuslice.mps import launch, wire
-from gpuslice.mps.api import Daemon
+from gpuslice.mps.api import DaemonSpec
 from gpuslice.mps.control import Control, one_line
-from gpuslice.mps.paths import Place
-from gpuslice.mps.process import ProcessId, Watched, boot_id, kill_all, wait
+from gpuslice.mps.paths import Paths
+from gpuslice.mps.process import PidfdProcess, ProcessId, boot_id, kill_all, wait
 from gpuslice.system.files import FolderWatch, write_atomic
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """`probe_s` from one question to the next; `answer_s` for the control program, more and the daemon is wedged."""
 
     probe_s: float = 15.0
@@ -45,18 +45,18 @@ _REFUSED_S = 0.05
 _SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel's queue is called
 
 
-class Process:
+class MpsDaemon:
     """A daemon that runs. `ceilings` are (memory in MiB, percent of multiprocessors) as it told them."""
 
-    def __init__(self, pipe: Path, control: Control, watched: Watched) -> None:
-        self._pipe, self.control, self.watched = pipe, control, watched
+    def __init__(self, pipe: Path, control: Control, pidfd: PidfdProcess) -> None:
+        self._pipe, self.control, self.pidfd = pipe, control, pidfd
         self.ceilings: tuple[int | None, int | None] = (None, None)
 
     @property
     def pid(self) -> int:
-        return self.watched.id.pid
+        return self.pidfd.id.pid
 
-    def limit(self, daemon: Daemon) -> None:
+    def limit(self, daemon: DaemonSpec) -> None:
         """Give it these ceilings; where it does not take them, it keeps those it has. HungError where it is wedged."""
         before = self.ceilings
         try:
@@ -79,69 +79,71 @@ class Process:
     def stop(self, *, drain: bool = True) -> str:
         """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, in words."""
         try:
-            if drain and not self.watched.ended():
+            if drain and not self.pidfd.ended():
                 # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
                 ended = self.control.terminate_clients()
                 log.info("MPS clients were terminated pid=%d clients=%d", self.pid, ended)
                 self.control.tell(f"quit -t {DRAIN_S:.0f}")
-                self.watched.ended(DRAIN_S)
+                self.pidfd.ended(DRAIN_S)
         except DeviceError as e:
             log.warning("an MPS daemon could not be drained and is killed pid=%d: %s", self.pid, e)
-        self.watched.kill()
+        self.pidfd.kill()
         # Its servers go with it: they would hold the card against the next daemon's.
         kill_all(self._pipe, DRAIN_S)
-        self.watched.ended(DRAIN_S)
-        return self.watched.reap()
+        self.pidfd.ended(DRAIN_S)
+        return self.pidfd.reap()
 
 
-def start(place: Place, daemon: Daemon, command: Sequence[str], answer_s: float) -> Process:
+def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float) -> MpsDaemon:
     """Start a daemon in its folder and give it its ceilings. DeviceError where it fails, and then nothing runs."""
-    place.make(daemon.key)
-    _give_shm(place, daemon.key)
+    paths.make(daemon.key)
+    _give_shm(paths, daemon.key)
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
     for flags in first:
         try:
-            return _started(place, daemon, command, answer_s, flags)
+            return _started(paths, daemon, command, answer_s, flags)
         except _EndedError as e:
             why = e
-    process = _started(place, daemon, command, answer_s, last)
+    process = _started(paths, daemon, command, answer_s, last)
     if first:
         log.warning("MPS daemon %s serves one uid at a time; with more it fails: %s", daemon.key, why)
     return process
 
 
-def remove(place: Place, key: str) -> None:
+def remove(paths: Paths, key: str) -> None:
     """Remove the daemon's folder, with the tmpfs on it; gone is fine. DeviceError where it is somebody else's."""
-    if place.folder(key).exists():
-        place.own(key)
-        launch.take_tmpfs(str(place.shm(key)))
-    place.remove(key)
+    if paths.folder(key).exists():
+        paths.own(key)
+        launch.take_tmpfs(str(paths.shm(key)))
+    paths.remove(key)
 
 
-def _give_shm(place: Place, key: str) -> None:
+def _give_shm(paths: Paths, key: str) -> None:
     try:
-        if launch.give_tmpfs(str(place.shm(key))):
+        if launch.give_tmpfs(str(paths.shm(key))):
             return
         why = "mounts do not propagate from here"
     except OSError as e:
         why = e.strerror or str(e)
-    log.warning("programs of MPS daemon %s fill %s with their shared memory: %s", key, place.root, why)
+    log.warning("programs of MPS daemon %s fill %s with their shared memory: %s", key, paths.root, why)
 
 
 class _EndedError(DeviceError):
     """The daemon ended before it took a command."""
 
 
-def _started(place: Place, daemon: Daemon, command: Sequence[str], answer_s: float, flags: Sequence[str]) -> Process:
-    env = _environment(place, daemon)
-    console = place.log(daemon.key) / "console"
-    with closing(FolderWatch(place.pipe(daemon.key), arrivals=True)) as watch:
-        watched = Watched(
-            ProcessId.of(_spawned([*_LAUNCHER, str(place.shm(daemon.key)), *command, *flags], env, console))
+def _started(
+    paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float, flags: Sequence[str]
+) -> MpsDaemon:
+    env = _environment(paths, daemon)
+    console = paths.log(daemon.key) / "console"
+    with closing(FolderWatch(paths.pipe(daemon.key), arrivals=True)) as watch:
+        pidfd = PidfdProcess(
+            ProcessId.of(_spawned([*_LAUNCHER, str(paths.shm(daemon.key)), *command, *flags], env, console))
         )
-        process = Process(place.pipe(daemon.key), Control(command, env, answer_s), watched)
+        process = MpsDaemon(paths.pipe(daemon.key), Control(command, env, answer_s), pidfd)
         try:
-            remember(place, daemon, process)  # before it can have clients that nobody would know of
+            remember(paths, daemon, process)  # before it can have clients that nobody would know of
             _wait(process, watch, console, daemon.device)
             process.ceilings = _limited(process.control, daemon)
         except DriverError:
@@ -170,17 +172,17 @@ def _spawned(command: Sequence[str], env: Mapping[str, str], console: Path) -> i
     return child.pid
 
 
-def _wait(process: Process, watch: FolderWatch, console: Path, device: str) -> None:
+def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) -> None:
     """Wait until the daemon takes commands."""
     until = time.monotonic() + START_S
     why = "its control socket did not appear"
     while (left := until - time.monotonic()) > 0:
         # The socket's arrival wakes us; that somebody listens on it does not, hence the limit.
-        ready = wait(min(left, _REFUSED_S), watch.fileno(), process.watched.descriptor)
-        if process.watched.descriptor in ready:
+        ready = wait(min(left, _REFUSED_S), watch.fileno(), process.pidfd.descriptor)
+        if process.pidfd.descriptor in ready:
             lines = one_line(" ".join(_lines(console)[-3:]))
             raise _EndedError(
-                f"the MPS daemon of {device} {process.watched.reap()} at its start and says "
+                f"the MPS daemon of {device} {process.pidfd.reap()} at its start and says "
                 f"{lines!r}; check the device and the NVIDIA driver"
             )
         if ready and not _SOCKETS & set(watch.read()):
@@ -193,25 +195,25 @@ def _wait(process: Process, watch: FolderWatch, console: Path, device: str) -> N
     raise DeviceError(f"the MPS daemon of {device} took no command within {START_S:g} s after its start: {why}")
 
 
-def adopt(place: Place, key: str, command: Sequence[str], answer_s: float) -> tuple[Daemon, Process | None]:
+def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
     """What a former supervisor left in this folder: the daemon it was to be, and its process where that lives and answers.
 
     DeviceError where the folder tells nothing, or tells of an earlier boot.
     """
-    place.own(key)  # or somebody else chooses which process we take for the daemon
+    paths.own(key)  # or somebody else chooses which process we take for the daemon
     try:
-        body = json.loads(place.record(key).read_text(encoding="utf-8"))
+        body = json.loads(paths.record(key).read_text(encoding="utf-8"))
         daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
     except (OSError, ValueError, LookupError, TypeError, DeviceError) as e:
-        raise DeviceError(f"{place.record(key)} tells of no MPS daemon ({e}); its folder is removed") from e
+        raise DeviceError(f"{paths.record(key)} tells of no MPS daemon ({e}); its folder is removed") from e
     if left.boot != boot_id():
-        raise DeviceError(f"{place.record(key)} is of an earlier boot; its folder is removed")
+        raise DeviceError(f"{paths.record(key)} is of an earlier boot; its folder is removed")
     try:
-        watched = Watched(left)
+        pidfd = PidfdProcess(left)
     except ProcessLookupError:
-        kill_all(place.pipe(key), DRAIN_S)
+        kill_all(paths.pipe(key), DRAIN_S)
         return daemon, None
-    process = Process(place.pipe(key), Control(command, _environment(place, daemon), answer_s), watched)
+    process = MpsDaemon(paths.pipe(key), Control(command, _environment(paths, daemon), answer_s), pidfd)
     try:
         process.ceilings = (process.control.memory(daemon.device), process.control.threads())
     except DeviceError as e:
@@ -221,25 +223,25 @@ def adopt(place: Place, key: str, command: Sequence[str], answer_s: float) -> tu
     return daemon, process
 
 
-def remember(place: Place, daemon: Daemon, process: Process) -> None:
+def remember(paths: Paths, daemon: DaemonSpec, process: MpsDaemon) -> None:
     """Write down for the next supervisor what this daemon is to be, and which process it is."""
-    body = {"daemon": wire.daemon_body(daemon), "process": asdict(process.watched.id)}
-    write_atomic(place.record(daemon.key), json.dumps(body) + "\n")
+    body = {"daemon": wire.daemon_body(daemon), "process": asdict(process.pidfd.id)}
+    write_atomic(paths.record(daemon.key), json.dumps(body) + "\n")
 
 
-def _limited(control: Control, daemon: Daemon) -> tuple[int | None, int | None]:
+def _limited(control: Control, daemon: DaemonSpec) -> tuple[int | None, int | None]:
     memory = control.limit_memory(daemon.device, daemon.memory_mib)
     return memory, control.limit_threads(daemon.threads_percent)
 
 
-def _environment(place: Place, daemon: Daemon) -> Mapping[str, str]:
+def _environment(paths: Paths, daemon: DaemonSpec) -> Mapping[str, str]:
     """Ours, without what CUDA would take from it, and what makes it this daemon's."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
     return {
         **ours,
         "CUDA_VISIBLE_DEVICES": daemon.device,
-        "CUDA_MPS_PIPE_DIRECTORY": str(place.pipe(daemon.key)),
-        "CUDA_MPS_LOG_DIRECTORY": str(place.log(daemon.key)),
+        "CUDA_MPS_PIPE_DIRECTORY": str(paths.pipe(daemon.key)),
+        "CUDA_MPS_LOG_DIRECTORY": str(paths.log(daemon.key)),
     }
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from gpuslice.errors import DeviceError, DriverError, HungError
 from gpuslice.mps import daemon as daemons
-from gpuslice.mps.api import Daemon, Running
-from gpuslice.mps.daemon import Patience, Process
-from gpuslice.mps.paths import Place
-from gpuslice.mps.process import Bell, wait
+from gpuslice.mps.api import DaemonSpec, DaemonStatus
+from gpuslice.mps.daemon import MpsDaemon, Timeouts
+from gpuslice.mps.paths import Paths
+from gpuslice.mps.process import Wakeup, wait
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +23,21 @@ _AGAIN_S = 1.0
 
 
 class GoneError(DeviceError):
-    """The keeper has been stopped meanwhile; another one may be made."""
+    """The monitor has been stopped meanwhile; another one may be made."""
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
     """What readers see, replaced as a whole. Without a process the daemon is down and shall be started again."""
 
-    daemon: Daemon
-    process: Process | None
-    running: Running
+    daemon: DaemonSpec
+    process: MpsDaemon | None
+    running: DaemonStatus
 
-    def well(self, daemon: Daemon) -> bool:
+    def well(self, daemon: DaemonSpec) -> bool:
         """Whether it runs, untroubled, as this daemon shall be."""
         same = self.daemon == daemon and not self.running.problem
-        return same and self.process is not None and not self.process.watched.ended()
+        return same and self.process is not None and not self.process.pidfd.ended()
 
 
 def pause_s(failures: int) -> float:
@@ -45,24 +45,24 @@ def pause_s(failures: int) -> float:
     return min(_LONGEST_PAUSE_S, 2.0 ** (failures - 1)) if failures else 0.0
 
 
-class Keeper:
+class DaemonMonitor:
     """`running` is read without waiting, whatever goes on; changes take turns."""
 
-    def __init__(self, place: Place, key: str, command: Sequence[str], patience: Patience) -> None:
-        self._place, self._key, self._command, self._patience = place, key, command, patience
+    def __init__(self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts) -> None:
+        self._paths, self._key, self._command, self._timeouts = paths, key, command, timeouts
         self._turn = threading.Lock()
         self._state: _State | None = None
         self._failures = 0  # ends and failed starts since it was last found well
         self._why = ""  # it is not what it was: one clause of a sentence
         self._due = 0.0  # time.monotonic() of the next probe, or start
         self._retired = threading.Event()
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._watch, name=f"mps-{key}", daemon=True)
 
     # ------------------------------------------------------------ what the driver asks
 
     @property
-    def running(self) -> Running | None:
+    def running(self) -> DaemonStatus | None:
         state = self._state
         return state.running if state else None
 
@@ -71,8 +71,8 @@ class Keeper:
         """Stopped for good, or never started."""
         return self._retired.is_set()
 
-    def ensure(self, daemon: Daemon) -> Running:
-        """At once where it is so already. Where the first start fails, the keeper is gone with all that it made."""
+    def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
+        """At once where it is so already. Where the first start fails, the monitor is gone with all that it made."""
         state = self._state
         if state and state.well(daemon):
             return state.running
@@ -85,39 +85,39 @@ class Keeper:
                 if self._state is None:
                     self._end_failed_start()
 
-    def _ensured(self, daemon: Daemon) -> Running:
+    def _ensured(self, daemon: DaemonSpec) -> DaemonStatus:
         state = self._state
         process = state.process if state else None
         restarts = state.running.restarts if state else 0
-        if state and (process is None or process.watched.ended()):
+        if state and (process is None or process.pidfd.ended()):
             restarts += 1
-        if state and process and not process.watched.ended() and state.daemon.device == daemon.device:
+        if state and process and not process.pidfd.ended() and state.daemon.device == daemon.device:
             self._limit(state, process, daemon)
         else:
             process = self._replaced(state, daemon)
         self._failures, self._why = 0, ""
         return self._show(daemon, process, restarts, "")
 
-    def _limit(self, state: _State, process: Process, daemon: Daemon) -> None:
+    def _limit(self, state: _State, process: MpsDaemon, daemon: DaemonSpec) -> None:
         try:
             process.limit(daemon)
-            daemons.remember(self._place, daemon, process)
+            daemons.remember(self._paths, daemon, process)
         except HungError:
             self._due = 0.0  # the watch finds out now, and replaces it
-            self._bell.ring()
+            self._wakeup.set()
             raise
         except DriverError as e:
             # Told, so that the next `ensure` does not find it well, whatever ceilings it has now.
             self._show(state.daemon, process, state.running.restarts, str(e))
             raise
 
-    def _replaced(self, state: _State | None, daemon: Daemon) -> Process:
+    def _replaced(self, state: _State | None, daemon: DaemonSpec) -> MpsDaemon:
         if state and state.process:
             how = state.process.stop()
             log.info("an MPS daemon %s and is replaced key=%s device=%s", how, self._key, daemon.device)
         self._failures += 1
         try:
-            process = daemons.start(self._place, daemon, self._command, self._patience.answer_s)
+            process = daemons.start(self._paths, daemon, self._command, self._timeouts.answer_s)
         except DriverError as e:
             if state:
                 self._why = f"the MPS daemon of {daemon.device} cannot be started"
@@ -129,7 +129,7 @@ class Keeper:
     def adopt(self) -> None:
         """Take over what a former supervisor left: as it runs, or started again. DeviceError where it left nothing."""
         with self._turn:
-            daemon, process = daemons.adopt(self._place, self._key, self._command, self._patience.answer_s)
+            daemon, process = daemons.adopt(self._paths, self._key, self._command, self._timeouts.answer_s)
             if process is None:
                 self._why = f"the MPS daemon of {daemon.device} ended while no supervisor ran"
                 self._start_again(daemon, 0)
@@ -148,7 +148,7 @@ class Keeper:
         with self._turn:
             if not self._retired.is_set():
                 self._end()
-                daemons.remove(self._place, self._key)
+                daemons.remove(self._paths, self._key)
 
     def close(self) -> None:
         """For the supervisor's own end: drain and end the daemon; its folder stays, for containers hold it."""
@@ -165,17 +165,17 @@ class Keeper:
     def _end_failed_start(self) -> None:
         self._retire()
         with suppress(DeviceError):  # what failed first is the news
-            daemons.remove(self._place, self._key)
+            daemons.remove(self._paths, self._key)
 
     def _retire(self) -> None:
         self._retired.set()
-        self._bell.ring()
+        self._wakeup.set()
 
     # ------------------------------------------------------------ what readers see
 
-    def _show(self, daemon: Daemon, process: Process, restarts: int, problem: str) -> Running:
+    def _show(self, daemon: DaemonSpec, process: MpsDaemon, restarts: int, problem: str) -> DaemonStatus:
         memory_mib, threads_percent = process.ceilings
-        running = Running(
+        running = DaemonStatus(
             key=self._key,
             device=daemon.device,
             pid=process.pid,
@@ -184,14 +184,14 @@ class Keeper:
             restarts=restarts,
             problem=problem,
         )
-        self._set(_State(daemon, process, running), self._patience.probe_s)
+        self._set(_State(daemon, process, running), self._timeouts.probe_s)
         return running
 
-    def _down(self, daemon: Daemon, restarts: int, more: str) -> None:
+    def _down(self, daemon: DaemonSpec, restarts: int, more: str) -> None:
         """Nothing runs; the next start is after a pause."""
         pause = pause_s(self._failures)
         problem = f"{self._why}{more}; it is started again in {pause:g} s"
-        running = Running(
+        running = DaemonStatus(
             key=self._key,
             device=daemon.device,
             pid=0,
@@ -208,7 +208,7 @@ class Keeper:
         self._state = state
         if self._thread.ident is None:
             self._thread.start()
-        self._bell.ring()  # the thread waits for another process now
+        self._wakeup.set()  # the thread waits for another process now
 
     # ------------------------------------------------------------ the watch
 
@@ -216,9 +216,9 @@ class Keeper:
         while not self._retired.is_set():
             state = self._state
             assert state is not None, "the thread starts with the first state"
-            watched = (state.process.watched.descriptor,) if state.process else ()
-            wait(max(0.0, self._due - time.monotonic()), self._bell.descriptor, *watched)
-            if self._bell.heard():
+            process = (state.process.pidfd.descriptor,) if state.process else ()
+            wait(max(0.0, self._due - time.monotonic()), self._wakeup.descriptor, *process)
+            if self._wakeup.clear():
                 continue
             with self._turn:
                 if not self._retired.is_set() and self._state is state:
@@ -238,10 +238,10 @@ class Keeper:
             self._start_again(state.daemon, restarts)
             return
         wrong, hung = self._probe(process)
-        ended = process.watched.ended()
+        ended = process.pidfd.ended()
         if not (wrong or ended):
             self._failures = 0
-            self._due = time.monotonic() + self._patience.probe_s
+            self._due = time.monotonic() + self._timeouts.probe_s
             return
         how = process.stop(drain=not hung)
         self._why = f"the MPS daemon of {state.daemon.device} {how}" if ended else wrong
@@ -251,20 +251,20 @@ class Keeper:
         else:
             self._start_again(state.daemon, restarts)
 
-    def _probe(self, process: Process) -> tuple[str, bool]:
+    def _probe(self, process: MpsDaemon) -> tuple[str, bool]:
         """What is wrong with it, "" when it is well or has ended; and whether it is no use to ask it for anything."""
-        if process.watched.ended():
+        if process.pidfd.ended():
             return "", True
         try:
             return process.probe(), False
         except DeviceError as e:
             return str(e), True
 
-    def _start_again(self, daemon: Daemon, restarts: int) -> None:
+    def _start_again(self, daemon: DaemonSpec, restarts: int) -> None:
         """At the same paths, for containers hold them."""
         self._failures += 1
         try:
-            process = daemons.start(self._place, daemon, self._command, self._patience.answer_s)
+            process = daemons.start(self._paths, daemon, self._command, self._timeouts.answer_s)
         except DriverError as e:
             self._down(daemon, restarts, f", and it cannot be started again: {e}")
             return

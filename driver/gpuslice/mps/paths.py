@@ -24,7 +24,7 @@ _LONGEST_SOCKET = "control_privileged"  # NVIDIA's longest name in the pipe dire
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Paths:
     root: Path
 
     @property

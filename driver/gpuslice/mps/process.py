@@ -38,7 +38,7 @@ class ProcessId:
         return False
 
 
-class Watched:
+class PidfdProcess:
     """A process. `descriptor` becomes readable when it ends.
 
     The descriptor is closed with the last reference and never by a call: another thread that still looks at it would
@@ -70,18 +70,18 @@ class Watched:
             signal.pidfd_send_signal(self.descriptor, signal.SIGKILL)
 
 
-class Bell:
+class Wakeup:
     """Wakes a thread that waits in poll(2) on `descriptor`; closed with the last reference, as above."""
 
     def __init__(self) -> None:
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.descriptor)
 
-    def ring(self) -> None:
+    def set(self) -> None:
         os.eventfd_write(self.descriptor, 1)
 
-    def heard(self) -> bool:
-        """Whether it rang since the last time that this was asked."""
+    def clear(self) -> bool:
+        """Whether it was set since the last time that this was asked."""
         with contextlib.suppress(BlockingIOError):
             return os.eventfd_read(self.descriptor) > 0
         return False
@@ -107,7 +107,7 @@ def kill_all(pipe: Path, timeout_s: float) -> int:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and _read(entry / "comm").startswith(_MPS):
             with contextlib.suppress(ProcessLookupError):
-                process = Watched(ProcessId.of(int(entry.name)))
+                process = PidfdProcess(ProcessId.of(int(entry.name)))
                 if wanted in _read(entry / "environ").split(b"\0"):
                     process.kill()
                     found.append(process)

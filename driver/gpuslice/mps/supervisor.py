@@ -28,15 +28,15 @@ from gpuslice import __version__
 from gpuslice.errors import DeviceError, DriverError
 from gpuslice.mps import daemon as daemons
 from gpuslice.mps import wire
-from gpuslice.mps.api import Daemon, Running
-from gpuslice.mps.daemon import Patience
-from gpuslice.mps.monitor import GoneError, Keeper
-from gpuslice.mps.paths import Place
+from gpuslice.mps.api import DaemonSpec, DaemonStatus
+from gpuslice.mps.daemon import Timeouts
+from gpuslice.mps.monitor import DaemonMonitor, GoneError
+from gpuslice.mps.paths import Paths
 from gpuslice.system import files
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = Patience()
+_TIMEOUTS = Timeouts()
 _TALK_S = 10.0  # for a client to say what it wants
 _NO_ACCEPT_S = 0.5
 _BACKLOG = 64
@@ -46,17 +46,17 @@ _FAILED = 1  # cli.py: it ran and failed
 class Supervisor:
     """The daemons of one root, and the socket. `open` adopts, then listens; `close` ends what it owns."""
 
-    def __init__(self, root: Path, command: Sequence[str], *, patience: Patience = _PATIENCE) -> None:
-        self._place, self._command, self._patience = Place(root), command, patience
+    def __init__(self, root: Path, command: Sequence[str], *, timeouts: Timeouts = _TIMEOUTS) -> None:
+        self._paths, self._command, self._timeouts = Paths(root), command, timeouts
         self.incarnation = str(uuid.uuid4())
-        self._keepers: dict[str, Keeper] = {}
+        self._monitors: dict[str, DaemonMonitor] = {}
         self._lock = threading.Lock()  # of the dict, never held while something is done
         self._closing = threading.Event()
 
     def open(self) -> None:
         """DriverError where the root cannot be served, or another supervisor does it already."""
-        root = self._place.root
-        self._place.check_socket()
+        root = self._paths.root
+        self._paths.check_socket()
         files.ensure_folder(root, 0o711)
         lock = files.try_lock(root / "supervisor.lock")
         if lock is None:
@@ -70,80 +70,80 @@ class Supervisor:
         self._listener.bind(str(new))
         new.chmod(0o600)
         self._listener.listen(_BACKLOG)
-        new.rename(self._place.socket)
+        new.rename(self._paths.socket)
         threading.Thread(target=self._accept, name="mps-accept", daemon=True).start()
 
     def close(self) -> None:
         """Drain and end all daemons at once; their folders stay."""
         self._closing.set()
-        self._place.socket.unlink(missing_ok=True)
+        self._paths.socket.unlink(missing_ok=True)
         self._listener.shutdown(socket.SHUT_RDWR)  # a close alone would not wake the thread that accepts
         self._listener.close()
         with self._lock:
-            keepers = list(self._keepers.values())
-        _at_once(keeper.close for keeper in keepers)
+            monitors = list(self._monitors.values())
+        _at_once(monitor.close for monitor in monitors)
         os.close(self._root_lock)
 
     def _adopt(self) -> None:
         """Before anybody can ask, for a daemon that is not yet adopted would look as if it were gone."""
-        _at_once(partial(self._adopt_one, key) for key in self._place.known())
+        _at_once(partial(self._adopt_one, key) for key in self._paths.known())
 
     def _adopt_one(self, key: str) -> None:
-        keeper = self._keeper(key)
+        monitor = self._monitor(key)
         try:
-            keeper.adopt()
+            monitor.adopt()
         except DriverError as e:
-            self._forget(key, keeper)
+            self._forget(key, monitor)
             log.warning("nothing is adopted key=%s: %s", key, e)
             try:
-                daemons.remove(self._place, key)
+                daemons.remove(self._paths, key)
             except DriverError as error:
                 log.warning("a folder stays key=%s: %s", key, error)
 
-    def _keeper(self, key: str) -> Keeper:
+    def _monitor(self, key: str) -> DaemonMonitor:
         with self._lock:
             if self._closing.is_set():
                 raise DeviceError("the MPS supervisor is ending; try again when the next one runs")
-            if key not in self._keepers:
-                self._keepers[key] = Keeper(self._place, key, self._command, self._patience)
-            return self._keepers[key]
+            if key not in self._monitors:
+                self._monitors[key] = DaemonMonitor(self._paths, key, self._command, self._timeouts)
+            return self._monitors[key]
 
-    def _forget(self, key: str, keeper: Keeper) -> None:
+    def _forget(self, key: str, monitor: DaemonMonitor) -> None:
         with self._lock:
-            if self._keepers.get(key) is keeper:
-                del self._keepers[key]
+            if self._monitors.get(key) is monitor:
+                del self._monitors[key]
 
     # ------------------------------------------------------------ what a driver asks
 
-    def ensure(self, daemon: Daemon) -> Running:
-        self._place.check(daemon.key)
+    def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
+        self._paths.check(daemon.key)
         while True:
-            keeper = self._keeper(daemon.key)
+            monitor = self._monitor(daemon.key)
             try:
-                return keeper.ensure(daemon)
+                return monitor.ensure(daemon)
             except GoneError:
-                continue  # it was being stopped; a new keeper starts it again
+                continue  # it was being stopped; a new monitor starts it again
             finally:
-                if keeper.gone:
-                    self._forget(daemon.key, keeper)
+                if monitor.gone:
+                    self._forget(daemon.key, monitor)
 
     def stop(self, key: str) -> None:
-        self._place.check(key)
+        self._paths.check(key)
         with self._lock:
-            keeper = self._keepers.get(key)
-        if keeper is None:
-            daemons.remove(self._place, key)  # what a failed removal left
+            monitor = self._monitors.get(key)
+        if monitor is None:
+            daemons.remove(self._paths, key)  # what a failed removal left
             return
         try:
-            keeper.stop()
+            monitor.stop()
         finally:
-            if keeper.gone:
-                self._forget(key, keeper)
+            if monitor.gone:
+                self._forget(key, monitor)
 
-    def running(self) -> tuple[Running, ...]:
+    def running(self) -> tuple[DaemonStatus, ...]:
         with self._lock:
-            keepers = sorted(self._keepers.items())
-        return tuple(running for _, keeper in keepers if (running := keeper.running) is not None)
+            monitors = sorted(self._monitors.items())
+        return tuple(running for _, monitor in monitors if (running := monitor.running) is not None)
 
     # ------------------------------------------------------------ the socket
 
@@ -202,7 +202,7 @@ class Supervisor:
             return {"error": f"the MPS supervisor failed unexpectedly ({type(e).__name__}: {e}); see its log"}
         return {"running": [wire.running_body(one) for one in running]}
 
-    def _obey(self, request: wire.Message) -> Sequence[Running]:
+    def _obey(self, request: wire.Message) -> Sequence[DaemonStatus]:
         match request.get("op"):
             case "hello":
                 return ()

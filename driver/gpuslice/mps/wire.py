@@ -19,7 +19,7 @@ from typing import Protocol
 
 from gpuslice.core.model import GpuUuid, MigUuid
 from gpuslice.errors import DeviceError
-from gpuslice.mps.api import Daemon, Running
+from gpuslice.mps.api import DaemonSpec, DaemonStatus
 
 VERSIONS = (1,)
 GREETING = "gpuslice-mps"
@@ -69,15 +69,15 @@ def disagreement(theirs: object, release: str) -> str:
     )
 
 
-def daemon_body(daemon: Daemon) -> Message:
+def daemon_body(daemon: DaemonSpec) -> Message:
     return asdict(daemon)
 
 
-def daemon_of(body: object) -> Daemon:
+def daemon_of(body: object) -> DaemonSpec:
     """A daemon from a message or a file of ours; DeviceError where a field is missing or senseless."""
     if not isinstance(body, dict):
         raise DeviceError(f"{body!r} describes no MPS daemon; update the older one of driver and supervisor")
-    daemon = Daemon(
+    daemon = DaemonSpec(
         key=_text(body, "key"),
         device=_device(body),
         memory_mib=_number(body, "memory_mib"),
@@ -90,14 +90,14 @@ def daemon_of(body: object) -> Daemon:
     return daemon
 
 
-def running_body(running: Running) -> Message:
+def running_body(running: DaemonStatus) -> Message:
     return asdict(running)
 
 
-def running_of(body: object) -> Running:
+def running_of(body: object) -> DaemonStatus:
     if not isinstance(body, dict):
         raise DeviceError(f"{body!r} describes no running MPS daemon; update the older one of driver and supervisor")
-    return Running(
+    return DaemonStatus(
         key=_text(body, "key"),
         device=_device(body),
         pid=_number(body, "pid") or 0,

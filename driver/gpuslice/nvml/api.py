@@ -51,7 +51,7 @@ class ComputeMode(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
+class GpuProcess:
     """A process on a GPU; `gi` and `ci` are None where it uses the whole GPU; memory is None where NVML is silent."""
 
     pid: int
@@ -109,7 +109,7 @@ class Nvml(Protocol):
     def destroy_gpu_instance(self, gpu: GpuUuid, gi: int) -> None:
         """NOT_FOUND where it is gone, IN_USE while it has a compute instance."""
 
-    def processes(self, gpu: GpuUuid) -> tuple[Process, ...]:
+    def processes(self, gpu: GpuUuid) -> tuple[GpuProcess, ...]:
         """Compute and graphics processes on the card and its partitions, once each."""
 
     def memory(self, device: GpuUuid | MigUuid) -> Memory:

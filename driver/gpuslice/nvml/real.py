@@ -20,7 +20,7 @@ import pynvml
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Placement
 from gpuslice.errors import DeviceError
 from gpuslice.nvml import mig
-from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, Memory, Process, XidEvent
+from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, GpuProcess, Memory, XidEvent
 from gpuslice.nvml.library import asking, find, refusal, start
 from gpuslice.nvml.mig import Handle, tolerating
 from gpuslice.nvml.smi import Smi
@@ -144,9 +144,9 @@ class RealNvml:
         with asking(label, "read its device minor"):
             return int(pynvml.nvmlDeviceGetMinorNumber(device))
 
-    def processes(self, gpu: GpuUuid) -> tuple[Process, ...]:
+    def processes(self, gpu: GpuUuid) -> tuple[GpuProcess, ...]:
         device, label = self._device(gpu)
-        found: dict[tuple[int, int, int], Process] = {}
+        found: dict[tuple[int, int, int], GpuProcess] = {}
         with asking(label, "list its processes"):
             for listed in (
                 pynvml.nvmlDeviceGetComputeRunningProcesses_v3,
@@ -330,12 +330,12 @@ def _pcie_root(bus_id: str) -> str | None:
     return root[1] if root else None
 
 
-def _process(pid: int, gi: int, ci: int, used: int | None) -> Process:
+def _process(pid: int, gi: int, ci: int, used: int | None) -> GpuProcess:
     try:
         name = (_PROC / str(pid) / "comm").read_text().strip()
     except OSError:  # another pid namespace, or it has ended
         name = ""
-    return Process(pid=pid, name=name, gi=_instance(gi), ci=_instance(ci), used_bytes=used)
+    return GpuProcess(pid=pid, name=name, gi=_instance(gi), ci=_instance(ci), used_bytes=used)
 
 
 def _instance(number: int) -> int | None:

@@ -12,13 +12,13 @@ from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Mps
 from gpuslice.core.record import Grant, PreparedClaim, PreparedDevice, Record
 from gpuslice.core.share import Share
-from gpuslice.mps.api import Mps as MpsDaemons
+from gpuslice.mps.api import MpsDaemons as MpsDaemons
 from gpuslice.nvml.api import Nvml
 from gpuslice.system import files
 from gpuslice.system.host import Host
 
 
-class Injector:
+class CdiWriter:
     def __init__(
         self, *, host: Host, nvml: Nvml, mps: MpsDaemons, inventory: Inventory, folder: Path, kind: str
     ) -> None:
@@ -32,7 +32,7 @@ class Injector:
 
     def inject(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> Record:
         """Write the claim's CDI file; the record as it is when the claim is ready."""
-        prepared = plan.settle(record, live, self._kind)
+        prepared = plan.prepared_claim(record, live, self._kind)
         self._write(record, prepared, live)
         return replace(record, prepared=prepared)
 
@@ -70,14 +70,14 @@ class Injector:
 
     def _edits(
         self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
-    ) -> cdi.Injection:
+    ) -> cdi.ContainerEdits:
         partition = live[grant.gpu].at(grant.slot) if grant.slot is not None else None
         # The minor is asked for now: a switch of MIG mode may have changed it.
         minor = self._nvml.minor(grant.gpu)
         nodes = self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
         part = share.of(grant)
         client = self._client(grant, part)
-        env = cdi.budget(
+        env = cdi.limit_env(
             label,
             device=device.device,
             uuid=device.uuid,
@@ -88,9 +88,9 @@ class Injector:
         )
         return replace(client, nodes=nodes, env={**client.env, **env})
 
-    def _client(self, grant: Grant, part: Share | None) -> cdi.Injection:
+    def _client(self, grant: Grant, part: Share | None) -> cdi.ContainerEdits:
         if not isinstance(grant.sharing, Mps) or part is None:
-            return cdi.Injection()
+            return cdi.ContainerEdits()
         key = share.daemon_key(grant.gpu, grant.slot)
         return cdi.mps_client(
             str(self._mps.pipe(key)), str(self._mps.shm(key)), memory_mib=part.memory_mib, percent=part.percent

@@ -26,7 +26,7 @@ T = TypeVar("T")
 _MOST_WAITING = 8  # threads kept for the next work; a burst may use more
 
 
-class Turn:
+class Job:
     """A job's own view of its place: whether it may still be called off, and whether anybody still listens."""
 
     def __init__(self) -> None:
@@ -35,19 +35,19 @@ class Turn:
 
 
 @dataclass(slots=True)
-class _Job:
+class _Queued:
     kind: str
-    turn: Turn
+    job: Job
     task: asyncio.Task[Any] = field(init=False)
 
 
-class Gate:
+class ClaimQueue:
     """Jobs of one claim come one after the other, in the order they were asked for."""
 
     def __init__(self) -> None:
-        self._lines: dict[ClaimUid, list[_Job]] = {}
+        self._lines: dict[ClaimUid, list[_Queued]] = {}
 
-    async def run(self, uid: ClaimUid, kind: str, work: Callable[[Turn], Awaitable[T]], *, calls_off: str = "") -> T:
+    async def run(self, uid: ClaimUid, kind: str, work: Callable[[Job], Awaitable[T]], *, calls_off: str = "") -> T:
         """Run `work` when all earlier jobs of this claim have ended.
 
         A call of the same kind as the last one in line joins it. `calls_off` names a kind of which those that still wait
@@ -55,13 +55,13 @@ class Gate:
         """
         line = self._lines.setdefault(uid, [])
         for job in line:
-            if job.kind == calls_off and not job.turn.working:
+            if job.kind == calls_off and not job.job.working:
                 job.task.cancel()
         if line and line[-1].kind == kind and not line[-1].task.cancelling():
             job = line[-1]
         else:
-            job = _Job(kind, Turn())
-            job.task = asyncio.ensure_future(self._after(tuple(j.task for j in line), work, job.turn))
+            job = _Queued(kind, Job())
+            job.task = asyncio.ensure_future(self._after(tuple(j.task for j in line), work, job.job))
             line.append(job)
             job.task.add_done_callback(lambda _: self._leave(uid, job))
         answer: T = await self._listen(job, uid)
@@ -71,13 +71,13 @@ class Gate:
         """Whether a job of this claim runs or waits."""
         return uid in self._lines
 
-    async def _after(self, earlier: Sequence[asyncio.Task[Any]], work: Callable[[Turn], Awaitable[T]], turn: Turn) -> T:
+    async def _after(self, earlier: Sequence[asyncio.Task[Any]], work: Callable[[Job], Awaitable[T]], job: Job) -> T:
         if earlier:
             await asyncio.wait(earlier)
-        return await work(turn)
+        return await work(job)
 
-    async def _listen(self, job: _Job, uid: ClaimUid) -> Any:
-        job.turn.listeners += 1
+    async def _listen(self, job: _Queued, uid: ClaimUid) -> Any:
+        job.job.listeners += 1
         try:
             return await asyncio.shield(job.task)
         except asyncio.CancelledError:
@@ -87,11 +87,11 @@ class Gate:
                 f"{job.kind} of claim {uid} was called off before it began; it is asked for again if needed"
             ) from None
         finally:
-            job.turn.listeners -= 1
-            if not job.turn.listeners and not job.turn.working and not job.task.done():
+            job.job.listeners -= 1
+            if not job.job.listeners and not job.job.working and not job.task.done():
                 job.task.cancel()
 
-    def _leave(self, uid: ClaimUid, job: _Job) -> None:
+    def _leave(self, uid: ClaimUid, job: _Queued) -> None:
         line = self._lines[uid]
         line.remove(job)
         if not line:
@@ -124,7 +124,7 @@ class Tickets:
         return self._arrivals
 
     async def take(self, gpus: Sequence[GpuUuid], arrival: int) -> Ticket:
-        """Wait for the turn on all these GPUs. HungError at once where one of them hangs, or begins to."""
+        """Wait for the job on all these GPUs. HungError at once where one of them hangs, or begins to."""
         ticket = Ticket(gpus, arrival)
         for gpu in gpus:
             if gpu in self._hung:
@@ -188,7 +188,7 @@ class Workers:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def run(self, ticket: Ticket, turn: Turn, work: Callable[[], T], name: str) -> T:
+    async def run(self, ticket: Ticket, job: Job, work: Callable[[], T], name: str) -> T:
         """The result of `work`; HungError after the limit, while the thread goes on and keeps the ticket.
 
         The ticket is given back when the work ends. Context variables (the `op=` id) are taken along.
@@ -207,7 +207,7 @@ class Workers:
 
         def ended(end: Callable[[], None]) -> None:
             watchdog.cancel()
-            turn.working -= 1
+            job.working -= 1
             self._leave()
             self._tickets.give_back(ticket)
             if not answer.done():
@@ -219,7 +219,7 @@ class Workers:
             self._tickets.give_back(ticket)
             raise ClaimError(f"{name} cannot begin: {e}; raise the limit of processes of this container") from e
         watchdog = loop.call_later(self._limit_s, self._overdue, ticket, answer, name)
-        turn.working += 1
+        job.working += 1
         return await answer
 
     def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
@@ -236,7 +236,7 @@ class Workers:
         if self._waiting:
             self._waiting -= 1
         else:
-            threading.Thread(target=_work_off, args=(self._jobs,), name="worker", daemon=True).start()
+            threading.Thread(target=_serve_jobs, args=(self._jobs,), name="worker", daemon=True).start()
         self._working += 1
         self._idle.clear()
         self._jobs.put(job)
@@ -263,20 +263,20 @@ class Workers:
         return self._idle.is_set()
 
 
-def _work_off(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     """A thread's life, until it is sent home."""
     while (job := jobs.get()) is not None:
         job()
         del job  # the claim's result, or its error with all its frames, hangs on it
 
 
-class Departures:
+class Releases:
     """News of records that were dropped, by this instance or another: what a waiting claim waits for."""
 
     def __init__(self) -> None:
         self._waiters: set[_Waiter] = set()
 
-    def left(self, uids: Sequence[ClaimUid]) -> None:
+    def notify(self, uids: Sequence[ClaimUid]) -> None:
         for waiter in self._waiters:
             waiter.gone.update(uids)
             waiter.changed.set()
@@ -305,7 +305,7 @@ class _Waiter:
         self.changed = asyncio.Event()
         self.error: DriverError | None = None
 
-    async def any_of(self, uids: Collection[ClaimUid], timeout_s: float) -> bool:
+    async def wait_any(self, uids: Collection[ClaimUid], timeout_s: float) -> bool:
         """Wait until one of these records is gone; False when the time is up. An overflow ("") counts as all of them."""
         try:
             async with asyncio.timeout(timeout_s):

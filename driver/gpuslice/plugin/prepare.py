@@ -25,8 +25,8 @@ from gpuslice.core.plan import Live
 from gpuslice.core.record import Busy, Plan, PreparedClaim, Record
 from gpuslice.errors import DeviceError, DriverError
 from gpuslice.nvml.api import MPS_SERVER, Nvml
-from gpuslice.plugin.cdi_writer import Injector
-from gpuslice.plugin.steps import Steps
+from gpuslice.plugin.cdi_writer import CdiWriter
+from gpuslice.plugin.steps import StepExecutor
 from gpuslice.system import files
 
 log = logging.getLogger(__name__)
@@ -39,18 +39,18 @@ class Preparer:
         nvml: Nvml,
         checkpoint: Checkpoint,
         inventory: Inventory,
-        steps: Steps,
-        injector: Injector,
+        steps: StepExecutor,
+        cdi_writer: CdiWriter,
         locks: Path,
     ) -> None:
         self._nvml = nvml
         self._checkpoint = checkpoint
         self._inventory = inventory
         self._steps = steps
-        self._injector = injector
+        self._cdi_writer = cdi_writer
         self._locks = files.ensure_folder(locks)
 
-    # ------------------------------------------------------------ the doors' verbs
+    # ------------------------------------------------------------ the server' verbs
 
     def prepare(self, claim: Claim) -> PreparedClaim | Busy:
         """What the claim was given, the same as last time if it stands; or who has to leave first."""
@@ -69,9 +69,9 @@ class Preparer:
             if record is not None and record.prepared is not None and plan.serves(record, claim):
                 live = self._look(record.plan.named)
                 if plan.stands(record, live):
-                    if daemons := shared.daemons([record]):
-                        self._steps.uphold(daemons, tuple(self._checkpoint.records().values()))
-                    self._injector.ensure(record, live)
+                    if daemons := shared.daemons_of([record]):
+                        self._steps.ensure_daemons(daemons, tuple(self._checkpoint.records().values()))
+                    self._cdi_writer.ensure(record, live)
                     return record.prepared
             wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
             if not set(wanted.gpus) <= set(gpus):
@@ -92,7 +92,7 @@ class Preparer:
             if record is not None:
                 self._give_back(record)
             else:
-                self._injector.remove(uid)
+                self._cdi_writer.remove(uid)
             return True
 
     def recover(self, uid: ClaimUid) -> None:
@@ -101,15 +101,15 @@ class Preparer:
         with self._locked(uid, gpus):
             record = self._checkpoint.get(uid)
             if record is not None and record.prepared is None and set(record.plan.gpus) <= set(gpus):
-                log.warning("undoing what was left half-made claim=%s", record.plan.ref)
+                log.warning("undoing what was left incomplete claim=%s", record.plan.ref)
                 self._undo(record)
 
-    def mend(self, gpu: GpuUuid) -> None:
+    def ensure_daemons(self, gpu: GpuUuid) -> None:
         """Have the MPS daemons of a card as its records want them, for the supervisor may have lost them; the first error,
         after all were tried."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
-            self._steps.uphold(shared.daemons(records, gpu), records)
+            self._steps.ensure_daemons(shared.daemons_of(records, gpu), records)
 
     # ------------------------------------------------------------ what others ask
 
@@ -134,7 +134,7 @@ class Preparer:
     def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
         """Claims that would still be in the way if those in `gone` had left."""
         others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
-        return plan.in_the_way(plan.grants(claim, self._inventory), others, self._inventory)
+        return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
 
     def in_use(self, record: Record) -> bool:
         """Whether a process runs on what the record holds; a GPU that cannot be asked counts as in use."""
@@ -153,16 +153,16 @@ class Preparer:
     # ------------------------------------------------------------ forward
 
     def _carry_out(self, decided: Plan, others: Sequence[Record], live: Live) -> PreparedClaim:
-        record = Record(decided, shared.inherited(decided, others, live))
+        record = Record(decided, shared.reusable(decided, others, live))
         self._checkpoint.put(record)
         try:
             for step in decided.steps:
                 record = self._steps.do(step, record, others, self._checkpoint.put)
-                for other in shared.remade(record, others):
+                for other in shared.repointed(record, others):
                     self._checkpoint.put(other)
                     # Its file names what vanished; the claim's next prepare writes it again.
-                    self._injector.remove(other.plan.ref.uid)
-            finished = self._injector.inject(record, self._look(decided.named))
+                    self._cdi_writer.remove(other.plan.ref.uid)
+            finished = self._cdi_writer.inject(record, self._look(decided.named))
             self._checkpoint.put(finished)
         except DriverError:
             self._roll_back(decided.ref.uid)
@@ -209,7 +209,7 @@ class Preparer:
         undos = plan.undo(record, others)
         if undos and record.prepared is not None:
             self._checkpoint.put(replace(record, prepared=None))
-        self._injector.remove(uid)
+        self._cdi_writer.remove(uid)
         refused: dict[GpuUuid, DeviceError] = {}
         for undoing in undos:
             if undoing.gpu not in refused:

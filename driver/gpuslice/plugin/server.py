@@ -46,7 +46,7 @@ _KUBELET_PATIENCE_S = 45.0
 Message = Any  # generated messages of two versions that share a shape; protoc's stubs have no common type
 
 
-class Claims(Protocol):
+class ClaimHandler(Protocol):
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim: ...
 
     async def unprepare(self, uid: ClaimUid) -> None: ...
@@ -93,7 +93,7 @@ def _fitting(folder: Path, names: Sequence[str]) -> str:
 class DraService:
     """NodePrepareResources and NodeUnprepareResources of one version: `messages` is its message module."""
 
-    def __init__(self, messages: ModuleType, claims: Claims, telemetry: Telemetry) -> None:
+    def __init__(self, messages: ModuleType, claims: ClaimHandler, telemetry: Telemetry) -> None:
         self._pb = messages
         self._claims = claims
         self._telemetry = telemetry
@@ -182,7 +182,7 @@ class RegistrationService:
 # ---------------------------------------------------------------- the doors
 
 
-class Doors:
+class PluginServer:
     """Both servers and their sockets. `failed` ends with a sentence when one of them is lost while we run."""
 
     def __init__(
@@ -193,7 +193,7 @@ class Doors:
         plugin_folder: Path,
         pod_uid: str,
         registration_socket: str,
-        claims: Claims,
+        claims: ClaimHandler,
         telemetry: Telemetry,
     ) -> None:
         if pod_uid and registration_socket:

@@ -1,6 +1,6 @@
-"""A claim's way through the driver, in the order in which things may wait: gate, API server, tickets, thread.
+"""A claim's way through the driver, in the order in which things may wait: claim queue, API server, tickets, thread.
 
-The transaction itself is `prepare.py`; here is only who waits for whom (`gate.py` has the tools):
+The transaction itself is `prepare.py`; here is only who waits for whom (`claim_queue.py` has the tools):
 
 * One line of jobs per claim. An unprepare calls off a prepare that still waits, and outlasts one that works.
 * The claim is fetched inside its line, and again after every wait: a claim can be deallocated and allocated elsewhere
@@ -8,7 +8,7 @@ The transaction itself is `prepare.py`; here is only who waits for whom (`gate.p
 * `Busy` releases everything. If the API still gives the devices to a holder, that is a double allocation and refused; if
   all holders are gone or deallocated, their unprepare is under way and the claim waits for it, keeping its place in the
   queue, without thread or lock. After a forced delete this saves the new pod the kubelet's retry.
-* Claims that take no GPU (admin access) pass the gate only.
+* Claims that take no GPU (admin access) pass the claim queue only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpuslice.core import claims, shared
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
 from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
-from gpuslice.plugin.claim_queue import Departures, Gate, Ticket, Tickets, Turn, Workers
+from gpuslice.plugin.claim_queue import ClaimQueue, Job, Releases, Ticket, Tickets, Workers
 from gpuslice.plugin.prepare import Preparer
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ _SPARE_S = 5.0
 ORPHAN_AGE_S = 600.0
 
 
-class Claims(Protocol):
-    """What this module asks of the API server; both verbs block."""
+class ClaimReader(Protocol):
+    """What this module asks of the API server. It blocks."""
 
     def claim(self, namespace: str, name: str) -> dict[str, object]: ...
 
@@ -49,19 +49,19 @@ class ClaimService:
     def __init__(
         self,
         *,
-        api: Claims,
+        api: ClaimReader,
         driver: str,
         preparer: Preparer,
-        departures: Departures,
+        releases: Releases,
         executor: Executor,
         hang_limit_s: float = 15.0,
     ) -> None:
         self._api = api
         self._driver = driver
         self._preparer = preparer
-        self._departures = departures
+        self._releases = releases
         self._executor = executor
-        self._gate = Gate()
+        self._queue = ClaimQueue()
         self.tickets = Tickets()
         self.workers = Workers(self.tickets, hang_limit_s)
         self._absent_since: dict[ClaimUid, float] = {}
@@ -70,30 +70,32 @@ class ClaimService:
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
         """Prepare one claim; DriverError with a sentence for the pod's events. `timeout_s` is the caller's patience."""
         deadline = asyncio.get_running_loop().time() + max(1.0, min(MOST_WAIT_S, timeout_s - _SPARE_S))
-        return await self._gate.run(ref.uid, "prepare", lambda turn: self._prepare(ref, deadline, turn))
+        return await self._queue.run(ref.uid, "prepare", lambda job: self._prepare(ref, deadline, job))
 
     async def unprepare(self, uid: ClaimUid) -> None:
         """Give back what the claim holds; success when nothing is left, needs no API server."""
-        await self._gate.run(uid, "unprepare", lambda turn: self._unprepare(uid, turn), calls_off="prepare")
+        await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
-        """Undo what a killed process or a lost card left half-made. Called before the doors open: it then has the first
+        """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
         tickets."""
         unfinished = await self._in_pool(self._preparer.unfinished)
         wanted = (uid for uid in unfinished if only is None or uid in only)
-        await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._gate.busy(uid)))
+        await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
 
-    async def mend(self) -> None:
-        """Have the MPS daemons of all records running, each card in its turn; the first error, after all were tried."""
+    async def ensure_daemons(self) -> None:
+        """Have the MPS daemons of all records running, each card in its job; the first error, after all were tried."""
         records = await self._in_pool(self._preparer.records)
-        gpus = {step.gpu for step in shared.daemons(records.values())}
-        errors = [error for gpu in sorted(gpus) if (error := await self._mend(gpu))]
+        gpus = {step.gpu for step in shared.daemons_of(records.values())}
+        errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
         if errors:
             raise errors[0]
 
-    async def _mend(self, gpu: GpuUuid) -> DriverError | None:
+    async def _ensure_daemons(self, gpu: GpuUuid) -> DriverError | None:
         try:
-            await self._work([gpu], self.tickets.arrive(), Turn(), f"mend {gpu}", partial(self._preparer.mend, gpu))
+            await self._work(
+                [gpu], self.tickets.arrive(), Job(), f"mend {gpu}", partial(self._preparer.ensure_daemons, gpu)
+            )
         except DriverError as e:
             return e
         return None
@@ -127,30 +129,30 @@ class ClaimService:
         work = partial(self._preparer.in_use, record)
         name = f"a look at what claim {record.plan.ref} holds"
         try:
-            return await self._work(record.plan.gpus, self.tickets.arrive(), Turn(), name, work)
+            return await self._work(record.plan.gpus, self.tickets.arrive(), Job(), name, work)
         except HungError:
             return True
 
     async def close(self, timeout_s: float) -> bool:
         """Refuse and wake whoever waits, let running work end; False when something hangs."""
         self._closed = ClaimError("the driver is shutting down; the kubelet asks its successor again")
-        self._departures.stop(self._closed)
+        self._releases.stop(self._closed)
         return await self.workers.drained(timeout_s)
 
     # ------------------------------------------------------------ the ways
 
-    async def _prepare(self, ref: ClaimRef, deadline: float, turn: Turn) -> PreparedClaim:
+    async def _prepare(self, ref: ClaimRef, deadline: float, job: Job) -> PreparedClaim:
         arrival = self.tickets.arrive()
         while True:
             if self._closed is not None:
                 raise self._closed
             claim, gpus = await self._in_pool(lambda: self._wanted(ref))
-            with self._departures.listening() as news:
+            with self._releases.listening() as news:
                 answer = await self._work(
-                    gpus, arrival, turn, f"prepare {ref.uid}", partial(self._preparer.prepare, claim)
+                    gpus, arrival, job, f"prepare {ref.uid}", partial(self._preparer.prepare, claim)
                 )
                 if isinstance(answer, PreparedClaim):
-                    await self._unwanted(ref, turn)
+                    await self._unwanted(ref, job)
                     return answer
                 leaving = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
@@ -158,35 +160,35 @@ class ClaimService:
                 # Nobody else gives back what a lost card kept, for the kubelet was answered.
                 await self.recover(leaving)
                 left = deadline - asyncio.get_running_loop().time()
-                if not await news.any_of(leaving, left):
+                if not await news.wait_any(leaving, left):
                     raise ClaimError(
                         f"the devices of claim {ref} are still held by {names}, which the kubelet has not unprepared yet; "
                         "it is tried again"
                     )
 
-    async def _unprepare(self, uid: ClaimUid, turn: Turn) -> None:
+    async def _unprepare(self, uid: ClaimUid, job: Job) -> None:
         while True:
             # On the loop, for it is one stat(2): fetches that wait for a silent API server may fill the pool.
             gpus = self._preparer.gpus_of_record(uid)
             arrival = self.tickets.arrive()
-            if await self._work(gpus, arrival, turn, f"unprepare {uid}", partial(self._preparer.unprepare, uid, gpus)):
+            if await self._work(gpus, arrival, job, f"unprepare {uid}", partial(self._preparer.unprepare, uid, gpus)):
                 return
 
     async def _recover(self, uid: ClaimUid) -> None:
-        async def work(turn: Turn) -> None:
+        async def work(job: Job) -> None:
             gpus = self._preparer.gpus_of_record(uid)
-            await self._work(gpus, self.tickets.arrive(), turn, f"recover {uid}", lambda: self._preparer.recover(uid))
+            await self._work(gpus, self.tickets.arrive(), job, f"recover {uid}", lambda: self._preparer.recover(uid))
 
         try:
-            await self._gate.run(uid, "recover", work)
+            await self._queue.run(uid, "recover", work)
         except DriverError as e:
-            log.error("cannot undo what was left half-made claim=%s: %s", uid, e)
+            log.error("cannot undo what was left incomplete claim=%s: %s", uid, e)
 
     # ------------------------------------------------------------ parts
 
-    async def _work(self, gpus: Sequence[GpuUuid], arrival: int, turn: Turn, name: str, work: Callable[[], T]) -> T:
+    async def _work(self, gpus: Sequence[GpuUuid], arrival: int, job: Job, name: str, work: Callable[[], T]) -> T:
         ticket: Ticket = await self.tickets.take(gpus, arrival)
-        return await self.workers.run(ticket, turn, work, name)
+        return await self.workers.run(ticket, job, work, name)
 
     def _wanted(self, ref: ClaimRef) -> tuple[Claim, tuple[GpuUuid, ...]]:
         """The claim as the API server has it now, and the GPUs that a prepare of it works on. Blocks."""
@@ -202,14 +204,14 @@ class ClaimService:
             ) from None
         return claims.parse(body, ref, self._driver)
 
-    async def _unwanted(self, ref: ClaimRef, turn: Turn) -> None:
+    async def _unwanted(self, ref: ClaimRef, job: Job) -> None:
         """A prepare that nobody listens to any more: give it back if the claim is gone, for no unprepare may follow."""
-        if turn.listeners:
+        if job.listeners:
             return
         try:
             await self._in_pool(lambda: self._fetch(ref))
         except ClaimError:
-            await self._unprepare(ref.uid, turn)
+            await self._unprepare(ref.uid, job)
         except ApiError as e:
             log.info("cannot tell whether claim %s is still wanted, keeping it: %s", ref, e)
 

@@ -30,20 +30,20 @@ from gpuslice.core.record import (
     Undo,
 )
 from gpuslice.errors import DeviceError
-from gpuslice.mps.api import Daemon, Mps
+from gpuslice.mps.api import DaemonSpec, MpsDaemons
 from gpuslice.nvml.api import Code, ComputeMode, Nvml
 
 log = logging.getLogger(__name__)
 
-Note = Callable[[Record], None]
+Save = Callable[[Record], None]
 
 
-class Steps:
-    def __init__(self, nvml: Nvml, mps: Mps) -> None:
+class StepExecutor:
+    def __init__(self, nvml: Nvml, mps: MpsDaemons) -> None:
         self._nvml = nvml
         self._mps = mps
 
-    def do(self, step: Step, record: Record, others: Sequence[Record], note: Note) -> Record:
+    def do(self, step: Step, record: Record, others: Sequence[Record], note: Save) -> Record:
         """Carry out one step of a record and `note` what came into being, before the next effect.
 
         `others` are the records that may stand on the same thing; DeviceError where the hardware refuses.
@@ -67,7 +67,7 @@ class Steps:
                 assert_never(step)
         return record
 
-    def uphold(self, steps: Sequence[StartMps], records: Sequence[Record]) -> None:
+    def ensure_daemons(self, steps: Sequence[StartMps], records: Sequence[Record]) -> None:
         """Have these MPS daemons running, which may have ended without us; at once where it is so. All are tried, and the
         first error is raised."""
         errors = []
@@ -101,7 +101,7 @@ class Steps:
 
     # ------------------------------------------------------------ partitions
 
-    def _create(self, slot: MigSlot, record: Record, note: Note) -> Record:
+    def _create(self, slot: MigSlot, record: Record, note: Save) -> Record:
         if any(done.slot == slot and done.uuid is not None for done in record.done):
             return record  # made by an earlier share of the same partition
         made = MadeMig(slot=slot, gi=self._nvml.create_gpu_instance(slot.gpu, slot.profile, slot.placement))
@@ -125,10 +125,10 @@ class Steps:
     # ------------------------------------------------------------ MPS
 
     def _ensure(self, step: StartMps, records: Sequence[Record]) -> None:
-        grants = shared.of(step, records)
+        grants = shared.shares_of(step, records)
         memory_mib, percent = share.ceilings(grants)
         self._mps.ensure(
-            Daemon(
+            DaemonSpec(
                 key=share.daemon_key(step.gpu, step.slot),
                 device=_device(step, records),
                 memory_mib=memory_mib,

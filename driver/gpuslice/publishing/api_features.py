@@ -8,7 +8,7 @@ from gpuslice.errors import ApiError
 from gpuslice.kube import Body, Kube
 
 
-def features(kube: Kube, driver: str, node: str) -> Features:
+def probe(kube: Kube, driver: str, node: str) -> Features:
     """What the API server keeps of a ResourceSlice, found out by creates with dryRun=All; nothing is stored.
 
     Before the first write, for a partition published without its counters is given out twice. ApiError: no answer, or

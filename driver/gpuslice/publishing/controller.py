@@ -26,8 +26,8 @@ from gpuslice.core.pools.reconcile import CONSUMABLE, PARTITIONABLE, TAINTS
 from gpuslice.core.record import Record
 from gpuslice.errors import ApiError, DriverError
 from gpuslice.kube import Kube
-from gpuslice.publishing.api_features import features as probe
-from gpuslice.publishing.node_health import Surveyor
+from gpuslice.publishing.api_features import probe as probe
+from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.publisher import Publisher, Status
 from gpuslice.system import files
 from gpuslice.system.files import Version
@@ -70,7 +70,7 @@ class Shapes:
             admitted = dict(new)
             for kept in waiting:
                 if kept.name in held or (taints and not (published and kept.name in self._closed)):
-                    admitted[kept.name] = shape.closed(kept, self._driver) if taints else kept
+                    admitted[kept.name] = shape.cordoned(kept, self._driver) if taints else kept
                     if kept.name not in self._closed:
                         log.warning("pool changes its shape when its claims have left pool=%s", kept.name)
                     self._closed.add(kept.name)
@@ -108,7 +108,7 @@ class Shapes:
         self._version = files.write_atomic(self._path, json.dumps(shape.encode(tuple(self._kept.values()))))
 
 
-class Offering:
+class SliceController:
     def __init__(
         self,
         *,
@@ -117,16 +117,16 @@ class Offering:
         node: str,
         dynamic: Inventory,
         static: Inventory,
-        surveyor: Surveyor,
+        health: NodeHealth,
         checkpoint: Checkpoint,
         folder: Path,
-        otherwise: Callable[[], object] = lambda: None,
+        on_taints_changed: Callable[[], object] = lambda: None,
     ) -> None:
-        """`otherwise` is called, from a thread of the offering, when the devices' taints are others than before."""
+        """`on_taints_changed` is called, from a thread of the controller, when the devices' taints are others than before."""
         self._kube, self._driver, self._node = kube, driver, node
-        self._otherwise = otherwise
+        self._on_taints_changed = on_taints_changed
         self._dynamic, self._static = dynamic, static
-        self._surveyor, self._checkpoint = surveyor, checkpoint
+        self._health, self._checkpoint = health, checkpoint
         self._shapes = Shapes(folder / "shapes.json", kube, driver, node)
         self._publisher = Publisher(kube, driver, node, changed=self._changed)
         self._wake = threading.Condition()
@@ -135,7 +135,7 @@ class Offering:
         self._failed = ""  # why the last try to plan came to nothing
         self._planned_from: tuple[Features, Taints, frozenset[DeviceRef]] | None = None
         self._wanted: tuple[PoolSlices, ...] = ()
-        self._thread = threading.Thread(target=self._run, name="offering", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
         self._publisher.start()
@@ -203,14 +203,14 @@ class Offering:
 
     def _planned(self, features: Features) -> tuple[PoolSlices, ...]:
         inventory = self._dynamic if features.partitionable else self._static
-        taints = self._surveyor.look(inventory)
+        taints = self._health.look(inventory)
         records = tuple(self._checkpoint.records().values())
         held = frozenset[DeviceRef](grant.allocation.device for record in records for grant in record.plan.grants)
         question = (features, taints, held & taints.keys())
         if question != self._planned_from:
             self._wanted = pool.resource_slices(inventory, taints, driver=self._driver, features=features, held=held)
             if self._planned_from is not None and self._planned_from[1] != taints:
-                self._otherwise()
+                self._on_taints_changed()
             self._planned_from = question
         published = self._publisher.published.is_set()
         return self._shapes.admit(self._wanted, records, taints=features.taints, published=published)

@@ -14,7 +14,7 @@ from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import GpuUuid, LiveGpu, Mps, Taint
 from gpuslice.errors import DeviceError, HungError
-from gpuslice.mps.api import Mps as MpsDaemons
+from gpuslice.mps.api import MpsDaemons as MpsDaemons
 from gpuslice.nvml.api import Nvml
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _LIMIT_S = 15.0
 Answer = concurrent.futures.Future[LiveGpu]
 
 
-class Looker:
+class HangGuard:
     """Looks at GPUs in a thread that is left behind where a look hangs, so that one dead card hides no other."""
 
     def __init__(self, nvml: Nvml, limit_s: float = _LIMIT_S) -> None:
@@ -42,7 +42,7 @@ class Looker:
         self._stuck.pop(gpu, None)
         if self._questions is None:
             self._questions = queue.SimpleQueue()
-            threading.Thread(target=self._answer, args=(self._questions,), name="survey", daemon=True).start()
+            threading.Thread(target=self._answer, args=(self._questions,), name="look at the node", daemon=True).start()
         answer = Answer()
         self._questions.put((gpu, answer))
         try:
@@ -66,7 +66,7 @@ class Looker:
         )
 
 
-class Surveyor:
+class NodeHealth:
     def __init__(
         self,
         *,
@@ -76,7 +76,7 @@ class Surveyor:
         hung: Callable[[], Mapping[GpuUuid, str]],
         limit_s: float = _LIMIT_S,
     ) -> None:
-        self._looker = Looker(nvml, limit_s)
+        self._looker = HangGuard(nvml, limit_s)
         self._mps = mps
         self._checkpoint = checkpoint
         self._hung = hung

@@ -1,6 +1,6 @@
 """Make the API's ResourceSlices those that are wanted, and keep them so whoever deletes or changes them.
 
-Two threads. The *watcher* lists and watches our slices into a `View`; the *writer* compares the view with what is
+Two threads. The *watcher* lists and watches our slices into a `SliceCache`; the *writer* compares the view with what is
 wanted (`core.reconcile`) and writes the difference. Nothing here ever fails for good: what the API server refuses or
 does not answer is tried again, more and more rarely, and prepare and unprepare do not notice.
 
@@ -23,10 +23,10 @@ from itertools import groupby
 
 from gpuslice.core.model import PoolName
 from gpuslice.core.pools import reconcile, validation
-from gpuslice.core.pools.backoff import CALM_S, DEFAULT_PACE, Pace, Patience, Retry
+from gpuslice.core.pools.backoff import CALM_S, DEFAULT_BACKOFF, Backoff, BackoffConfig, Debounce
 from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.core.pools.reconcile import Change, Create, Delete, Owner, Update
-from gpuslice.core.pools.slice_cache import View
+from gpuslice.core.pools.slice_cache import SliceCache
 from gpuslice.errors import ApiError, ConflictError, ExpiredError, NotFoundError
 from gpuslice.kube import Body, Kube, Watch
 
@@ -61,7 +61,7 @@ class Publisher:
         driver: str,
         node: str,
         *,
-        pace: Pace = DEFAULT_PACE,
+        pace: BackoffConfig = DEFAULT_BACKOFF,
         changed: Callable[[Status], None] = lambda _: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,7 +71,7 @@ class Publisher:
         self.status = Status()
         self._state = threading.Condition()  # guards all below
         self._stopped = threading.Event()
-        self._view = View()
+        self._view = SliceCache()
         self._listed = False
         self._watch: Watch | None = None
         self._wanted: tuple[PoolSlices, ...] | None = None
@@ -79,7 +79,7 @@ class Publisher:
         self._due: float | None = None  # when the writer shall look
         self._writing = False
         self._stale = False
-        self._patience = Patience(pace)
+        self._patience = Debounce(pace)
         self._adopted: dict[tuple[str, int], tuple[Body, Body]] = {}  # sent → what the server made of it
         self._given_up: dict[str, PoolSlices] = {}
         self._checked: tuple[PoolSlices, ...] = ()
@@ -126,7 +126,7 @@ class Publisher:
     # ------------------------------------------------------------ the watcher
 
     def _keep_watching(self) -> None:
-        retry = Retry(self._pace)
+        retry = Backoff(self._pace)
         while not self._stopped.is_set():
             began = self._now()
             try:
@@ -138,7 +138,7 @@ class Publisher:
             except Exception:  # a thread that died would be silence for ever
                 log.exception("publishing: the watch failed unexpectedly; it starts again")
             if self._now() - began > CALM_S:
-                retry = Retry(self._pace)
+                retry = Backoff(self._pace)
             if self._now() - began < self._pace.relist_s:  # else it is time for a new list anyway
                 self._stopped.wait(retry.delay_s(random.random()))  # noqa: S311 - not a secret
 
@@ -171,7 +171,7 @@ class Publisher:
 
     def _heard(self, kind: str, body: Body) -> None:
         with self._state:
-            self._view.heard(kind, body)
+            self._view.observed(kind, body)
             if kind == "DELETED":
                 self._owner = None
             if not self._writing:
@@ -187,11 +187,11 @@ class Publisher:
     # ------------------------------------------------------------ the writer
 
     def _keep_writing(self) -> None:
-        retry = Retry(self._pace)
+        retry = Backoff(self._pace)
         while (wanted := self._next()) is not None:
             try:
                 self._sync(wanted)
-                retry = Retry(self._pace)
+                retry = Backoff(self._pace)
             except ApiError as e:
                 self._stale = self._stale or isinstance(e, ConflictError)
                 self._fail(str(e), retry)
@@ -199,7 +199,7 @@ class Publisher:
                 log.exception("publishing: writing failed unexpectedly")
                 self._fail(f"unexpected: {e!r}", retry)
 
-    def _fail(self, error: str, retry: Retry) -> None:
+    def _fail(self, error: str, retry: Backoff) -> None:
         self._tell(error=error)
         with self._state:
             self._wake(retry.delay_s(random.random()))  # noqa: S311 - not a secret
@@ -221,7 +221,7 @@ class Publisher:
             self._list()
             self._stale = False
         if self._checked != wanted:
-            self._checked, self._faults = wanted, {pool.name: validation.faults(pool) for pool in wanted}
+            self._checked, self._faults = wanted, {pool.name: validation.problems(pool) for pool in wanted}
         faults = self._faults
         sound = [pool for pool in wanted if not faults[pool.name] and self._given_up.get(pool.name) != pool]
         self._tell(rejected=tuple(fault for found in faults.values() for fault in found))
@@ -297,7 +297,7 @@ class Publisher:
         sent = change.body["spec"]
         lost = reconcile.dropped(sent, returned["spec"])
         with self._state:
-            self._view.wrote(reconcile.sharing(sent, returned))
+            self._view.mutated(reconcile.sharing(sent, returned))
         if not lost:
             return
         log.warning("the API server dropped fields of pool %s: features %s are off", change.pool, sorted(lost))

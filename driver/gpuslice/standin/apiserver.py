@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from gpuslice.standin import resource_slices, tls
-from gpuslice.standin.http import Cue, Listener, Request
+from gpuslice.standin.http import HttpRequest, Listener, ScriptedAnswer
 from gpuslice.standin.kinds import KINDS, RESOURCE_GROUP
 from gpuslice.standin.store import Body, Event, Key, RefusalError, Store, copied
 
@@ -39,8 +39,8 @@ class StandInApiServer:
         self.gates = resource_slices.gates(version) - frozenset(dropping)
         self.store = Store()
         self.kubeconfig = folder / "kubeconfig"
-        self.requests: list[Request] = []
-        self._cues: list[Cue] = []
+        self.requests: list[HttpRequest] = []
+        self._cues: list[ScriptedAnswer] = []
         self._certificate = tls.certificate(folder)
         self._listener = Listener(self._certificate.server_context(), TOKEN, self._serve, self._watch, self._cue, port)
 
@@ -97,15 +97,15 @@ class StandInApiServer:
         text: str = "refused on cue",
     ) -> None:
         """Answer the next such requests with an error status."""
-        self._add(Cue("fail", times, method, path, status, retry_after_s, text))
+        self._add(ScriptedAnswer("fail", times, method, path, status, retry_after_s, text))
 
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:
         """Leave the next such requests without an answer until `release`."""
-        self._add(Cue("hang", times, method, path))
+        self._add(ScriptedAnswer("hang", times, method, path))
 
     def cut(self, times: int = 1, *, method: str = "", path: str = "") -> None:
         """Close the connection of the next such requests instead of answering."""
-        self._add(Cue("cut", times, method, path))
+        self._add(ScriptedAnswer("cut", times, method, path))
 
     def release(self) -> None:
         """Forget all cues; what hangs is served now."""
@@ -115,11 +115,11 @@ class StandInApiServer:
         for cue in hanging:
             cue.released.set()
 
-    def _add(self, cue: Cue) -> None:
+    def _add(self, cue: ScriptedAnswer) -> None:
         with self.store.changed:
             self._cues.append(cue)
 
-    def _cue(self, request: Request) -> Cue | None:
+    def _cue(self, request: HttpRequest) -> ScriptedAnswer | None:
         with self.store.changed:
             self.requests.append(request)
             self.store.changed.notify_all()
@@ -154,7 +154,7 @@ class StandInApiServer:
 
     # ------------------------------------------------------------ requests
 
-    def _serve(self, request: Request) -> Answer:
+    def _serve(self, request: HttpRequest) -> Answer:
         if request.method == "GET" and request.path == "/version":
             minor = self.version.split(".")[1]
             return 200, {"major": "1", "minor": minor, "gitVersion": f"v{self.version}.0"}
@@ -178,7 +178,7 @@ class StandInApiServer:
                 pass
         raise RefusalError(405, "MethodNotAllowed", f"{request.method} is not served by the stand-in API server")
 
-    def _target(self, request: Request) -> tuple[str, Key | None, bool]:
+    def _target(self, request: HttpRequest) -> tuple[str, Key | None, bool]:
         """The resource, the one object if one is meant, and whether only its status is."""
         parts = request.path.strip("/").split("/")
         parts = parts[2:] if parts[0] == "api" else parts[3:]
@@ -200,7 +200,7 @@ class StandInApiServer:
             raise RefusalError(400, "BadRequest", f"{resource} live in a namespace; name one")
         return self.store.create(resource, namespace, self._admitted(resource, body, None), dry=dry)
 
-    def _update(self, key: Key, request: Request, *, status: bool) -> Body:
+    def _update(self, key: Key, request: HttpRequest, *, status: bool) -> Body:
         old, new = self.store.get(key), request.json()
         if status:
             expected = new.get("metadata") or {}
@@ -225,7 +225,7 @@ class StandInApiServer:
             raise RefusalError(422, "Invalid", f'ResourceSlice "{name}" is invalid: {"; ".join(found)}')
         return body
 
-    def _list(self, resource: str, request: Request) -> Body:
+    def _list(self, resource: str, request: HttpRequest) -> Body:
         items, version = self.store.items(resource, request.namespace, self._match(resource, request))
         after, limit = request.query.get("continue", ""), int(request.query.get("limit", "0"))
         items = [(key, body) for key, body in items if f"{key.namespace}/{key.name}" > after]
@@ -238,13 +238,13 @@ class StandInApiServer:
         bodies = [body for _, body in items]
         return {"kind": f"{kind.kind}List", "apiVersion": kind.api_version, "metadata": meta, "items": bodies}
 
-    def _delete_all(self, resource: str, request: Request) -> Body:
+    def _delete_all(self, resource: str, request: HttpRequest) -> Body:
         with self.store.changed:
             for key, _ in self.store.items(resource, request.namespace, self._match(resource, request))[0]:
                 self.store.delete(key, {}, dry=request.dry)
         return self._list(resource, request)
 
-    def _match(self, resource: str, request: Request) -> Callable[[Body], bool]:
+    def _match(self, resource: str, request: HttpRequest) -> Callable[[Body], bool]:
         wanted: list[tuple[list[str], str]] = []
         for term in filter(None, request.query.get("fieldSelector", "").split(",")):
             field, _, value = term.partition("=")
@@ -253,7 +253,7 @@ class StandInApiServer:
             wanted.append((field.split("."), value.removeprefix("=")))
         return lambda body: all((body.get(at) or {}).get(field, "") == value for (at, field), value in wanted)
 
-    def _watch(self, request: Request, stopped: Callable[[], bool]) -> Iterator[Body]:
+    def _watch(self, request: HttpRequest, stopped: Callable[[], bool]) -> Iterator[Body]:
         """Events until the time is up or the listener stops."""
         resource, _, _ = self._target(request)
         match = self._match(resource, request)
@@ -265,7 +265,7 @@ class StandInApiServer:
 
     def _events(
         self,
-        request: Request,
+        request: HttpRequest,
         resource: str,
         match: Callable[[Body], bool],
         at: int,

@@ -1,6 +1,6 @@
 """A cluster of one node in a folder: stand-in API server, kubelet and scheduler, and the real driver as a process.
 
-What the demo shows, the tests ask and the benchmark measures is this driver process, through its real doors.
+What the demo shows, the tests ask and the benchmark measures is this driver process, through its real server.
 """
 
 from __future__ import annotations

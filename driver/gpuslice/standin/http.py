@@ -27,7 +27,7 @@ class Deadline:
 
 
 @dataclass(slots=True)
-class Request:
+class HttpRequest:
     method: str
     path: str
     query: dict[str, str]
@@ -55,7 +55,7 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
-class Cue:
+class ScriptedAnswer:
     """What the next requests meet instead of their answer. act: fail, hang or cut."""
 
     act: str
@@ -73,8 +73,8 @@ _REASONS = {
     422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
 }  # fmt: skip
 
-Serve = Callable[[Request], tuple[int, Body]]
-Watch = Callable[[Request, Callable[[], bool]], Iterator[Body]]
+Serve = Callable[[HttpRequest], tuple[int, Body]]
+EventStream = Callable[[HttpRequest, Callable[[], bool]], Iterator[Body]]
 
 
 class Listener:
@@ -85,8 +85,8 @@ class Listener:
         context: ssl.SSLContext,
         token: str,
         serve: Serve,
-        watch: Watch,
-        cue: Callable[[Request], Cue | None],
+        watch: EventStream,
+        cue: Callable[[HttpRequest], ScriptedAnswer | None],
         port: int,
     ) -> None:
         self.context, self.token, self.serve, self.watch, self.cue, self.port = context, token, serve, watch, cue, port
@@ -117,7 +117,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, owner: Listener, address: tuple[str, int]) -> None:
-        super().__init__(address, _Handler)
+        super().__init__(address, _ApiHandler)
         self.owner = owner
         self.stopped = False
         self._lock = threading.Lock()
@@ -156,7 +156,7 @@ class _Server(ThreadingHTTPServer):
             thread.join(5.0)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _ApiHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body leave in one segment
     server: _Server
@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         parts = urlsplit(self.path)
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request = Request(self.command, unquote(parts.path), dict(parse_qsl(parts.query)), self.path, data)
+        request = HttpRequest(self.command, unquote(parts.path), dict(parse_qsl(parts.query)), self.path, data)
         owner = self.server.owner
         try:
             if self.headers.get("Authorization", "").split(" ")[-1] != owner.token:
@@ -186,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer  # noqa: N815 - names by the library
 
-    def _acted(self, cue: Cue) -> bool:
+    def _acted(self, cue: ScriptedAnswer) -> bool:
         """Carry a cue out; False where the request is to be served after all."""
         if cue.act == "fail":
             headers = {} if cue.retry_after_s is None else {"Retry-After": str(cue.retry_after_s)}

@@ -66,7 +66,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PluginAnswer:
     """A claim's entry. With an error there are no devices, whatever the plugin sent."""
 
     error: str = ""
@@ -131,7 +131,7 @@ class StandInKubelet:
 
     async def prepare(
         self, claims: Iterable[ClaimRef], *, driver: str = "", timeout_s: float = _RPC_S
-    ) -> dict[ClaimUid, Answer]:
+    ) -> dict[ClaimUid, PluginAnswer]:
         """NodePrepareResources for one pod's claims in one call. `driver` may be left out where there is one only.
 
         KubeletError: no plugin, no answer in time, or an answer that breaks the contract. Errors of single claims are
@@ -322,10 +322,10 @@ def _sockets_in(folder: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
-def _answer(entry: Any) -> Answer:
+def _answer(entry: Any) -> PluginAnswer:
     if entry.error:
-        return Answer(error=entry.error)
-    return Answer(devices=tuple(_given(device) for device in entry.devices))
+        return PluginAnswer(error=entry.error)
+    return PluginAnswer(devices=tuple(_given(device) for device in entry.devices))
 
 
 def _given(device: Any) -> Given:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 Body = dict[str, Any]
-Match = Callable[[Body], bool]
+Predicate = Callable[[Body], bool]
 
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # of generated names (apimachinery, util/rand)
 _LONGEST_BASE = 58  # generateName is cut there before the five random characters (apiserver, storage/names)
@@ -84,7 +84,7 @@ class Store:
             raise not_found(key)
         return body
 
-    def items(self, resource: str, namespace: str, match: Match) -> tuple[list[tuple[Key, Body]], int]:
+    def items(self, resource: str, namespace: str, match: Predicate) -> tuple[list[tuple[Key, Body]], int]:
         """All that match, by name, and the version at which that was so. Namespace "": all of them."""
         with self.changed:
             found = [
@@ -138,7 +138,7 @@ class Store:
                 return self._put("delete", "MODIFIED", key, old | {"metadata": meta})
             return self._remove(key, old)
 
-    def since(self, version: int, resource: str, namespace: str, match: Match) -> Iterator[Event]:
+    def since(self, version: int, resource: str, namespace: str, match: Predicate) -> Iterator[Event]:
         """Events after a version; 410 where the history does not reach back so far."""
         with self.changed:
             if version < self._forgotten:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from gpuslice.core.cdi import DeviceNode, Hook, Injection, Mount
+from gpuslice.core.cdi import ContainerEdits, DeviceNode, Hook, Mount
 from gpuslice.core.model import Gpu
 from gpuslice.errors import DeviceError, StateError
 from gpuslice.system import driver_files
@@ -38,7 +38,7 @@ class Host(Protocol):
     def locate(self, gpu: Gpu) -> Gpu:
         """The same card with its NUMA node and PCIe root, or None for what the node does not say."""
 
-    def common(self) -> Injection:
+    def common(self) -> ContainerEdits:
         """What every container with any GPU needs; `DeviceError` where the NVIDIA driver cannot be found."""
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
@@ -84,19 +84,19 @@ class RealHost:
         names = (f"gpu{minor}/gi{gi}/access", f"gpu{minor}/gi{gi}/ci{ci}/access")
         return (card, *(self._capability(name) for name in names))
 
-    def common(self) -> Injection:
+    def common(self) -> ContainerEdits:
         driver = self._driver()
         hook = self._hook()
         sockets = (path for path in _SOCKETS if (self._root / path).is_socket())
         mounts = [self._mount(path, target) for path, target in driver.files]
         mounts += [self._mount(f"/{path}", f"/{path}", _SOCKET) for path in sockets]
         if hook is not None:
-            return Injection(nodes=self._control_nodes(), mounts=tuple(mounts), hooks=_hooks(hook, driver))
+            return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), hooks=_hooks(hook, driver))
         # Nobody makes links or the loader's cache in the container: each library appears under all its names, and
         # programs find them by a variable. Weaker, for an image may set the variable itself.
         mounts += [self._mount(library, link) for link, library in driver.links]
         env = {"LD_LIBRARY_PATH": ":".join(driver.folders)}
-        return Injection(nodes=self._control_nodes(), mounts=tuple(mounts), env=env)
+        return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), env=env)
 
     def advice(self) -> tuple[str, ...]:
         if self._hook() is not None:
@@ -224,8 +224,8 @@ class SimHost:
         numa_node = gpu.index // 4 if gpu.numa_node is None else gpu.numa_node
         return replace(gpu, numa_node=numa_node, pcie_root=gpu.pcie_root or f"pci{gpu.bus_id[:7]}")
 
-    def common(self) -> Injection:
-        return Injection(env={"GPUSLICE_SIMULATED": "true"})
+    def common(self) -> ContainerEdits:
+        return ContainerEdits(env={"GPUSLICE_SIMULATED": "true"})
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
         card = f"/dev/gpuslice-sim{minor}"

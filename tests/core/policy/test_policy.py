@@ -43,7 +43,12 @@ def test_the_default_offers_every_mode_and_the_profiles_without_a_suffix() -> No
     assert mine.modes == set(Mode)
     assert mine.profiles == tuple(profile for profile in gpu.profiles if not profile.suffix)
     assert (mine.reserve_bytes, mine.static) == (gpu.reserved_bytes, ())
-    assert (mine.mps_shares, mine.timeslice_shares, mine.interval, mine.twins) == (4, 4, "default", frozenset())
+    assert (mine.mps_shares, mine.timeslice_shares, mine.interval, mine.shared_partitions) == (
+        4,
+        4,
+        "default",
+        frozenset(),
+    )
 
 
 def test_a_document_without_sections_is_the_default() -> None:
@@ -165,14 +170,14 @@ def test_a_product_that_is_too_old_for_the_mps_that_is_asked_of_it_is_an_error()
 def test_partitions_are_shared_only_where_the_policy_says_so() -> None:
     text = "default: {sharedPartitions: [timeslice, mps]}\ngpus: [{match: {index: 1}, modes: [gpu, mps]}]"
 
-    assert policy(text).of(a_gpu("h100")).twins == {Mode.MPS, Mode.TIMESLICE}
-    assert policy(text).of(a_gpu("h100", 1)).twins == frozenset()
+    assert policy(text).of(a_gpu("h100")).shared_partitions == {Mode.MPS, Mode.TIMESLICE}
+    assert policy(text).of(a_gpu("h100", 1)).shared_partitions == frozenset()
 
 
 def test_shares_of_partitions_need_no_shares_of_cards() -> None:
     mine = policy("default: {modes: [mig], sharedPartitions: [mps], mps: {shares: 2}}").of(a_gpu("h100"))
 
-    assert (set(mine.modes), set(mine.twins), mine.mps_shares) == ({Mode.MIG}, {Mode.MPS}, 2)
+    assert (set(mine.modes), set(mine.shared_partitions), mine.mps_shares) == ({Mode.MIG}, {Mode.MPS}, 2)
 
 
 @pytest.mark.parametrize("mode", [Mode.MPS, Mode.TIMESLICE])
@@ -373,7 +378,7 @@ def test_the_documented_policy_means_what_the_text_says() -> None:
     l4, a100 = documented.of(a_gpu("l4")), documented.of(a_gpu("a100-80g", 1))
     assert (set(l4.modes), l4.timeslice_shares, l4.interval) == ({Mode.GPU, Mode.TIMESLICE}, 6, "short")
     assert {profile.id for profile in a100.profiles} == {9, 19}
-    assert (set(a100.modes), set(a100.twins), a100.mps_shares) == ({Mode.MIG}, {Mode.MPS}, 8)
+    assert (set(a100.modes), set(a100.shared_partitions), a100.mps_shares) == ({Mode.MIG}, {Mode.MPS}, 8)
     assert {profile.suffix for profile in documented.of(a_gpu("a100-80g", 2)).profiles} == {"", "+me"}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from gpuslice.core import layout
-from gpuslice.core.layout import Place
+from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import MigProfile, Placement
 from gpuslice.core.pools import counters
 from gpuslice.core.pools.counters import Counters
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 PRODUCTS = [key for key in models.known() if models.product(key).profiles]
 
 
-def places_of(profiles: Sequence[MigProfile]) -> tuple[Place, ...]:
-    return tuple(Place(profile, placement) for profile in profiles for placement in profile.placements)
+def places_of(profiles: Sequence[MigProfile]) -> tuple[ProfilePlacement, ...]:
+    return tuple(ProfilePlacement(profile, placement) for profile in profiles for placement in profile.placements)
 
 
 def plain(product: str) -> tuple[MigProfile, ...]:
@@ -30,7 +30,7 @@ def cost(found: Counters, devices: Sequence[int], wholes: int) -> int:
     return sum(counters.entries(counter, devices) + wholes for counter in found.chosen)
 
 
-def disagreement(found: Counters, engines: dict[str, int], wholes: int) -> tuple[Place, ...] | None:
+def disagreement(found: Counters, engines: dict[str, int], wholes: int) -> tuple[ProfilePlacement, ...] | None:
     """A set on which counters and hardware differ; None if there is none.
 
     Both families are closed under taking away, so it is enough to grow every legal set by each further place; sets with
@@ -45,7 +45,7 @@ def disagreement(found: Counters, engines: dict[str, int], wholes: int) -> tuple
     if wholes and not all(map(any, taken)):
         return (places[[any(row) for row in taken].index(False)],)
 
-    def grow(chosen: tuple[int, ...], used: list[int], start: int) -> tuple[Place, ...] | None:
+    def grow(chosen: tuple[int, ...], used: list[int], start: int) -> tuple[ProfilePlacement, ...] | None:
         standing = [(places[k].profile, places[k].placement) for k in chosen]
         for i in range(start, len(places)):
             profile, placement = places[i].profile, places[i].placement
@@ -210,7 +210,7 @@ def test_no_choice_of_counters_is_exact_with_fewer_entries(
     assert cheaper == []
 
 
-def choices(card: dict[str, int], places: tuple[Place, ...]) -> Iterator[Counters]:
+def choices(card: dict[str, int], places: tuple[ProfilePlacement, ...]) -> Iterator[Counters]:
     every = list(counters.candidates(card, places))
     for count in range(len(every) + 1):
         for chosen in itertools.combinations(every, count):

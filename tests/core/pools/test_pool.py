@@ -14,7 +14,7 @@ from gpuslice.core.model import DeviceRef, MigSlice, Monitor, Mps, Taint, TimeSl
 from gpuslice.core.policy.rules import Policy
 from gpuslice.core.pools import shape
 from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
-from gpuslice.core.pools.validation import faults
+from gpuslice.core.pools.validation import problems
 from gpuslice.errors import StateError
 from gpuslice.nvml.sim import geometry, models
 from hypothesis import given, settings
@@ -103,7 +103,7 @@ def test_every_product_with_all_its_profiles_is_within_the_limits(product: str) 
     taints = {device.ref: taint for device in inventory.pools[0].devices}
 
     for pool in (*slices(inventory), *slices(inventory, taints)):
-        assert faults(pool) == ()
+        assert problems(pool) == ()
 
 
 @pytest.mark.contract(65)
@@ -137,7 +137,7 @@ def test_many_devices_are_spread_over_several_slices_in_order() -> None:
 
     assert [len(cast("Sequence[Device]", spec.get("devices", ()))) for spec in found.specs] == [0, 64, 64, 2]
     assert list(devices(found)) == [device.ref.device for device in many]
-    assert faults(found) == ()
+    assert problems(found) == ()
 
 
 def test_the_same_inventory_gives_the_same_bytes() -> None:
@@ -281,7 +281,7 @@ def test_what_there_is_only_one_of_is_had_by_name_for_a_range_needs_room_for_a_s
 
     assert taken(devices(pool)["mps"])["clients"] == ("1", {"default": "1", "validValues": ["1"]})
     assert taken(devices(pool)["timeslice"])["shares"] == ("1", {"default": "1", "validValues": ["1"]})
-    assert faults(pool) == ()
+    assert problems(pool) == ()
 
 
 def test_a_selector_sees_how_memory_is_kept_and_how_long_a_turn_is() -> None:
@@ -410,7 +410,7 @@ def test_a_static_layout_needs_no_counters(layout: dict[str, int]) -> None:
 
     assert capacities(pool) == {}
     assert len(devices(pool)) == sum(layout.values()) + 1
-    assert faults(pool) == ()
+    assert problems(pool) == ()
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_static_parts_are_plain_devices_with_a_part_of_everything(mode: str, amo
     (pool,) = slices(an_inventory(policy=a_policy(static={mode: 4}), static=True), features=OLD)
 
     assert capacities(pool) == {}
-    assert faults(pool) == ()
+    assert problems(pool) == ()
     assert list(devices(pool)) == [*(f"{mode}-{part}" for part in range(4)), "monitor"]
     for part in range(4):
         device = devices(pool)[f"{mode}-{part}"]

@@ -41,7 +41,7 @@ def test_only_what_leaves_devices_and_costs_alone_may_replace_a_pool_in_use(want
 def test_a_closed_pool_taints_every_device_and_keeps_the_rest() -> None:
     kept = a_pool(a_device("a"), a_device("b"))
 
-    closed = shape.closed(kept, "gpuslice.dev")
+    closed = shape.cordoned(kept, "gpuslice.dev")
 
     assert shape.allows(kept, closed)
     devices: Any = closed.specs[1]["devices"]

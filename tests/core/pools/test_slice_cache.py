@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gpuslice.core.pools.slice_cache import View
+from gpuslice.core.pools.slice_cache import SliceCache
 
 pytestmark = pytest.mark.contract(60)
 
@@ -15,8 +15,8 @@ def body(version: int, name: str = "a", uid: str = "") -> dict[str, Any]:
 
 
 def test_a_list_made_before_our_write_does_not_undo_it() -> None:
-    view = View()
-    view.wrote(body(12))
+    view = SliceCache()
+    view.mutated(body(12))
 
     view.listed([], "11")
     assert view.bodies() == [body(12)]
@@ -25,12 +25,12 @@ def test_a_list_made_before_our_write_does_not_undo_it() -> None:
 
 
 def test_what_we_deleted_does_not_come_back_with_late_news() -> None:
-    view = View()
-    view.wrote(body(12))
+    view = SliceCache()
+    view.mutated(body(12))
     view.removed(body(12))
 
-    view.heard("ADDED", body(12))
-    view.heard("DELETED", body(13))
+    view.observed("ADDED", body(12))
+    view.observed("DELETED", body(13))
     view.listed([body(12)], "12")
 
     assert view.bodies() == []
@@ -39,22 +39,22 @@ def test_what_we_deleted_does_not_come_back_with_late_news() -> None:
 
 @pytest.mark.parametrize("first", ["answer", "watch"])
 def test_our_own_write_is_not_foreign_whichever_tells_of_it_first(first: str) -> None:
-    view = View()
+    view = SliceCache()
     for teller in ("answer", "watch") if first == "answer" else ("watch", "answer"):
         if teller == "answer":
-            view.wrote(body(12))
+            view.mutated(body(12))
         else:
-            view.heard("ADDED", body(12))
+            view.observed("ADDED", body(12))
 
     assert view.bodies() == [body(12)]
     assert not view.foreign()
 
 
 def test_a_change_by_another_is_foreign_and_stays_when_our_older_answer_comes_late() -> None:
-    view = View()
-    view.heard("ADDED", body(12))
-    view.heard("MODIFIED", body(13))
-    view.wrote(body(12))
+    view = SliceCache()
+    view.observed("ADDED", body(12))
+    view.observed("MODIFIED", body(13))
+    view.mutated(body(12))
 
     assert view.bodies() == [body(13)]
     assert view.foreign()
@@ -62,10 +62,10 @@ def test_a_change_by_another_is_foreign_and_stays_when_our_older_answer_comes_la
 
 
 def test_a_deletion_by_another_is_foreign_and_final() -> None:
-    view = View()
-    view.heard("ADDED", body(12))
-    view.heard("DELETED", body(13))
-    view.wrote(body(12))
+    view = SliceCache()
+    view.observed("ADDED", body(12))
+    view.observed("DELETED", body(13))
+    view.mutated(body(12))
 
     assert view.bodies() == []
     assert view.foreign()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from gpuslice.core.model import PoolName
 from gpuslice.core.pools.pool import PoolSlices
-from gpuslice.core.pools.validation import faults
+from gpuslice.core.pools.validation import problems
 
 
 def a_device(name: str = "gpu", **changes: Any) -> dict[str, Any]:
@@ -40,9 +40,9 @@ TAINT = {"key": "gpuslice.dev/lost", "value": "true", "effect": "NoSchedule"}
 
 
 def test_a_plan_within_the_limits_has_no_violation() -> None:
-    assert faults(of(a_device(consumesCounters=[consumption()], taints=[TAINT]), sets=[counter_set()])) == ()
-    assert faults(of(*many(128))) == ()
-    assert faults(a_pool({"devices": []})) == ()
+    assert problems(of(a_device(consumesCounters=[consumption()], taints=[TAINT]), sets=[counter_set()])) == ()
+    assert problems(of(*many(128))) == ()
+    assert problems(a_pool({"devices": []})) == ()
 
 
 @pytest.mark.contract(61)
@@ -98,7 +98,7 @@ def test_a_plan_within_the_limits_has_no_violation() -> None:
     ],
 )
 def test_each_limit_is_told(pool: PoolSlices, told: str) -> None:
-    assert told in " · ".join(faults(pool))
+    assert told in " · ".join(problems(pool))
 
 
 @pytest.mark.contract(55)
@@ -116,12 +116,12 @@ def test_each_limit_is_told(pool: PoolSlices, told: str) -> None:
     ],
 )
 def test_what_would_make_a_pool_invalid_is_told(pool: PoolSlices, told: str) -> None:
-    assert told in " · ".join(faults(pool))
+    assert told in " · ".join(problems(pool))
 
 
 @pytest.mark.contract(62)
 def test_devices_and_counters_in_one_slice_are_told() -> None:
-    (told,) = faults(a_pool({"devices": [a_device()], "sharedCounters": [counter_set()]}))
+    (told,) = problems(a_pool({"devices": [a_device()], "sharedCounters": [counter_set()]}))
 
     assert "has both devices and counters" in told
 
@@ -137,10 +137,10 @@ def test_a_shared_device_without_a_capacity_or_a_policy_for_each_is_told() -> No
     sharing = {"allowMultipleAllocations": True}
     policy = {"value": "1Gi", "requestPolicy": {"default": "1Gi"}}
 
-    assert faults(shared(default="1Gi")) == ()
-    assert "a shared device needs a capacity" in faults(of(a_device(capacity={}) | sharing))[0]
-    assert "a request policy for each capacity" in faults(of(a_device() | sharing))[0]
-    assert "needs allowMultipleAllocations" in faults(of(a_device(capacity={"memory": policy})))[0]
+    assert problems(shared(default="1Gi")) == ()
+    assert "a shared device needs a capacity" in problems(of(a_device(capacity={}) | sharing))[0]
+    assert "a request policy for each capacity" in problems(of(a_device() | sharing))[0]
+    assert "needs allowMultipleAllocations" in problems(of(a_device(capacity={"memory": policy})))[0]
 
 
 @pytest.mark.contract(61)
@@ -163,7 +163,7 @@ def test_a_shared_device_without_a_capacity_or_a_policy_for_each_is_told() -> No
     ],
 )
 def test_a_request_policy_that_the_server_refuses_is_told(policy: dict[str, Any]) -> None:
-    assert "request policy" in " · ".join(faults(shared(**policy)))
+    assert "request policy" in " · ".join(problems(shared(**policy)))
 
 
 @pytest.mark.parametrize(
@@ -176,4 +176,4 @@ def test_a_request_policy_that_the_server_refuses_is_told(policy: dict[str, Any]
     ],
 )
 def test_a_request_policy_that_the_server_accepts_is_no_fault(policy: dict[str, Any]) -> None:
-    assert faults(shared(**policy)) == ()
+    assert problems(shared(**policy)) == ()

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from gpuslice.core.model import Partition
-from gpuslice.mps.paths import Place
+from gpuslice.mps.paths import Paths
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.system import files
 
@@ -199,7 +199,7 @@ class Cluster:
 
     def daemons(self) -> tuple[str, ...]:
         """Keys of the MPS daemons."""
-        return Place(self.folder / "mps").known()
+        return Paths(self.folder / "mps").known()
 
     def nothing_stays(self) -> None:
         """Return when the last record is gone. AssertionError where it stays, or something that no record knows of."""

@@ -21,7 +21,7 @@ from gpuslice.core.policy.schema import (
     Parts,
     ProfileRef,
     Rule,
-    Terms,
+    Section,
 )
 
 KIND = "Policy"
@@ -30,14 +30,14 @@ _SUFFIX = re.compile(r"[+-][a-z]+(\.[a-z]+)*")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT])")
 
 
-def read(body: object) -> tuple[Terms, tuple[Rule, ...]]:
-    """The terms for every card, and the entries in order. ConfigError names the path, the limit and the remedy."""
+def read(body: object) -> tuple[Section, tuple[Rule, ...]]:
+    """The section for every card, and the entries in order. ConfigError names the path, the limit and the remedy."""
     whole = strict.mapping(body, "the document", ("apiVersion", "kind", "default", "gpus"))
     for key, only in (("apiVersion", API_VERSION), ("kind", KIND)):
         if whole.get(key) != only:
             strict.fail(key, f"is {whole.get(key)!r} and must be {only!r}; write {key}: {only}")
     default = strict.mapping(whole.get("default", {}), "default", KEYS)
-    base = _terms(default, "default", Terms())
+    base = _section(default, "default", Section())
     rules: list[Rule] = []
     for i, entry in enumerate(strict.sequence(whole["gpus"], "gpus") if "gpus" in whole else ()):
         rule = _rule(entry, f"gpus[{i}]", base)
@@ -51,14 +51,14 @@ def read(body: object) -> tuple[Terms, tuple[Rule, ...]]:
     return base, tuple(rules)
 
 
-def _rule(entry: object, path: str, base: Terms) -> Rule:
+def _rule(entry: object, path: str, base: Section) -> Rule:
     body = strict.mapping(entry, path, ("match", *KEYS))
     if "match" not in body:
         strict.fail(path, "has no match; say which GPUs it is for (index, uuid or product), or put it under default")
     if len(body) == 1:
         strict.fail(path, f"says nothing about the GPUs it matches; add one of: {', '.join(KEYS)}")
     match = _match(strict.mapping(body["match"], f"{path}.match", ("index", "uuid", "product")), f"{path}.match")
-    return Rule(path, match, _terms({key: body[key] for key in KEYS if key in body}, path, base))
+    return Rule(path, match, _section({key: body[key] for key in KEYS if key in body}, path, base))
 
 
 def _match(body: Mapping[str, object], path: str) -> Match:
@@ -83,11 +83,11 @@ def _values(body: Mapping[str, object], key: str, path: str) -> Iterable[tuple[o
     return [(value, f"{path}.{key}")]
 
 
-def _terms(body: Mapping[str, object], path: str, base: Terms) -> Terms:
+def _section(body: Mapping[str, object], path: str, base: Section) -> Section:
     """One section's settings. Each must have an effect with what is in force there."""
     mps = strict.mapping(body.get("mps", {}), f"{path}.mps", ("shares", "clients"))
     timeslice = strict.mapping(body.get("timeslice", {}), f"{path}.timeslice", ("shares", "interval"))
-    said = Terms(
+    said = Section(
         modes=strict.optional(body, "modes", path, _modes),
         profiles=strict.optional(body, "profiles", path, _profiles),
         suffixes=strict.optional(body, "suffixes", path, _suffixes),
@@ -100,9 +100,9 @@ def _terms(body: Mapping[str, object], path: str, base: Terms) -> Terms:
         static=strict.optional(body, "static", path, _static),
         keep=strict.optional(body, "keep", path, _keep),
     )
-    _effective(body, path, said, said.over(base))
-    _consistent(body, path, said.over(base))
-    _kept(path, said, said.over(base))
+    _effective(body, path, said, said.merged_over(base))
+    _consistent(body, path, said.merged_over(base))
+    _kept(path, said, said.merged_over(base))
     return said
 
 
@@ -116,13 +116,13 @@ _NEEDED = {  # one of these modes, or the setting changes nothing
 }
 
 
-def _effective(body: Mapping[str, object], path: str, said: Terms, in_force: Terms) -> None:
+def _effective(body: Mapping[str, object], path: str, said: Section, in_force: Section) -> None:
     """Refuse what this section says to no effect, given the modes that are in force for its cards."""
     modes = set(in_force.modes or ALL_MODES)
-    twins = set(in_force.shared_partitions or ()) if Mode.MIG in modes else set[Mode]()
+    shared_partitions = set(in_force.shared_partitions or ()) if Mode.MIG in modes else set[Mode]()
     needed = _NEEDED | {"static": (said.static.mode if isinstance(said.static, Parts) else Mode.MIG,)}
     for key in [key for key in needed if key in body]:
-        if not (modes | twins if key in SHARED else modes).intersection(needed[key]):
+        if not (modes | shared_partitions if key in SHARED else modes).intersection(needed[key]):
             said_as = " or ".join(needed[key])
             strict.fail(
                 f"{path}.{key}", f"has no effect without mode {said_as}; add it to {path}.modes or leave {key} out"
@@ -137,7 +137,7 @@ def _effective(body: Mapping[str, object], path: str, said: Terms, in_force: Ter
 _CHANGED_BY = {Setting.COMPUTE_MODE: (Mode.MPS,), Setting.TIME_SLICE: (Mode.GPU, Mode.TIMESLICE)}
 
 
-def _kept(path: str, said: Terms, in_force: Terms) -> None:
+def _kept(path: str, said: Section, in_force: Section) -> None:
     """Refuse to keep what nothing would change, and to change what is kept."""
     modes = set(in_force.modes or ALL_MODES)
     for setting in said.keep or ():
@@ -152,7 +152,7 @@ def _kept(path: str, said: Terms, in_force: Terms) -> None:
         )
 
 
-def _consistent(body: Mapping[str, object], path: str, in_force: Terms) -> None:
+def _consistent(body: Mapping[str, object], path: str, in_force: Section) -> None:
     """Refuse what this section says in vain beside what it says too, or what is in force."""
     for key in SHARED:
         if key in body and not body[key]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from gpuslice.core.model import Gpu, MigProfile, Setting
 from gpuslice.core.policy import reading
-from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Terms
+from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Section
 from gpuslice.errors import ConfigError
 
 _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
@@ -33,14 +33,16 @@ class GpuPolicy:
     mps_clients: int  # CUDA contexts that one MPS daemon serves on the whole card
     timeslice_shares: int
     interval: str  # one of `INTERVALS`, for the whole card
-    twins: frozenset[Mode] = frozenset()  # in what manner partitions are shared too; none while `mig` is not offered
+    shared_partitions: frozenset[Mode] = (
+        frozenset()
+    )  # in what manner partitions are shared too; none while `mig` is not offered
     static: tuple[tuple[MigProfile, int], ...] | Parts = ()  # for clusters without partitionable devices
     keep: frozenset[Setting] = frozenset()  # what is not changed on this card
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    base: Terms = field(default_factory=Terms)
+    base: Section = field(default_factory=Section)
     rules: tuple[Rule, ...] = ()
 
     @staticmethod
@@ -57,7 +59,7 @@ class Policy:
         """What this card may offer. ConfigError where the policy asks of it what it certainly cannot do."""
         rule, said = self._rule(gpu), self._said(gpu)
         if rule is not None and rule.match.certain():
-            for missing in _missing(rule.terms, [gpu]):
+            for missing in _missing(rule.section, [gpu]):
                 raise ConfigError(f"policy: {rule.path} {missing}; {_has(gpu)}")
         modes = frozenset(said.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
         mig = Mode.MIG in modes
@@ -70,7 +72,7 @@ class Policy:
             mps_clients=clients,
             timeslice_shares=said.timeslice_shares or SHARES,
             interval=said.timeslice_interval or "default",
-            twins=frozenset(said.shared_partitions or ()) if mig else frozenset(),
+            shared_partitions=frozenset(said.shared_partitions or ()) if mig else frozenset(),
             static=_static(said, gpu, modes),
             keep=frozenset(said.keep or ()),
         )
@@ -82,16 +84,16 @@ class Policy:
     def _rule(self, gpu: Gpu) -> Rule | None:
         return next((rule for rule in self.rules if gpu in rule.match), None)
 
-    def _said(self, gpu: Gpu) -> Terms:
+    def _said(self, gpu: Gpu) -> Section:
         rule = self._rule(gpu)
-        return self.base if rule is None else rule.terms.over(self.base)
+        return self.base if rule is None else rule.section.merged_over(self.base)
 
     def _unused(self, gpus: tuple[Gpu, ...]) -> Iterator[str]:
         for rule in self.rules:
             here = [gpu for gpu in gpus if self._rule(gpu) == rule]
             if not here:
                 yield f"policy: {rule.path} matches no GPU of this node; {_cards(gpus)}"
-            for missing in _missing(rule.terms, here):
+            for missing in _missing(rule.section, here):
                 yield f"policy: {rule.path} {missing}"
         for missing in _missing(self.base, gpus):
             yield f"policy: default {missing}"
@@ -103,8 +105,8 @@ class Policy:
             yield from _excess(said, gpu)
 
 
-def _missing(said: Terms, gpus: Sequence[Gpu]) -> Iterator[str]:
-    """References of these terms that none of the cards can follow. No card, no complaint."""
+def _missing(said: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
+    """References of these section that none of the cards can follow. No card, no complaint."""
     profiles = [profile for gpu in gpus for profile in gpu.profiles]
     if not gpus:
         return
@@ -121,8 +123,8 @@ def _missing(said: Terms, gpus: Sequence[Gpu]) -> Iterator[str]:
             yield f"has profile {ref} in its static layout, which its GPUs do not have"
 
 
-def _excess(said: Terms, gpu: Gpu) -> Iterator[str]:
-    """What this card's NVIDIA driver serves less of than these terms ask for; another driver may serve it."""
+def _excess(said: Section, gpu: Gpu) -> Iterator[str]:
+    """What this card's NVIDIA driver serves less of than these section ask for; another driver may serve it."""
     most = client_limit(gpu)
     for count, what in ((said.mps_clients, "clients"), (said.mps_shares, "shares")):
         if count is not None and count > most and _has_mps(gpu):
@@ -145,7 +147,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)))
 
 
-def _static(said: Terms, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
+def _static(said: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
     """What this card is cut into; nothing where it cannot, or may not. ConfigError for an unknown profile."""
     if isinstance(said.static, Parts):
         return said.static if said.static.mode in modes else ()

@@ -71,7 +71,7 @@ def _glob(glob: str, text: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class Section:
     """What one section of the policy says; None where it says nothing."""
 
     modes: tuple[Mode, ...] | None = None
@@ -86,8 +86,8 @@ class Terms:
     static: tuple[tuple[ProfileRef, int], ...] | Parts | None = None
     keep: tuple[Setting, ...] | None = None
 
-    def over(self, base: Terms) -> Terms:
-        """These terms where they say something, else the base's. `profiles` and `suffixes` are one question."""
+    def merged_over(self, base: Section) -> Section:
+        """These section where they say something, else the base's. `profiles` and `suffixes` are one question."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if self.profiles is not None or self.suffixes is not None:
             base = replace(base, profiles=None, suffixes=None)
@@ -103,7 +103,7 @@ class Terms:
 class Rule:
     path: str
     match: Match
-    terms: Terms
+    section: Section
 
 
 ALL_MODES = tuple(Mode)

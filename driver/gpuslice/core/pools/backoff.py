@@ -8,7 +8,7 @@ CALM_S = 60.0  # a watch, or a quiet spell, of this length starts the waiting ti
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class BackoffConfig:
     """Waiting times in seconds."""
 
     quiet_s: float = 0.5  # after a foreign change
@@ -19,13 +19,13 @@ class Pace:
     watch_s: int = 300
 
 
-DEFAULT_PACE = Pace()
+DEFAULT_BACKOFF = BackoffConfig()
 
 
-class Retry:
+class Backoff:
     """Full jitter, doubling: the delay before each further try."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: BackoffConfig) -> None:
         self._pace, self._most_s = pace, pace.retry_s
 
     def delay_s(self, chance: float) -> float:
@@ -35,10 +35,10 @@ class Retry:
         return delay_s
 
 
-class Patience:
+class Debounce:
     """When to answer foreign changes: after a moment of quiet, which doubles each time that our answer does not last."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: BackoffConfig) -> None:
         self._pace, self._quiet_s = pace, pace.quiet_s
         self._answered: float | None = None
         self._since: float | None = None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from gpuslice.core import layout
-from gpuslice.core.layout import Place
+from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import MigProfile
 
 _ENTRY = 1000  # one entry outweighs any number of counters; among equally many entries, fewer counters win
@@ -34,14 +34,14 @@ class Counter:
 class Counters:
     """The counters of one card. Empty where nothing that is published excludes anything else."""
 
-    places: tuple[Place, ...]
+    places: tuple[ProfilePlacement, ...]
     chosen: tuple[Counter, ...]
 
     def whole(self) -> dict[str, int]:
         """What a device consumes that takes the whole card: everything."""
         return {counter.name: counter.capacity for counter in self.chosen}
 
-    def at(self, place: Place) -> dict[str, int]:
+    def at(self, place: ProfilePlacement) -> dict[str, int]:
         """What each device at this place consumes. ValueError for a place that was not named."""
         i = self.places.index(place)
         return {counter.name: counter.taken[i] for counter in self.chosen if counter.taken[i]}
@@ -49,7 +49,7 @@ class Counters:
 
 @lru_cache(maxsize=128)
 def minimal(
-    profiles: tuple[MigProfile, ...], places: tuple[Place, ...], devices: tuple[int, ...], wholes: int
+    profiles: tuple[MigProfile, ...], places: tuple[ProfilePlacement, ...], devices: tuple[int, ...], wholes: int
 ) -> Counters:
     """Counters for a card with these `profiles` (all that it has: they tell its totals).
 
@@ -84,7 +84,7 @@ def _biters(pool: Sequence[Counter], illegal: tuple[int, ...]) -> int:
     return _mask(sum(counter.taken[i] for i in illegal) > counter.capacity for counter in pool)
 
 
-def candidates(card: Mapping[str, int], places: Sequence[Place]) -> Iterator[Counter]:
+def candidates(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> Iterator[Counter]:
     """Every counter that relaxes one rule of the hardware, in the order in which ties are broken."""
     yield Counter("card", 1, (0,) * len(places))
     width = max((place.placement.start + place.placement.size for place in places), default=0)

@@ -22,7 +22,7 @@ from typing import assert_never
 
 from gpuslice.core import layout, quantity
 from gpuslice.core.inventory import Device, Inventory, Pool, sm_percent
-from gpuslice.core.layout import Place
+from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import (
     DeviceRef,
     Exclusive,
@@ -126,7 +126,7 @@ def _chunks(bodies: Sequence[Body]) -> Iterator[Sequence[Body]]:
 
 def counters_of(pool: Pool) -> Counters:
     """The counters that keep this pool's devices apart; none where they exclude nothing."""
-    at: dict[Place, int] = {}
+    at: dict[ProfilePlacement, int] = {}
     wholes = 0
     for device in pool.devices:
         if isinstance(device.offer.sharing, Monitor) or _part(device.offer.sharing) is not None:
@@ -135,7 +135,7 @@ def counters_of(pool: Pool) -> Counters:
             case WholeGpu():
                 wholes += 1
             case MigSlice(profile=profile, placement=placement):
-                place = Place(profile, placement)
+                place = ProfilePlacement(profile, placement)
                 at[place] = at.get(place, 0) + 1
             case _:
                 assert_never(device.offer.slice_)
@@ -162,7 +162,7 @@ def _values(amounts: Mapping[str, int]) -> dict[str, Body]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Face:
+class PublishedDevice:
     """What a device shows of itself that depends on what it is: one of these for each kind of offer."""
 
     type: str
@@ -179,10 +179,10 @@ class _Face:
     policies: Mapping[str, Body] | None = None  # of the capacities that a share takes; None: an exclusive device
 
 
-def _face(offer: Offer, pool: Pool, needed: Counters) -> _Face:
+def _face(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
     match offer.sharing:
         case Monitor():  # admin access is charged for counters too (kubernetes/kubernetes#140729), so it has none
-            return _Face(type="monitor", uuid=offer.gpu.uuid, enforcement="none", memory_mib=0, consumed={})
+            return PublishedDevice(type="monitor", uuid=offer.gpu.uuid, enforcement="none", memory_mib=0, consumed={})
         case Exclusive():
             return _exclusive(offer.slice_, pool, needed)
         case Mps() as mps:
@@ -193,10 +193,10 @@ def _face(offer: Offer, pool: Pool, needed: Counters) -> _Face:
             assert_never(offer.sharing)
 
 
-def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> _Face:
+def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
     match slice_:
         case WholeGpu(gpu):
-            return _Face(
+            return PublishedDevice(
                 type="gpu",
                 uuid=gpu.uuid,
                 enforcement="hardware",
@@ -206,20 +206,20 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> _Face:
                 consumed=needed.whole(),
             )
         case MigSlice(_, profile, placement):  # it has a UUID only while it exists
-            return _Face(
+            return PublishedDevice(
                 type="mig",
                 profile=profile.name,
                 enforcement="hardware",
                 memory_mib=profile.memory_mib,
                 sm_percent=sm_percent(slice_),
                 engines=profile,
-                consumed=needed.at(Place(profile, placement)),
+                consumed=needed.at(ProfilePlacement(profile, placement)),
             )
         case _:
             assert_never(slice_)
 
 
-def _mps(mps: Mps, alone: _Face) -> _Face:
+def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
     """The same hardware, shared; a fixed part has its part of all that can be divided.
 
     `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, for so does MPS count them
@@ -243,7 +243,7 @@ def _mps(mps: Mps, alone: _Face) -> _Face:
     return replace(shared, policies=policies)
 
 
-def _timeslice(sharing: TimeSlicing, alone: _Face) -> _Face:
+def _timeslice(sharing: TimeSlicing, alone: PublishedDevice) -> PublishedDevice:
     shared = replace(
         alone,
         type="timeslice",
@@ -258,7 +258,7 @@ def _timeslice(sharing: TimeSlicing, alone: _Face) -> _Face:
     return replace(shared, policies={"memory": _memory_policy(sharing), "shares": _policy(1, 1, sharing.shares)})
 
 
-def _fixed(whole: _Face, sharing: Mps | TimeSlicing) -> _Face:
+def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevice:
     return replace(whole, memory_mib=sharing.memory_mib // sharing.shares, consumed={})
 
 
@@ -275,7 +275,7 @@ def _policy(default: int, least: int, value: int) -> Body:
     return {"default": str(default), "validRange": {"min": str(least), "step": "1"}}
 
 
-def _device(device: Device, face: _Face, taints: Iterable[Taint], driver: str) -> Body:
+def _device(device: Device, face: PublishedDevice, taints: Iterable[Taint], driver: str) -> Body:
     body: dict[str, object] = {
         "name": device.ref.device,
         "attributes": _attributes(device.offer.gpu, face),
@@ -291,7 +291,7 @@ def _device(device: Device, face: _Face, taints: Iterable[Taint], driver: str) -
     return body
 
 
-def _attributes(gpu: Gpu, face: _Face) -> Body:
+def _attributes(gpu: Gpu, face: PublishedDevice) -> Body:
     """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it tells what lies together."""
     found: dict[str, Body] = {
         "architecture": _text(gpu.architecture),
@@ -315,7 +315,7 @@ def _attributes(gpu: Gpu, face: _Face) -> Body:
     return found
 
 
-def _capacity(face: _Face) -> Body:
+def _capacity(face: PublishedDevice) -> Body:
     """Memory, what shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
     engines = face.engines
     found = {"memory": {"value": quantity.mebibytes(face.memory_mib)}} | _values(

@@ -32,7 +32,7 @@ def same(one: PoolSlices, other: PoolSlices) -> bool:
     return one is other or (_counters(one) == _counters(other) and _costs(one) == _costs(other))
 
 
-def closed(kept: PoolSlices, driver: str) -> PoolSlices:
+def cordoned(kept: PoolSlices, driver: str) -> PoolSlices:
     """The old shape with every device tainted, so that nothing new is allocated from it while it empties."""
     taint = {"key": f"{driver}/{TAINT}", "value": "pending", "effect": "NoSchedule"}
     return PoolSlices(

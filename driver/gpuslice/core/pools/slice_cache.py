@@ -8,7 +8,7 @@ from typing import Any
 Body = dict[str, Any]
 
 
-class View:
+class SliceCache:
     """Our slices as the API has them; what we wrote counts at once, long before the watch tells of it.
 
     Without that, a watch that lags makes a writer create everything twice (the DRA contract, statement 60). Resource
@@ -31,7 +31,7 @@ class View:
         self._bodies = alive | newer
         self._deleted &= {b["metadata"]["uid"] for b in bodies}
 
-    def heard(self, kind: str, body: Body) -> None:
+    def observed(self, kind: str, body: Body) -> None:
         """Take an event of the watch in: ADDED, MODIFIED or DELETED."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         known = self._bodies.get(name)
@@ -43,7 +43,7 @@ class View:
         elif known is not None and known["metadata"]["uid"] == uid:
             del self._bodies[name]
 
-    def wrote(self, body: Body) -> None:
+    def mutated(self, body: Body) -> None:
         """Take in what a create or an update of ours was answered."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         if self._unexplained.get(uid) == _version(body):

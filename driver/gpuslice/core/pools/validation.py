@@ -26,7 +26,7 @@ _VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)([-+][-+.0-9A-Za
 _LISTS = frozenset({"ints", "bools", "strings", "versions"})
 
 
-def faults(pool: PoolSlices) -> tuple[str, ...]:
+def problems(pool: PoolSlices) -> tuple[str, ...]:
     """Everything that is wrong with a pool's slices, a sentence each; empty if it may be sent."""
     return tuple(f"pool {pool.name}: {fault}" for fault in _faults(pool))
 

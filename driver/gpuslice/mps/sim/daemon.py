@@ -40,7 +40,7 @@ class RefusedError(Exception):
     """A command that is not obeyed, with what the daemon prints."""
 
 
-class Daemon:
+class SimDaemon:
     def __init__(
         self, node: str, pipe: str, devices: tuple[str, ...], *, multiuser: bool, log: Callable[[str], None]
     ) -> None:
@@ -272,32 +272,32 @@ class Daemon:
     def _get_threads(self, _: list[str], ceilings: Ceilings) -> str:
         return f"{ceilings.threads_percent:.1f}"
 
-    def _default(self, obey: Callable[[Daemon, list[str], Ceilings], str], arguments: list[str]) -> str:
+    def _default(self, obey: Callable[[SimDaemon, list[str], Ceilings], str], arguments: list[str]) -> str:
         return obey(self, arguments, self._defaults)
 
-    def _of_server(self, obey: Callable[[Daemon, list[str], Ceilings], str], arguments: list[str]) -> str:
+    def _of_server(self, obey: Callable[[SimDaemon, list[str], Ceilings], str], arguments: list[str]) -> str:
         return obey(self, arguments[1:], self._known(arguments[0]).ceilings)
 
 
-Obey = Callable[[Daemon, list[str]], str]
+Obey = Callable[[SimDaemon, list[str]], str]
 
 _COMMANDS: Mapping[str, Obey] = {
-    "get_server_list": Daemon._list_servers,
-    "get_server_status": Daemon._status,
-    "get_client_list": Daemon._list_clients,
-    "ps": Daemon._ps,
-    "start_server": Daemon._start_server,
-    "terminate_client": Daemon._terminate,
-    "shutdown_server": Daemon._shutdown,
-    "quit": Daemon._quit,
-    "set_default_device_pinned_mem_limit": lambda d, a: d._default(Daemon._set_memory, a),
-    "get_default_device_pinned_mem_limit": lambda d, a: d._default(Daemon._get_memory, a),
-    "set_device_pinned_mem_limit": lambda d, a: d._of_server(Daemon._set_memory, a),
-    "get_device_pinned_mem_limit": lambda d, a: d._of_server(Daemon._get_memory, a),
-    "set_default_active_thread_percentage": lambda d, a: d._default(Daemon._set_threads, a),
-    "get_default_active_thread_percentage": lambda d, a: d._default(Daemon._get_threads, a),
-    "set_active_thread_percentage": lambda d, a: d._of_server(Daemon._set_threads, a),
-    "get_active_thread_percentage": lambda d, a: d._of_server(Daemon._get_threads, a),
+    "get_server_list": SimDaemon._list_servers,
+    "get_server_status": SimDaemon._status,
+    "get_client_list": SimDaemon._list_clients,
+    "ps": SimDaemon._ps,
+    "start_server": SimDaemon._start_server,
+    "terminate_client": SimDaemon._terminate,
+    "shutdown_server": SimDaemon._shutdown,
+    "quit": SimDaemon._quit,
+    "set_default_device_pinned_mem_limit": lambda d, a: d._default(SimDaemon._set_memory, a),
+    "get_default_device_pinned_mem_limit": lambda d, a: d._default(SimDaemon._get_memory, a),
+    "set_device_pinned_mem_limit": lambda d, a: d._of_server(SimDaemon._set_memory, a),
+    "get_device_pinned_mem_limit": lambda d, a: d._of_server(SimDaemon._get_memory, a),
+    "set_default_active_thread_percentage": lambda d, a: d._default(SimDaemon._set_threads, a),
+    "get_default_active_thread_percentage": lambda d, a: d._default(SimDaemon._get_threads, a),
+    "set_active_thread_percentage": lambda d, a: d._of_server(SimDaemon._set_threads, a),
+    "get_active_thread_percentage": lambda d, a: d._of_server(SimDaemon._get_threads, a),
 }
 
 

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gpuslice.mps.sim.daemon import Daemon
+from gpuslice.mps.sim.daemon import SimDaemon
 from gpuslice.mps.sim.devices import VisibleError, visible
 from gpuslice.mps.sim.server import name_myself
 
@@ -31,7 +31,7 @@ def run(pipe: str, *, background: bool, multiuser: bool) -> int:
             return 0
         name_myself(_CONTROL)
         Path(pipe, f"{_CONTROL}.pid").write_text(f"{os.getpid()}\n", encoding="ascii")
-        daemon = Daemon(node, pipe, devices, multiuser=multiuser, log=lambda line: _log(logs, line))
+        daemon = SimDaemon(node, pipe, devices, multiuser=multiuser, log=lambda line: _log(logs, line))
     except BlockingIOError:
         return _ended("An instance of this daemon is already running")
     except (OSError, VisibleError) as e:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpuslice.core.model import MIB, Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Partition
 from gpuslice.errors import DeviceError
-from gpuslice.nvml.api import MPS_SERVER, Code, ComputeMode, Process, XidEvent
+from gpuslice.nvml.api import MPS_SERVER, Code, ComputeMode, GpuProcess, XidEvent
 from gpuslice.nvml.sim.faults import Cue, Cues, Effect, Events
 from gpuslice.nvml.sim.models import Product
 from gpuslice.nvml.sim.spec import parse
@@ -162,13 +162,13 @@ class SimNode:
 
         def start(state: GpuState) -> GpuState:
             chosen = pid or max((p.pid for p in state.processes), default=10_000 * (index + 1)) + 1
-            process = Process(pid=chosen, name=name, gi=gi, ci=ci, used_bytes=used_bytes)
+            process = GpuProcess(pid=chosen, name=name, gi=gi, ci=ci, used_bytes=used_bytes)
             self._admit(index, state, process, mps)
             return replace(state, processes=(*state.processes, process))
 
         return self._state.change(index, start).processes[-1].pid
 
-    def _admit(self, index: int, state: GpuState, process: Process, mps: bool) -> None:
+    def _admit(self, index: int, state: GpuState, process: GpuProcess, mps: bool) -> None:
         here = self.label(index)
         beside = [p for p in state.processes if (p.gi, p.ci) == (process.gi, process.ci)]
         if state.lost:

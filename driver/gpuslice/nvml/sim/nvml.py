@@ -17,10 +17,10 @@ from typing import Literal
 
 from gpuslice.core.model import MIB, Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Partition, Placement
 from gpuslice.errors import DeviceError
-from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, Memory, Process, XidEvent
+from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, GpuProcess, Memory, XidEvent
 from gpuslice.nvml.sim import geometry
 from gpuslice.nvml.sim.node import SimNode
-from gpuslice.nvml.sim.state import Change, GpuState
+from gpuslice.nvml.sim.state import GpuState, Mutation
 
 Latency = Literal["realistic", "zero", "serial"]
 
@@ -85,7 +85,7 @@ class SimNvml(SimNode):
         state, index = self._read("minor", gpu), self.index(gpu)
         return index + len(self.cards) if state.live.mig and self.cards[index].resetless else index
 
-    def processes(self, gpu: GpuUuid) -> tuple[Process, ...]:
+    def processes(self, gpu: GpuUuid) -> tuple[GpuProcess, ...]:
         return self._read("processes", gpu).processes
 
     def memory(self, device: GpuUuid | MigUuid) -> Memory:
@@ -272,7 +272,7 @@ class SimNvml(SimNode):
             self._spend(call)
             return self._alive(index, self._state.read(index))
 
-    def _change(self, call: str, gpu: GpuUuid, change: Change) -> GpuState:
+    def _change(self, call: str, gpu: GpuUuid, change: Mutation) -> GpuState:
         index = self.index(gpu)
         with self._turn(index, changing=True):
             self._meet(call, gpu, done=False)

@@ -23,7 +23,7 @@ from typing import cast
 
 from gpuslice.core.model import LiveGpu, MigUuid, Partition, Placement
 from gpuslice.errors import ConfigError, StateError
-from gpuslice.nvml.api import ComputeMode, Process
+from gpuslice.nvml.api import ComputeMode, GpuProcess
 from gpuslice.nvml.sim.spec import NodeSpec, from_body
 from gpuslice.system.files import Version, ensure_folder, locked, write_atomic
 
@@ -35,7 +35,7 @@ class GpuState:
     live: LiveGpu
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     time_slice: int = 0
-    processes: tuple[Process, ...] = ()
+    processes: tuple[GpuProcess, ...] = ()
     lost: bool = False
 
     def partition(self, gi: int) -> Partition | None:
@@ -48,7 +48,7 @@ class GpuState:
         return replace(self, live=replace(self.live, mig=on, mig_pending=on if pending is None else pending))
 
 
-Change = Callable[[GpuState], GpuState]
+Mutation = Callable[[GpuState], GpuState]
 
 
 class StateFolder:
@@ -113,7 +113,7 @@ class StateFolder:
         self._cache[index] = (key, state)
         return state
 
-    def change(self, index: int, change: Change) -> GpuState:
+    def change(self, index: int, change: Mutation) -> GpuState:
         """Apply `change` to the card's state under its lock and return what it made; an error leaves it as it was."""
         path = self._file(index)
         with locked(self._part(f"gpu{index}.lock")):
@@ -174,7 +174,7 @@ def _decode(body: Mapping[str, object]) -> GpuState:
         compute_mode=ComputeMode(cast("int", body["computeMode"])),
         time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release does not say
         processes=tuple(
-            Process(pid=p["pid"], name=str(p["name"]), gi=p["gi"], ci=p["ci"], used_bytes=p["usedBytes"])
+            GpuProcess(pid=p["pid"], name=str(p["name"]), gi=p["gi"], ci=p["ci"], used_bytes=p["usedBytes"])
             for p in processes
         ),
         lost=body["lost"] is True,

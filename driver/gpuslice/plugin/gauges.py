@@ -1,0 +1,41 @@
+"""What the driver's metrics say of claims, cards and MPS daemons at the moment they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+from gpuslice.checkpoint import Checkpoint
+from gpuslice.core import share
+from gpuslice.errors import DeviceError
+from gpuslice.mps.api import MpsDaemons
+from gpuslice.telemetry import Telemetry
+
+
+def register(
+    telemetry: Telemetry, checkpoint: Checkpoint, mps: MpsDaemons, hung: Callable[[], Collection[object]]
+) -> None:
+    """Add the gauges; `hung` lists the GPUs with a call that does not come back."""
+    telemetry.gauge("gpuslice_prepared_claims", "Claims with a record.", lambda: len(checkpoint.records()))
+    telemetry.gauge("gpuslice_hung_gpus", "GPUs with a call that does not come back.", lambda: len(hung()))
+    telemetry.gauges(
+        "gpuslice_prepared_devices",
+        "Devices that claims hold.",
+        "type",
+        {mode: partial(_held, checkpoint, mode) for mode in share.MODES},
+    )
+    telemetry.gauge(
+        "gpuslice_mps_daemons_unwell", "MPS daemons in trouble; -1 without supervisor.", partial(_unwell, mps)
+    )
+
+
+def _held(checkpoint: Checkpoint, mode: str) -> int:
+    records = checkpoint.records().values()
+    return sum(share.mode(grant) == mode for record in records for grant in record.plan.grants)
+
+
+def _unwell(mps: MpsDaemons) -> int:
+    try:
+        return sum(bool(daemon.problem) for daemon in mps.running())
+    except DeviceError:
+        return -1

@@ -1,0 +1,64 @@
+"""The MPS daemons of this node, looked after while the driver runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from gpuslice.errors import DriverError
+from gpuslice.mps.api import MpsDaemons
+
+log = logging.getLogger(__name__)
+
+_PERIOD_S, _LONGEST_PAUSE_S = 2.0, 60.0
+
+_State = tuple[str, frozenset[str]]  # which supervisor process it is, and what is wrong with its daemons
+_AWAY: _State = ("", frozenset())
+
+
+class MpsUpkeep:
+    """Where a daemon was lost, or the whole supervisor is another process than before, the daemons are ensured again from
+    the records. What is wrong meanwhile is logged here, and tainted by the node's health."""
+
+    def __init__(
+        self, mps: MpsDaemons, ensure_daemons: Callable[[], Awaitable[None]], changed: Callable[[], object]
+    ) -> None:
+        self._mps = mps
+        self._ensure_daemons = ensure_daemons
+        self._changed = changed  # called when the taints may be others now
+
+    async def run(self) -> str:
+        """Until cancelled. What stays wrong is tried after pauses that double: each try holds the card, and a daemon that
+        hangs at its start takes ten seconds."""
+        known, pause_s, due, pending = _AWAY, _PERIOD_S, 0.0, False
+        while True:
+            now = await asyncio.to_thread(self._state)
+            if now != known:
+                for problem in sorted(now[1] - known[1]):
+                    log.warning("MPS: %s", problem)
+                self._changed()
+                pause_s, due = _PERIOD_S, 0.0
+            pending = pending or now[0] != known[0] or bool(now[1])
+            known = now
+            if pending and now != _AWAY and time.monotonic() >= due:
+                pause_s, due = min(2 * pause_s, _LONGEST_PAUSE_S), time.monotonic() + pause_s
+                pending = not await self._ensured()
+            await asyncio.sleep(_PERIOD_S)
+
+    async def _ensured(self) -> bool:
+        try:
+            await self._ensure_daemons()
+        except DriverError as e:  # the daemon's own problem is logged and tainted
+            log.debug("the MPS daemons cannot be ensured yet: %s", e)
+            return False
+        return True
+
+    def _state(self) -> _State:
+        """`_AWAY` where no supervisor answers."""
+        try:
+            problems = frozenset(daemon.problem for daemon in self._mps.running() if daemon.problem)
+            return self._mps.incarnation(), problems
+        except DriverError:
+            return _AWAY
