@@ -14,6 +14,7 @@ import pytest
 from tests.kit.cluster.wanted import HACK_CLUSTER
 
 SINCE = (1, 34)
+STARTER = ("bash", "dirname", "cmp")  # what hack/cluster itself runs before it looks for anything
 
 
 @pytest.fixture
@@ -21,12 +22,14 @@ def elsewhere() -> Iterator[dict[str, str]]:
     """An environment in which no cluster runs and nothing is built, with a PATH of its own."""
     folder = Path(tempfile.mkdtemp(prefix="gs-"))
     (folder / "bin").mkdir()
-    yield {**os.environ, "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder), "PATH": str(folder / "bin")}
+    environment = {**os.environ, "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder), "PATH": str(folder / "bin")}
+    _put(environment, *STARTER)
+    yield environment
     shutil.rmtree(folder)
 
 
 def _put(environment: dict[str, str], *programs: str) -> None:
-    """Have these on PATH, and no others."""
+    """Have these on PATH too, and no others."""
     for program in programs:
         found = shutil.which(program)
         assert found is not None, f"there is no {program} on PATH"
