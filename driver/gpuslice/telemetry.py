@@ -48,7 +48,7 @@ def setup_logging(level: str) -> None:
 
 
 class Telemetry:
-    """Counters and the timing of the two server. One registry per instance, so that tests may build many."""
+    """Counters and the timing of requests. One registry per instance, so that tests may build many."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

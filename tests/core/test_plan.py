@@ -46,13 +46,15 @@ def a_claim(*devices: str, name: str = "one", admin: bool = False, inventory: In
 
 
 def made(claim: Claim, *records: Record, live: LiveGpu = ON, inventory: Inventory = NODE) -> Plan:
-    decision = plan.make(claim, inventory, records, {pool.gpu.uuid: live for pool in inventory.pools})
+    decision = plan.make(
+        claim.ref, plan.grants(claim, inventory), inventory, records, {pool.gpu.uuid: live for pool in inventory.pools}
+    )
     assert isinstance(decision, Plan), decision
     return decision
 
 
 def busy(claim: Claim, *records: Record) -> tuple[str, ...]:
-    decision = plan.make(claim, NODE, records, {H100.uuid: ON})
+    decision = plan.make(claim.ref, plan.grants(claim, NODE), NODE, records, {H100.uuid: ON})
     assert isinstance(decision, Busy), decision
     return tuple(holder.name for holder in decision.holders)
 

@@ -16,7 +16,7 @@ from gpuslice.mps.client import MpsClient
 from gpuslice.nvml.api import ComputeMode, Nvml
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.plugin.cdi_writer import CdiWriter
-from gpuslice.plugin.prepare import Preparer
+from gpuslice.plugin.prepare import Preparer, Scope
 from gpuslice.plugin.steps import StepExecutor
 from gpuslice.system.host import SimHost
 
@@ -100,23 +100,29 @@ class Rig:
     def device(self, name: str, gpu: int = 0) -> DeviceRef:
         return DeviceRef(PoolName(self.inventory.pools[gpu].name), name)
 
+    def ask(self, claim: Claim) -> PreparedClaim | Busy:
+        """A prepare, as the service has it done."""
+        answer = self.preparer.prepare(claim, self.preparer.scope(claim.ref.uid, claim))
+        assert not isinstance(answer, Scope), "nobody else works on this node"
+        return answer
+
     def prepare(self, claim: Claim) -> PreparedClaim:
-        answer = self.preparer.prepare(claim)
+        answer = self.ask(claim)
         assert isinstance(answer, PreparedClaim), answer
         return answer
 
     def busy(self, claim: Claim) -> Sequence[ClaimRef]:
-        answer = self.preparer.prepare(claim)
+        answer = self.ask(claim)
         assert isinstance(answer, Busy), answer
         return answer.holders
 
     def unprepare(self, claim: Claim | ClaimRef) -> None:
         ref = claim.ref if isinstance(claim, Claim) else claim
-        assert self.preparer.unprepare(ref.uid, self.preparer.gpus_of_record(ref.uid))
+        assert self.preparer.unprepare(ref.uid, self.preparer.scope(ref.uid)) is None
 
     def recover(self) -> None:
         for uid in self.preparer.unfinished():
-            self.preparer.recover(uid)
+            assert self.preparer.recover(uid, self.preparer.scope(uid)) is None
 
     # ------------------------------------------------------------ looking
 

@@ -144,12 +144,12 @@ async def test_a_gpu_is_handed_out_in_the_order_of_arrival() -> None:
     async def wait(name: str, arrival: int) -> None:
         ticket = await tickets.take([A], arrival)
         order.append(name)
-        tickets.give_back(ticket)
+        tickets.release(ticket)
 
     waiting = [asyncio.create_task(wait("late", late)), asyncio.create_task(wait("early", early))]
     await _settled()
     assert order == []
-    tickets.give_back(first)
+    tickets.release(first)
     await asyncio.gather(*waiting)
 
     assert order == ["early", "late"]
@@ -172,8 +172,8 @@ async def test_a_claim_over_two_gpus_gets_both_or_none_and_is_not_overtaken() ->
     assert not both.done()
     assert not later.done()
 
-    tickets.give_back(held)
-    tickets.give_back(await both)
+    tickets.release(held)
+    tickets.release(await both)
 
     assert (await later).gpus == (B,)
 
@@ -187,7 +187,7 @@ async def test_a_caller_that_leaves_the_queue_blocks_nobody() -> None:
     leaves.cancel()
     await _settled()
 
-    tickets.give_back(held)
+    tickets.release(held)
 
     assert (await stays).gpus == (A,)
 

@@ -158,7 +158,7 @@ def test_daemons_of_a_lost_supervisor_are_made_again_from_the_records(short: Pat
 def test_without_a_supervisor_a_share_is_refused_with_a_sentence_and_the_card_stays_free(short: Path) -> None:
     rig = Rig(short)
     with pytest.raises(DeviceError, match=r"no MPS supervisor answers at .*; start it: gpuslice mps-supervisor"):
-        rig.preparer.prepare(by_mps(rig, "one"))
+        rig.ask(by_mps(rig, "one"))
 
     rig.assert_empty()
     rig.prepare(a_claim("two", rig.device("gpu")))
@@ -169,7 +169,7 @@ def test_a_daemon_that_takes_no_limit_leaves_nothing_half_made(rig: Rig) -> None
     cue.mkdir(exist_ok=True)
     (cue / "ignore-limits").touch()
     with pytest.raises(DeviceError, match="did not take its memory ceiling of 10240 MiB"):
-        rig.preparer.prepare(by_mps(rig, "one"))
+        rig.ask(by_mps(rig, "one"))
     assert rig.mps.running() == ()
     rig.assert_empty()
 
@@ -213,7 +213,7 @@ def test_a_repeated_prepare_has_its_daemon_made_again(short: Path) -> None:
     rig.prepare(claim)
     first.close()
     with pytest.raises(DeviceError, match="no MPS supervisor answers"):
-        rig.preparer.prepare(claim)
+        rig.ask(claim)
 
     second = a_supervisor(short)
     second.open()
@@ -229,7 +229,7 @@ def test_several_mps_shares_in_one_request_are_refused_for_a_program_can_use_one
     (second,) = by_mps(rig, "two").allocations
 
     with pytest.raises(ClaimError, match=r"request gpu-0 of claim .* has 2 MPS shares, and a program can use one"):
-        rig.preparer.prepare(Claim(a_ref("both"), (first, second)))
+        rig.ask(Claim(a_ref("both"), (first, second)))
     rig.assert_empty()
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from gpuslice.core.model import ClaimUid, Placement
+from gpuslice.core.model import Placement
 from gpuslice.errors import ClaimError, DeviceError, StateError
 from gpuslice.nvml.api import Code
+from gpuslice.plugin.prepare import Scope
 
 from tests.kit.rig import Rig, a_claim, a_ref
 
@@ -396,7 +397,7 @@ def test_what_stands_on_a_card_that_was_lost_before_anything_was_made_is_left_al
     claim = a_claim("one", node.device("mig-1g-19-0"))
     node.nvml.cue("fail", "look", card, code=Code.GPU_IS_LOST, times=None, skip=1)
     with pytest.raises(DeviceError):
-        node.preparer.prepare(claim)
+        node.ask(claim)
     node.unprepare(claim)
     node.nvml.withdraw()
     foreign = node.nvml.create_gpu_instance(card, 19, Placement(0, 1))
@@ -413,7 +414,7 @@ def test_a_corrupt_record_harms_its_own_claim_only_and_is_mended_by_moving_it_aw
     path.write_text('{"format": 1, "claim"')
 
     with pytest.raises(StateError, match=r"uid-one cannot be read.*move the file away"):
-        node.preparer.prepare(broken)
+        node.ask(broken)
     with pytest.raises(StateError):
         node.unprepare(broken)
     node.prepare(fine)
@@ -438,11 +439,15 @@ def test_a_full_or_forbidden_cdi_folder_fails_in_one_sentence_and_leaves_nothing
     node.assert_agreed()
 
 
-def test_a_claim_that_moved_to_other_cards_tells_so_to_an_unprepare_with_the_old_ones(node: Rig) -> None:
+def test_a_verb_that_finds_another_record_than_expected_does_nothing_and_says_what_it_found(node: Rig) -> None:
     claim = a_claim("one", node.device("gpu", 1))
+    before = node.preparer.scope(claim.ref.uid, claim)
     node.prepare(claim)
+    now = Scope((node.gpus[1].uuid,), node.checkpoint.get(claim.ref.uid))
 
-    assert not node.preparer.unprepare(ClaimUid(claim.ref.uid), [node.gpus[0].uuid])
+    assert node.preparer.prepare(claim, before) == now
+    assert node.preparer.unprepare(claim.ref.uid, Scope((node.gpus[0].uuid,))) == now
+    assert node.preparer.recover(claim.ref.uid, Scope((node.gpus[0].uuid,))) == now
     assert node.records() == {claim.ref.uid}
 
 

@@ -109,7 +109,7 @@ def test_one_claim_that_was_given_too_much_of_a_device_is_told_so(rig: Rig) -> N
     (second,) = a_turn(rig, "two", gib=60).allocations
 
     with pytest.raises(ClaimError, match=r"122880 MiB of memory of 81152.*delete the pod"):
-        rig.preparer.prepare(Claim(a_ref("both"), (first, second)))
+        rig.ask(Claim(a_ref("both"), (first, second)))
     assert rig.records() == set()
 
 
@@ -147,20 +147,20 @@ def test_an_exclusive_card_s_containers_take_turns_as_the_claim_says(rig: Rig) -
 
 def test_an_interval_on_a_partition_is_refused_with_a_sentence(rig: Rig) -> None:
     with pytest.raises(ClaimError, match=r"interval has no effect on partition .*mig-1g-19-0; remove the setting"):
-        rig.preparer.prepare(an_interval(rig, "mig-1g-19-0"))
+        rig.ask(an_interval(rig, "mig-1g-19-0"))
     rig.assert_empty()
 
 
 def test_an_interval_on_a_card_that_others_use_too_is_refused_with_a_sentence(rig: Rig) -> None:
     with pytest.raises(ClaimError, match=r"cannot be set for .*timeslice, whose card other claims share"):
-        rig.preparer.prepare(an_interval(rig, "timeslice"))
+        rig.ask(an_interval(rig, "timeslice"))
     rig.assert_empty()
 
 
 def test_an_interval_that_the_card_does_not_take_leaves_nothing_behind(rig: Rig) -> None:
     cue = rig.nvml.cue("fail", "set_time_slice", code=Code.NOT_SUPPORTED)
     with pytest.raises(DeviceError):
-        rig.preparer.prepare(a_turn(rig, "one"))
+        rig.ask(a_turn(rig, "one"))
     rig.nvml.withdraw(cue)
     rig.assert_empty()
 
@@ -189,7 +189,7 @@ def test_shares_of_a_static_plan_are_devices_of_their_own(tmp_path: Path, spec: 
     claims = [a_claim(name, rig.device(f"timeslice-{part}")) for part, name in enumerate(("one", "two"))]
     if spec == "a100-40g:mig":
         with pytest.raises(DeviceError, match=r"MIG mode on and cannot switch it without a reset"):
-            rig.preparer.prepare(claims[0])
+            rig.ask(claims[0])
         return
 
     for claim in claims:
@@ -205,7 +205,7 @@ def test_shares_of_a_static_plan_are_devices_of_their_own(tmp_path: Path, spec: 
 
 def test_a_share_of_another_device_than_the_claim_s_is_unknown(rig: Rig) -> None:
     with pytest.raises(ClaimError, match="timeslice-9"):
-        rig.preparer.prepare(a_claim("one", DeviceRef(rig.device("gpu").pool, "timeslice-9")))
+        rig.ask(a_claim("one", DeviceRef(rig.device("gpu").pool, "timeslice-9")))
 
 
 # ---------------------------------------------------------------- on the way back
@@ -220,7 +220,7 @@ def test_a_refused_switch_of_mig_mode_leaves_nothing_that_sticks(rig: Rig) -> No
     claim = a_turn(rig, "one")
 
     with pytest.raises(DeviceError, match=r"MIG mode of GPU .* cannot be switched while it is in use"):
-        rig.preparer.prepare(claim)
+        rig.ask(claim)
 
     rig.nvml.withdraw(cue)
     rig.assert_empty()

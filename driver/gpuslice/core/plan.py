@@ -59,26 +59,27 @@ from gpuslice.errors import ClaimError, DeviceError
 Live = Mapping[GpuUuid, LiveGpu]
 
 
-def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Live) -> Plan | Busy:
+def make(
+    ref: ClaimRef, wanted: tuple[Grant, ...], inventory: Inventory, records: Iterable[Record], live: Live
+) -> Plan | Busy:
     """The plan for a claim of which no record stands, or who is in its way.
 
-    `records` are all others on this node, `live` a look at each GPU of the claim taken under its lock. ClaimError where
-    only the author or the scheduler can help, DeviceError where the node has to change first.
+    `wanted` are its `grants`, `records` all others on this node, `live` a look at each GPU of the claim taken under its
+    lock. ClaimError where only the author or the scheduler can help, DeviceError where the node has to change first.
     """
-    wanted = grants(claim, inventory)
     others = tuple(records)
     for one, two in combinations(wanted, 2):
         if _exclude(one, two, inventory):
             raise ClaimError(
-                f"claim {claim.ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
+                f"claim {ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
                 "together; delete the pod to have it scheduled again"
             )
-    _refuse_several_daemons(claim.ref, wanted)
+    _refuse_several_daemons(ref, wanted)
     for number, grant in enumerate(wanted):
         too_much = share.excess(grant, [other for other in wanted[:number] if share.coexists(grant, other)])
         if too_much:
             raise ClaimError(
-                f"claim {claim.ref} was given {too_much} on {grant.allocation.device}; delete the pod to have it "
+                f"claim {ref} was given {too_much} on {grant.allocation.device}; delete the pod to have it "
                 "scheduled again"
             )
     holders = blockers(wanted, others, inventory)
@@ -87,7 +88,7 @@ def make(claim: Claim, inventory: Inventory, records: Iterable[Record], live: Li
     steps: list[Step] = []
     for grant in wanted:
         steps += (step for step in _steps(grant, inventory, others, live) if step not in steps)
-    return Plan(claim.ref, wanted, tuple(steps))
+    return Plan(ref, wanted, tuple(steps))
 
 
 def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:

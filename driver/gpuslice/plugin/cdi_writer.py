@@ -12,7 +12,7 @@ from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Mps
 from gpuslice.core.record import Grant, PreparedClaim, PreparedDevice, Record
 from gpuslice.core.share import Share
-from gpuslice.mps.api import MpsDaemons as MpsDaemons
+from gpuslice.mps.api import MpsDaemons
 from gpuslice.nvml.api import Nvml
 from gpuslice.system import files
 from gpuslice.system.host import Host

@@ -3,7 +3,7 @@
 All of it lives on the event loop; only the work itself runs in threads. Two things that went wrong in other shapes, both
 tried: locks taken inside worker threads let the queue of one hung GPU eat the whole executor, and a lock that a cancelled
 coroutine frees while its thread still works lets two jobs onto one GPU. So tickets are handed out on the loop, and the
-end of the *thread* gives them back.
+end of the *thread* releases them.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ClaimQueue:
 
 
 class Ticket:
-    """The right to work on some GPUs; given back exactly once."""
+    """The right to work on some GPUs; released exactly once."""
 
     def __init__(self, gpus: Sequence[GpuUuid], arrival: int) -> None:
         self.gpus = tuple(gpus)
@@ -135,11 +135,11 @@ class Tickets:
         try:
             await ticket.held
         except BaseException:
-            self.give_back(ticket)
+            self.release(ticket)
             raise
         return ticket
 
-    def give_back(self, ticket: Ticket) -> None:
+    def release(self, ticket: Ticket) -> None:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
         for gpu in ticket.gpus:
@@ -191,7 +191,7 @@ class Workers:
     async def run(self, ticket: Ticket, job: Job, work: Callable[[], T], name: str) -> T:
         """The result of `work`; HungError after the limit, while the thread goes on and keeps the ticket.
 
-        The ticket is given back when the work ends. Context variables (the `op=` id) are taken along.
+        The ticket is released when the work ends. Context variables (the `op=` id) are taken along.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
@@ -209,14 +209,14 @@ class Workers:
             watchdog.cancel()
             job.working -= 1
             self._leave()
-            self._tickets.give_back(ticket)
+            self._tickets.release(ticket)
             if not answer.done():
                 end()
 
         try:
             self._give(body)
         except RuntimeError as e:
-            self._tickets.give_back(ticket)
+            self._tickets.release(ticket)
             raise ClaimError(f"{name} cannot begin: {e}; raise the limit of processes of this container") from e
         watchdog = loop.call_later(self._limit_s, self._overdue, ticket, answer, name)
         job.working += 1

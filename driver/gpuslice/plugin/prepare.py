@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpuslice.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from gpuslice.core import plan, shared
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu
 from gpuslice.core.plan import Live
-from gpuslice.core.record import Busy, Plan, PreparedClaim, Record
+from gpuslice.core.record import Busy, Grant, Plan, PreparedClaim, Record
 from gpuslice.errors import DeviceError, DriverError
 from gpuslice.nvml.api import MPS_SERVER, Nvml
 from gpuslice.plugin.cdi_writer import CdiWriter
@@ -30,6 +30,19 @@ from gpuslice.plugin.steps import StepExecutor
 from gpuslice.system import files
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which GPUs a verb works on: found once, before its ticket; then waited for, locked and worked on.
+
+    `gpus` are in the one global order, `record` is the claim's as it was then, `grants` what a new prepare takes. A verb that
+    finds another record under its locks (another instance was at work) changes nothing and returns the scope of now.
+    """
+
+    gpus: tuple[GpuUuid, ...]
+    record: Record | None = None
+    grants: tuple[Grant, ...] = ()
 
 
 class Preparer:
@@ -50,59 +63,56 @@ class Preparer:
         self._cdi_writer = cdi_writer
         self._locks = files.ensure_folder(locks)
 
-    # ------------------------------------------------------------ the server' verbs
+    # ------------------------------------------------------------ the kubelet's verbs
 
-    def prepare(self, claim: Claim) -> PreparedClaim | Busy:
+    def scope(self, uid: ClaimUid, claim: Claim | None = None) -> Scope:
+        """What a verb on this claim works on; with `claim`, a prepare.
+
+        ClaimError where the claim cannot be served as it was allocated.
+        """
+        record = self._checkpoint.get(uid)
+        if claim is None or (record is not None and plan.serves(record, claim)):
+            return Scope(() if record is None else record.plan.gpus, record)
+        return self._wanted(claim, record)
+
+    def prepare(self, claim: Claim, scope: Scope) -> PreparedClaim | Busy | Scope:
         """What the claim was given, the same as last time if it stands; or who has to leave first."""
-        answer = None
-        while answer is None:
-            answer = self._prepare(claim, self.gpus_of(claim))
-        return answer
-
-    def _prepare(self, claim: Claim, gpus: Sequence[GpuUuid]) -> PreparedClaim | Busy | None:
-        """None where another instance has prepared the claim on other GPUs meanwhile: again, with those locked too."""
         uid = claim.ref.uid
-        with self._locked(uid, gpus):
+        with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
-            if record is not None and not set(record.plan.gpus) <= set(gpus):
-                return None
-            if record is not None and record.prepared is not None and plan.serves(record, claim):
-                live = self._look(record.plan.named)
-                if plan.stands(record, live):
-                    if daemons := shared.daemons_of([record]):
-                        self._steps.ensure_daemons(daemons, tuple(self._checkpoint.records().values()))
-                    self._cdi_writer.ensure(record, live)
-                    return record.prepared
-            wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
-            if not set(wanted.gpus) <= set(gpus):
-                return None
+            if record != scope.record:
+                return self.scope(uid, claim)
+            if record is not None and plan.serves(record, claim) and (standing := self._standing(record)):
+                return standing
+            wanted = scope if scope.grants else self._wanted(claim, record)
+            if not set(wanted.gpus) <= set(scope.gpus):
+                return wanted
             if record is not None:
-                self._give_back(record)
-            live = self._look(wanted.named)
-            others = tuple(self._others(uid).values())
-            decision = plan.make(claim, self._inventory, others, live)
-            return decision if isinstance(decision, Busy) else self._carry_out(decision, others, live)
+                self._undo_or_leave(record)
+            return self._make(claim, wanted.grants)
 
-    def unprepare(self, uid: ClaimUid, gpus: Sequence[GpuUuid]) -> bool:
-        """Give back what the claim holds. False where it holds other GPUs than expected: ask again with those."""
-        with self._locked(uid, gpus):
+    def unprepare(self, uid: ClaimUid, scope: Scope) -> Scope | None:
+        """Undo what the claim holds; success where it holds nothing."""
+        with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
-            if record is not None and not set(record.plan.gpus) <= set(gpus):
-                return False
+            if record != scope.record:
+                return self.scope(uid)
             if record is not None:
-                self._give_back(record)
+                self._undo_or_leave(record)
             else:
                 self._cdi_writer.remove(uid)
-            return True
+            return None
 
-    def recover(self, uid: ClaimUid) -> None:
+    def recover(self, uid: ClaimUid, scope: Scope) -> Scope | None:
         """Undo a claim that a killed process left unfinished; leaves one alone that another instance has finished."""
-        gpus = self.gpus_of_record(uid)
-        with self._locked(uid, gpus):
+        with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
-            if record is not None and record.prepared is None and set(record.plan.gpus) <= set(gpus):
+            if record != scope.record:
+                return self.scope(uid)
+            if record is not None and record.prepared is None:
                 log.warning("undoing what was left incomplete claim=%s", record.plan.ref)
                 self._undo(record)
+            return None
 
     def ensure_daemons(self, gpu: GpuUuid) -> None:
         """Have the MPS daemons of a card as its records want them, for the supervisor may have lost them; the first error,
@@ -119,20 +129,8 @@ class Preparer:
     def unfinished(self) -> tuple[ClaimUid, ...]:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
 
-    def gpus_of(self, claim: Claim) -> tuple[GpuUuid, ...]:
-        """GPUs that a prepare works on: those it would take and those that an older record of the claim holds."""
-        record = self._checkpoint.get(claim.ref.uid)
-        if record is not None and plan.serves(record, claim):
-            return record.plan.gpus
-        wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
-        return tuple(sorted({*wanted.gpus, *(() if record is None else record.plan.gpus)}))
-
-    def gpus_of_record(self, uid: ClaimUid) -> tuple[GpuUuid, ...]:
-        record = self._checkpoint.get(uid)
-        return () if record is None else record.plan.gpus
-
     def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
-        """Claims that would still be in the way if those in `gone` had left."""
+        """Claims that would still hold what this one needs if those in `gone` had left."""
         others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
         return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
 
@@ -152,6 +150,22 @@ class Preparer:
 
     # ------------------------------------------------------------ forward
 
+    def _standing(self, record: Record) -> PreparedClaim | None:
+        """What a finished record gives, its daemons and its CDI file made good; None where the hardware has changed."""
+        live = self._look(record.plan.named)
+        if not plan.stands(record, live):
+            return None
+        if daemons := shared.daemons_of([record]):
+            self._steps.ensure_daemons(daemons, tuple(self._checkpoint.records().values()))
+        self._cdi_writer.ensure(record, live)
+        return record.prepared
+
+    def _make(self, claim: Claim, wanted: tuple[Grant, ...]) -> PreparedClaim | Busy:
+        live = self._look(Plan(claim.ref, wanted, ()).named)
+        others = tuple(self._others(claim.ref.uid).values())
+        decision = plan.make(claim.ref, wanted, self._inventory, others, live)
+        return decision if isinstance(decision, Busy) else self._carry_out(decision, others, live)
+
     def _carry_out(self, decided: Plan, others: Sequence[Record], live: Live) -> PreparedClaim:
         record = Record(decided, shared.reusable(decided, others, live))
         self._checkpoint.put(record)
@@ -165,7 +179,7 @@ class Preparer:
             finished = self._cdi_writer.inject(record, self._look(decided.named))
             self._checkpoint.put(finished)
         except DriverError:
-            self._roll_back(decided.ref.uid)
+            self._undo_failed(decided.ref.uid)
             raise
         assert finished.prepared is not None
         return finished.prepared
@@ -173,36 +187,48 @@ class Preparer:
     # ------------------------------------------------------------ back
 
     def _undo(self, record: Record) -> None:
-        """Take everything back, the record last. Where a card refuses, the others' are taken back all the same; then the
+        """Undo all steps, then drop the record. Where a card refuses, the others' steps are undone all the same; then the
         error is raised and the record stays."""
-        for error in self._take_back(record).values():
+        for error in self._undo_steps(record).values():
             raise error
         self._checkpoint.drop(record.plan.ref.uid)
 
-    def _give_back(self, record: Record) -> None:
-        """As `_undo`; but a lost card keeps no pod from its end, for a node has to be drained before it is rebooted.
+    def _undo_or_leave(self, record: Record) -> None:
+        """As `_undo`; but a lost card keeps no pod from its end, because a node is drained before it is rebooted.
 
-        Nothing runs on such a card and it is tainted. What it keeps is a record of its own until it is back: then `recover`
-        undoes that, or the next prepare that finds it in its way.
+        Nothing runs on a lost card and it is tainted. What stays on the card is a record of its own until the card is back:
+        then `recover` undoes it, or the next prepare that needs its place.
         """
-        refused = self._take_back(record)
+        refused = self._undo_steps(record)
         for gpu, error in refused.items():
             if not self._is_lost(gpu):
                 raise error
-        kept = {gpu: plan.leftover(record, gpu) for gpu in refused}
-        for gpu, leftover in kept.items():
+        left = {gpu: plan.leftover(record, gpu) for gpu in refused}
+        for gpu, leftover in left.items():
             log.warning(
-                "given back but for what %s keeps until it is back claim=%s: %s", gpu, record.plan.ref, refused[gpu]
+                "unprepared, except for what is left on GPU %s; it is undone when the GPU is back claim=%s: %s",
+                gpu,
+                record.plan.ref,
+                refused[gpu],
             )
             self._checkpoint.put(leftover)
-        if record.plan.ref not in {leftover.plan.ref for leftover in kept.values()}:
+        if record.plan.ref not in {leftover.plan.ref for leftover in left.values()}:
             self._checkpoint.drop(record.plan.ref.uid)
 
-    def _take_back(self, record: Record) -> dict[GpuUuid, DeviceError]:
+    def _undo_failed(self, uid: ClaimUid) -> None:
+        """After a failed prepare. A failure here is only logged, because the record stays and the next call tries again."""
+        try:
+            record = self._checkpoint.get(uid)
+            if record is not None:
+                self._undo(record)
+        except DriverError as e:
+            log.error("cannot undo a failed prepare yet claim=%s: %s", uid, e)
+
+    def _undo_steps(self, record: Record) -> dict[GpuUuid, DeviceError]:
         """Undo a record's steps; the first error of each card that refuses.
 
-        The record is unfinished from the first moment: nobody may build on what is being taken away, and a new process
-        goes on with it.
+        The record is unfinished from the first moment: nobody may build on what is being removed, and a new process goes on
+        with it.
         """
         uid = record.plan.ref.uid
         others = tuple(self._others(uid).values())
@@ -227,16 +253,13 @@ class Preparer:
             return True
         return False
 
-    def _roll_back(self, uid: ClaimUid) -> None:
-        """After a failed prepare; a failure here is only told, for the record stays and the next call tries again."""
-        try:
-            record = self._checkpoint.get(uid)
-            if record is not None:
-                self._undo(record)
-        except DriverError as e:
-            log.error("cannot take a failed prepare back yet claim=%s: %s", uid, e)
-
     # ------------------------------------------------------------ parts
+
+    def _wanted(self, claim: Claim, record: Record | None) -> Scope:
+        """What the claim takes by the inventory of now, and what its older record holds."""
+        wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
+        held = () if record is None else record.plan.gpus
+        return Scope(tuple(sorted({*wanted.gpus, *held})), record, wanted.grants)
 
     def _others(self, uid: ClaimUid) -> dict[ClaimUid, Record]:
         return {other: record for other, record in self._checkpoint.records().items() if other != uid}
@@ -245,10 +268,10 @@ class Preparer:
         return {gpu: self._nvml.look(gpu) for gpu in dict.fromkeys(gpus)}
 
     @contextlib.contextmanager
-    def _locked(self, uid: ClaimUid, gpus: Sequence[GpuUuid]) -> Iterator[None]:
+    def _locked(self, uid: ClaimUid, scope: Scope) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(files.locked(self._locks / f"claim-{uid}.lock", unlink=True))
-            for gpu in sorted(gpus):
+            for gpu in scope.gpus:
                 stack.enter_context(files.locked(self._gpu_lock(gpu)))
             yield
 

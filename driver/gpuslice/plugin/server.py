@@ -1,4 +1,4 @@
-"""The kubelet's doors: registration, and DRA v1 and v1beta1 from one servicer, over unix sockets (grpc.aio).
+"""The endpoints for the kubelet: registration, and DRA v1 and v1beta1 from one servicer, over unix sockets (grpc.aio).
 
 Contract facts: the kubelet gives GetInfo 1 s and a DRA call 45 s; it takes the first entry of `supported_versions` that
 it knows; the DRA socket must listen before the registration socket appears. C-core unlinks a socket's path when its
@@ -179,11 +179,11 @@ class RegistrationService:
         raise AssertionError("abort raises")
 
 
-# ---------------------------------------------------------------- the doors
+# ---------------------------------------------------------------- the server
 
 
 class PluginServer:
-    """Both servers and their sockets. `failed` ends with a sentence when one of them is lost while we run."""
+    """Both servers and their sockets. `lost` ends with a sentence when one of them is gone while we run."""
 
     def __init__(
         self,

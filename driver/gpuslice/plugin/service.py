@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol, TypeVar
@@ -26,7 +26,7 @@ from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
 from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
 from gpuslice.plugin.claim_queue import ClaimQueue, Job, Releases, Ticket, Tickets, Workers
-from gpuslice.plugin.prepare import Preparer
+from gpuslice.plugin.prepare import Preparer, Scope
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ClaimService:
         return await self._queue.run(ref.uid, "prepare", lambda job: self._prepare(ref, deadline, job))
 
     async def unprepare(self, uid: ClaimUid) -> None:
-        """Give back what the claim holds; success when nothing is left, needs no API server."""
+        """Undo what the claim holds; success when nothing is left, needs no API server."""
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
@@ -94,15 +94,19 @@ class ClaimService:
     async def _ensure_daemons(self, gpu: GpuUuid) -> DriverError | None:
         try:
             await self._work(
-                [gpu], self.tickets.arrive(), Job(), f"mend {gpu}", partial(self._preparer.ensure_daemons, gpu)
+                Scope((gpu,)),
+                self.tickets.arrive(),
+                Job(),
+                f"the check of MPS daemons on {gpu}",
+                lambda _: self._preparer.ensure_daemons(gpu),
             )
         except DriverError as e:
             return e
         return None
 
     async def collect(self, now: float) -> None:
-        """Give back what claims hold that the API server has not had for ten minutes, if nothing runs on it; and what a
-        lost card kept."""
+        """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices; and undo what
+        was left on lost cards."""
         await self.recover()
         records = await self._in_pool(self._preparer.records)
         for uid in self._absent_since.keys() - records.keys():
@@ -117,19 +121,17 @@ class ClaimService:
                 continue
             since = self._absent_since.setdefault(uid, now)
             if now - since >= ORPHAN_AGE_S and not await self._in_use(record):
-                log.warning("claim is gone from the API server, giving its devices back claim=%s", record.plan.ref)
+                log.warning("claim is gone from the API server, unpreparing it claim=%s", record.plan.ref)
                 try:
                     await self.unprepare(uid)
                 except DriverError as e:
-                    log.error(
-                        "cannot give back what a vanished claim holds, trying again claim=%s: %s", record.plan.ref, e
-                    )
+                    log.error("cannot unprepare a claim that is gone, trying again claim=%s: %s", record.plan.ref, e)
 
     async def _in_use(self, record: Record) -> bool:
-        work = partial(self._preparer.in_use, record)
         name = f"a look at what claim {record.plan.ref} holds"
+        scope = Scope(record.plan.gpus, record)
         try:
-            return await self._work(record.plan.gpus, self.tickets.arrive(), Job(), name, work)
+            return await self._work(scope, self.tickets.arrive(), Job(), name, lambda _: self._preparer.in_use(record))
         except HungError:
             return True
 
@@ -146,18 +148,17 @@ class ClaimService:
         while True:
             if self._closed is not None:
                 raise self._closed
-            claim, gpus = await self._in_pool(lambda: self._wanted(ref))
+            claim, scope = await self._in_pool(lambda: self._read(ref))
             with self._releases.listening() as news:
-                answer = await self._work(
-                    gpus, arrival, job, f"prepare {ref.uid}", partial(self._preparer.prepare, claim)
-                )
+                prepare = partial(self._preparer.prepare, claim)
+                answer: PreparedClaim | Busy = await self._work(scope, arrival, job, f"prepare {ref.uid}", prepare)
                 if isinstance(answer, PreparedClaim):
-                    await self._unwanted(ref, job)
+                    await self._unprepare_unheard(ref, job)
                     return answer
                 leaving = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
                 log.info("waiting for holders to leave claim=%s holders=%s", ref, names)
-                # Nobody else gives back what a lost card kept, for the kubelet was answered.
+                # Nobody else undoes what was left on a lost card, because the kubelet was answered.
                 await self.recover(leaving)
                 left = deadline - asyncio.get_running_loop().time()
                 if not await news.wait_any(leaving, left):
@@ -167,17 +168,15 @@ class ClaimService:
                     )
 
     async def _unprepare(self, uid: ClaimUid, job: Job) -> None:
-        while True:
-            # On the loop, for it is one stat(2): fetches that wait for a silent API server may fill the pool.
-            gpus = self._preparer.gpus_of_record(uid)
-            arrival = self.tickets.arrive()
-            if await self._work(gpus, arrival, job, f"unprepare {uid}", partial(self._preparer.unprepare, uid, gpus)):
-                return
+        # On the loop, because it is one stat(2): fetches that wait for a silent API server may fill the pool.
+        scope = self._preparer.scope(uid)
+        unprepare = partial(self._preparer.unprepare, uid)
+        await self._work(scope, self.tickets.arrive(), job, f"unprepare {uid}", unprepare)
 
     async def _recover(self, uid: ClaimUid) -> None:
         async def work(job: Job) -> None:
-            gpus = self._preparer.gpus_of_record(uid)
-            await self._work(gpus, self.tickets.arrive(), job, f"recover {uid}", lambda: self._preparer.recover(uid))
+            recover = partial(self._preparer.recover, uid)
+            await self._work(self._preparer.scope(uid), self.tickets.arrive(), job, f"recover {uid}", recover)
 
         try:
             await self._queue.run(uid, "recover", work)
@@ -186,14 +185,19 @@ class ClaimService:
 
     # ------------------------------------------------------------ parts
 
-    async def _work(self, gpus: Sequence[GpuUuid], arrival: int, job: Job, name: str, work: Callable[[], T]) -> T:
-        ticket: Ticket = await self.tickets.take(gpus, arrival)
-        return await self.workers.run(ticket, job, work, name)
+    async def _work(self, scope: Scope, arrival: int, job: Job, name: str, verb: Callable[[Scope], T | Scope]) -> T:
+        """Run a verb in a thread, under a ticket for its GPUs; again with those of now where it finds others."""
+        while True:
+            ticket: Ticket = await self.tickets.take(scope.gpus, arrival)
+            answer = await self.workers.run(ticket, job, partial(verb, scope), name)
+            if not isinstance(answer, Scope):
+                return answer
+            scope = answer
 
-    def _wanted(self, ref: ClaimRef) -> tuple[Claim, tuple[GpuUuid, ...]]:
-        """The claim as the API server has it now, and the GPUs that a prepare of it works on. Blocks."""
+    def _read(self, ref: ClaimRef) -> tuple[Claim, Scope]:
+        """The claim as the API server has it now, and what a prepare of it works on. Blocks."""
         claim = self._fetch(ref)
-        return claim, self._preparer.gpus_of(claim)
+        return claim, self._preparer.scope(ref.uid, claim)
 
     def _fetch(self, ref: ClaimRef) -> Claim:
         try:
@@ -204,8 +208,8 @@ class ClaimService:
             ) from None
         return claims.parse(body, ref, self._driver)
 
-    async def _unwanted(self, ref: ClaimRef, job: Job) -> None:
-        """A prepare that nobody listens to any more: give it back if the claim is gone, for no unprepare may follow."""
+    async def _unprepare_unheard(self, ref: ClaimRef, job: Job) -> None:
+        """Where nobody listens to the prepare any more and the claim is gone: undo it, because no unprepare may follow."""
         if job.listeners:
             return
         try:
@@ -213,7 +217,7 @@ class ClaimService:
         except ClaimError:
             await self._unprepare(ref.uid, job)
         except ApiError as e:
-            log.info("cannot tell whether claim %s is still wanted, keeping it: %s", ref, e)
+            log.info("cannot tell whether claim %s still exists, keeping its devices: %s", ref, e)
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
         """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
@@ -226,7 +230,7 @@ class ClaimService:
         if still:
             raise ClaimError(
                 f"claim {claim.ref} was given devices that {', '.join(map(str, still))} holds; this is a double allocation: "
-                "delete this pod to have it scheduled again, and update a scheduler older than 1.37"
+                "delete this pod to have it scheduled again, and update a scheduler older than 1.36.2"
             )
         return frozenset(gone)
 

@@ -14,7 +14,7 @@ from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import GpuUuid, LiveGpu, Mps, Taint
 from gpuslice.errors import DeviceError, HungError
-from gpuslice.mps.api import MpsDaemons as MpsDaemons
+from gpuslice.mps.api import MpsDaemons
 from gpuslice.nvml.api import Nvml
 
 log = logging.getLogger(__name__)
