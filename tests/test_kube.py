@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -196,3 +198,36 @@ def test_no_typed_model_is_imported_for_they_cost_half_a_second(server: StandInA
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert answer.stdout.strip() == "[]"
+
+
+def test_a_proxy_of_the_kubeconfig_is_asked_for_the_whole_address(tmp_path: Path) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Host"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"gitVersion": "v1.37.0"}')
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        kubeconfig = tmp_path / "config"
+        cluster = {"server": "http://api.example/prefix", "proxy-url": f"http://127.0.0.1:{proxy.server_port}"}
+        context = {"cluster": "c", "user": "u"}
+        body = {
+            "current-context": "c",
+            "clusters": [{"name": "c", "cluster": cluster}],
+            "contexts": [{"name": "c", "context": context}],
+            "users": [{"name": "u", "user": {}}],
+        }
+        kubeconfig.write_text(json.dumps(body))
+        kube = Kube(kubeconfig)
+
+        assert kube.version() == "v1.37.0"
+        assert asked == [("http://api.example/prefix/version", "api.example")]
+        kube.close()
+        proxy.shutdown()
