@@ -43,7 +43,7 @@ _FETCHES_AT_ONCE = 8
 
 
 def run(config: Config) -> int:
-    """Run the kubelet plugin until it is told to stop; the exit code."""
+    """Run the kubelet plugin until SIGTERM or SIGINT, or until it is of no use any more; the exit code."""
     setup_logging(config.log_level)
     libc.use_one_arena()
     app = App(config)
@@ -185,11 +185,11 @@ class App:
         how to stop that."""
         watch = files.FolderWatch(self._checkpoint.folder)
 
-        def heard() -> None:
+        def read_news() -> None:
             self._releases.notify([ClaimUid(name.removesuffix(".json")) for name in watch.read()])
             controller.nudge()
 
-        loop.add_reader(watch.fileno(), heard)
+        loop.add_reader(watch.fileno(), read_news)
 
         def stop() -> None:
             loop.remove_reader(watch.fileno())

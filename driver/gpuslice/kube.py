@@ -1,4 +1,4 @@
-"""The only door to the API server: a dozen blocking verbs, dicts in, dicts out, every failure an `ApiError`.
+"""The only way to the API server: a dozen blocking verbs, dicts in, dicts out, every failure an `ApiError`.
 
 Bodies stay dicts on purpose. A typed client drops fields that a newer API server added, so what it read may never be
 written back; and `kubernetes`' model modules cost 0.1 to 0.7 s at start (measured). So nothing above `ApiClient` is

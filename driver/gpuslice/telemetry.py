@@ -1,4 +1,4 @@
-"""What the driver tells about itself: logs with one `op=` id per request, metrics, /healthz and /readyz.
+"""What the driver shows of itself: logs with one `op=` id per request, metrics, /healthz and /readyz.
 
 Logs are a plain sentence with key=value behind it. Warning: someone should look soon. Error: something was refused or lost.
 Metric names begin with `gpuslice_`; the `dra_` family belongs to the kubelet.
@@ -43,7 +43,7 @@ def setup_logging(level: str) -> None:
     )
     handler.addFilter(_OpFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are told by our own sentences
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # our own sentences say what its retries mean
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 

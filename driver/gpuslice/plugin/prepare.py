@@ -1,6 +1,6 @@
 """The transaction: prepare, unprepare, recover. Decide by `core.plan`, write down, act, undo from what is written.
 
-Order of a prepare: intent on disk → steps on the hardware, each result noted as it comes into being → CDI file → finished
+Order of a prepare: intent on disk → steps on the hardware, each result saved as it comes into being → CDI file → finished
 record. Order of the way back: CDI file → hardware → record. So after a death at any point either the record is finished
 and everything it names exists, or the record tells what to undo; nothing of ours exists without a record.
 
@@ -115,8 +115,8 @@ class Preparer:
             return None
 
     def ensure_daemons(self, gpu: GpuUuid) -> None:
-        """Have the MPS daemons of a card as its records want them, for the supervisor may have lost them; the first error,
-        after all were tried."""
+        """Have the MPS daemons of a card as its records want them, because the supervisor may have lost some. All are tried,
+        and the first error is raised."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
             self._steps.ensure_daemons(shared.daemons_of(records, gpu), records)

@@ -155,7 +155,7 @@ class DraService:
 
 
 class RegistrationService:
-    """Tells the kubelet's plugin watcher who we are, and hears whether it took us."""
+    """Answers the kubelet's plugin watcher: who we are. Its answer says whether it registered us."""
 
     def __init__(self, driver: str, endpoint: Path) -> None:
         self._info = registration_v1_pb2.PluginInfo(

@@ -1,4 +1,4 @@
-"""The hands of the transaction: carry one step out on the hardware, or take it back. What to do was decided before.
+"""Carries out one step of the transaction on the hardware, or undoes it. What to do was decided before.
 
 Every `do` can be repeated, and every `undo` succeeds when what it would remove is gone.
 """
@@ -43,8 +43,8 @@ class StepExecutor:
         self._nvml = nvml
         self._mps = mps
 
-    def do(self, step: Step, record: Record, others: Sequence[Record], note: Save) -> Record:
-        """Carry out one step of a record and `note` what came into being, before the next effect.
+    def do(self, step: Step, record: Record, others: Sequence[Record], save: Save) -> Record:
+        """Carry out one step of a record and `save` what came into being, before the next effect.
 
         `others` are the records that may stand on the same thing; DeviceError where the hardware refuses.
         """
@@ -53,7 +53,7 @@ class StepExecutor:
                 with self._naming_holders(gpu, "MIG mode"):
                     self._nvml.set_mig_mode(gpu, on)
             case CreateMig(slot):
-                return self._create(slot, record, note)
+                return self._create(slot, record, save)
             case SetComputeMode() | SetTimeSlice() if _stands(step, others):
                 pass  # an earlier share of this card has done it; it costs a run of nvidia-smi
             case SetComputeMode(gpu):
@@ -80,7 +80,7 @@ class StepExecutor:
             raise errors[0]
 
     def undo(self, undoing: Undo, others: Sequence[Record]) -> None:
-        """Take one step back; `others` are the records that stay."""
+        """Undo one step; `others` are the records that stay."""
         match undoing:
             case DestroyMig():
                 self._destroy(undoing)
@@ -101,14 +101,14 @@ class StepExecutor:
 
     # ------------------------------------------------------------ partitions
 
-    def _create(self, slot: MigSlot, record: Record, note: Save) -> Record:
+    def _create(self, slot: MigSlot, record: Record, save: Save) -> Record:
         if any(done.slot == slot and done.uuid is not None for done in record.done):
             return record  # made by an earlier share of the same partition
         made = MadeMig(slot=slot, gi=self._nvml.create_gpu_instance(slot.gpu, slot.profile, slot.placement))
-        note(replace(record, done=(*record.done, made)))
+        save(replace(record, done=(*record.done, made)))
         ci, uuid = self._nvml.create_compute_instance(slot.gpu, made.gi)
         record = replace(record, done=(*record.done, replace(made, ci=ci, uuid=uuid)))
-        note(record)
+        save(record)
         return record
 
     def _destroy(self, undoing: DestroyMig) -> None:
@@ -143,7 +143,7 @@ class StepExecutor:
         except DeviceError as e:
             log.warning("cannot lower the ceilings of an MPS daemon gpu=%s: %s", step.gpu, e)
 
-    # ------------------------------------------------------------ words
+    # ------------------------------------------------------------ errors
 
     @contextlib.contextmanager
     def _naming_holders(self, gpu: GpuUuid, what: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Files below every door: whole-or-absent writes, locks between two instances, news of deleted files.
+"""Files of our own: whole-or-absent writes, locks between two instances, news of deleted files.
 
 The atomic write does **not** fsync. What our files guard (partitions, compute modes, MPS daemons) does not survive a
 reboot either, and a killed process loses nothing that it had written: the page cache belongs to the kernel. So fsync
