@@ -179,9 +179,11 @@ class Workers:
     the new thread has had the interpreter.)
     """
 
-    def __init__(self, tickets: Tickets, limit_s: float = 15.0) -> None:
+    def __init__(self, tickets: Tickets, limit_s: float = 15.0, afterwards: Callable[[], None] = lambda: None) -> None:
+        """`afterwards` is called in the thread that has ended a job, when its answer is on its way."""
         self._tickets = tickets
         self._limit_s = limit_s
+        self._afterwards = afterwards
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting = 0  # threads that have no job
         self._working = 0
@@ -236,7 +238,9 @@ class Workers:
         if self._waiting:
             self._waiting -= 1
         else:
-            threading.Thread(target=_serve_jobs, args=(self._jobs,), name="worker", daemon=True).start()
+            threading.Thread(
+                target=_serve_jobs, args=(self._jobs, self._afterwards), name="worker", daemon=True
+            ).start()
         self._working += 1
         self._idle.clear()
         self._jobs.put(job)
@@ -263,11 +267,12 @@ class Workers:
         return self._idle.is_set()
 
 
-def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None], afterwards: Callable[[], None]) -> None:
     """A thread's life, until it is sent home."""
     while (job := jobs.get()) is not None:
         job()
         del job  # the claim's result, or its error with all its frames, hangs on it
+        afterwards()
 
 
 class Releases:
