@@ -99,7 +99,7 @@ class Node:
 
 @contextlib.contextmanager
 def looked_at(config: Config) -> Iterator[Node]:
-    """One look at the node beside a driver that may run; changes nothing. What is not said is as `run` had it."""
+    """One look at the node beside a driver that may run; changes nothing. A setting that is not given is as `run` had it."""
     config = _as_running(config)
     nvml, host = build(config)
     try:

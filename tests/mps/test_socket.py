@@ -80,7 +80,7 @@ def test_what_is_no_greeting_is_answered_in_one_sentence(node: Node, line: bytes
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        (b'{"op": "fly"}', 'the MPS supervisor knows no "fly"; update it, for the driver is newer'),
+        (b'{"op": "fly"}', 'the MPS supervisor knows no "fly"; update it, because the driver is newer'),
         (b'{"op": "ensure"}', "None describes no MPS daemon; update the older one of driver and supervisor"),
         (b'{"op": "ensure", "daemon": {"key": 1}}', "key of an MPS daemon is 1 and must be a text"),
         (b'{"op": "stop", "key": "../etc"}', "'../etc' names no MPS daemon"),

@@ -77,7 +77,7 @@ def test_a_taint_that_came_and_went_leaves_nothing_to_settle(server: StandInApiS
     for tainted in (False, True, False):
         kept.admit(slices(found, PLAIN, tainted), records, taints=False, published=True)
 
-    assert not kept.settling
+    assert not kept.only_taints_awaited
 
 
 @pytest.mark.parametrize("text", ["", '{"format": 1, "poo', "[]", '{"format": 1}'])

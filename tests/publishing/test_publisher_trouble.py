@@ -121,7 +121,7 @@ def test_an_api_server_that_is_away_is_waited_for(server: StandInApiServer) -> N
     server.away()
     told = threading.Event()
     kube = Kube(server.kubeconfig)
-    publisher = Publisher(kube, DRIVER, NODE, pace=FAST, changed=lambda status: told.set() if status.error else None)
+    publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: told.set() if status.error else None)
     publisher.start()
     publisher.publish([a_pool("gpu")])
 
@@ -154,7 +154,7 @@ def test_a_refused_write_is_told_and_tried_again(server: StandInApiServer, statu
     errors: list[str] = []
     server.fail(status, times=3, method="POST", path="resourceslices")
     kube = Kube(server.kubeconfig)
-    publisher = Publisher(kube, DRIVER, NODE, pace=FAST, changed=lambda status: errors.append(status.error))
+    publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: errors.append(status.error))
     publisher.start()
 
     published(publisher, a_pool("gpu"))

@@ -163,12 +163,12 @@ class Exclusive:
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """Admin access to a whole card, beside whoever uses it; takes nothing."""
+    """Admin access to a whole card while others use it; takes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSlicing:
-    """Up to `shares` claims take turns on the slice. `memory_mib` is what can be budgeted in all; nobody enforces it.
+    """Up to `shares` claims take turns on the slice. `memory_mib` is what can be sold in all; nothing enforces it.
 
     `interval` is the level that the policy fixes for the card. `part` numbers the fixed parts of a static plan, which are
     plain exclusive devices of 1/`shares` each; None for the one device that many claims share.
@@ -245,7 +245,7 @@ class ClaimRef:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What opaque config asks of one allocation; None where nobody said anything."""
+    """What opaque config asks of one allocation; None where it says nothing."""
 
     enforcement: str | None = None  # "required" or "preferred"
     interval: str | None = None  # time slice of an exclusive card whose containers share it, one of `INTERVALS`
@@ -274,7 +274,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Taint:
-    """Why a device is not to be had now. `key` without domain; `reason` is one sentence for logs and commands."""
+    """Why a device cannot be used now. `key` without domain; `reason` is one sentence for logs and commands."""
 
     key: str
     value: str

@@ -63,7 +63,7 @@ def mode(grant: Grant) -> str:
 
 
 def describe(grant: Grant) -> str:
-    """The share in a person's words: "10240 MiB, 25 % of the SMs"; "" for a device of one's own."""
+    """The share as a person reads it: "10240 MiB, 25 % of the SMs"; "" for a device of one's own."""
     mine = of(grant)
     if mine is None:
         return ""
@@ -147,7 +147,7 @@ def _limits(grant: Grant) -> Iterable[tuple[str, int]]:
 
 
 def daemon_key(gpu: GpuUuid, slot: MigSlot | None) -> str:
-    """Name of the folder of a card's or a partition's MPS daemon: short, for socket paths are short of room."""
+    """Name of the folder of a card's or a partition's MPS daemon: short, because socket paths have little room."""
     card = gpu.removeprefix("GPU-").partition("-")[0]
     return card if slot is None else f"{card}-{slot.profile}-{slot.placement.start}"
 

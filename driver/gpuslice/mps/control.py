@@ -1,7 +1,7 @@
-"""NVIDIA's control program: commands in by standard input, words out. `nvidia-cuda-mps-control`, or the stand-in for it.
+"""NVIDIA's control program `nvidia-cuda-mps-control`, or the stand-in for it: commands on standard input, answers printed.
 
 Its answers are documented loosely, so they are read leniently: a set is believed only when the matching get says so, and
-each get is a run of its own, for which line answers which command is not promised.
+each get is a run of its own, because nothing promises which line answers which command.
 """
 
 from __future__ import annotations
@@ -103,17 +103,17 @@ class Control:
             self._try(*(f"set_device_pinned_mem_limit {server} {name} {wanted}M" for server in servers))
         gets = ("get_default_device_pinned_mem_limit", *(f"get_device_pinned_mem_limit {s}" for s in servers))
         for name in (device, "0"):
-            told = [self._memory(get, name, memory_mib) for get in gets]
-            if all(figure == memory_mib for figure in told):
+            reported = [self._memory(get, name, memory_mib) for get in gets]
+            if all(figure == memory_mib for figure in reported):
                 return memory_mib
-        here = "no ceiling" if told[0] is None else f"{told[0]} MiB"
+        here = "no ceiling" if reported[0] is None else f"{reported[0]} MiB"
         raise DeviceError(
             f"the MPS daemon of {device} did not take its memory ceiling of {memory_mib or 'no'} MiB and says {here}, "
             f"by UUID and by index; update the NVIDIA driver, or share this card by other means"
         )
 
     def _try(self, *commands: str) -> None:
-        """Tell it; whether it obeyed is seen when it is asked, and not by what it says or ends with."""
+        """Run these commands. Whether the daemon obeyed shows when its ceilings are read back, not in this answer."""
         try:
             self.tell(*commands)
         except HungError:
@@ -135,11 +135,11 @@ class Control:
         self._try(f"set_default_active_thread_percentage {wanted}")
         if servers := self.servers():
             self._try(*(f"set_active_thread_percentage {server} {wanted}" for server in servers))
-        told = [self.threads(), *(self._threads(f"get_active_thread_percentage {server}") for server in servers)]
-        if any(figure != percent for figure in told):
+        reported = [self.threads(), *(self._threads(f"get_active_thread_percentage {server}") for server in servers)]
+        if any(figure != percent for figure in reported):
             raise DeviceError(
                 f"the MPS daemon did not take its ceiling of {wanted} % of the multiprocessors and says "
-                f"{told[0] or 100} %; update the NVIDIA driver, or share this card by other means"
+                f"{reported[0] or 100} %; update the NVIDIA driver, or share this card by other means"
             )
         return percent
 

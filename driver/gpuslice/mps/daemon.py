@@ -1,7 +1,7 @@
 """One daemon's process: started, adopted, given its ceilings, looked after, drained. No threads and no policy here.
 
-It is started with `-f`, so that its process is the one we started; and with `-multiuser-server`, for the uids of
-containers differ, and without it one uid waits until the clients of another have gone. That needs root, and a driver
+It is started with `-f`, so that its process is the one we started; and with `-multiuser-server`, because the uids
+of containers differ, and without it one uid waits until the clients of another have gone. That needs root, and a driver
 that knows it: where it does not, the daemon starts without, and the log says so.
 """
 
@@ -46,7 +46,7 @@ _SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel'
 
 
 class MpsDaemon:
-    """A daemon that runs. `ceilings` are (memory in MiB, percent of multiprocessors) as it told them."""
+    """A daemon that runs. `ceilings` are (memory in MiB, percent of multiprocessors) as it reports them."""
 
     def __init__(self, pipe: Path, control: Control, pidfd: PidfdProcess) -> None:
         self._pipe, self.control, self.pidfd = pipe, control, pidfd
@@ -77,7 +77,7 @@ class MpsDaemon:
         return ""
 
     def stop(self, *, drain: bool = True) -> str:
-        """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, in words."""
+        """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, as a clause."""
         try:
             if drain and not self.pidfd.ended():
                 # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
@@ -149,8 +149,8 @@ def _started(
         except DriverError:
             process.stop(drain=False)
             raise
-    if note := next((line for line in _lines(console) if line.startswith(launch.NOTE)), ""):
-        log.warning("MPS daemon %s has %s", daemon.key, note.removeprefix("gpuslice: "))
+    if warning := next((line for line in _lines(console) if line.startswith(launch.NO_SHM)), ""):
+        log.warning("MPS daemon %s has %s", daemon.key, warning.removeprefix("gpuslice: "))
     return process
 
 
@@ -198,14 +198,14 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
 def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
     """What a former supervisor left in this folder: the daemon it was to be, and its process where that lives and answers.
 
-    DeviceError where the folder tells nothing, or tells of an earlier boot.
+    DeviceError where the folder names no daemon, or one of an earlier boot.
     """
     paths.own(key)  # or somebody else chooses which process we take for the daemon
     try:
         body = json.loads(paths.record(key).read_text(encoding="utf-8"))
         daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
     except (OSError, ValueError, LookupError, TypeError, DeviceError) as e:
-        raise DeviceError(f"{paths.record(key)} tells of no MPS daemon ({e}); its folder is removed") from e
+        raise DeviceError(f"{paths.record(key)} names no MPS daemon ({e}); its folder is removed") from e
     if left.boot != boot_id():
         raise DeviceError(f"{paths.record(key)} is of an earlier boot; its folder is removed")
     try:

@@ -1,4 +1,4 @@
-"""One daemon kept as it shall be: a thread waits for its end, asks it now and then whether it is well, and restarts it."""
+"""Keeps one daemon as its spec says: a thread waits for its end, probes it now and then, and restarts it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class GoneError(DeviceError):
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What readers see, replaced as a whole. Without a process the daemon is down and shall be started again."""
+    """What readers see, replaced as a whole. Without a process the daemon is down and is to be started again."""
 
     daemon: DaemonSpec
     process: MpsDaemon | None
     running: DaemonStatus
 
     def well(self, daemon: DaemonSpec) -> bool:
-        """Whether it runs, untroubled, as this daemon shall be."""
+        """Whether it runs, without a problem, as this spec says."""
         same = self.daemon == daemon and not self.running.problem
         return same and self.process is not None and not self.process.pidfd.ended()
 
@@ -107,7 +107,7 @@ class DaemonMonitor:
             self._wakeup.set()
             raise
         except DriverError as e:
-            # Told, so that the next `ensure` does not find it well, whatever ceilings it has now.
+            # The status shows the problem, so that the next `ensure` does not take the daemon for well.
             self._show(state.daemon, process, state.running.restarts, str(e))
             raise
 
@@ -151,7 +151,7 @@ class DaemonMonitor:
                 daemons.remove(self._paths, self._key)
 
     def close(self) -> None:
-        """For the supervisor's own end: drain and end the daemon; its folder stays, for containers hold it."""
+        """For the supervisor's own end: drain and end the daemon; its folder stays, because containers hold it."""
         with self._turn:
             if not self._retired.is_set():
                 self._end()
@@ -261,7 +261,7 @@ class DaemonMonitor:
             return str(e), True
 
     def _start_again(self, daemon: DaemonSpec, restarts: int) -> None:
-        """At the same paths, for containers hold them."""
+        """At the same paths, because containers hold them."""
         self._failures += 1
         try:
             process = daemons.start(self._paths, daemon, self._command, self._timeouts.answer_s)

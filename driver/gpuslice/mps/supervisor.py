@@ -7,7 +7,7 @@ SIGTERM drains and ends all daemons, but leaves their folders: containers hold t
 daemons again in them. SIGKILL, or a crash, leaves the daemons as they are, where the container or unit does not take them
 along; the next supervisor adopts them, and their clients notice nothing.
 
-It must stay small, for it is resident on every node: no event loop, no gRPC, no Kubernetes, no Prometheus, no YAML.
+It must stay small, because it is resident on every node: no event loop, no gRPC, no Kubernetes, no Prometheus, no YAML.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Supervisor:
         os.close(self._root_lock)
 
     def _adopt(self) -> None:
-        """Before anybody can ask, for a daemon that is not yet adopted would look as if it were gone."""
+        """Before anybody can ask, because a daemon that is not yet adopted would look as if it were gone."""
         _at_once(partial(self._adopt_one, key) for key in self._paths.known())
 
     def _adopt_one(self, key: str) -> None:
@@ -164,7 +164,7 @@ class Supervisor:
             with connection, connection.makefile("rwb") as stream:
                 wire.write(stream, self._conversed(stream))
         except TimeoutError:
-            log.warning("a client of the MPS supervisor said nothing for %g s", _TALK_S)
+            log.warning("a client of the MPS supervisor sent nothing for %g s", _TALK_S)
         except OSError as e:
             log.info("a client of the MPS supervisor went away: %s", e)
 
@@ -215,7 +215,7 @@ class Supervisor:
                 return ()
             case other:
                 raise DeviceError(
-                    f"the MPS supervisor knows no {json.dumps(other)}; update it, for the driver is newer"
+                    f"the MPS supervisor knows no {json.dumps(other)}; update it, because the driver is newer"
                 )
 
 
@@ -223,7 +223,7 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
     """Serve until SIGTERM or SIGINT; the exit code of the process. `command` is the control program (control.py)."""
     _log_to_stderr(level)
     ended = threading.Event()
-    # Handlers and no blocked signals, for the daemons would inherit a mask.
+    # Handlers and no blocked signals, because the daemons would inherit a mask.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     supervisor = Supervisor(root, command)

@@ -1,4 +1,4 @@
-"""What driver and supervisor say to each other: one JSON object a line over a unix socket, one request a connection.
+"""The protocol of driver and supervisor: one JSON object a line over a unix socket, one request a connection.
 
     client  {"gpuslice-mps": [1]}                          versions it speaks, any order
     server  {"gpuslice-mps": [1], "version": 1, "incarnation": "…", "release": "0.1.0"}
@@ -57,8 +57,8 @@ def read(stream: Stream) -> Message | None:
 
 def common(theirs: object, ours: Iterable[int] = VERSIONS) -> int | None:
     """The highest version that both speak."""
-    said = theirs if isinstance(theirs, list) else []
-    return max((version for version in ours if version in said), default=None)
+    versions = theirs if isinstance(theirs, list) else []
+    return max((version for version in ours if version in versions), default=None)
 
 
 def disagreement(theirs: object, release: str) -> str:

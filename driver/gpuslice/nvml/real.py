@@ -1,11 +1,11 @@
 """NVML of a real node, through nvidia-ml-py. Everything is read from the hardware; there is no table of products here.
 
-One session for the life of the process, for opening one costs seconds where nothing else keeps the driver loaded; and
-cached handles, for finding a GPU by UUID is slow while other calls run (NVIDIA's DRA driver notes up to 10 s).
+One session for the life of the process, because opening one costs seconds where nothing else keeps the driver loaded;
+and cached handles, because finding a GPU by UUID is slow while other calls run (NVIDIA's DRA driver notes up to 10 s).
 An open session of ours can make somebody else's switch of MIG mode fail as "in use"; so can theirs make ours.
 
 A card whose profiles cannot be listed is found with `profiles=()` and a sentence in `notes()`: drivers around R535 list
-none while MIG is off. Who has seen them before may remember them; this door does not.
+none while MIG is off. Who has seen them before may remember them; this class does not.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _CODES = (
 
 
 class Smi:
-    """`nvidia-smi compute-policy` of one driver root; `library` is the libnvidia-ml that it shall use (None: its own)."""
+    """`nvidia-smi compute-policy` of one driver root; `library` is the libnvidia-ml that it is to use (None: its own)."""
 
     def __init__(self, driver_root: Path | None, library: Path | None) -> None:
         self._root = driver_root or Path("/")
@@ -47,10 +47,10 @@ class Smi:
         """Set the level and read it back. A list that we cannot read is no proof of a failure; another level is."""
         what = f"set time slice {level}"
         self._policy(gpu, label, what, f"--set-timeslice={level}")
-        told = _level(self._policy(gpu, label, what, "--list"))
-        if told not in (None, level):
+        shown = _level(self._policy(gpu, label, what, "--list"))
+        if shown not in (None, level):
             raise DeviceError(
-                f"{label}: nvidia-smi took time slice {_LEVELS[level]} and then shows {_LEVELS[told or 0]}; "
+                f"{label}: nvidia-smi took time slice {_LEVELS[level]} and then shows {_LEVELS[shown or 0]}; "
                 f"check for another program that sets it",
                 Code.UNKNOWN,
             )
@@ -63,8 +63,8 @@ class Smi:
         status, text = programs.run(
             [str(program), "compute-policy", "-i", gpu, option], timeout_s=_TIMEOUT_S, env=self._env
         )
-        code = next((code for words, code in _CODES if words in text.lower()), Code.UNKNOWN)
-        # What its exit status says is documented nowhere, so a refusal in words counts as well.
+        code = next((code for phrase, code in _CODES if phrase in text.lower()), Code.UNKNOWN)
+        # Its exit status is documented nowhere, so a printed refusal counts as well.
         if status or code == Code.NOT_SUPPORTED:
             raise DeviceError(
                 f"{label}: cannot {what}: {code.name}; nvidia-smi compute-policy says {_line(text)!r}", code

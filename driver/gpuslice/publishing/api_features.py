@@ -11,7 +11,7 @@ from gpuslice.kube import Body, Kube
 def probe(kube: Kube, driver: str, node: str) -> Features:
     """What the API server keeps of a ResourceSlice, found out by creates with dryRun=All; nothing is stored.
 
-    Before the first write, for a partition published without its counters is given out twice. ApiError: no answer, or
+    Before the first write, because a partition published without its counters is given out twice. ApiError: no answer, or
     one that says nothing about the fields.
     """
     kept = {

@@ -50,13 +50,13 @@ class Shapes:
         self._path, self._kube, self._driver, self._node = path, kube, driver, node
         self._kept: dict[PoolName, PoolSlices] = {}
         self._version: Version | None = None  # of the file that `_kept` is
-        self._closed: set[PoolName] = set()
-        self.settling = False  # a pool waits for nothing but its taints to be in force
+        self._cordoned: set[PoolName] = set()
+        self.only_taints_awaited = False  # a pool could change its shape as soon as its taints are in force
 
     def admit(
         self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool
     ) -> tuple[PoolSlices, ...]:
-        """What may be published now: each pool as wanted, or still its old shape, closed, while claims hold it.
+        """What may be published now: each pool as wanted, or still its old shape, cordoned, while claims hold it.
 
         `published` says that what was admitted last is in force: only then do taints keep the scheduler away. Blocks
         on the API server while a change waits (ApiError where it does not answer).
@@ -65,19 +65,19 @@ class Shapes:
             self._read()
             new = {p.name: p for p in wanted}
             waiting = [kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))]
-            self._closed &= {kept.name for kept in waiting}
+            self._cordoned &= {kept.name for kept in waiting}
             held = self._held(records) if waiting else set()
             admitted = dict(new)
             for kept in waiting:
-                if kept.name in held or (taints and not (published and kept.name in self._closed)):
+                if kept.name in held or (taints and not (published and kept.name in self._cordoned)):
                     admitted[kept.name] = shape.cordoned(kept, self._driver) if taints else kept
-                    if kept.name not in self._closed:
-                        log.warning("pool changes its shape when its claims have left pool=%s", kept.name)
-                    self._closed.add(kept.name)
+                    if kept.name not in self._cordoned:
+                        log.warning("pool keeps its old shape until its claims have left pool=%s", kept.name)
+                    self._cordoned.add(kept.name)
                 else:
-                    self._closed.discard(kept.name)
-            self.settling = bool(self._closed - held)
-            self._keep({name: self._kept[name] if name in self._closed else p for name, p in admitted.items()})
+                    self._cordoned.discard(kept.name)
+            self.only_taints_awaited = bool(self._cordoned - held)
+            self._keep({name: self._kept[name] if name in self._cordoned else p for name, p in admitted.items()})
             return tuple(admitted[name] for name in sorted(admitted))
 
     def _held(self, records: Sequence[Record]) -> set[PoolName]:
@@ -177,10 +177,10 @@ class SliceController:
             except Exception as e:
                 log.exception("planning failed unexpectedly")
                 self._fail(f"unexpected: {e!r}")
-            if self._shapes.settling and not self._publisher.published.is_set():
+            if self._shapes.only_taints_awaited and not self._publisher.published.is_set():
                 self._publisher.published.wait(_RETRY_S)
             else:
-                self._pause(_RETRY_S if self._failed or self._shapes.settling else _PERIOD_S)
+                self._pause(_RETRY_S if self._failed or self._shapes.only_taints_awaited else _PERIOD_S)
 
     def _fail(self, error: str) -> None:
         news = error != self._failed

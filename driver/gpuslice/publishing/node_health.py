@@ -1,4 +1,4 @@
-"""One look at the whole node for what cannot be had now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
+"""One look at the whole node for what cannot be used now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpuslice.nvml.api import Nvml
 log = logging.getLogger(__name__)
 
 
-# As the watch on prepares has it (`gate.py`): a look that takes longer counts as hung.
+# As for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
 _LIMIT_S = 15.0
 
 Answer = concurrent.futures.Future[LiveGpu]
@@ -56,7 +56,7 @@ class HangGuard:
             gpu, answer = questions.get()
             try:
                 answer.set_result(self._nvml.look(gpu))
-            except BaseException as e:  # noqa: BLE001 - handed to whoever asked
+            except BaseException as e:  # noqa: BLE001 - handed to the caller
                 answer.set_exception(e)
 
     def _hung(self, gpu: GpuUuid) -> HungError:
@@ -76,11 +76,11 @@ class NodeHealth:
         hung: Callable[[], Mapping[GpuUuid, str]],
         limit_s: float = _LIMIT_S,
     ) -> None:
-        self._looker = HangGuard(nvml, limit_s)
+        self._guard = HangGuard(nvml, limit_s)
         self._mps = mps
         self._checkpoint = checkpoint
         self._hung = hung
-        self._told: Taints = {}
+        self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
         """Taints of all devices, with news of them logged. Blocks; a hung GPU is not asked."""
@@ -94,14 +94,14 @@ class NodeHealth:
             if uuid in unwell:
                 continue
             try:
-                live[uuid] = self._looker.look(uuid)
+                live[uuid] = self._guard.look(uuid)
             except HungError as e:
                 unwell[uuid] = Taint("gpu", "hung", reason=str(e))
             except DeviceError as e:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
         records |= self._checkpoint.records()
         taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
-        self._tell(taints)
+        self._log_news(taints)
         return taints
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
@@ -113,12 +113,12 @@ class NodeHealth:
         except DeviceError as e:
             return {"": Taint("mps", "supervisor-away", reason=str(e))}
 
-    def _tell(self, taints: Taints) -> None:
+    def _log_news(self, taints: Taints) -> None:
         def reasons(of: Taints) -> set[str]:
             return {taint.reason for here in of.values() for taint in here}
 
-        for reason in sorted(reasons(taints) - reasons(self._told)):
+        for reason in sorted(reasons(taints) - reasons(self._logged)):
             log.warning("tainted: %s", reason)
-        for reason in sorted(reasons(self._told) - reasons(taints)):
-            log.info("taint is over: %s", reason)
-        self._told = taints
+        for reason in sorted(reasons(self._logged) - reasons(taints)):
+            log.info("taint removed: %s", reason)
+        self._logged = taints

@@ -1,6 +1,6 @@
-"""Make the API's ResourceSlices those that are wanted, and keep them so whoever deletes or changes them.
+"""Make the API's ResourceSlices those that are wanted, and keep them so when others delete or change them.
 
-Two threads. The *watcher* lists and watches our slices into a `SliceCache`; the *writer* compares the view with what is
+Two threads. The *watcher* lists and watches our slices into a `SliceCache`; the *writer* compares the cache with what is
 wanted (`core.reconcile`) and writes the difference. Nothing here ever fails for good: what the API server refuses or
 does not answer is tried again, more and more rarely, and prepare and unprepare do not notice.
 
@@ -45,7 +45,7 @@ class Status:
 
 
 class _Hazard(Exception):  # noqa: N818 - not an error of ours
-    """The server dropped counters: the rest of the pool must not follow, for it would be given out twice."""
+    """The server dropped counters: the rest of the pool must not follow, because it would be given out twice."""
 
 
 class Publisher:
@@ -61,25 +61,25 @@ class Publisher:
         driver: str,
         node: str,
         *,
-        pace: BackoffConfig = DEFAULT_BACKOFF,
+        backoff: BackoffConfig = DEFAULT_BACKOFF,
         changed: Callable[[Status], None] = lambda _: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kube, self._driver, self._node = kube, driver, node
-        self._pace, self._changed, self._now = pace, changed, now
+        self._backoff, self._changed, self._now = backoff, changed, now
         self.published = threading.Event()
         self.status = Status()
         self._state = threading.Condition()  # guards all below
         self._stopped = threading.Event()
-        self._view = SliceCache()
+        self._cache = SliceCache()
         self._listed = False
         self._watch: Watch | None = None
         self._wanted: tuple[PoolSlices, ...] | None = None
         self._owner: Owner | None = None
-        self._due: float | None = None  # when the writer shall look
+        self._due: float | None = None  # when the writer is to look
         self._writing = False
         self._stale = False
-        self._patience = Debounce(pace)
+        self._debounce = Debounce(backoff)
         self._adopted: dict[tuple[str, int], tuple[Body, Body]] = {}  # sent → what the server made of it
         self._given_up: dict[str, PoolSlices] = {}
         self._checked: tuple[PoolSlices, ...] = ()
@@ -99,7 +99,7 @@ class Publisher:
             thread.start()
 
     def stop(self) -> None:
-        """End both threads; what is published stays, for a restart must not cost the node its devices."""
+        """End both threads; what is published stays, because a restart must not cost the node its devices."""
         with self._state:
             self._stopped.set()
             watch = self._watch
@@ -126,7 +126,7 @@ class Publisher:
     # ------------------------------------------------------------ the watcher
 
     def _keep_watching(self) -> None:
-        retry = Backoff(self._pace)
+        retry = Backoff(self._backoff)
         while not self._stopped.is_set():
             began = self._now()
             try:
@@ -138,14 +138,14 @@ class Publisher:
             except Exception:  # a thread that died would be silence for ever
                 log.exception("publishing: the watch failed unexpectedly; it starts again")
             if self._now() - began > CALM_S:
-                retry = Backoff(self._pace)
-            if self._now() - began < self._pace.relist_s:  # else it is time for a new list anyway
+                retry = Backoff(self._backoff)
+            if self._now() - began < self._backoff.relist_s:  # else it is time for a new list anyway
                 self._stopped.wait(retry.delay_s(random.random()))  # noqa: S311 - not a secret
 
     def _list(self) -> str:
         bodies, version = self._kube.resource_slices(self._driver, self._node)
         with self._state:
-            self._view.listed(bodies, version)
+            self._cache.replace(bodies, version)
             self._owner = None  # the Node may be another one of the same name by now
             self._listed = True
             self._wake(0.0)
@@ -153,10 +153,10 @@ class Publisher:
 
     def _follow(self, version: str) -> None:
         """Watch until it is time to list again. ApiError: the watch broke. ExpiredError: it would reach too far back."""
-        end = self._now() + self._pace.relist_s
+        end = self._now() + self._backoff.relist_s
         while not self._stopped.is_set() and (left_s := end - self._now()) > 0:
             began = self._now()
-            timeout_s = max(1, int(min(self._pace.watch_s, left_s)))
+            timeout_s = max(1, int(min(self._backoff.watch_s, left_s)))
             watch = self._kube.watch_resource_slices(self._driver, self._node, version, timeout_s)
             with self._state:
                 self._watch = watch
@@ -165,33 +165,33 @@ class Publisher:
             for event in watch:
                 version = event["object"]["metadata"]["resourceVersion"]
                 if event["type"] != "BOOKMARK":
-                    self._heard(event["type"], event["object"])
+                    self._observe(event["type"], event["object"])
             if self._now() - began < timeout_s / 2 and not self._stopped.is_set():
                 raise ApiError(f"the API server at {self._kube.server} broke a watch off; it will be tried again")
 
-    def _heard(self, kind: str, body: Body) -> None:
+    def _observe(self, kind: str, body: Body) -> None:
         with self._state:
-            self._view.observed(kind, body)
+            self._cache.observe(kind, body)
             if kind == "DELETED":
                 self._owner = None
             if not self._writing:
                 self._answer_foreign()
 
     def _answer_foreign(self) -> None:
-        if self._view.foreign():
+        if self._cache.foreign():
             self.published.clear()
             # Not `_wake`: each further change of a wipe puts the answer off.
-            self._due = self._patience.due(self._now())
+            self._due = self._debounce.due(self._now())
             self._state.notify_all()
 
     # ------------------------------------------------------------ the writer
 
     def _keep_writing(self) -> None:
-        retry = Backoff(self._pace)
+        retry = Backoff(self._backoff)
         while (wanted := self._next()) is not None:
             try:
                 self._sync(wanted)
-                retry = Backoff(self._pace)
+                retry = Backoff(self._backoff)
             except ApiError as e:
                 self._stale = self._stale or isinstance(e, ConflictError)
                 self._fail(str(e), retry)
@@ -228,7 +228,7 @@ class Publisher:
         owner = self._owner or Owner(self._driver, self._node, self._kube.node_uid(self._node))
         with self._state:
             self._owner = owner
-            existing = [b for b in self._view.bodies() if self._may_touch(b, wanted, sound)]
+            existing = [b for b in self._cache.bodies() if self._may_touch(b, wanted, sound)]
             todo = reconcile.changes([self._as_adopted(pool) for pool in sound], existing, owner)
             self._writing = True
         try:
@@ -236,7 +236,7 @@ class Publisher:
         finally:
             self._writing = False
         with self._state:
-            self._patience.answered(self._now(), wrote=bool(todo))
+            self._debounce.record_answer(self._now(), wrote=bool(todo))
             self._answer_foreign()
             if not errors and self._due is None and self._wanted == wanted:
                 self.published.set()
@@ -280,24 +280,24 @@ class Publisher:
                 except NotFoundError:
                     pass
                 with self._state:
-                    self._view.removed(body)
+                    self._cache.remove(body)
             case Update(body=body):
                 try:
                     returned = self._kube.update_resource_slice(body)
                 except NotFoundError:
                     with self._state:
-                        self._view.removed(body)
+                        self._cache.remove(body)
                     raise
                 self._took(change, returned)
             case Create(body=body):
                 self._took(change, self._kube.create_resource_slice(body))
 
     def _took(self, change: Update | Create, returned: Body) -> None:
-        """Note what the server made of a write; what it dropped is told and becomes what is wanted, never fought."""
+        """Take in what the server made of a write. Fields that it dropped are reported, and never sent again and again."""
         sent = change.body["spec"]
         lost = reconcile.dropped(sent, returned["spec"])
         with self._state:
-            self._view.mutated(reconcile.sharing(sent, returned))
+            self._cache.mutate(reconcile.sharing(sent, returned))
         if not lost:
             return
         log.warning("the API server dropped fields of pool %s: features %s are off", change.pool, sorted(lost))

@@ -1,16 +1,16 @@
 """Inventory and taints → the ResourceSlices of each pool, planned as a whole and the same byte for byte each time.
 
-Two rules make selectors safe, for one that names a missing key is a CEL error, and the scheduler fails the pod again
-and again: every device carries the same attribute keys of our domain ("" where one has no meaning) and the same
+Two rules make selectors safe, because one that names a missing key is a CEL error, and the scheduler fails the pod
+again and again: every device carries the same attribute keys of our domain ("" where one has no meaning) and the same
 capacity names ("0" where it has none, or where the hardware does not say).
 
 The set of devices is static. A device in use that vanishes frees its counters and is given out twice
-(kubernetes/kubernetes#140802), so what is not to be had now is tainted; and counters are computed from everything that
-the inventory offers, whatever of it is published at the moment.
+(kubernetes/kubernetes#140802), so what cannot be used now is tainted; and counters are computed from everything that the
+inventory offers, whatever of it is published at the moment.
 
-A shared device has a request policy for each capacity, for the first share takes all of one that has none. What cannot be
-had in shares (engines, or clients of a time slice) is shown with its value for selectors, and has a policy by which a
-share takes nothing and a request for any of it is refused.
+A shared device has a request policy for each capacity, because the first share takes all of one that has none. What
+cannot be had in shares (engines, or clients of a time slice) is shown with its value for selectors, and has a policy by
+which a share takes nothing and a request for any of it is refused.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def resource_slices(
 
     `held` are the devices that claims have now: they stay published whatever happens to them, while other tainted
     devices are left out where the API server knows no taints. Shared devices are left out where it knows no consumable
-    capacity, held or not, for what is left of one there is a whole card for a single claim. StateError where a pool needs
-    counters that the API server drops, for then it would give the same memory out twice.
+    capacity, held or not, because a single claim would get the whole card there. StateError where a pool needs counters
+    that the API server drops, because it would then give the same memory out twice.
     """
     return tuple(_pool(pool, taints, driver, features, held) for pool in inventory.pools)
 
@@ -110,7 +110,7 @@ def _pool(
         and (features.consumable or not _is_shared(d.offer.sharing))
     ]
     marks = taints if features.taints else {}
-    bodies = [_device(d, _face(d.offer, pool, needed), marks.get(d.ref, ()), driver) for d in usable]
+    bodies = [_device(d, _published(d.offer, pool, needed), marks.get(d.ref, ()), driver) for d in usable]
     specs: list[Body] = [{"sharedCounters": [_counter_set(needed)]}] if needed.chosen else []
     specs += [{"devices": chunk} for chunk in _chunks(bodies)] or [{"devices": []}]
     return PoolSlices(pool.name, tuple(specs))
@@ -179,7 +179,7 @@ class PublishedDevice:
     policies: Mapping[str, Body] | None = None  # of the capacities that a share takes; None: an exclusive device
 
 
-def _face(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
+def _published(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
     match offer.sharing:
         case Monitor():  # admin access is charged for counters too (kubernetes/kubernetes#140729), so it has none
             return PublishedDevice(type="monitor", uuid=offer.gpu.uuid, enforcement="none", memory_mib=0, consumed={})
@@ -222,7 +222,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
 def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
     """The same hardware, shared; a fixed part has its part of all that can be divided.
 
-    `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, for so does MPS count them
+    `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, because MPS counts them so
     (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE).
     """
     shared = replace(
@@ -269,29 +269,29 @@ def _memory_policy(sharing: Mps | TimeSlicing) -> Body:
 
 
 def _policy(default: int, least: int, value: int) -> Body:
-    """Whole numbers from `least` on; where there is but one, by name, for the API wants room for a step in a range."""
+    """Whole numbers from `least` on; where there is only one, by name, because the API wants room for a step in a range."""
     if value <= least:
         return {"default": str(value), "validValues": [str(value)]}
     return {"default": str(default), "validRange": {"min": str(least), "step": "1"}}
 
 
-def _device(device: Device, face: PublishedDevice, taints: Iterable[Taint], driver: str) -> Body:
+def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], driver: str) -> Body:
     body: dict[str, object] = {
         "name": device.ref.device,
-        "attributes": _attributes(device.offer.gpu, face),
-        "capacity": _capacity(face),
+        "attributes": _attributes(device.offer.gpu, shown),
+        "capacity": _capacity(shown),
     }
-    if face.policies is not None:
+    if shown.policies is not None:
         body["allowMultipleAllocations"] = True
-    if face.consumed:
-        body["consumesCounters"] = [{"counterSet": COUNTER_SET, "counters": _values(face.consumed)}]
+    if shown.consumed:
+        body["consumesCounters"] = [{"counterSet": COUNTER_SET, "counters": _values(shown.consumed)}]
     marks = [{"key": f"{driver}/{taint.key}", "value": taint.value, "effect": taint.effect} for taint in sorted(taints)]
     if marks:
         body["taints"] = marks
     return body
 
 
-def _attributes(gpu: Gpu, face: PublishedDevice) -> Body:
+def _attributes(gpu: Gpu, shown: PublishedDevice) -> Body:
     """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it tells what lies together."""
     found: dict[str, Body] = {
         "architecture": _text(gpu.architecture),
@@ -299,13 +299,13 @@ def _attributes(gpu: Gpu, face: PublishedDevice) -> Body:
         "cudaDriverVersion": _version(gpu.cuda_version),
         "driverVersion": _version(gpu.driver_version),
         "index": {"int": gpu.index},
-        "memoryEnforcement": _text(face.enforcement),
+        "memoryEnforcement": _text(shown.enforcement),
         "parentUUID": _text(gpu.uuid),
         "productName": _text(gpu.product),
-        "profile": _text(face.profile),
-        "timeSliceInterval": _text(face.interval),
-        "type": _text(face.type),
-        "uuid": _text(face.uuid),
+        "profile": _text(shown.profile),
+        "timeSliceInterval": _text(shown.interval),
+        "type": _text(shown.type),
+        "uuid": _text(shown.uuid),
         "resource.kubernetes.io/pciBusID": _text(gpu.bus_id),
     }
     if gpu.pcie_root is not None:
@@ -315,25 +315,25 @@ def _attributes(gpu: Gpu, face: PublishedDevice) -> Body:
     return found
 
 
-def _capacity(face: PublishedDevice) -> Body:
+def _capacity(shown: PublishedDevice) -> Body:
     """Memory, what shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
-    engines = face.engines
-    found = {"memory": {"value": quantity.mebibytes(face.memory_mib)}} | _values(
+    engines = shown.engines
+    found = {"memory": {"value": quantity.mebibytes(shown.memory_mib)}} | _values(
         {
-            "clients": face.clients,
+            "clients": shown.clients,
             "copyEngines": engines.copy_engines if engines else 0,
             "decoders": engines.decoders if engines else 0,
             "encoders": engines.encoders if engines else 0,
             "jpegEngines": engines.jpegs if engines else 0,
             "multiprocessors": engines.multiprocessors if engines else 0,
             "ofaEngines": engines.ofas if engines else 0,
-            "shares": face.shares,
-            "smPercent": face.sm_percent,
+            "shares": shown.shares,
+            "smPercent": shown.sm_percent,
         }
     )
-    if face.policies is None:
+    if shown.policies is None:
         return found
-    return {name: {**value, "requestPolicy": face.policies.get(name, _NOTHING)} for name, value in found.items()}
+    return {name: {**value, "requestPolicy": shown.policies.get(name, _NOTHING)} for name, value in found.items()}
 
 
 def _text(value: str) -> Body:

@@ -1,8 +1,8 @@
 """What the API refuses, or worse accepts and the scheduler then ignores, looked for before anything is sent.
 
-A pool is checked over all its slices, which no API server does: a device named twice, or a counter that no slice of
-the pool has, costs the whole pool its devices without a word to anybody. Figures: resource.k8s.io/v1 types and
-validation, Kubernetes 1.37 (the DRA contract 4.1, statements 55, 61, 62).
+A pool is checked over all its slices, which no API server does. Where a device is named twice, or draws on a counter
+that no slice of the pool has, the scheduler ignores the whole pool, and no event or log says so. Figures:
+resource.k8s.io/v1 types and validation, Kubernetes 1.37 (the DRA contract 4.1, statements 55, 61, 62).
 """
 
 from __future__ import annotations
