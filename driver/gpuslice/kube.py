@@ -29,9 +29,8 @@ from kubernetes.client.api_client import ApiClient
 from kubernetes.client.configuration import Configuration
 
 from gpuslice import __version__
+from gpuslice.core.json import Body
 from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
-
-Body = dict[str, Any]
 
 _CONNECT_S, _READ_S = 3.0, 8.0
 _PAGE = 500  # objects per list request, client-go's figure

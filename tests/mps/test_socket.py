@@ -10,8 +10,8 @@ import sys
 
 import pytest
 from gpuslice import __version__
+from gpuslice.core.json import UncheckedBody
 from gpuslice.errors import DeviceError
-from gpuslice.mps import wire
 from gpuslice.mps.client import MpsClient
 
 from tests.kit.mps_node import Node
@@ -19,7 +19,7 @@ from tests.kit.mps_node import Node
 HEAVY = ("grpc", "kubernetes", "asyncio", "google", "prometheus_client", "yaml", "pynvml", "urllib3")
 
 
-def _talk(node: Node, *lines: bytes) -> list[wire.Message]:
+def _talk(node: Node, *lines: bytes) -> list[UncheckedBody]:
     """Say these lines at once, and hear all answers."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(node.root / "supervisor.sock"))

@@ -27,7 +27,7 @@ class GoneError(DeviceError):
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class _Snapshot:
     """What readers see, replaced as a whole. Without a process the daemon is down and is to be started again."""
 
     daemon: DaemonSpec
@@ -51,7 +51,7 @@ class DaemonMonitor:
     def __init__(self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts) -> None:
         self._paths, self._key, self._command, self._timeouts = paths, key, command, timeouts
         self._turn = threading.Lock()
-        self._state: _State | None = None
+        self._state: _Snapshot | None = None
         self._failures = 0  # ends and failed starts since it was last found well
         self._why = ""  # it is not what it was: one clause of a sentence
         self._due = 0.0  # time.monotonic() of the next probe, or start
@@ -98,7 +98,7 @@ class DaemonMonitor:
         self._failures, self._why = 0, ""
         return self._show(daemon, process, restarts, "")
 
-    def _limit(self, state: _State, process: MpsDaemon, daemon: DaemonSpec) -> None:
+    def _limit(self, state: _Snapshot, process: MpsDaemon, daemon: DaemonSpec) -> None:
         try:
             process.limit(daemon)
             daemons.remember(self._paths, daemon, process)
@@ -111,7 +111,7 @@ class DaemonMonitor:
             self._show(state.daemon, process, state.running.restarts, str(e))
             raise
 
-    def _replaced(self, state: _State | None, daemon: DaemonSpec) -> MpsDaemon:
+    def _replaced(self, state: _Snapshot | None, daemon: DaemonSpec) -> MpsDaemon:
         if state and state.process:
             how = state.process.stop()
             log.info("an MPS daemon %s and is replaced key=%s device=%s", how, self._key, daemon.device)
@@ -184,7 +184,7 @@ class DaemonMonitor:
             restarts=restarts,
             problem=problem,
         )
-        self._set(_State(daemon, process, running), self._timeouts.probe_s)
+        self._set(_Snapshot(daemon, process, running), self._timeouts.probe_s)
         return running
 
     def _down(self, daemon: DaemonSpec, restarts: int, more: str) -> None:
@@ -200,10 +200,10 @@ class DaemonMonitor:
             restarts=restarts,
             problem=problem,
         )
-        self._set(_State(daemon, None, running), pause)
+        self._set(_Snapshot(daemon, None, running), pause)
         log.error("an MPS daemon is down key=%s: %s", self._key, problem)
 
-    def _set(self, state: _State, due_s: float) -> None:
+    def _set(self, state: _Snapshot, due_s: float) -> None:
         self._due = time.monotonic() + due_s
         self._state = state
         if self._thread.ident is None:
@@ -224,7 +224,7 @@ class DaemonMonitor:
                 if not self._retired.is_set() and self._state is state:
                     self._looked_after(state)
 
-    def _looked_after(self, state: _State) -> None:
+    def _looked_after(self, state: _Snapshot) -> None:
         try:
             self._look_after(state)
         except OSError:
@@ -232,7 +232,7 @@ class DaemonMonitor:
             log.exception("an MPS daemon could not be looked after key=%s", self._key)
             self._retired.wait(_AGAIN_S)
 
-    def _look_after(self, state: _State) -> None:
+    def _look_after(self, state: _Snapshot) -> None:
         process, restarts = state.process, state.running.restarts
         if process is None:
             self._start_again(state.daemon, restarts)

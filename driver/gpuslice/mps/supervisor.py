@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from gpuslice import __version__
+from gpuslice.core.json import UncheckedBody
 from gpuslice.errors import DeviceError, DriverError
 from gpuslice.mps import daemon as daemons
 from gpuslice.mps import wire
@@ -168,7 +169,7 @@ class Supervisor:
         except OSError as e:
             log.info("a client of the MPS supervisor went away: %s", e)
 
-    def _conversed(self, stream: wire.Stream) -> wire.Message:
+    def _conversed(self, stream: wire.Stream) -> UncheckedBody:
         try:
             greeting = wire.read(stream) or {}
             if wire.GREETING not in greeting:
@@ -191,7 +192,7 @@ class Supervisor:
         except ValueError as e:
             return {"error": f"the MPS supervisor does not understand this ({e}); update the older one of both"}
 
-    def _answer(self, request: wire.Message) -> wire.Message:
+    def _answer(self, request: UncheckedBody) -> UncheckedBody:
         try:
             running = self._obey(request)
         except DriverError as e:
@@ -202,7 +203,7 @@ class Supervisor:
             return {"error": f"the MPS supervisor failed unexpectedly ({type(e).__name__}: {e}); see its log"}
         return {"running": [wire.running_body(one) for one in running]}
 
-    def _obey(self, request: wire.Message) -> Sequence[DaemonStatus]:
+    def _obey(self, request: UncheckedBody) -> Sequence[DaemonStatus]:
         match request.get("op"):
             case "hello":
                 return ()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from gpuslice.core.json import Body
 from gpuslice.core.pools import reconcile
 from gpuslice.core.pools.pool import Features
 from gpuslice.errors import ApiError
-from gpuslice.kube import Body, Kube
+from gpuslice.kube import Kube
 
 
 def probe(kube: Kube, driver: str, node: str) -> Features:

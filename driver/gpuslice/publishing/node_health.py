@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # As for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
 _LIMIT_S = 15.0
 
-Answer = concurrent.futures.Future[LiveGpu]
+PendingLook = concurrent.futures.Future[LiveGpu]
 
 
 class HangGuard:
@@ -31,8 +31,8 @@ class HangGuard:
 
     def __init__(self, nvml: Nvml, limit_s: float = _LIMIT_S) -> None:
         self._nvml, self._limit_s = nvml, limit_s
-        self._questions: queue.SimpleQueue[tuple[GpuUuid, Answer]] | None = None
-        self._stuck: dict[GpuUuid, Answer] = {}
+        self._questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]] | None = None
+        self._stuck: dict[GpuUuid, PendingLook] = {}
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
         """DeviceError from NVML; HungError where no answer came in time, and from then on until one comes."""
@@ -43,21 +43,21 @@ class HangGuard:
         if self._questions is None:
             self._questions = queue.SimpleQueue()
             threading.Thread(target=self._answer, args=(self._questions,), name="look at the node", daemon=True).start()
-        answer = Answer()
-        self._questions.put((gpu, answer))
+        look = PendingLook()
+        self._questions.put((gpu, look))
         try:
-            return answer.result(self._limit_s)
+            return look.result(self._limit_s)
         except TimeoutError:
-            self._questions, self._stuck[gpu] = None, answer
+            self._questions, self._stuck[gpu] = None, look
             raise self._hung(gpu) from None
 
-    def _answer(self, questions: queue.SimpleQueue[tuple[GpuUuid, Answer]]) -> None:
+    def _answer(self, questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]]) -> None:
         while questions is self._questions or not questions.empty():
-            gpu, answer = questions.get()
+            gpu, look = questions.get()
             try:
-                answer.set_result(self._nvml.look(gpu))
+                look.set_result(self._nvml.look(gpu))
             except BaseException as e:  # noqa: BLE001 - handed to the caller
-                answer.set_exception(e)
+                look.set_exception(e)
 
     def _hung(self, gpu: GpuUuid) -> HungError:
         return HungError(

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
+from gpuslice.core.json import Body
 from gpuslice.core.model import PoolName
 from gpuslice.core.pools import reconcile, validation
 from gpuslice.core.pools.backoff import CALM_S, DEFAULT_BACKOFF, Backoff, BackoffConfig, Debounce
@@ -28,7 +29,7 @@ from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.core.pools.reconcile import Change, Create, Delete, Owner, Update
 from gpuslice.core.pools.slice_cache import SliceCache
 from gpuslice.errors import ApiError, ConflictError, ExpiredError, NotFoundError
-from gpuslice.kube import Body, Kube, Watch
+from gpuslice.kube import Kube, Watch
 
 log = logging.getLogger(__name__)
 

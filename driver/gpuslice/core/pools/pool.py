@@ -22,6 +22,7 @@ from typing import assert_never
 
 from gpuslice.core import layout, quantity
 from gpuslice.core.inventory import Device, Inventory, Pool, sm_percent
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import (
     DeviceRef,
@@ -42,8 +43,6 @@ from gpuslice.core.model import (
 from gpuslice.core.pools import counters
 from gpuslice.core.pools.counters import Counters
 from gpuslice.errors import StateError
-
-Body = Mapping[str, object]
 
 COUNTER_SET = "card"  # one per pool; unique in its pool, as it has to be
 DEVICES_PER_SLICE = 64  # with taints or counters; without them 128, but a first taint must not move devices about
@@ -70,7 +69,7 @@ class PoolSlices:
     """
 
     name: PoolName
-    specs: tuple[Body, ...]
+    specs: tuple[ReadOnlyBody, ...]
 
 
 def resource_slices(
@@ -111,12 +110,12 @@ def _pool(
     ]
     marks = taints if features.taints else {}
     bodies = [_device(d, _published(d.offer, pool, needed), marks.get(d.ref, ()), driver) for d in usable]
-    specs: list[Body] = [{"sharedCounters": [_counter_set(needed)]}] if needed.chosen else []
+    specs: list[ReadOnlyBody] = [{"sharedCounters": [_counter_set(needed)]}] if needed.chosen else []
     specs += [{"devices": chunk} for chunk in _chunks(bodies)] or [{"devices": []}]
     return PoolSlices(pool.name, tuple(specs))
 
 
-def _chunks(bodies: Sequence[Body]) -> Iterator[Sequence[Body]]:
+def _chunks(bodies: Sequence[ReadOnlyBody]) -> Iterator[Sequence[ReadOnlyBody]]:
     for start in range(0, len(bodies), DEVICES_PER_SLICE):
         yield bodies[start : start + DEVICES_PER_SLICE]
 
@@ -150,11 +149,11 @@ def _is_shared(sharing: Sharing) -> bool:
     return isinstance(sharing, Mps | TimeSlicing) and sharing.part is None
 
 
-def _counter_set(needed: Counters) -> Body:
+def _counter_set(needed: Counters) -> ReadOnlyBody:
     return {"name": COUNTER_SET, "counters": _values(needed.whole())}
 
 
-def _values(amounts: Mapping[str, int]) -> dict[str, Body]:
+def _values(amounts: Mapping[str, int]) -> dict[str, ReadOnlyBody]:
     return {name: {"value": str(amount)} for name, amount in amounts.items()}
 
 
@@ -176,7 +175,9 @@ class PublishedDevice:
     shares: int = 0
     engines: MigProfile | None = None  # the profile whose engine counts the device has
     consumed: Mapping[str, int]
-    policies: Mapping[str, Body] | None = None  # of the capacities that a share takes; None: an exclusive device
+    policies: Mapping[str, ReadOnlyBody] | None = (
+        None  # of the capacities that a share takes; None: an exclusive device
+    )
 
 
 def _published(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
@@ -262,20 +263,20 @@ def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevic
     return replace(whole, memory_mib=sharing.memory_mib // sharing.shares, consumed={})
 
 
-def _memory_policy(sharing: Mps | TimeSlicing) -> Body:
+def _memory_policy(sharing: Mps | TimeSlicing) -> ReadOnlyBody:
     """Whole MiB, and an equal part by default."""
     default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
     return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
 
 
-def _policy(default: int, least: int, value: int) -> Body:
+def _policy(default: int, least: int, value: int) -> ReadOnlyBody:
     """Whole numbers from `least` on; where there is only one, by name, because the API wants room for a step in a range."""
     if value <= least:
         return {"default": str(value), "validValues": [str(value)]}
     return {"default": str(default), "validRange": {"min": str(least), "step": "1"}}
 
 
-def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], driver: str) -> Body:
+def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], driver: str) -> ReadOnlyBody:
     body: dict[str, object] = {
         "name": device.ref.device,
         "attributes": _attributes(device.offer.gpu, shown),
@@ -291,9 +292,9 @@ def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], dri
     return body
 
 
-def _attributes(gpu: Gpu, shown: PublishedDevice) -> Body:
+def _attributes(gpu: Gpu, shown: PublishedDevice) -> ReadOnlyBody:
     """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it tells what lies together."""
-    found: dict[str, Body] = {
+    found: dict[str, ReadOnlyBody] = {
         "architecture": _text(gpu.architecture),
         "cudaComputeCapability": _version(gpu.compute_capability),
         "cudaDriverVersion": _version(gpu.cuda_version),
@@ -315,7 +316,7 @@ def _attributes(gpu: Gpu, shown: PublishedDevice) -> Body:
     return found
 
 
-def _capacity(shown: PublishedDevice) -> Body:
+def _capacity(shown: PublishedDevice) -> ReadOnlyBody:
     """Memory, what shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
     engines = shown.engines
     found = {"memory": {"value": quantity.mebibytes(shown.memory_mib)}} | _values(
@@ -336,11 +337,11 @@ def _capacity(shown: PublishedDevice) -> Body:
     return {name: {**value, "requestPolicy": shown.policies.get(name, _NOTHING)} for name, value in found.items()}
 
 
-def _text(value: str) -> Body:
+def _text(value: str) -> ReadOnlyBody:
     return {"string": value[:_TEXT]}
 
 
-def _version(value: str) -> Body:
+def _version(value: str) -> ReadOnlyBody:
     """Strict semver of three numbers: the API refuses "580.65.06" for its leading zero."""
     numbers = [str(int(part)) for part in re.findall(r"\d+", value)]
     return {"version": ".".join([*numbers, "0", "0", "0"][:3])}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-Body = dict[str, Any]
+from gpuslice.core.json import Body
 
 
 class SliceCache:
