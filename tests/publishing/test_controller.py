@@ -20,8 +20,9 @@ from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
 from gpuslice.nvml.sim.nvml import SimNvml
-from gpuslice.publishing.controller import Shapes, SliceController
+from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
+from gpuslice.publishing.shapes import Shapes
 from gpuslice.standin.apiserver import StandInApiServer
 
 from tests.kit.builders import a_gpu
