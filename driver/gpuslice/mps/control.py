@@ -31,26 +31,21 @@ _NOBODY = "Cannot find MPS control daemon"  # whatever it ends with then
 _PIDS = re.compile(r"^\s*(\d+)\s*$", re.MULTILINE)
 
 
-def program(driver_root: Path, simulated_node: Path | None, *, links: Path = LINKS) -> Sequence[str]:
-    """The command that is the control program; DeviceError where the driver root has none.
+def program(driver_root: Path, *, links: Path = LINKS) -> Sequence[str]:
+    """The command that is NVIDIA's control program; DeviceError where the driver root has none.
 
-    With a simulated node it is the stand-in, on the cards of that node. `links`: a folder for `programs.environment`.
+    `links`: a folder for `programs.environment`.
     """
-    if simulated_node is not None:
-        stand_in = str(Path(__file__).with_name("sim") / "control.py")
-        # Without site-packages and what the environment may bring: it starts at every command.
-        return (
-            "env",
-            f"GPUSLICE_SIMULATED_NODE={simulated_node.resolve()}",
-            sys.executable,
-            "-S",
-            "-E",
-            "-s",
-            stand_in,
-        )
     path = str(programs.find(driver_root, NAME))
     more = programs.environment(driver_root, links)
     return ("env", *(f"{name}={value}" for name, value in more.items()), path) if more else (path,)
+
+
+def stand_in(simulated_node: Path) -> Sequence[str]:
+    """The command that is the stand-in for the control program, on the cards of this simulated node."""
+    script = str(Path(__file__).with_name("sim") / "control.py")
+    # Without site-packages and what the environment may bring: it starts at every command.
+    return ("env", f"GPUSLICE_SIMULATED_NODE={simulated_node.resolve()}", sys.executable, "-S", "-E", "-s", script)
 
 
 class Control:
