@@ -30,11 +30,12 @@ from kubernetes.client.configuration import Configuration
 
 from gpuslice import __version__
 from gpuslice.core.json import Body
+from gpuslice.core.model import RESOURCE_API
 from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
 
 _CONNECT_S, _READ_S = 3.0, 8.0
 _PAGE = 500  # objects per list request, client-go's figure
-_GROUP = "/apis/resource.k8s.io/v1"
+_GROUP = f"/apis/{RESOURCE_API}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ ClaimUid = NewType("ClaimUid", str)  # Kubernetes'
 PoolName = NewType("PoolName", str)  # "<node>/<pci bus id>"
 
 MIB = 1024 * 1024
+RESOURCE_API = "resource.k8s.io/v1"  # of claims and slices; in Kubernetes since 1.34
 API_VERSION = "gpuslice.dev/v1alpha1"  # of the objects that users write: policies and opaque parameters
 
 
@@ -217,6 +218,11 @@ class Offer:
     @property
     def gpu(self) -> Gpu:
         return self.slice_.gpu
+
+    @property
+    def slot(self) -> MigSlot | None:
+        """None for a whole card."""
+        return self.slice_.slot if isinstance(self.slice_, MigSlice) else None
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -1,7 +1,7 @@
 """Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
 
-The scheduler's counters are not trusted alone: schedulers of early 1.36 patches do not charge committed shares again
-(kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
+The scheduler's counters are not trusted alone: schedulers of Kubernetes 1.36.0 and 1.36.1 do not charge committed shares
+again (kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
 `Busy`, because that holder may be about to leave; what no record explains is foreign and refused.
 """
 
@@ -23,15 +23,12 @@ from gpuslice.core.model import (
     Gpu,
     GpuUuid,
     LiveGpu,
-    MigSlice,
     MigSlot,
     MigUuid,
     Monitor,
     Mps,
-    Offer,
     Partition,
     TimeSlicing,
-    WholeGpu,
 )
 from gpuslice.core.record import (
     AdjustMps,
@@ -216,17 +213,7 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
         )
     # What an administrator is given is only watched: it takes nothing from its holders (KEP-5018).
     sharing = Monitor() if allocation.admin else offer.sharing
-    return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=_slot(offer), sharing=sharing)
-
-
-def _slot(offer: Offer) -> MigSlot | None:
-    match offer.slice_:
-        case WholeGpu():
-            return None
-        case MigSlice() as partition:
-            return partition.slot
-        case _:
-            assert_never(offer.slice_)
+    return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=offer.slot, sharing=sharing)
 
 
 def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:

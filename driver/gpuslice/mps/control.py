@@ -19,7 +19,6 @@ from gpuslice.system import programs
 log = logging.getLogger(__name__)
 
 NAME = "nvidia-cuda-mps-control"
-PID_FILE = f"{NAME}.pid"
 LINKS = Path("/run/gpuslice/nvidia-libraries")
 
 # There is no command that takes a memory ceiling away: this one is beyond every card, and reads back as none.

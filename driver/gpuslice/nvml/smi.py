@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gpuslice.core.model import GpuUuid
+from gpuslice.core.model import INTERVALS, GpuUuid
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import Code
 from gpuslice.system import programs
 
-_LEVELS = ("default", "short", "medium", "long")
-_LEVEL = re.compile(r"time-?\s?slice\b[^a-z]*\b(default|short|medium|long)\b", re.IGNORECASE)
+_LEVEL = re.compile(rf"time-?\s?slice\b[^a-z]*\b({'|'.join(INTERVALS)})\b", re.IGNORECASE)
 _TIMEOUT_S = 20.0  # nvidia-smi opens a session of its own, which takes seconds where nothing keeps the driver loaded
 # What nvidia-smi prints, as what NVML would answer.
 _CODES = (
@@ -35,7 +34,7 @@ class Smi:
         self._env = {} if library is None or self._root == Path("/") else {"LD_PRELOAD": str(library)}
 
     def time_slice(self, gpu: GpuUuid, label: str) -> int:
-        """Level 0 … 3 that is set now."""
+        """The level that is set now, an index of INTERVALS."""
         text = self._policy(gpu, label, "read its time slice", "--list")
         if (level := _level(text)) is None:
             raise DeviceError(
@@ -50,7 +49,7 @@ class Smi:
         shown = _level(self._policy(gpu, label, what, "--list"))
         if shown not in (None, level):
             raise DeviceError(
-                f"{label}: nvidia-smi took time slice {_LEVELS[level]} and then shows {_LEVELS[shown or 0]}; "
+                f"{label}: nvidia-smi took time slice {INTERVALS[level]} and then shows {INTERVALS[shown or 0]}; "
                 f"check for another program that sets it",
                 Code.UNKNOWN,
             )
@@ -74,7 +73,7 @@ class Smi:
 
 def _level(text: str) -> int | None:
     match = _LEVEL.search(text)
-    return _LEVELS.index(match[1].lower()) if match else None
+    return INTERVALS.index(match[1].lower()) if match else None
 
 
 def _line(text: str) -> str:

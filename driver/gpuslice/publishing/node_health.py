@@ -60,10 +60,7 @@ class HangGuard:
                 look.set_exception(e)
 
     def _hung(self, gpu: GpuUuid) -> HungError:
-        return HungError(
-            f"a look at GPU {gpu} has not come back for {self._limit_s:g} s, so it counts as hung until it does; look at the "
-            "kernel log of the node, reset the GPU or restart the node if it stays so"
-        )
+        return HungError.overdue(f"a look at GPU {gpu}", [gpu], self._limit_s)
 
 
 class NodeHealth:

@@ -20,14 +20,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-from gpuslice.core import layout, quantity
+from gpuslice.core import layout, quantity, share
 from gpuslice.core.inventory import Device, Inventory, Pool, sm_percent
 from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import (
     DeviceRef,
     Exclusive,
-    Gpu,
     MigProfile,
     MigSlice,
     Monitor,
@@ -164,10 +163,8 @@ def _values(amounts: Mapping[str, int]) -> dict[str, ReadOnlyBody]:
 class PublishedDevice:
     """What a device shows of itself that depends on what it is: one of these for each kind of offer."""
 
-    type: str
     uuid: str = ""
     profile: str = ""
-    enforcement: str  # what keeps a claim within its memory
     interval: str = ""
     memory_mib: int
     sm_percent: int = 0
@@ -183,7 +180,7 @@ class PublishedDevice:
 def _published(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
     match offer.sharing:
         case Monitor():  # admin access is charged for counters too (kubernetes/kubernetes#140729), so it has none
-            return PublishedDevice(type="monitor", uuid=offer.gpu.uuid, enforcement="none", memory_mib=0, consumed={})
+            return PublishedDevice(uuid=offer.gpu.uuid, memory_mib=0, consumed={})
         case Exclusive():
             return _exclusive(offer.slice_, pool, needed)
         case Mps() as mps:
@@ -198,9 +195,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
     match slice_:
         case WholeGpu(gpu):
             return PublishedDevice(
-                type="gpu",
                 uuid=gpu.uuid,
-                enforcement="hardware",
                 memory_mib=pool.memory_mib,
                 sm_percent=sm_percent(slice_),
                 engines=layout.full(gpu.profiles),
@@ -208,9 +203,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
             )
         case MigSlice(_, profile, placement):  # it has a UUID only while it exists
             return PublishedDevice(
-                type="mig",
                 profile=profile.name,
-                enforcement="hardware",
                 memory_mib=profile.memory_mib,
                 sm_percent=sm_percent(slice_),
                 engines=profile,
@@ -228,8 +221,6 @@ def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
     """
     shared = replace(
         alone,
-        type="mps",
-        enforcement="mps" if mps.enforced else "none",
         memory_mib=mps.memory_mib,
         sm_percent=_ALL_SMS,
         clients=mps.clients,
@@ -247,8 +238,6 @@ def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
 def _timeslice(sharing: TimeSlicing, alone: PublishedDevice) -> PublishedDevice:
     shared = replace(
         alone,
-        type="timeslice",
-        enforcement="none",
         interval="" if alone.profile else sharing.interval,  # of partitions it cannot be set
         memory_mib=sharing.memory_mib,
         sm_percent=0,  # turns have no ceiling
@@ -279,7 +268,7 @@ def _policy(default: int, least: int, value: int) -> ReadOnlyBody:
 def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], driver: str) -> ReadOnlyBody:
     body: dict[str, object] = {
         "name": device.ref.device,
-        "attributes": _attributes(device.offer.gpu, shown),
+        "attributes": _attributes(device.offer, shown),
         "capacity": _capacity(shown),
     }
     if shown.policies is not None:
@@ -292,20 +281,21 @@ def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], dri
     return body
 
 
-def _attributes(gpu: Gpu, shown: PublishedDevice) -> ReadOnlyBody:
-    """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it tells what lies together."""
+def _attributes(offer: Offer, shown: PublishedDevice) -> ReadOnlyBody:
+    """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it shows what lies together."""
+    gpu = offer.gpu
     found: dict[str, ReadOnlyBody] = {
         "architecture": _text(gpu.architecture),
         "cudaComputeCapability": _version(gpu.compute_capability),
         "cudaDriverVersion": _version(gpu.cuda_version),
         "driverVersion": _version(gpu.driver_version),
         "index": {"int": gpu.index},
-        "memoryEnforcement": _text(shown.enforcement),
+        "memoryEnforcement": _text(share.enforcement(offer.sharing)),
         "parentUUID": _text(gpu.uuid),
         "productName": _text(gpu.product),
         "profile": _text(shown.profile),
         "timeSliceInterval": _text(shown.interval),
-        "type": _text(shown.type),
+        "type": _text(share.mode(offer.sharing, offer.slot)),
         "uuid": _text(shown.uuid),
         "resource.kubernetes.io/pciBusID": _text(gpu.bus_id),
     }

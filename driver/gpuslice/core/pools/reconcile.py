@@ -14,7 +14,7 @@ from typing import Any
 
 from gpuslice.core import quantity
 from gpuslice.core.json import Body, ReadOnlyBody
-from gpuslice.core.model import PoolName
+from gpuslice.core.model import RESOURCE_API, PoolName
 from gpuslice.core.pools.pool import PoolSlices
 
 PARTITIONABLE = "DRAPartitionableDevices"
@@ -25,7 +25,6 @@ PROBED = ("sharedCounters", "consumesCounters", "allowMultipleAllocations", "req
 
 _CONTENT = ("devices", "sharedCounters")
 _QUANTITIES = frozenset({"value", "default", "min", "max", "step", "validValues"})
-_PLAIN = frozenset({"attributes", "taints"})  # their "value" and "min" would be no quantities
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ def _spec(wanted: PoolSlices, index: int, generation: int, owner: Owner) -> Body
 
 
 def _object(metadata: Body, spec: Body) -> Body:
-    return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
+    return {"apiVersion": RESOURCE_API, "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
 
 
 def _differs(body: Body, wanted: PoolSlices, index: int, owner: Owner) -> bool:
