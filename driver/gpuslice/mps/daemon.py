@@ -60,7 +60,7 @@ class MpsDaemon:
         """Give it these ceilings; where it does not take them, it keeps those it has. HungError where it is wedged."""
         before = self.ceilings
         try:
-            self.ceilings = _limited(self.control, daemon)
+            self.ceilings = _limit(self.control, daemon)
         except HungError:
             raise
         except DeviceError:
@@ -101,10 +101,10 @@ def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: fl
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
     for flags in first:
         try:
-            return _started(paths, daemon, command, answer_s, flags)
+            return _start(paths, daemon, command, answer_s, flags)
         except _EndedError as e:
             why = e
-    process = _started(paths, daemon, command, answer_s, last)
+    process = _start(paths, daemon, command, answer_s, last)
     if first:
         log.warning("MPS daemon %s serves one uid at a time; with more it fails: %s", daemon.key, why)
     return process
@@ -132,20 +132,20 @@ class _EndedError(DeviceError):
     """The daemon ended before it took a command."""
 
 
-def _started(
+def _start(
     paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float, flags: Sequence[str]
 ) -> MpsDaemon:
     env = _environment(paths, daemon)
     console = paths.log(daemon.key) / "console"
     with closing(FolderWatch(paths.pipe(daemon.key), arrivals=True)) as watch:
         pidfd = PidfdProcess(
-            ProcessId.of(_spawned([*_LAUNCHER, str(paths.shm(daemon.key)), *command, *flags], env, console))
+            ProcessId.of(_spawn([*_LAUNCHER, str(paths.shm(daemon.key)), *command, *flags], env, console))
         )
         process = MpsDaemon(paths.pipe(daemon.key), Control(command, env, answer_s), pidfd)
         try:
             remember(paths, daemon, process)  # before it can have clients that nobody would know of
             _wait(process, watch, console, daemon.device)
-            process.ceilings = _limited(process.control, daemon)
+            process.ceilings = _limit(process.control, daemon)
         except DriverError:
             process.stop(drain=False)
             raise
@@ -154,7 +154,7 @@ def _started(
     return process
 
 
-def _spawned(command: Sequence[str], env: Mapping[str, str], console: Path) -> int:
+def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int:
     try:
         with console.open("wb") as output:
             child = subprocess.Popen(
@@ -229,7 +229,7 @@ def remember(paths: Paths, daemon: DaemonSpec, process: MpsDaemon) -> None:
     write_atomic(paths.record(daemon.key), json.dumps(body) + "\n")
 
 
-def _limited(control: Control, daemon: DaemonSpec) -> tuple[int | None, int | None]:
+def _limit(control: Control, daemon: DaemonSpec) -> tuple[int | None, int | None]:
     memory = control.limit_memory(daemon.device, daemon.memory_mib)
     return memory, control.limit_threads(daemon.threads_percent)
 

@@ -80,12 +80,12 @@ class DaemonMonitor:
             if self._retired.is_set():
                 raise GoneError(f"MPS daemon {self._key} is being stopped; try again")
             try:
-                return self._ensured(daemon)
+                return self._ensure(daemon)
             finally:
                 if self._state is None:
                     self._end_failed_start()
 
-    def _ensured(self, daemon: DaemonSpec) -> DaemonStatus:
+    def _ensure(self, daemon: DaemonSpec) -> DaemonStatus:
         state = self._state
         process = state.process if state else None
         restarts = state.running.restarts if state else 0
@@ -94,7 +94,7 @@ class DaemonMonitor:
         if state and process and not process.pidfd.ended() and state.daemon.device == daemon.device:
             self._limit(state, process, daemon)
         else:
-            process = self._replaced(state, daemon)
+            process = self._replace(state, daemon)
         self._failures, self._why = 0, ""
         return self._show(daemon, process, restarts, "")
 
@@ -111,7 +111,7 @@ class DaemonMonitor:
             self._show(state.daemon, process, state.running.restarts, str(e))
             raise
 
-    def _replaced(self, state: _Snapshot | None, daemon: DaemonSpec) -> MpsDaemon:
+    def _replace(self, state: _Snapshot | None, daemon: DaemonSpec) -> MpsDaemon:
         if state and state.process:
             how = state.process.stop()
             log.info("an MPS daemon %s and is replaced key=%s device=%s", how, self._key, daemon.device)
@@ -222,17 +222,17 @@ class DaemonMonitor:
                 continue
             with self._turn:
                 if not self._retired.is_set() and self._state is state:
-                    self._looked_after(state)
+                    self._check_or_log(state)
 
-    def _looked_after(self, state: _Snapshot) -> None:
+    def _check_or_log(self, state: _Snapshot) -> None:
         try:
-            self._look_after(state)
+            self._check(state)
         except OSError:
             # No descriptors, no memory: a thread that ended of it would leave the daemon to itself.
             log.exception("an MPS daemon could not be looked after key=%s", self._key)
             self._retired.wait(_AGAIN_S)
 
-    def _look_after(self, state: _Snapshot) -> None:
+    def _check(self, state: _Snapshot) -> None:
         process, restarts = state.process, state.running.restarts
         if process is None:
             self._start_again(state.daemon, restarts)

@@ -30,7 +30,7 @@ class ProcessId:
     @classmethod
     def of(cls, pid: int) -> ProcessId:
         """ProcessLookupError where there is none."""
-        return cls(pid, _started(pid), boot_id())
+        return cls(pid, _start_ticks(pid), boot_id())
 
     def alive(self) -> bool:
         with contextlib.suppress(ProcessLookupError):
@@ -117,7 +117,7 @@ def kill_all(pipe: Path, timeout_s: float) -> int:
     return len(found)
 
 
-def _started(pid: int) -> int:
+def _start_ticks(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError) as e:

@@ -163,13 +163,13 @@ class Supervisor:
         """One greeting, one request. A thread of its own, so that a slow client keeps nobody waiting."""
         try:
             with connection, connection.makefile("rwb") as stream:
-                wire.write(stream, self._conversed(stream))
+                wire.write(stream, self._converse(stream))
         except TimeoutError:
             log.warning("a client of the MPS supervisor sent nothing for %g s", _TALK_S)
         except OSError as e:
             log.info("a client of the MPS supervisor went away: %s", e)
 
-    def _conversed(self, stream: wire.Stream) -> UncheckedBody:
+    def _converse(self, stream: wire.Stream) -> UncheckedBody:
         try:
             greeting = wire.read(stream) or {}
             if wire.GREETING not in greeting:

@@ -221,7 +221,7 @@ class RealNvml:
     def wait_event(self, timeout_s: float) -> XidEvent | None:
         with self._waiting, asking("this node", "wait for events"):
             if self._events is None:
-                self._events = _subscribed()
+                self._events = _subscribe()
             if self._events is None:  # nobody to wait for; NVML would answer at once, again and again
                 self._closing.wait(timeout_s)
                 return None
@@ -269,7 +269,7 @@ class RealNvml:
         return self._slices[gpu]
 
 
-def _subscribed() -> Handle | None:
+def _subscribe() -> Handle | None:
     """One event set over all GPUs that can report XIDs; None where there is none."""
     events: Handle = pynvml.nvmlEventSetCreate()
     registered = 0

@@ -28,7 +28,6 @@ from gpuslice.publishing.api_features import probe
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.publisher import Publisher
 from gpuslice.publishing.shapes import Shapes
-from gpuslice.publishing.status import Status
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class SliceController:
         self._dynamic, self._static = dynamic, static
         self._health, self._checkpoint = health, checkpoint
         self._shapes = Shapes(folder / "shapes.json", kube, driver, node)
-        self._publisher = Publisher(kube, driver, node, changed=self._changed)
+        self._publisher = Publisher(kube, driver, node, changed=lambda _: self.nudge())
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
@@ -89,17 +88,14 @@ class SliceController:
             return self._failed
         return None if self._publisher.published.is_set() else self._publisher.status.error or self._problem
 
-    def _changed(self, status: Status) -> None:
-        self.nudge()
-
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        features = self._probed()
+        features = self._probe()
         while features is not None and not self._stopped:
             features = self._without_dropped(features)
             try:
-                self._publisher.publish(self._planned(features))
+                self._publisher.publish(self._plan(features))
                 self._failed = ""
             except DriverError as e:
                 self._fail(str(e))
@@ -117,7 +113,7 @@ class SliceController:
         if news:
             log.warning("cannot plan what to publish, trying again: %s", error)
 
-    def _probed(self) -> Features | None:
+    def _probe(self) -> Features | None:
         while not self._stopped:
             try:
                 features = probe(self._kube, self._driver, self._node)
@@ -130,7 +126,7 @@ class SliceController:
             return features
         return None
 
-    def _planned(self, features: Features) -> tuple[PoolSlices, ...]:
+    def _plan(self, features: Features) -> tuple[PoolSlices, ...]:
         inventory = self._dynamic if features.partitionable else self._static
         taints = self._health.look(inventory)
         records = tuple(self._checkpoint.records().values())

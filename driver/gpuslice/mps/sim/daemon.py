@@ -62,7 +62,7 @@ class SimDaemon:
 
     def serve(self) -> None:
         """Until `quit`."""
-        while not self._left():
+        while not self._is_done():
             wait = None if self._leave_at in (None, float("inf")) else max(0.0, self._leave_at - time.monotonic()) * 1e3
             for descriptor, _ in self._poll.poll(wait):
                 self._turn(descriptor)
@@ -70,7 +70,7 @@ class SimDaemon:
             self._end(server, "terminated")
         os.unlink(self._path)  # noqa: PTH108
 
-    def _left(self) -> bool:
+    def _is_done(self) -> bool:
         if self._leave_at is None:
             return False
         return time.monotonic() >= self._leave_at or not any(s.clients for s in self._servers.values())
