@@ -259,7 +259,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """One line of the scheduler's verdict for our driver, with the opaque config that applies to it."""
+    """One result of the allocation for our driver, with the opaque config that applies to it."""
 
     request: str  # base request name, subrequest stripped
     device: DeviceRef

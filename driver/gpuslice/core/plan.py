@@ -1,6 +1,6 @@
 """Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
 
-The scheduler's counters are not trusted alone: schedulers of Kubernetes 1.36.0 and 1.36.1 do not charge committed shares
+The scheduler's counters are not trusted alone: schedulers older than Kubernetes 1.36.2 do not charge committed shares
 again (kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
 `Busy`, because that holder may be about to leave; what no record explains is foreign and refused.
 """

@@ -53,8 +53,8 @@ class Control:
     def __init__(self, command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> None:
         self._command, self._env, self._timeout_s = command, env, timeout_s
 
-    def tell(self, *commands: str) -> str:
-        """Run these commands in turn; what they printed."""
+    def run(self, *commands: str) -> str:
+        """Run these commands in turn; returns what they printed."""
         text = "".join(f"{command}\n" for command in commands)
         status, printed = programs.run(self._command, stdin=text, timeout_s=self._timeout_s, env=self._env)
         if status or _NOBODY in printed:
@@ -63,20 +63,20 @@ class Control:
 
     def servers(self) -> tuple[int, ...]:
         """Pids of the servers; none until the first client came."""
-        return tuple(int(pid) for pid in _PIDS.findall(self.tell("get_server_list")))
+        return tuple(int(pid) for pid in _PIDS.findall(self.run("get_server_list")))
 
     def status(self, server: int) -> str:
         """INITIALIZING, ACTIVE or FAULT."""
-        return one_line(self.tell(f"get_server_status {server}"))
+        return one_line(self.run(f"get_server_status {server}"))
 
     def clients(self, server: int) -> tuple[int, ...]:
-        return tuple(int(pid) for pid in _PIDS.findall(self.tell(f"get_client_list {server}")))
+        return tuple(int(pid) for pid in _PIDS.findall(self.run(f"get_client_list {server}")))
 
     def terminate_clients(self) -> int:
         """End the work of every client by MPS' own means, which a kill is not: how many there were."""
         found = [(server, client) for server in self.servers() for client in self.clients(server)]
         if found:
-            self.tell(*(f"terminate_client {server} {client}" for server, client in found))
+            self.run(*(f"terminate_client {server} {client}" for server, client in found))
         return len(found)
 
     # ------------------------------------------------------------ ceilings
@@ -109,19 +109,19 @@ class Control:
     def _try(self, *commands: str) -> None:
         """Run these commands. Whether the daemon obeyed shows when its ceilings are read back, not in this answer."""
         try:
-            self.tell(*commands)
+            self.run(*commands)
         except HungError:
             raise
         except DeviceError as e:
             log.debug("an MPS daemon did not obey: %s", e)
 
     def memory(self, device: GpuUuid | MigUuid) -> int | None:
-        """The memory ceiling as it is: by UUID where that one says something, else by index."""
+        """The memory ceiling as it is: by UUID where there is one, else by index."""
         by_uuid = self._memory("get_default_device_pinned_mem_limit", device, None)
         return self._memory("get_default_device_pinned_mem_limit", "0", None) if by_uuid is None else by_uuid
 
     def _memory(self, command: str, device: str, wanted: int | None) -> int | None:
-        return mebibytes(self.tell(f"{command} {device}"), wanted)
+        return mebibytes(self.run(f"{command} {device}"), wanted)
 
     def limit_threads(self, percent: int | None) -> int | None:
         """The same for the share of multiprocessors; 100 is no ceiling."""
@@ -141,13 +141,13 @@ class Control:
         return self._threads("get_default_active_thread_percentage")
 
     def _threads(self, command: str) -> int | None:
-        match = _PERCENT.search(self.tell(command))
+        match = _PERCENT.search(self.run(command))
         figure = round(float(match[0])) if match else 0
         return None if figure == 100 else figure
 
 
 def mebibytes(text: str, wanted: int | None) -> int | None:
-    """The size that an answer tells, in MiB; None where it tells none, zero, or more than any card has.
+    """The size in an answer, in MiB; None where it has none, zero, or more than any card has.
 
     Answers such as "3G" may be rounded down to whole units, so one that agrees with `wanted` in its own unit is `wanted`.
     """

@@ -83,7 +83,7 @@ class MpsDaemon:
                 # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
                 ended = self.control.terminate_clients()
                 log.info("MPS clients were terminated pid=%d clients=%d", self.pid, ended)
-                self.control.tell(f"quit -t {DRAIN_S:.0f}")
+                self.control.run(f"quit -t {DRAIN_S:.0f}")
                 self.pidfd.ended(DRAIN_S)
         except DeviceError as e:
             log.warning("an MPS daemon could not be drained and is killed pid=%d: %s", self.pid, e)
@@ -177,7 +177,7 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
     until = time.monotonic() + START_S
     why = "its control socket did not appear"
     while (left := until - time.monotonic()) > 0:
-        # The socket's arrival wakes us; that somebody listens on it does not, hence the limit.
+        # The socket's arrival wakes us; that the daemon listens on it does not, so there is a limit.
         ready = wait(min(left, _REFUSED_S), watch.fileno(), process.pidfd.descriptor)
         if process.pidfd.descriptor in ready:
             lines = one_line(" ".join(_lines(console)[-3:]))

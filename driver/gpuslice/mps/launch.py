@@ -22,7 +22,7 @@ def isolate(shm: str) -> None:
     """Bind `shm` over /dev/shm for this process and its children alone; OSError where that is not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(_CLONE_NEWNS))
-    # Slave, not private: what the node unmounts must not stay mounted, hence busy, for as long as the daemon lives.
+    # Slave, not private: what the node unmounts must not stay mounted, and so busy, while the daemon lives.
     _check(libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None))
     _check(libc.mount(os.fsencode(shm), b"/dev/shm", None, _MS_BIND, None))
 

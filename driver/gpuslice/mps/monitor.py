@@ -164,7 +164,7 @@ class DaemonMonitor:
 
     def _end_failed_start(self) -> None:
         self._retire()
-        with suppress(DeviceError):  # what failed first is the news
+        with suppress(DeviceError):  # the first failure is the one to report
             daemons.remove(self._paths, self._key)
 
     def _retire(self) -> None:

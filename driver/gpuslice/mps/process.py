@@ -57,7 +57,7 @@ class PidfdProcess:
         return bool(wait(timeout_s, self.descriptor))
 
     def reap(self) -> str:
-        """How it ended, as a clause; a process that is not our child does not tell."""
+        """How it ended, as a clause; of a process that is not our child only "ended"."""
         try:
             _, status = os.waitpid(self.id.pid, os.WNOHANG)
         except ChildProcessError:

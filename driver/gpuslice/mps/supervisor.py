@@ -1,7 +1,7 @@
 """The process that owns the MPS daemons: `gpuslice mps-supervisor`. It speaks wire.py on `<root>/supervisor.sock`.
 
 One supervisor a root. A second one is refused and does not wait: a supervisor that waits without a word hides that two
-were configured, and whoever runs it (a kubelet, systemd) starts it again anyhow.
+were configured, and its manager (a kubelet, systemd) starts it again anyhow.
 
 SIGTERM drains and ends all daemons, but leaves their folders: containers hold them, and the next supervisor starts the
 daemons again in them. SIGKILL, or a crash, leaves the daemons as they are, where the container or unit does not take them
@@ -65,7 +65,7 @@ class Supervisor:
         self._root_lock = lock
         self._adopt()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first: whoever sees the socket may connect to it.
+        # Bound under another name first: a program that sees the socket may connect to it.
         new = root / ".supervisor"
         new.unlink(missing_ok=True)
         self._listener.bind(str(new))
@@ -155,7 +155,7 @@ class Supervisor:
                 connection.settimeout(_TALK_S)
                 threading.Thread(target=self._talk, args=(connection,), name="mps-talk", daemon=True).start()
             except (OSError, RuntimeError) as e:
-                # Out of descriptors or threads: whoever waits still does, so trying at once would only burn the processor.
+                # Out of descriptors or threads: the client still waits, so trying at once would only burn the processor.
                 if not self._closing.wait(_NO_ACCEPT_S):
                     log.error("the MPS supervisor cannot accept a connection: %s", e)
 

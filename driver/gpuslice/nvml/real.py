@@ -230,7 +230,7 @@ class RealNvml:
             except pynvml.NVMLError_Timeout:
                 return None
             except pynvml.NVMLError_GpuIsLost:
-                # It would say so on every wait from now on: go on without the one that is gone.
+                # Every further wait would end so: go on without the lost GPU.
                 self._unsubscribe()
                 return XidEvent(gpu=None, xid=XID_OFF_THE_BUS)
             if event.eventType != _XID:

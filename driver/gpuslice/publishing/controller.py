@@ -108,9 +108,9 @@ class SliceController:
                 self._pause(_RETRY_S if self._failed or self._shapes.only_taints_awaited else _PERIOD_S)
 
     def _fail(self, error: str) -> None:
-        news = error != self._failed
+        is_new = error != self._failed
         self._failed = error
-        if news:
+        if is_new:
             log.warning("cannot plan what to publish, trying again: %s", error)
 
     def _probe(self) -> Features | None:

@@ -80,7 +80,7 @@ class NodeHealth:
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
-        """Taints of all devices, with news of them logged. Blocks; a hung GPU is not asked."""
+        """Taints of all devices; those that come or go are logged. Blocks; a hung GPU is not asked."""
         hung = self._hung()
         unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
@@ -98,7 +98,7 @@ class NodeHealth:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
         records |= self._checkpoint.records()
         taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
-        self._log_news(taints)
+        self._log_changes(taints)
         return taints
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
@@ -110,7 +110,7 @@ class NodeHealth:
         except DeviceError as e:
             return {"": Taint("mps", "supervisor-away", reason=str(e))}
 
-    def _log_news(self, taints: Taints) -> None:
+    def _log_changes(self, taints: Taints) -> None:
         def reasons(of: Taints) -> set[str]:
             return {taint.reason for here in of.values() for taint in here}
 

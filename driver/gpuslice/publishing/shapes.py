@@ -64,7 +64,7 @@ class Shapes:
         return ours | set(shape.pools_of(self._kube.claims(), self._driver))
 
     def _read(self) -> None:
-        """Take in what the file says, if it is news; where it is lost or torn, the shapes that the API server has."""
+        """Read the file if it has changed; where it is lost or torn, take the shapes that the API server has."""
         try:
             version = Version.of(self._path.stat())
             if version == self._version:

@@ -4,8 +4,8 @@
 key. The **first** entry that matches a card counts, so that the order is read from top to bottom; an entry to which
 an earlier one leaves nothing is an error. So is any setting without an effect, because its author means another thing
 than the driver does.
-What only a node can tell (an entry for cards that this node does not have) is no error, because one policy serves a fleet:
-`Policy.unused` names it, one sentence each.
+An entry for cards that this node does not have is no error, because one policy serves a fleet: `Policy.unused` names
+such entries, one sentence each.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Counters:
 def minimal(
     profiles: tuple[MigProfile, ...], places: tuple[ProfilePlacement, ...], devices: tuple[int, ...], wholes: int
 ) -> Counters:
-    """Counters for a card with these `profiles` (all that it has: they tell its totals).
+    """Counters for a card with these `profiles` (all that it has, because its totals come from them).
 
     `devices[i]` is the number of devices at `places[i]`, `wholes` the number of those that take the whole card.
     """

@@ -52,7 +52,7 @@ class SimDaemon:
         self._leave_at: float | None = None  # time.monotonic(); inf: when the last client has gone
         self._poll = select.poll()
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first: whoever sees "control" may connect to it.
+        # Bound under another name first: a program that sees "control" may connect to it.
         self._control.bind(f"{pipe}/.control")
         os.chmod(f"{pipe}/.control", 0o777)  # noqa: PTH101, S103  clients have uids of their own
         self._control.listen(128)

@@ -115,7 +115,9 @@ class Cues:
         if added_at == self._none_at:
             return {}
         found = self._found()
-        self._none_at = None if found else added_at  # from before the folder was read: what came in between is news
+        self._none_at = (
+            None if found else added_at
+        )  # from before the folder was read, so that a cue added meanwhile is seen
         return found
 
     def _added_at(self) -> int:
