@@ -174,16 +174,7 @@ class DaemonMonitor:
     # ------------------------------------------------------------ what readers see
 
     def _show(self, daemon: DaemonSpec, process: MpsDaemon, restarts: int, problem: str) -> DaemonStatus:
-        memory_mib, threads_percent = process.ceilings
-        running = DaemonStatus(
-            key=self._key,
-            device=daemon.device,
-            pid=process.pid,
-            memory_mib=memory_mib,
-            threads_percent=threads_percent,
-            restarts=restarts,
-            problem=problem,
-        )
+        running = self._status(daemon, process, restarts, problem)
         self._set(_Snapshot(daemon, process, running), self._timeouts.probe_s)
         return running
 
@@ -191,17 +182,20 @@ class DaemonMonitor:
         """Nothing runs; the next start is after a pause."""
         pause = pause_s(self._failures)
         problem = f"{self._why}{more}; it is started again in {pause:g} s"
-        running = DaemonStatus(
+        self._set(_Snapshot(daemon, None, self._status(daemon, None, restarts, problem)), pause)
+        log.error("an MPS daemon is down key=%s: %s", self._key, problem)
+
+    def _status(self, daemon: DaemonSpec, process: MpsDaemon | None, restarts: int, problem: str) -> DaemonStatus:
+        memory_mib, threads_percent = process.ceilings if process else (None, None)
+        return DaemonStatus(
             key=self._key,
             device=daemon.device,
-            pid=0,
-            memory_mib=None,
-            threads_percent=None,
+            pid=process.pid if process else 0,
+            memory_mib=memory_mib,
+            threads_percent=threads_percent,
             restarts=restarts,
             problem=problem,
         )
-        self._set(_Snapshot(daemon, None, running), pause)
-        log.error("an MPS daemon is down key=%s: %s", self._key, problem)
 
     def _set(self, state: _Snapshot, due_s: float) -> None:
         self._due = time.monotonic() + due_s
