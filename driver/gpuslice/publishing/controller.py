@@ -1,6 +1,6 @@
 """What the node offers, kept up to date: probe the API server once, look at the node, plan the pools, hand them on.
 
-One thread. It plans again when it is nudged and every half minute; the publisher writes only what differs. News is
+One thread. It plans again when it is nudged and every half minute; the publisher writes only what differs. Nudges are
 gathered for a tenth of a second, so that eight claims at once cost one look at the node and none of them waits for it
 (without that, looks and plans took two thirds of the driver's time under load: measured).
 
@@ -16,16 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpuslice.checkpoint import Checkpoint
-from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import DeviceRef
-from gpuslice.core.pools import pool
-from gpuslice.core.pools.pool import Features, PoolSlices
+from gpuslice.core.pools.pool import Features
 from gpuslice.core.pools.reconcile import CONSUMABLE, PARTITIONABLE, TAINTS
 from gpuslice.errors import ApiError, DriverError
 from gpuslice.kube import Kube
 from gpuslice.publishing.api_features import probe
 from gpuslice.publishing.node_health import NodeHealth
+from gpuslice.publishing.planner import PoolPlanner
 from gpuslice.publishing.publisher import Publisher
 from gpuslice.publishing.shapes import Shapes
 
@@ -52,17 +50,21 @@ class SliceController:
     ) -> None:
         """`on_taints_changed` is called, from a thread of the controller, when the devices' taints are others than before."""
         self._kube, self._driver, self._node = kube, driver, node
-        self._on_taints_changed = on_taints_changed
-        self._dynamic, self._static = dynamic, static
-        self._health, self._checkpoint = health, checkpoint
         self._shapes = Shapes(folder / "shapes.json", kube, driver, node)
+        self._planner = PoolPlanner(
+            driver=driver,
+            dynamic=dynamic,
+            static=static,
+            health=health,
+            checkpoint=checkpoint,
+            shapes=self._shapes,
+            on_taints_changed=on_taints_changed,
+        )
         self._publisher = Publisher(kube, driver, node, changed=lambda _: self.nudge())
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
         self._failed = ""  # why the last try to plan came to nothing
-        self._planned_from: tuple[Features, Taints, frozenset[DeviceRef]] | None = None
-        self._wanted: tuple[PoolSlices, ...] = ()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
@@ -95,7 +97,7 @@ class SliceController:
         while features is not None and not self._stopped:
             features = self._without_dropped(features)
             try:
-                self._publisher.publish(self._plan(features))
+                self._publisher.publish(self._planner.plan(features, published=self._publisher.published.is_set()))
                 self._failed = ""
             except DriverError as e:
                 self._fail(str(e))
@@ -125,20 +127,6 @@ class SliceController:
             log.info("API server %s: %s", self._kube.version(), features)
             return features
         return None
-
-    def _plan(self, features: Features) -> tuple[PoolSlices, ...]:
-        inventory = self._dynamic if features.partitionable else self._static
-        taints = self._health.look(inventory)
-        records = tuple(self._checkpoint.records().values())
-        held = frozenset[DeviceRef](grant.allocation.device for record in records for grant in record.plan.grants)
-        question = (features, taints, held & taints.keys())
-        if question != self._planned_from:
-            self._wanted = pool.resource_slices(inventory, taints, driver=self._driver, features=features, held=held)
-            if self._planned_from is not None and self._planned_from[1] != taints:
-                self._on_taints_changed()
-            self._planned_from = question
-        published = self._publisher.published.is_set()
-        return self._shapes.admit(self._wanted, records, taints=features.taints, published=published)
 
     def _without_dropped(self, features: Features) -> Features:
         """What the probe promised, less what the server was seen to drop since (an API server that was downgraded)."""
