@@ -8,7 +8,7 @@ a torn file of a power loss among them.
 
 Two instances may work on the same folder (rolling update): every read looks at the files. Parsed records are kept by
 inode, time and size, and each write makes the file larger or another; so a prepare on a node with many claims parses only
-news.
+what is new.
 """
 
 from __future__ import annotations

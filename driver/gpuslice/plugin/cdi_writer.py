@@ -86,7 +86,7 @@ class CdiWriter:
             label,
             device=device.device,
             uuid=device.uuid,
-            enforcement=share.enforcement(grant),
+            enforcement=share.enforcement(grant.sharing),
             memory_mib=self._memory_mib(grant) if part is None else part.memory_mib,
             percent=0 if part is None else part.percent,
             profile=self._profile_name(grant),

@@ -225,13 +225,10 @@ class Workers:
         return await answer
 
     def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
-        text = (
-            f"{name} has not come back for {self._limit_s:g} s, so GPU {', '.join(ticket.gpus)} counts as hung until it "
-            "does; look at the kernel log of the node, reset the GPU or restart the node if it stays so"
-        )
-        self._tickets.hang(ticket, text)
+        error = HungError.overdue(name, ticket.gpus, self._limit_s)
+        self._tickets.hang(ticket, str(error))
         if not answer.done():
-            answer.set_exception(HungError(text))
+            answer.set_exception(error)
 
     def _give(self, job: Callable[[], None]) -> None:
         """RuntimeError where no thread waits and none can be started."""
