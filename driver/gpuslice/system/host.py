@@ -7,8 +7,10 @@ not of our container. Inside the workload a library keeps the path that it has b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +18,7 @@ from typing import Protocol
 from gpuslice.core.cdi import ContainerEdits, DeviceNode, Hook, Mount
 from gpuslice.core.model import Gpu
 from gpuslice.errors import DeviceError, StateError
-from gpuslice.system import driver_files
+from gpuslice.system import chroot, driver_files
 from gpuslice.system.driver_files import DriverFiles
 
 _GPU_MAJOR, _CONTROL_MINOR, _MODESET_MINOR = 195, 255, 254  # nv.h of the open kernel modules
@@ -87,9 +89,8 @@ class RealHost:
     def common(self) -> ContainerEdits:
         driver = self._driver()
         hook = self._hook()
-        sockets = (path for path in _SOCKETS if (self._root / path).is_socket())
         mounts = [self._mount(path, target) for path, target in driver.files]
-        mounts += [self._mount(f"/{path}", f"/{path}", _SOCKET) for path in sockets]
+        mounts += [self._mount(path, target, _SOCKET) for path, target in self._sockets()]
         if hook is not None:
             return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), hooks=_hooks(hook, driver))
         # Nobody makes links or the loader's cache in the container: each library appears under all its names, and
@@ -155,8 +156,15 @@ class RealHost:
         if self._given_hook is not None:
             return str(self._given_hook)
         places = (f"{folder}/nvidia-cdi-hook" for folder in _HOOK_FOLDERS)
-        there = (path for path in places if (self._root / path).is_file())
-        return next((str(self._host_root / path) for path in there), None)
+        there = (real for place in places if (real := chroot.regular_file(self._root, place)))
+        return next((str(self._host_root / real.relative_to(self._root)) for real in there), None)
+
+    def _sockets(self) -> Iterator[tuple[str, str]]:
+        """Sockets of the node's daemons, each with its path in the container."""
+        for path in _SOCKETS:
+            with contextlib.suppress(DeviceError):  # a link that leads out of the driver root
+                if (real := chroot.resolve(self._root, path)).is_socket():
+                    yield f"/{real.relative_to(self._root)}", f"/{path}"
 
     def _mount(self, source: str, target: str, options: tuple[str, ...] = _READ_ONLY) -> Mount:
         return Mount(str(self._host_root / source[1:]), target, options)

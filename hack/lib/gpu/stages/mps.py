@@ -10,7 +10,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from hack.lib.gpu.results import Results
@@ -22,7 +21,7 @@ _ROUNDS = 4_000_000  # of the timed kernel: long beside its start
 
 
 def run(machine: Machine, results: Results) -> None:
-    control = next(iter(_programs(machine)), None)
+    control = _control(machine)
     if control is None:
         results.leave_out("an MPS daemon runs", "there is no nvidia-cuda-mps-control among the driver's files")
         return
@@ -84,12 +83,17 @@ class Daemon:
         return not (self.folder / "pipe" / "nvidia-cuda-mps-control.pid").exists()
 
 
-def _programs(machine: Machine) -> Sequence[Path]:
+def _control(machine: Machine) -> Path | None:
+    """NVIDIA's control program, None where the driver root has none."""
     if machine.driver_root is None:
-        return ()
-    folders = ("bin", "usr/bin", "usr/local/bin")
-    places = (machine.driver_root / folder / "nvidia-cuda-mps-control" for folder in folders)
-    return [path for path in places if path.exists()]
+        return None
+    from gpuslice.errors import DeviceError
+    from gpuslice.system import programs
+
+    try:
+        return programs.find(machine.driver_root, "nvidia-cuda-mps-control")
+    except DeviceError:
+        return None
 
 
 def _ceilings(daemon: Daemon, results: Results) -> None:
