@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import urllib3
-
+from hack.lib.api import RequestError, Watch
 from hack.lib.bench.subject import BenchError
 
 _PATIENCE_S = 60.0
@@ -29,9 +27,8 @@ class _Seen:
 class PodWatch:
     """One watch on the pods; it notes when each became ready and when each was gone."""
 
-    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
-        """`response`: to a watch, its body not yet read."""
-        self._response = response
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
         self._known: dict[str, _Seen] = {}
         self._news = threading.Condition()
         self._ended = False
@@ -39,8 +36,7 @@ class PodWatch:
         self._thread.start()
 
     def close(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # it has come to its end by itself
-            self._response.shutdown()
+        self._watch.close()
         self._thread.join()
 
     def ready(self, name: str) -> float:
@@ -63,10 +59,10 @@ class PodWatch:
 
     def _follow(self) -> None:
         try:
-            for line in lines(self._response):
+            for line in self._watch.lines():
                 at = time.perf_counter()
                 self._note(json.loads(line), at)
-        except (urllib3.exceptions.HTTPError, ValueError, OSError):
+        except (RequestError, ValueError):
             pass  # closed, by us or by the server: told to whoever waits
         finally:
             with self._news:
@@ -85,10 +81,3 @@ class PodWatch:
                 state=" ".join([pod["status"]["phase"], *(one["message"] for one in conditions if "message" in one)]),
             )
             self._news.notify_all()
-
-
-def lines(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    rest = b""
-    for chunk in response.stream():
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import yaml
 
-from hack.lib.bench.onkube import CLAIMS, PODS, TEMPLATES, Body, Kube
+from hack.lib.api import CLAIMS, PODS, TEMPLATES
+from hack.lib.bench.onkube import Body, Kube
 from hack.lib.bench.subject import ROOT
 
 EXAMPLES = {"gpu": "whole-gpu", "mig": "mig-profile", "mps": "mps-share", "timeslice": "time-slice-share"}
 WITHOUT = "none"  # a pod that asks for no device: what a pod takes here anyway
 STAYS = ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
 IGNORES = ["sleep", "2147483647"]  # process 1 has no handler for SIGTERM, so it is dropped
+_PATIENCE_S = 60.0
 CARD_0 = "card-0"  # the template of claims that only one device can serve
 
 
@@ -47,9 +49,9 @@ class Stage:
             template, self._pods[mode] = yaml.safe_load_all(
                 (ROOT / "deploy" / "examples" / f"{EXAMPLES[mode]}.yaml").read_text(encoding="utf-8")
             )
-            kube.ask("POST", TEMPLATES, template)
+            kube.api.ask("POST", TEMPLATES, template)
             if mode == "gpu":
-                kube.ask("POST", TEMPLATES, _of_one_card(template))
+                kube.api.ask("POST", TEMPLATES, _of_one_card(template))
                 self._pods[WITHOUT] = _without(self._pods[mode])
         if left_out := EXAMPLES.keys() - set(self.modes):
             self.notes["modes"] = f"not offered on this Kubernetes, so not measured: {', '.join(sorted(left_out))}"
@@ -78,8 +80,8 @@ class Stage:
 
     def clear(self) -> None:
         """Return when no pod holds anything."""
-        self.kube.until_none(PODS)
-        self.kube.until_none(CLAIMS)
+        self.kube.api.wait_gone(PODS, _PATIENCE_S)
+        self.kube.api.wait_gone(CLAIMS, _PATIENCE_S)
 
 
 def name_of(pod: Body) -> str:

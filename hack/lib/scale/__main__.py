@@ -17,7 +17,7 @@ from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import DriverError
 from gpuslice.node import read_policy
 
-from hack.lib.scale.api import Api
+from hack.lib.api import ApiServer, RequestError
 from hack.lib.scale.control import Scheduler, control_plane
 from hack.lib.scale.errors import ScaleError
 from hack.lib.scale.fleet import CARDS, Plan, cards, create_classes, create_nodes, plan, publish
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         with control_plane() as (api, scheduler):
             found = _measured(api, scheduler, plans, options)
-    except (ScaleError, DriverError) as e:
+    except (ScaleError, RequestError, DriverError) as e:
         _say(str(e))
         return 1
     told = report(found, {"nodes": options.nodes, "cards": CARDS, "pods": options.pods, "rounds": options.rounds})
@@ -78,7 +78,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _measured(api: Api, scheduler: Scheduler, plans: Mapping[str, Plan], options: argparse.Namespace) -> Found:
+def _measured(api: ApiServer, scheduler: Scheduler, plans: Mapping[str, Plan], options: argparse.Namespace) -> Found:
     create_classes(api)
     nodes = create_nodes(api, options.nodes)
     kinds = [kind for kind in KINDS if not options.only or kind.key in options.only]
@@ -97,7 +97,7 @@ def _measured(api: Api, scheduler: Scheduler, plans: Mapping[str, Plan], options
     return found
 
 
-def _figure(api: Api, scheduler: Scheduler, kind: Kind, pods: int, profile: Path | None) -> Figure:
+def _figure(api: ApiServer, scheduler: Scheduler, kind: Kind, pods: int, profile: Path | None) -> Figure:
     """Measured once; where a profile is asked for, that costs a little too."""
     if profile is None:
         return measure(api, scheduler, kind, pods)

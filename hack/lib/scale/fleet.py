@@ -17,7 +17,7 @@ from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
 from gpuslice.core.pools.reconcile import Create, Owner
 from gpuslice.nvml.sim.nvml import SimNvml
 
-from hack.lib.scale.api import CLASSES, NODES, SLICES, Api, Body
+from hack.lib.api import CLASSES, NODES, SLICES, ApiServer, Body
 
 DRIVER = "gpuslice.dev"
 CARDS = "h100x8"
@@ -61,18 +61,18 @@ def slices(node: Node, pools: Sequence[PoolSlices]) -> list[Body]:
     return [change.body for change in reconcile.changes(pools, [], owner) if isinstance(change, Create)]
 
 
-def publish(api: Api, nodes: Iterable[Node], plan: Plan) -> None:
+def publish(api: ApiServer, nodes: Iterable[Node], plan: Plan) -> None:
     """Replace all slices of these nodes by those of the plan."""
     api.clear(SLICES)
     api.create(SLICES, (body for node in nodes for body in slices(node, plan(node.name))))
 
 
-def create_classes(api: Api) -> None:
+def create_classes(api: ApiServer) -> None:
     text = (REPOSITORY / "deploy" / "deviceclasses.yaml").read_text()
     api.create(CLASSES, yaml.safe_load_all(text))
 
 
-def create_nodes(api: Api, count: int) -> list[Node]:
+def create_nodes(api: ApiServer, count: int) -> list[Node]:
     """Nodes that are ready for pods. Admission adds a taint to each, which only a kubelet's life would remove."""
     names = [f"node-{i:03}" for i in range(count)]
     made = api.create(
@@ -80,6 +80,6 @@ def create_nodes(api: Api, count: int) -> list[Node]:
     )
     room = {"cpu": "256", "memory": "2Ti", "pods": "1000"}
     status = {"capacity": room, "allocatable": room, "conditions": [_READY]}
-    api.patch((f"{NODES}/{name}/status", {"status": status}) for name in names)
-    api.patch((f"{NODES}/{name}", {"spec": {"taints": None}}) for name in names)
+    api.merge((f"{NODES}/{name}/status", {"status": status}) for name in names)
+    api.merge((f"{NODES}/{name}", {"spec": {"taints": None}}) for name in names)
     return [Node(body["metadata"]["name"], body["metadata"]["uid"]) for body in made]

@@ -7,10 +7,8 @@ import json
 import os
 import re
 import select
-import ssl
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +20,7 @@ from gpuslice.mps.paths import Paths
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.system import files
 
+from hack.lib.api import fetch
 from tests.kit.cluster.bodies import DRIVER, STAY, Body
 from tests.kit.cluster.wanted import HACK_CLUSTER, ROOT
 
@@ -217,9 +216,7 @@ class Cluster:
         name = r'dra_operations_duration_seconds_count{is_error="(\w+)",operation_name="PrepareResources"} (\d+)'
         port = json.loads((self.folder / "cluster.json").read_text())["ports"]["kubelet"]
         # The API server's way to it is barred: it forwards to no loopback address.
-        unverified = ssl._create_unverified_context()
-        with urllib.request.urlopen(f"https://127.0.0.1:{port}/metrics", context=unverified) as answer:
-            found = re.findall(name, answer.read().decode())
+        found = re.findall(name, fetch(f"https://127.0.0.1:{port}/metrics").decode())
         return {"true": 0, **{failed: int(times) for failed, times in found}}
 
     def diagnosis(self) -> list[tuple[str, str]]:

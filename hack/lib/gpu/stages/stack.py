@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
-import urllib.request
 from pathlib import Path
 
+from hack.lib.api import fetch
 from hack.lib.cluster.versions import VERSIONS
 from hack.lib.gpu.results import Results
 from hack.lib.gpu.stages.cluster import PATIENCE_S, Stack
@@ -201,8 +201,7 @@ def _times(stack: Stack, results: Results) -> None:
     resident = re.findall(r"^\s+(driver|mps-supervisor)\s+\d+\s+(\d+) MB", done.stdout, re.MULTILINE)
     results.check("memory resident", True, ", ".join(f"{name} {mb} MB" for name, mb in resident))
     ports = json.loads(_text(stack.folder / "cluster.json"))["ports"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{ports['driver']}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
+    text = fetch(f"http://127.0.0.1:{ports['driver']}/metrics", timeout_s=5).decode()
     print(text)
     for operation in ("prepare", "unprepare"):
         found = re.findall(
