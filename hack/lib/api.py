@@ -61,7 +61,7 @@ def fetch(url: str, token: str = "", timeout_s: float = _ANSWER_S) -> bytes:
         raise RequestError(f"no answer from {url}: {e}") from e
 
 
-class Watch:
+class WatchStream:
     """Events of a watch as they come; `close` ends it at once, from any thread."""
 
     def __init__(
@@ -134,7 +134,7 @@ class ApiServer:
         """Delete everything there, at once."""
         self._again("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0})
 
-    def watch(self, path: str, version: str, timeout_s: float) -> Watch:
+    def watch(self, path: str, version: str, timeout_s: float) -> WatchStream:
         """What happens after a resource version, for so long."""
         query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": f"{timeout_s:.0f}"}
         target = f"{path}?{urlencode(query)}"
@@ -149,7 +149,7 @@ class ApiServer:
         except RequestError:
             connection.close()
             raise
-        return Watch(connection, response, sock)
+        return WatchStream(connection, response, sock)
 
     def wait_gone(self, path: str, timeout_s: float) -> None:
         """Return when the collection is empty. RequestError after so long, with what is there then."""

@@ -13,7 +13,7 @@ from gpuslice.core import share
 from gpuslice.core.model import ClaimRef
 from gpuslice.mps.client import MpsClient
 from gpuslice.node import Node
-from gpuslice.standin.cluster import DRIVER, Cluster, DriverProcess, UnschedulableError
+from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster, UnschedulableError
 from gpuslice.standin.scheduler import Request
 
 _T = TypeVar("_T")
@@ -26,7 +26,7 @@ class BrokenPromiseError(Exception):
 class Stage:
     """The cluster, and who holds what at this point of the story."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: StandInCluster) -> None:
         self.cluster = cluster
         self.held: dict[str, ClaimRef] = {}
         self.calls: list[asyncio.Task[Any]] = []  # of the kubelet, cut off by a kill

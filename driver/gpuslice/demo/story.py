@@ -21,7 +21,7 @@ from gpuslice.core.model import ClaimRef
 from gpuslice.demo.stage import BrokenPromiseError, Stage, a_card, a_partition, a_share
 from gpuslice.nvml.sim import spec
 from gpuslice.nvml.sim.node import SimNode
-from gpuslice.standin.cluster import DRIVER, Cluster
+from gpuslice.standin.cluster import DRIVER, StandInCluster
 from gpuslice.standin.kubelet import KubeletError
 
 # The kernel takes 107 bytes of socket path, and 44 of them are ours: /gs-12345678/plugins/gpuslice.dev/dra.sock.
@@ -46,7 +46,7 @@ def run(simulate: str) -> int:
 async def _tell(simulate: str) -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gs-", dir=_short_folder()) as folder:
-        async with Cluster(Path(folder), simulate) as cluster:
+        async with StandInCluster(Path(folder), simulate) as cluster:
             stage = Stage(cluster)
             for number, step in enumerate(_STEPS, 1):
                 print(f"\n{number}. {(step.__doc__ or '').splitlines()[0]}\n", flush=True)
@@ -151,7 +151,7 @@ async def mps_shares(stage: Stage) -> None:
 
 
 def _daemons(stage: Stage) -> None:
-    for daemon in stage.mps.running():
+    for daemon in stage.mps.statuses():
         memory = "none" if daemon.memory_mib is None else f"{daemon.memory_mib} MiB"
         print(f"  MPS daemon of {daemon.device}, process {daemon.pid}: ceiling of every client {memory}")
 
@@ -178,7 +178,7 @@ async def time_slices(stage: Stage) -> None:
     shared = [name for name in ("infer", "embed") if name in stage.held]
     for name in shared:
         await stage.give_back(name)
-    stage.must(not stage.mps.running(), "no MPS daemon is left")
+    stage.must(not stage.mps.statuses(), "no MPS daemon is left")
     await stage.take("notebook", "the same again", a_share("timeslice", memory="16Gi"))
     await stage.take(
         "shell", "another share by time, of the size that a share has if nobody says", a_share("timeslice")
@@ -265,7 +265,7 @@ async def the_end(stage: Stage) -> None:
         await stage.give_back(name)
     code = await stage.driver.terminate()
     stage.must(code == 0, "the driver ends with exit code 0")
-    stage.must(not stage.mps.running(), "no MPS daemon is left")
+    stage.must(not stage.mps.statuses(), "no MPS daemon is left")
     code = await stage.cluster.supervisors[-1].terminate()
     stage.must(code == 0, "the MPS supervisor ends with exit code 0")
     left = stage.look(lambda node: [p for live in node.live.values() for p in live.partitions])

@@ -58,7 +58,7 @@ class MpsUpkeep:
     def _state(self) -> _State:
         """`_AWAY` where no supervisor answers."""
         try:
-            problems = frozenset(daemon.problem for daemon in self._mps.running() if daemon.problem)
+            problems = frozenset(daemon.problem for daemon in self._mps.statuses() if daemon.problem)
             return self._mps.incarnation(), problems
         except DriverError:
             return _AWAY

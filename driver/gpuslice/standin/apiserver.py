@@ -23,7 +23,7 @@ from gpuslice.standin.store import Body, Event, Key, RefusalError, Store, copied
 
 TOKEN = "stand-in"
 
-Answer = tuple[int, Body]
+ApiAnswer = tuple[int, Body]
 
 
 class StandInApiServer:
@@ -154,7 +154,7 @@ class StandInApiServer:
 
     # ------------------------------------------------------------ requests
 
-    def _serve(self, request: HttpRequest) -> Answer:
+    def _serve(self, request: HttpRequest) -> ApiAnswer:
         if request.method == "GET" and request.path == "/version":
             minor = self.version.split(".")[1]
             return 200, {"major": "1", "minor": minor, "gitVersion": f"v{self.version}.0"}

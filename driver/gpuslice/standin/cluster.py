@@ -65,7 +65,7 @@ class DriverProcess:
         return await asyncio.wait_for(self._process.wait(), timeout_s)
 
 
-class Cluster:
+class StandInCluster:
     """Use as `async with Cluster(folder) as cluster`, then `await cluster.start()`."""
 
     module = "gpuslice"  # what `python -m` starts
@@ -88,7 +88,7 @@ class Cluster:
         """Where the simulated node lives."""
         return self.plugins / DRIVER / "simulated"
 
-    async def __aenter__(self) -> Cluster:
+    async def __aenter__(self) -> StandInCluster:
         self.api.start()
         self.api.add_node(NODE)
         await self.kubelet.__aenter__()

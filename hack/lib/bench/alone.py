@@ -8,7 +8,7 @@ import contextlib
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from hack.lib.bench.machine import Machine
+from hack.lib.bench.machine import MachineLoad
 from hack.lib.bench.measures import Size, calls, hang, memory, mig, start
 from hack.lib.bench.rows import ROWS
 from hack.lib.bench.shares import shares
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> Report:
     size = Size(
         rounds=options.rounds or size.rounds, calls=options.calls or size.calls, claims=options.claims or size.claims
     )
-    machine = Machine()
+    machine = MachineLoad()
     with contextlib.ExitStack() as stack:
         subjects = [stack.enter_context(at_revision(options.vs))] if options.vs else []
         subjects.append(here())

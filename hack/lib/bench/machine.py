@@ -13,7 +13,7 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal: proc(5), first line of /proc/stat
 
 
-class Machine:
+class MachineLoad:
     """From construction on it watches who uses the CPUs."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from gpuslice.core.model import ClaimRef
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.pb import registration_v1_pb2, registration_v1_pb2_grpc
 from gpuslice.standin import scheduler
-from gpuslice.standin.cluster import DRIVER, NODE, Cluster, DriverProcess, complete
+from gpuslice.standin.cluster import DRIVER, NODE, DriverProcess, StandInCluster, complete
 from gpuslice.standin.kubelet import KubeletError
 from gpuslice.standin.scheduler import Request
 
@@ -47,7 +47,7 @@ class Size:
 class Bench:
     """A driver that has published, and its cluster."""
 
-    cluster: Cluster
+    cluster: StandInCluster
     driver: DriverProcess
     published_s: float
 
@@ -91,7 +91,7 @@ def resident_mb(pid: int, field: str = "VmRSS") -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
 
 
-class _Cluster(Cluster):
+class _BenchCluster(StandInCluster):
     """The stand-ins are always those of this tree, so that two revisions meet the same."""
 
     def __init__(self, subject: Subject, folder: Path, simulate: str, latency: str) -> None:
@@ -108,7 +108,7 @@ async def running(
 ) -> AsyncIterator[Bench]:
     """Start a driver on a fresh node and wait for its last slice. BenchError, with the end of its log, where it fails."""
     with tempfile.TemporaryDirectory(prefix="gs-") as folder:
-        async with _Cluster(subject, Path(folder), simulate, latency) as cluster:
+        async with _BenchCluster(subject, Path(folder), simulate, latency) as cluster:
             try:
                 if supervised:
                     await cluster.supervise()
@@ -126,7 +126,7 @@ def _end_of(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
 
 
-def _all_published(cluster: Cluster) -> float:
+def _all_published(cluster: StandInCluster) -> float:
     """Wait for the last slice of the last card; when it was stored. Looks at the store itself: copies would cost time."""
 
     def there() -> bool:

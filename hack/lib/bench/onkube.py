@@ -28,14 +28,14 @@ _RUN_S = 86400.0  # of the watch on pods, which lasts as long as the run
 
 
 @contextlib.contextmanager
-def cluster(version: str) -> Iterator[Kube]:
+def cluster(version: str) -> Iterator[MeasuredCluster]:
     """Start one with our driver on eight cards that take no time, and end it. BenchError where there is one, or where its
     programs are not built: that would take ten minutes, and belongs to nobody's figures."""
     chosen = ["--version", version] if version else []
     _hack_cluster("check", *chosen)
     _hack_cluster("up", "--gpus", f"h100x{CARDS}", *chosen)  # what it has begun when it fails, it takes back
     try:
-        with contextlib.closing(Kube(json.loads(_hack_cluster("status", "--json")))) as kube:
+        with contextlib.closing(MeasuredCluster(json.loads(_hack_cluster("status", "--json")))) as kube:
             yield kube
     except RequestError as e:
         raise BenchError(f"the cluster could not be measured to the end: {e}") from e
@@ -58,7 +58,7 @@ def _hack_cluster(*arguments: str) -> str:
     return out
 
 
-class Kube:
+class MeasuredCluster:
     """The cluster as its administrator has it. Bodies stay JSON: models would cost the CPUs that are measured."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:

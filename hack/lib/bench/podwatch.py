@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hack.lib.api import RequestError, Watch
+from hack.lib.api import RequestError, WatchStream
 from hack.lib.bench.subject import BenchError
 
 _PATIENCE_S = 60.0
@@ -27,7 +27,7 @@ class _Seen:
 class PodWatch:
     """One watch on the pods; it notes when each became ready and when each was gone."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: WatchStream) -> None:
         self._watch = watch
         self._known: dict[str, _Seen] = {}
         self._news = threading.Condition()

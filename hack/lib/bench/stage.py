@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import yaml
 
 from hack.lib.api import CLAIMS, PODS, TEMPLATES
-from hack.lib.bench.onkube import Body, Kube
+from hack.lib.bench.onkube import Body, MeasuredCluster
 from hack.lib.bench.subject import ROOT
 
 EXAMPLES = {"gpu": "whole-gpu", "mig": "mig-profile", "mps": "mps-share", "timeslice": "time-slice-share"}
@@ -35,10 +35,10 @@ class Extent:
     rest_s: float
 
 
-class Stage:
+class ClusterStage:
     """The cluster with our templates on it."""
 
-    def __init__(self, kube: Kube) -> None:
+    def __init__(self, kube: MeasuredCluster) -> None:
         self.kube = kube
         types = kube.types()
         self.modes = [mode for mode in EXAMPLES if mode in types]

@@ -20,8 +20,8 @@ from gpuslice.node import read_policy
 from hack.lib.api import ApiServer, RequestError
 from hack.lib.scale.control import Scheduler, control_plane
 from hack.lib.scale.errors import ScaleError
-from hack.lib.scale.fleet import CARDS, Plan, cards, create_classes, create_nodes, plan, publish
-from hack.lib.scale.measure import KINDS, WHOLE, Figure, Kind, measure
+from hack.lib.scale.fleet import CARDS, NodePlan, cards, create_classes, create_nodes, plan, publish
+from hack.lib.scale.measure import KINDS, WHOLE, Figure, RequestKind, measure
 from hack.lib.scale.report import BASELINE, OURS, Found, report, table
 
 _WARM = 8  # pods that are not counted: the scheduler compiles selectors, and has seen the new slices
@@ -78,7 +78,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _measured(api: ApiServer, scheduler: Scheduler, plans: Mapping[str, Plan], options: argparse.Namespace) -> Found:
+def _measured(
+    api: ApiServer, scheduler: Scheduler, plans: Mapping[str, NodePlan], options: argparse.Namespace
+) -> Found:
     create_classes(api)
     nodes = create_nodes(api, options.nodes)
     kinds = [kind for kind in KINDS if not options.only or kind.key in options.only]
@@ -97,7 +99,7 @@ def _measured(api: ApiServer, scheduler: Scheduler, plans: Mapping[str, Plan], o
     return found
 
 
-def _figure(api: ApiServer, scheduler: Scheduler, kind: Kind, pods: int, profile: Path | None) -> Figure:
+def _figure(api: ApiServer, scheduler: Scheduler, kind: RequestKind, pods: int, profile: Path | None) -> Figure:
     """Measured once; where a profile is asked for, that costs a little too."""
     if profile is None:
         return measure(api, scheduler, kind, pods)

@@ -23,7 +23,7 @@ _LONGEST_S = 600  # of a watch
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class RequestKind:
     """A kind of request, as an example in deploy/examples asks for it."""
 
     key: str
@@ -42,11 +42,11 @@ class Kind:
         return found
 
 
-WHOLE = Kind("whole", "a whole GPU", "whole-gpu")
+WHOLE = RequestKind("whole", "a whole GPU", "whole-gpu")
 KINDS = (
     WHOLE,
-    Kind("profile", "1g.10gb", "mig-profile"),
-    Kind("memory", "9Gi of anything", "any-share-by-memory"),
+    RequestKind("profile", "1g.10gb", "mig-profile"),
+    RequestKind("memory", "9Gi of anything", "any-share-by-memory"),
 )
 
 
@@ -57,7 +57,7 @@ class Figure:
 
 
 def measure(
-    api: ApiServer, scheduler: Scheduler, kind: Kind, count: int, meanwhile: Callable[[], None] | None = None
+    api: ApiServer, scheduler: Scheduler, kind: RequestKind, count: int, meanwhile: Callable[[], None] | None = None
 ) -> Figure:
     """Place `count` pods of a kind and remove them again. `meanwhile` is called when the scheduler has begun.
 

@@ -6,16 +6,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hack.lib.scale.measure import WHOLE, Figure, Kind
+from hack.lib.scale.measure import WHOLE, Figure, RequestKind
 
 BASELINE = "whole GPUs only"
 OURS = "our driver"
 TARGET = 0.5  # of the baseline's pods a second
 
-Found = dict[tuple[str, Kind], list[Figure]]  # by what is published and what is asked for; one figure a round
+Found = dict[tuple[str, RequestKind], list[Figure]]  # by what is published and what is asked for; one figure a round
 
 
-def report(found: Mapping[tuple[str, Kind], Sequence[Figure]], size: Mapping[str, object]) -> dict[str, Any]:
+def report(found: Mapping[tuple[str, RequestKind], Sequence[Figure]], size: Mapping[str, object]) -> dict[str, Any]:
     """Medians over the rounds. A ratio is taken round by round, against the baseline of the same round."""
     base = found[BASELINE, WHOLE]
     rows = []

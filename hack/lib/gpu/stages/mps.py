@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hack.lib.gpu.results import Results
 from hack.lib.gpu.stages.machine import Machine
-from hack.lib.gpu.stages.program import Program, numbers
+from hack.lib.gpu.stages.program import CudaProgram, numbers
 
 _CEILING_MIB = 4096
 _ROUNDS = 4_000_000  # of the timed kernel: long beside its start
@@ -65,8 +65,8 @@ class Daemon:
         print(f"  > {'; '.join(lines)}: {said}", flush=True)
         return said
 
-    def program(self, *before: str, **more: str) -> Program:
-        return Program(self._machine, *before, **self.environment, **more)
+    def program(self, *before: str, **more: str) -> CudaProgram:
+        return CudaProgram(self._machine, *before, **self.environment, **more)
 
     def server(self) -> str:
         return (self.tell("get_server_list").split() or [""])[0]
@@ -187,7 +187,7 @@ def _killed(daemon: Daemon, results: Results) -> None:
 def _escape(daemon: Daemon, results: Results) -> None:
     """Without compute mode EXCLUSIVE_PROCESS a program that does not know the daemon has the card for itself."""
     program = daemon.program()
-    free = Program(daemon._machine)
+    free = CudaProgram(daemon._machine)
     answer = free.does(f"allocate {2 * _CEILING_MIB}")
     results.check("compute mode DEFAULT lets a program go past the daemon", answer.startswith("ok"), answer)
     free.end()

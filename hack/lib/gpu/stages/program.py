@@ -30,7 +30,7 @@ def find(machine: Machine) -> Path:
     return target
 
 
-class Program:
+class CudaProgram:
     """One process on the card; `first` is what it says of the card."""
 
     def __init__(self, machine: Machine, *before: str, **environment: str) -> None:
