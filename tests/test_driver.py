@@ -160,7 +160,7 @@ async def test_a_second_process_with_the_same_sockets_is_refused_and_the_first_s
 
     second = await cluster.start(ready=False)
 
-    assert await second.ended() == 2
+    assert await second.wait() == 2
     assert "another instance serves" in second.log.read_text()
     await cluster.run(cluster.claim("one", CARD))
 
@@ -171,7 +171,7 @@ async def test_a_driver_that_lost_a_socket_ends_to_be_started_again(cluster: Sta
 
     (cluster.plugins / DRIVER / "dra.sock").unlink()
 
-    assert await driver.ended() == 1
+    assert await driver.wait() == 1
     assert "is gone; the process ends" in driver.log.read_text()
 
 
@@ -250,12 +250,12 @@ async def test_on_1_35_a_static_layout_of_the_policy_is_published_and_prepared(s
 async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_comes(cluster: StandInCluster) -> None:
     cluster.api.away()
     driver = await cluster.start(ready=False)
-    await cluster.kubelet.registered(DRIVER)
+    await cluster.kubelet.wait_registered(DRIVER)
     assert driver.alive
 
     cluster.api.back()
 
-    await cluster.published()
+    await cluster.wait_published()
     await cluster.run(cluster.claim("one", CARD))
 
 

@@ -47,7 +47,7 @@ def program(cluster: StandInCluster, ref: ClaimRef) -> StandInProgram:
     """A CUDA program in the container that the CDI file of this claim makes."""
     body = json.loads((cluster.cdi / f"{DRIVER}-claim_{ref.uid}.json").read_text())
     told = dict(entry.split("=", 1) for entry in body["devices"][0]["containerEdits"]["env"])
-    return StandInProgram.told(told)
+    return StandInProgram.of_environment(told)
 
 
 def taints(cluster: StandInCluster) -> dict[str, set[str]]:

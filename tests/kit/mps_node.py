@@ -40,7 +40,7 @@ class StandInProgram:
         self.pid = self.process.pid
 
     @classmethod
-    def told(cls, environment: Mapping[str, str]) -> StandInProgram:
+    def of_environment(cls, environment: Mapping[str, str]) -> StandInProgram:
         """One in a container that has this environment from its CDI file."""
         limits = {k: v for k, v in environment.items() if k.startswith("CUDA_MPS_") and "DIRECTORY" not in k}
         return cls(Path(environment["CUDA_MPS_PIPE_DIRECTORY"]), 0, **limits)
@@ -68,7 +68,7 @@ class StandInProgram:
         assert self.process.stdout is not None
         return self.process.poll() is None and not select.select([self.process.stdout], [], [], 0)[0]
 
-    def ended(self) -> int:
+    def wait(self) -> int:
         return self.process.wait(SOON_S)
 
     def end(self) -> int:
@@ -163,7 +163,7 @@ class MpsNode:
         return self.programs[-1]
 
     def cue(self, name: str) -> Path:
-        """Cue a fault of the stand-in (simdaemon.py); remove the file to withdraw it."""
+        """Cue a fault of the stand-in (mps/sim/daemon.py); remove the file to withdraw it."""
         path = self.sim.folder / "mps" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()

@@ -91,7 +91,7 @@ class Rig:
             locks=self.folder / "locks",
         )
 
-    def restarted(self) -> Rig:
+    def restart(self) -> Rig:
         self.nvml.close()
         return Rig(self.folder, self.spec, self.policy, self.static)
 

@@ -98,7 +98,7 @@ class World:
     async def join(self, pod_uid: str = "", *, hang_limit_s: float = 15.0) -> DriverInstance:
         instance = await DriverInstance(self, pod_uid, hang_limit_s=hang_limit_s).open()
         self.instances.append(instance)
-        await self.kubelet.registered(DRIVER, count=len(self.instances))
+        await self.kubelet.wait_registered(DRIVER, count=len(self.instances))
         return instance
 
     async def leave(self, instance: DriverInstance) -> None:
@@ -148,7 +148,7 @@ class World:
     async def prepare(self, ref: ClaimRef) -> PluginAnswer:
         return (await self.kubelet.prepare([ref]))[ref.uid]
 
-    async def prepared(self, ref: ClaimRef) -> PluginAnswer:
+    async def must_prepare(self, ref: ClaimRef) -> PluginAnswer:
         answer = await self.prepare(ref)
         assert not answer.error, answer.error
         return answer

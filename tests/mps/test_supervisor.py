@@ -153,7 +153,7 @@ def test_stopping_terminates_the_programs_first_and_removes_the_folder(node: Mps
     node.client.stop("gpu-0")
 
     assert program.says() == "terminated"
-    assert program.ended() == 1
+    assert program.wait() == 1
     assert node.client.statuses() == ()
     assert not node.client.pipe("gpu-0").parent.exists()
 

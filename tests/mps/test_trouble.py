@@ -54,7 +54,7 @@ def test_a_killed_daemon_is_started_again_at_the_same_paths_and_told(node: MpsNo
     assert (again.restarts, again.memory_mib, again.threads_percent) == (1, 10240, 40)
     assert again.pid != first.pid
     assert node.client.pipe("gpu-0").stat().st_ino == pipe.st_ino
-    assert program.ended() == 1
+    assert program.wait() == 1
     assert node.program().got() == ("10240", "40")
 
 
@@ -118,7 +118,7 @@ def test_a_server_in_fault_is_told_and_its_daemon_replaced(node: MpsNode) -> Non
 
     assert "is in FAULT after a fatal error of one client" in again.problem
     assert again.pid != first.pid
-    assert program.ended() == 1
+    assert program.wait() == 1
 
 
 def test_a_daemon_that_cannot_be_started_again_is_down_until_it_can(node: MpsNode) -> None:

@@ -54,7 +54,7 @@ def daemon(rig: Rig) -> DaemonStatus:
 
 def program(rig: Rig, claim: Claim) -> StandInProgram:
     """A CUDA program in a container of this claim."""
-    return StandInProgram.told(env(rig, claim))
+    return StandInProgram.of_environment(env(rig, claim))
 
 
 @pytest.mark.contract(30, 44)
@@ -122,7 +122,7 @@ def test_a_killed_driver_disturbs_no_client_and_finds_the_limits_as_they_were(ri
     programs = [program(rig, claim) for claim in claims]
     limits, before = [running.got() for running in programs], daemon(rig)
 
-    again = rig.restarted()  # nothing was handed over: the process is as dead as after SIGKILL
+    again = rig.restart()  # nothing was handed over: the process is as dead as after SIGKILL
     again.recover()
     again.preparer.ensure_daemons(again.gpus[0].uuid)
     prepared = [again.prepare(claim) for claim in claims]

@@ -75,16 +75,16 @@ class Stage:
             print(f"    {ref.name} has {device.device}, {what}, {device.uuid}, ready after {took_ms:.0f} ms")
 
     async def take(self, name: str, words: str, *requests: Request) -> bool:
-        """Whether it was to be had."""
+        """Whether the scheduler found a device for it."""
         ref = self.claim(name, words, *requests)
         if ref is not None:
             await self.use(ref)
         return ref is not None
 
-    async def give_back(self, name: str) -> None:
+    async def release(self, name: str) -> None:
         if ref := self.held.pop(name, None):
             await self.cluster.end(ref)
-            print(f"  claim {name} is given back")
+            print(f"  claim {name} is released")
 
     # ------------------------------------------------------------ what there is to see
 

@@ -126,7 +126,7 @@ async def double_allocation(stage: Stage) -> None:
         return
     pool = stage.look(lambda node: node.records[holder.uid].plan.grants[0].allocation.device.pool)
     result = {"request": "gpu", "driver": DRIVER, "pool": pool, "device": "gpu"}
-    ref = stage.cluster.allocated("wrong", {"devices": {"results": [result]}})
+    ref = stage.cluster.create_allocated("wrong", {"devices": {"results": [result]}})
     error = (await stage.cluster.kubelet.prepare([ref]))[ref.uid].error
     print(f"    the driver: {error}")
     stage.must(bool(error), "one card is never handed out twice")
@@ -135,7 +135,7 @@ async def double_allocation(stage: Stage) -> None:
 
 async def several_cards(stage: Stage) -> None:
     """One claim over two cards: a whole one and a partition of the other."""
-    await stage.give_back("train")
+    await stage.release("train")
     smaller = a_partition("helper")
     await stage.take("pair", "a whole card, and beside it any partition", a_card("main"), smaller)
     stage.show_map()
@@ -143,7 +143,7 @@ async def several_cards(stage: Stage) -> None:
 
 async def mps_shares(stage: Stage) -> None:
     """The other card is free again and is shared by MPS: two programs run at once, each with its own budget."""
-    await stage.give_back("pair")
+    await stage.release("pair")
     await stage.take("infer", "an MPS share: 20Gi, a quarter of the SMs", a_share("mps", memory="20Gi", smPercent="25"))
     await stage.take("embed", "an MPS share: 10Gi", a_share("mps", memory="10Gi"))
     stage.show_map()
@@ -177,7 +177,7 @@ async def time_slices(stage: Stage) -> None:
     await stage.take("notebook", "a share by time: 16Gi", a_share("timeslice", memory="16Gi"))
     shared = [name for name in ("infer", "embed") if name in stage.held]
     for name in shared:
-        await stage.give_back(name)
+        await stage.release(name)
     stage.must(not stage.mps.statuses(), "no MPS daemon is left")
     await stage.take("notebook", "the same again", a_share("timeslice", memory="16Gi"))
     await stage.take(
@@ -189,7 +189,7 @@ async def time_slices(stage: Stage) -> None:
 async def back_again(stage: Stage) -> None:
     """And back: the same card as a whole, then partitioned, then by MPS. Nobody switched anything."""
     for name in ("notebook", "shell"):
-        await stage.give_back(name)
+        await stage.release(name)
     for name, words, request in (
         ("again", "a whole card", a_card()),
         ("half", "a partition with at least 30Gi", a_partition(memory=">=30Gi")),
@@ -198,12 +198,12 @@ async def back_again(stage: Stage) -> None:
         if await stage.take(name, words, request):
             stage.show_map()
         if name != "serve":
-            await stage.give_back(name)
+            await stage.release(name)
 
 
 async def killed(stage: Stage) -> None:
     """The driver is killed in the middle of a prepare: a GPU instance exists, and nothing in it yet."""
-    await stage.give_back("thirty")
+    await stage.release("thirty")
     ref = stage.claim("unlucky", "a partition with at least 30Gi", a_partition(memory=">=30Gi"))
     if ref is not None:
         await _hang(stage, ref)
@@ -260,9 +260,9 @@ async def whole_report(stage: Stage) -> None:
 
 
 async def the_end(stage: Stage) -> None:
-    """Every claim is given back, the driver ends, and the node is as empty as before."""
+    """Every claim is released, the driver ends, and the node is as empty as before."""
     for name in list(stage.held):
-        await stage.give_back(name)
+        await stage.release(name)
     code = await stage.driver.terminate()
     stage.must(code == 0, "the driver ends with exit code 0")
     stage.must(not stage.mps.statuses(), "no MPS daemon is left")

@@ -61,12 +61,12 @@ class DriverProcess:
             self._process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self._process.wait(), timeout_s)
 
-    async def ended(self, timeout_s: float = 30.0) -> int:
+    async def wait(self, timeout_s: float = 30.0) -> int:
         return await asyncio.wait_for(self._process.wait(), timeout_s)
 
 
 class StandInCluster:
-    """Use as `async with Cluster(folder) as cluster`, then `await cluster.start()`."""
+    """Use as `async with StandInCluster(folder) as cluster`, then `await cluster.start()`."""
 
     module = "gpuslice"  # what `python -m` starts
 
@@ -172,11 +172,11 @@ class StandInCluster:
         driver = await self._spawn(name, self.arguments(*more), environment or {})
         self.drivers.append(driver)
         if ready:
-            await self.kubelet.registered(DRIVER, after=before)
-            await self.published()
+            await self.kubelet.wait_registered(DRIVER, after=before)
+            await self.wait_published()
         return driver
 
-    async def published(self, timeout_s: float = 20.0) -> None:
+    async def wait_published(self, timeout_s: float = 20.0) -> None:
         """Return when every card has its pool and each pool is complete."""
         cards = len(spec.parse(self.simulate).cards)
         await asyncio.to_thread(self.api.wait, lambda: complete(self.api.all("resourceslices"), cards), timeout_s)
@@ -196,9 +196,9 @@ class StandInCluster:
         )
         if allocation is None:
             raise UnschedulableError(f"no device of {NODE} fits claim {namespace}/{name}")
-        return self.allocated(name, allocation, namespace=namespace)
+        return self.create_allocated(name, allocation, namespace=namespace)
 
-    def allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
+    def create_allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
         """Create a ResourceClaim with this allocation, whatever it says."""
         body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": {"devices": {}}}, namespace)
         body["status"] = {"allocation": allocation, "reservedFor": [{"resource": "pods", "name": name, "uid": name}]}

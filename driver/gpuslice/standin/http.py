@@ -175,7 +175,7 @@ class _ApiHandler(BaseHTTPRequestHandler):
         try:
             if self.headers.get("Authorization", "").split(" ")[-1] != owner.token:
                 raise RefusalError(401, "Unauthorized", "Unauthorized")
-            if (cue := owner.cue(request)) is not None and self._acted(cue):
+            if (cue := owner.cue(request)) is not None and self._act(cue):
                 return
             if request.watching:
                 self._stream(owner.watch(request, lambda: self.server.stopped))
@@ -186,7 +186,7 @@ class _ApiHandler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer  # noqa: N815 - names by the library
 
-    def _acted(self, cue: ScriptedAnswer) -> bool:
+    def _act(self, cue: ScriptedAnswer) -> bool:
         """Carry a cue out; False where the request is to be served after all."""
         if cue.act == "fail":
             headers = {} if cue.retry_after_s is None else {"Retry-After": str(cue.retry_after_s)}

@@ -176,7 +176,7 @@ class StandInKubelet:
         found = (socket.plugin for socket in self._sockets.values() if socket.plugin is not None)
         return tuple(sorted((p for p in found if driver in ("", p.driver)), key=lambda plugin: plugin.order))
 
-    async def registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
+    async def wait_registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
         """Wait until `count` plugins of the driver are registered; the newest. KubeletError says what kept it.
 
         `after`: count only registrations with a greater `order`, for that of a killed process stays until its socket goes.
@@ -188,11 +188,11 @@ class StandInKubelet:
         await self._until(there, driver, timeout_s)
         return self.plugins(driver)[-1]
 
-    async def deregistered(self, driver: str, *, timeout_s: float = 10.0) -> None:
+    async def wait_deregistered(self, driver: str, *, timeout_s: float = 10.0) -> None:
         """Wait until no plugin of the driver is left."""
         await self._until(lambda: not self.plugins(driver), driver, timeout_s)
 
-    async def refused(self, *, timeout_s: float = 10.0) -> str:
+    async def wait_refused(self, *, timeout_s: float = 10.0) -> str:
         """Wait for a registration to fail; why it did."""
         await self._until(lambda: bool(self.refusals), "any driver", timeout_s)
         return next(iter(self.refusals.values()))
@@ -270,7 +270,7 @@ class StandInKubelet:
             stub = _REGISTRATION(channel)
             info = await stub.GetInfo(registration_v1_pb2.InfoRequest(), timeout=_GET_INFO_S)
             try:
-                version = self._validated(info)
+                version = self._validate(info)
             except KubeletError as e:
                 await self._notify(stub, str(e))
                 raise
@@ -289,7 +289,7 @@ class StandInKubelet:
             if not error:  # a plugin may answer bad news with an error
                 raise
 
-    def _validated(self, info: registration_v1_pb2.PluginInfo) -> str:
+    def _validate(self, info: registration_v1_pb2.PluginInfo) -> str:
         """The service version to use: the first in the *plugin's* list that this kubelet knows."""
         if info.type != "DRAPlugin":
             raise KubeletError(

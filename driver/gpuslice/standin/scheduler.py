@@ -201,9 +201,9 @@ class _Search:
     def __init__(self, pools: Mapping[tuple[str, str], _Pool], allocated: _Allocated) -> None:
         self._devices = [device for pool in pools.values() for device in pool.devices]
         self._allocated = allocated
-        self._free = {name: self._left(pool) for name, pool in pools.items()}
+        self._free = {name: self._remaining(pool) for name, pool in pools.items()}
 
-    def _left(self, pool: _Pool) -> Counter[tuple[str, str]]:
+    def _remaining(self, pool: _Pool) -> Counter[tuple[str, str]]:
         """The pool's counters less those of its allocated devices: once per device, however many shares it has."""
         left = Counter(pool.counters)
         for device in pool.devices:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hack.lib.bench.machine import cpu_s
 from hack.lib.bench.measures import resident_mb
 from hack.lib.bench.onkube import MeasuredCluster
-from hack.lib.bench.pods import failed, spread
+from hack.lib.bench.pods import failures, spread
 from hack.lib.bench.stage import ClusterStage, Extent
 from hack.lib.bench.table import Figures
 
@@ -31,7 +31,7 @@ class _Counts:
         name, labels = "dra_operations_duration_seconds_count", {"operation_name": "PrepareResources"}
         error = "false" if kube.version.startswith("v1.35.") else "true"  # there the label says the opposite
         return cls(
-            failed(kube),
+            failures(kube),
             kube.kubelet().total(name, is_error=error, **labels),
             kube.slice_writes(),
             cpu_s(kube.pid("driver")),

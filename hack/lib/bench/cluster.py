@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> Report:
     print("starting a Kubernetes", file=sys.stderr)
     with onkube.cluster(options.cluster_version) as kube:
         stage = ClusterStage(kube)
-        found = _measured(stage, options.only or list(MEASURES), extent)
-        machine.ours(namespace_cpu_s(kube.pid("driver")))
+        found = _measure(stage, options.only or list(MEASURES), extent)
+        machine.exclude(namespace_cpu_s(kube.pid("driver")))
         facts = machine.facts()
     return Report(
         what=f"driver on Kubernetes {kube.version}, simulated cards",
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> Report:
     )
 
 
-def _measured(stage: ClusterStage, names: Sequence[str], extent: Extent) -> list[Figures]:
+def _measure(stage: ClusterStage, names: Sequence[str], extent: Extent) -> list[Figures]:
     found: list[Figures] = [{} for _ in range(extent.rounds)]
     for number, one in enumerate(found):
         for name in names:

@@ -19,7 +19,7 @@ class MachineLoad:
     def __init__(self) -> None:
         self._began, self._busy, self._own = time.monotonic(), _busy_s(), _own_s()
 
-    def ours(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """CPU time that is neither this process's nor its children's, and no stranger's either."""
         self._own -= seconds
 

@@ -135,10 +135,10 @@ class MeasuredCluster:
         deletes them as a collection (scope="cluster") when it starts.
         """
         text = self.api.text("/metrics")
-        told = Exposition.of(text, "apiserver_request_total{")
+        exposition = Exposition.of(text, "apiserver_request_total{")
         verbs = ("POST", "PUT", "PATCH", "APPLY", "DELETE")
         labels = {"resource": "resourceslices", "scope": "resource"}
-        writes = sum(told.total("apiserver_request_total", verb=verb, **labels) for verb in verbs)
+        writes = sum(exposition.total("apiserver_request_total", verb=verb, **labels) for verb in verbs)
         if not writes:
             raise BenchError(f"{self.version} does not count writes of ResourceSlices as expected; see its /metrics")
         return writes

@@ -75,7 +75,8 @@ def _eight_at_once(stage: ClusterStage, mode: str, waves: int) -> Figures:
     for call in CALLS:
         figures[f"kubelet_{call}_{mode}_eight_ms"] = _mean(kubelet, kubelet_after, call) * 1e3
         inside = [
-            told.histogram("gpuslice_request_duration_seconds", operation=call) for told in (driver, driver_after)
+            exposition.histogram("gpuslice_request_duration_seconds", operation=call)
+            for exposition in (driver, driver_after)
         ]
         figures[f"driver_{call}_{mode}_eight_p95_ms"] = inside[1].since(inside[0]).quantile(0.95) * 1e3
     return figures
@@ -99,8 +100,8 @@ def _mean(before: Exposition, after: Exposition, call: str) -> float:
     """Seconds of a call of the driver, as the kubelet has timed it."""
     method = {"prepare": "*/NodePrepareResources", "unprepare": "*/NodeUnprepareResources"}[call]
     earlier, later = (
-        told.histogram("dra_grpc_operations_duration_seconds", driver_name="gpuslice.dev", method_name=method)
-        for told in (before, after)
+        exposition.histogram("dra_grpc_operations_duration_seconds", driver_name="gpuslice.dev", method_name=method)
+        for exposition in (before, after)
     )
     try:
         return later.since(earlier).mean()
@@ -114,16 +115,16 @@ def successors(stage: ClusterStage, extent: Extent) -> Figures:
     held)."""
     figures: Figures = {}
     for key, force, command in (("forced", True, STAYS), ("deaf", True, IGNORES), ("graceful", False, STAYS)):
-        before = failed(stage.kube)
-        took = [_succeed(stage, force, command) for _ in range(extent.successors)]
+        before = failures(stage.kube)
+        took = [_time_successor(stage, force, command) for _ in range(extent.successors)]
         figures |= spread(key, [ready for ready, _ in took]) | spread(
             f"{key}_prepare", [call for _, call in took], "ms"
         )
-        figures[f"{key}_failed_count"] = failed(stage.kube) - before
+        figures[f"{key}_failed_count"] = failures(stage.kube) - before
     return figures
 
 
-def _succeed(stage: ClusterStage, force: bool, command: list[str]) -> tuple[float, float]:
+def _time_successor(stage: ClusterStage, force: bool, command: list[str]) -> tuple[float, float]:
     """Seconds from create to Ready of the second, and of its NodePrepareResources. `command`: of the first."""
     first, second = (stage.pod("gpu", CARD_0) for _ in range(2))
     first["spec"]["containers"][0]["command"] = command
@@ -139,7 +140,7 @@ def _succeed(stage: ClusterStage, force: bool, command: list[str]) -> tuple[floa
     return seconds, prepared
 
 
-def failed(kube: MeasuredCluster) -> float:
+def failures(kube: MeasuredCluster) -> float:
     """Prepares so far that failed: whole calls as the kubelet counts them, and claims that the driver refused."""
     calls, name = kube.kubelet(), "dra_grpc_operations_duration_seconds_count"
     every, good = (calls.total(name, method_name="*/NodePrepareResources", grpc_status_code=c) for c in ("*", "OK"))

@@ -154,7 +154,7 @@ def _devices(place: Place, facts: Facts) -> str:
 
 
 def _status(as_json: bool, part: str | None) -> int:
-    facts = cluster.running()
+    facts = cluster.current()
     processes = cluster.processes() if facts else {}
     place = Place(work_folder())
     if as_json:
@@ -183,7 +183,7 @@ def _resident_mb(pid: int) -> int:
 
 
 def _kubectl(arguments: list[str]) -> int:
-    facts = cluster.running()
+    facts = cluster.current()
     if facts is None:
         raise PlaygroundError(cluster.NONE)
     kube = str(Binaries(facts.version).kube)

@@ -49,7 +49,7 @@ def up(facts: Facts, say: Say) -> None:
     """Start this cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays."""
     machine.check()
     machine.check_gpus(facts.gpus)
-    if running() is not None:
+    if current() is not None:
         raise PlaygroundError(_TAKEN)
     Binaries(facts.version).ensure()
     place = Place(work_folder())
@@ -68,7 +68,7 @@ def up(facts: Facts, say: Say) -> None:
 def check(version: str) -> None:
     """PlaygroundError with the first reason why `up` would not start at once."""
     machine.check()
-    if running() is not None:
+    if current() is not None:
         raise PlaygroundError(_TAKEN)
     missing = Binaries(version).missing()
     if missing:
@@ -87,7 +87,7 @@ def down() -> bool:
     return True
 
 
-def running() -> Facts | None:
+def current() -> Facts | None:
     """The cluster that serves, or None."""
     place = Place(work_folder())
     if not place.root.exists() or not _locked(place.root):
@@ -124,14 +124,14 @@ def processes() -> dict[str, int]:
 def stop(part: str, number: signal.Signals = signal.SIGKILL) -> None:
     """End a part, and let nobody start it again: as its crash would, or as an update does it, with SIGTERM."""
     place, _ = _part(part)
-    (place.held / part).touch()
+    (place.stopped / part).touch()
     _kill(processes().get(part, 0), number)
 
 
 def start(part: str) -> None:
     """Let a part run again; return when it serves."""
     place, facts = _part(part)
-    (place.held / part).unlink(missing_ok=True)
+    (place.stopped / part).unlink(missing_ok=True)
     _wake(place)
     ready = Readiness(place, facts)
     _await(lambda: part in processes() and ready.of(part), f"{part} serves; see {place.logs / part}.log")
@@ -154,14 +154,14 @@ def reboot() -> None:
 
 def _part(name: str) -> tuple[Place, Facts]:
     facts, place = _served(), Place(work_folder())
-    known = sorted(processes().keys() | {path.name for path in place.held.iterdir()})
+    known = sorted(processes().keys() | {path.name for path in place.stopped.iterdir()})
     if name not in known:
         raise PlaygroundError(f"the cluster has no part {name!r}; it has {', '.join(known)}")
     return place, facts
 
 
 def _served() -> Facts:
-    facts = running()
+    facts = current()
     if facts is None:
         raise PlaygroundError(NONE)
     return facts

@@ -65,7 +65,7 @@ class Init:
         while True:
             if self._place.reboot.exists():
                 self._reboot()
-            self.processes.turn()
+            self.processes.restart_ended()
 
     def _reboot(self) -> None:
         self.processes.end_all_but(_CONTROL_PLANE)
@@ -103,7 +103,16 @@ def _tell(text: str) -> None:
 
 def lay_out(place: Place) -> None:
     """Make this namespace's /run, /var/log and the like the cluster's own."""
-    for folder in (place.logs, place.node, place.api, place.plugins, place.registry, place.cdi, place.mps, place.held):
+    for folder in (
+        place.logs,
+        place.node,
+        place.api,
+        place.plugins,
+        place.registry,
+        place.cdi,
+        place.mps,
+        place.stopped,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
     reboot.new_boot(place)
     _mount("--bind", str(place.boot_id), "/proc/sys/kernel/random/boot_id")

@@ -49,7 +49,7 @@ class Place:
         return self.root / "pids.json"
 
     @property
-    def held(self) -> Path:
+    def stopped(self) -> Path:
         """Has a file for each part that is not to run."""
         return self.root / "held"
 

@@ -22,7 +22,7 @@ _PAUSE_S = 1.0  # before what has ended is started again
 
 
 class Processes:
-    """The parts that run, by name. Those that end are started again in a `turn`."""
+    """The parts that run, by name. Those that end are started again by `restart_ended`."""
 
     def __init__(self, place: Place, programs: Path) -> None:
         """`programs` has containerd's, which look for each other on PATH."""
@@ -59,11 +59,11 @@ class Processes:
                 raise PlaygroundError(f"{what} took longer than {PATIENCE_S:.0f} s; {self.last_words(name)}")
             self._rest(_GLANCE_S)
 
-    def turn(self) -> None:
-        """Start again what has ended and nobody holds back; return when something may have changed."""
+    def restart_ended(self) -> None:
+        """Start again what has ended and nobody has stopped; return when something may have changed."""
         self._reap()
         now = time.monotonic()
-        ended = {name for name in self._ended if not (self._place.held / name).exists()}
+        ended = {name for name in self._ended if not (self._place.stopped / name).exists()}
         self._due = {name: self._due.get(name, now + _PAUSE_S) for name in ended}
         for name in [name for name, at in self._due.items() if at <= now]:
             self.start(name)

@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             OURS: plan(gpus, read_policy(options.policy)),
         }
         with control_plane() as (api, scheduler):
-            found = _measured(api, scheduler, plans, options)
+            found = _measure(api, scheduler, plans, options)
     except (ScaleError, RequestError, DriverError) as e:
         _say(str(e))
         return 1
-    told = report(found, {"nodes": options.nodes, "cards": CARDS, "pods": options.pods, "rounds": options.rounds})
-    print(json.dumps(told, indent=1) if options.json else table(told))
+    body = report(found, {"nodes": options.nodes, "cards": CARDS, "pods": options.pods, "rounds": options.rounds})
+    print(json.dumps(body, indent=1) if options.json else table(body))
     return 0
 
 
@@ -78,9 +78,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _measured(
-    api: ApiServer, scheduler: Scheduler, plans: Mapping[str, NodePlan], options: argparse.Namespace
-) -> Found:
+def _measure(api: ApiServer, scheduler: Scheduler, plans: Mapping[str, NodePlan], options: argparse.Namespace) -> Found:
     create_classes(api)
     nodes = create_nodes(api, options.nodes)
     kinds = [kind for kind in KINDS if not options.only or kind.key in options.only]

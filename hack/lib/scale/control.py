@@ -48,8 +48,8 @@ def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
     if _run("up", "--control-plane"):
         raise ScaleError("the control plane did not start; it said why above")
     try:
-        told = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
-        facts = json.loads(told)
+        status = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
+        facts = json.loads(status)
         with contextlib.closing(ApiServer.of_kubeconfig(Path(facts["folder"]) / "admin.conf")) as server:
             yield server, Scheduler(facts["processes"]["kube-scheduler"], facts["scheduler"])
     finally:

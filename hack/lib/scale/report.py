@@ -38,15 +38,15 @@ def report(found: Mapping[tuple[str, RequestKind], Sequence[Figure]], size: Mapp
     return {"what": "the scheduler on nodes without kubelets", "size": dict(size), "figures": rows}
 
 
-def table(told: Mapping[str, Any]) -> str:
+def table(body: Mapping[str, Any]) -> str:
     lines = [["published", "request", "pods/s", "scheduler CPU a pod", "ratio", "rounds", "target", "reached"]]
-    lines += map(_line, told["figures"])
+    lines += map(_line, body["figures"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
-    size = told["size"]
+    size = body["size"]
     what = (
-        f"{told['what']}: {size['nodes']} of {size['cards']}, {size['pods']} pods of a kind, {size['rounds']} round(s)"
+        f"{body['what']}: {size['nodes']} of {size['cards']}, {size['pods']} pods of a kind, {size['rounds']} round(s)"
     )
     return "\n".join([*text, "", what])
 

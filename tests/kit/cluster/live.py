@@ -144,7 +144,7 @@ class Cluster:
             "get", f"pod/{pod}", "--output=jsonpath={.status.conditions[?(@.type=='PodScheduled')].message}"
         )
 
-    def told(self, pod: str, container: str = "", namespace: str = "default") -> dict[str, str]:
+    def environment(self, pod: str, container: str = "", namespace: str = "default") -> dict[str, str]:
         """What the driver put into the environment of a running container."""
         chosen = [f"--container={container}"] if container else []
         return environment(self.kubectl("exec", pod, f"--namespace={namespace}", *chosen, "--", "env"))

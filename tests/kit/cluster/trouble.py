@@ -110,15 +110,15 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def heard(cluster: Cluster, words: str) -> Iterator[None]:
+def until_logged(cluster: Cluster, words: str) -> Iterator[None]:
     """Leave the block when the driver has logged these words since its begin."""
     log = cluster.folder / "log" / "driver.log"
     begin = log.stat().st_size
     yield
-    says(log, words, begin)
+    wait_logged(log, words, begin)
 
 
-def says(log: Path, words: str, begin: int = 0) -> None:
+def wait_logged(log: Path, words: str, begin: int = 0) -> None:
     """Return when these words stand in the log, after its first `begin` bytes."""
     follow = ["timeout", str(_PATIENCE_S), "tail", f"--bytes=+{begin + 1}", "--follow=name", str(log)]
     with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as tail:
@@ -131,7 +131,7 @@ def says(log: Path, words: str, begin: int = 0) -> None:
             tail.kill()
 
 
-def runs_again(cluster: Cluster, name: str) -> None:
+def wait_restarted(cluster: Cluster, name: str) -> None:
     """Return when the pod's container was started a second time and is ready."""
     cluster.kubectl(
         "wait", "--for=jsonpath={.status.containerStatuses[0].restartCount}=1", f"pod/{name}", "--timeout=60s"
@@ -139,12 +139,12 @@ def runs_again(cluster: Cluster, name: str) -> None:
     cluster.runs(name)
 
 
-def gone(cluster: Cluster, *names: str) -> None:
+def wait_deleted(cluster: Cluster, *names: str) -> None:
     """Return when the kubelet has let go of these pods."""
     cluster.kubectl("wait", "--for=delete", *(f"pod/{name}" for name in names), "--timeout=60s")
 
 
-def left_nothing(cluster: Cluster) -> None:
+def wait_cleared(cluster: Cluster) -> None:
     """Return when the claims of pods that have gone are gone too, and all that they held."""
     if claims := [f"resourceclaim/{body['metadata']['name']}" for body in cluster.get("resourceclaims")]:
         cluster.kubectl("wait", "--for=delete", *claims, "--timeout=30s")

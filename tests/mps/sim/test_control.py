@@ -188,7 +188,7 @@ def test_a_server_is_shut_down_with_its_programs_only_by_force(standin: StandIn,
     assert standin.tell(f"shutdown_server {server}") == [f"Server {server} has clients"]
     assert standin.tell(f"shutdown_server {server} -f") == []
     assert program.says() == "terminated"
-    assert program.ended() == 1
+    assert program.wait() == 1
 
 
 def test_a_program_loses_its_server_when_that_is_killed(standin: StandIn, node: MpsNode) -> None:
