@@ -12,7 +12,7 @@ _FORCED = ("--force", "--grace-period=0", "--wait=false")
 
 
 def _occupied(cluster: Cluster, example: str) -> str:
-    """Have every device of this kind held by pods; the name of one whose container does not end when told to."""
+    """Have every device of this kind held by pods; the name of one whose container does not end at SIGTERM."""
     cluster.apply(example, name="gone", command=STUBBORN)
     cluster.runs("gone")
     cluster.apply("whole-gpu", name="other")

@@ -53,7 +53,7 @@ class StandInProgram:
         return self.process.stdout.readline().strip()
 
     def got(self) -> tuple[str, str]:
-        """(memory in MiB or "none", percent) as it was told at its start."""
+        """(memory in MiB or "none", percent): its limits at its start."""
         words = self.says().split()
         assert words[0] == "server", words
         return words[3], words[5]
@@ -64,7 +64,7 @@ class StandInProgram:
         return self.says()
 
     def quiet(self) -> bool:
-        """Whether it runs, and nobody has said anything to it."""
+        """Whether it runs, and has printed nothing more."""
         assert self.process.stdout is not None
         return self.process.poll() is None and not select.select([self.process.stdout], [], [], 0)[0]
 
@@ -110,7 +110,7 @@ class MpsNode:
         self.root = folder / "mps"
         self.command: Sequence[str] = control.program(Path("/"), self.sim.folder)
         self.client = MpsClient(self.root)
-        self.heard = LogRecords()
+        self.logged = LogRecords()
         self.programs: list[StandInProgram] = []
         self.processes: list[subprocess.Popen[str]] = []
         self.supervisor: Supervisor | None = None
@@ -145,7 +145,7 @@ class MpsNode:
         for running in self.programs:
             running.end()
         self.sim.close()
-        logging.getLogger("gpuslice.mps").removeHandler(self.heard)
+        logging.getLogger("gpuslice.mps").removeHandler(self.logged)
 
     # ------------------------------------------------------------ what a test asks for
 
@@ -170,6 +170,6 @@ class MpsNode:
         return path
 
     def log(self, key: str = "gpu-0") -> list[str]:
-        """Commands that the daemon of this key was told."""
+        """Commands that the daemon of this key got."""
         text = (self.client.log(key) / "control.log").read_text(encoding="utf-8")
         return [line.partition("command ")[2] for line in text.splitlines()]

@@ -53,10 +53,10 @@ class DriverInstance:
         self._watch = files.FolderWatch(self.rig.checkpoint.folder)
 
     async def open(self) -> DriverInstance:
-        def heard() -> None:
+        def wake() -> None:
             self._releases.notify([ClaimUid(name.removesuffix(".json")) for name in self._watch.read()])
 
-        asyncio.get_running_loop().add_reader(self._watch.fileno(), heard)
+        asyncio.get_running_loop().add_reader(self._watch.fileno(), wake)
         await self.server.open()
         return self
 

@@ -248,7 +248,7 @@ def test_with_an_older_driver_one_user_waits_for_the_other(node: MpsNode) -> Non
     first.got()
     second = node.program(uid=1001)
 
-    assert "serves one uid at a time" in node.heard.wait("serves one uid")
+    assert "serves one uid at a time" in node.logged.wait("serves one uid")
     assert second.quiet()
     assert first.end() == 0
     assert second.got() == ("10240", "40")
@@ -260,7 +260,7 @@ def test_a_daemon_has_the_shared_memory_that_its_programs_are_given(node: MpsNod
 
     running = node.client.ensure(node.daemon())
 
-    if node.heard.lines("no /dev/shm of its own"):
+    if node.logged.lines("no /dev/shm of its own"):
         pytest.skip("needs CAP_SYS_ADMIN: a mount namespace of its own")
     assert Path(f"/proc/{running.pid}/root/dev/shm").stat().st_ino == node.client.shm("gpu-0").stat().st_ino
 
@@ -300,7 +300,7 @@ def test_what_an_earlier_boot_left_is_removed(node: MpsNode) -> None:
     node.supervise()
 
     assert not folder.exists()
-    assert "of an earlier boot" in node.heard.wait("nothing is adopted")
+    assert "of an earlier boot" in node.logged.wait("nothing is adopted")
 
 
 def test_a_folder_that_tells_nothing_is_removed_and_what_is_no_daemons_stays(node: MpsNode) -> None:

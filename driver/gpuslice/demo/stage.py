@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 class BrokenPromiseError(Exception):
-    """The demo saw what must not be; the text says what."""
+    """The demo saw something that must never happen; the text names it."""
 
 
 class Stage:

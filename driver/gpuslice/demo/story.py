@@ -157,7 +157,7 @@ def _daemons(stage: Stage) -> None:
 
 
 async def container_view(stage: Stage) -> None:
-    """What the container runtime is told: one CDI file per claim, here without its device nodes."""
+    """What the container runtime reads: one CDI file per claim, here without its device nodes."""
     written = sorted(stage.cluster.cdi.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     if not written:
         print("  (no claim is prepared)")
@@ -173,16 +173,14 @@ async def container_view(stage: Stage) -> None:
 
 
 async def time_slices(stage: Stage) -> None:
-    """No mode stands beside another on one card: shares by time wait until the last MPS share has left."""
+    """A card has one mode at a time: shares by time wait until the last MPS share is released."""
     await stage.take("notebook", "a share by time: 16Gi", a_share("timeslice", memory="16Gi"))
     shared = [name for name in ("infer", "embed") if name in stage.held]
     for name in shared:
         await stage.release(name)
     stage.must(not stage.mps.statuses(), "no MPS daemon is left")
     await stage.take("notebook", "the same again", a_share("timeslice", memory="16Gi"))
-    await stage.take(
-        "shell", "another share by time, of the size that a share has if nobody says", a_share("timeslice")
-    )
+    await stage.take("shell", "another share by time, of the default size", a_share("timeslice"))
     stage.show_map()
 
 
@@ -224,7 +222,7 @@ async def _hang(stage: Stage, ref: ClaimRef) -> None:
 
 
 async def again(stage: Stage) -> None:
-    """It starts again and undoes what its records say was begun; then the kubelet tries again.
+    """The driver starts again and undoes what its records show as begun; then the kubelet tries again.
 
     From here on the simulated GPU takes the time of a real one (orders of magnitude, not measurements).
     """
@@ -242,7 +240,7 @@ async def again(stage: Stage) -> None:
 
 
 def _check(stage: Stage) -> None:
-    """Node, records and CDI folder say the same of every claim."""
+    """Node, records and CDI folder agree about every claim."""
     records = stage.look(lambda node: dict(node.records))
     made = {device.uuid for r in records.values() if r.prepared for device in r.prepared.devices}
     there = stage.look(lambda node: {p.uuid for live in node.live.values() for p in live.partitions})

@@ -199,7 +199,7 @@ class StandInCluster:
         return self.create_allocated(name, allocation, namespace=namespace)
 
     def create_allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
-        """Create a ResourceClaim with this allocation, whatever it says."""
+        """Create a ResourceClaim with this allocation, which nothing checks."""
         body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": {"devices": {}}}, namespace)
         body["status"] = {"allocation": allocation, "reservedFor": [{"resource": "pods", "name": name, "uid": name}]}
         self.api.update("resourceclaims", body)

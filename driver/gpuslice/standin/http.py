@@ -138,7 +138,7 @@ class _Server(ThreadingHTTPServer):
                 del self._open[secure]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is what tests are for; everything else is told on stderr."""
+        """A connection that breaks is part of many tests, so it prints nothing; every other error goes to stderr."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 

@@ -45,8 +45,8 @@ _CDI_ID = re.compile(
     r"[A-Za-z][A-Za-z0-9_.-]*[A-Za-z0-9]/[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]=[A-Za-z0-9]([\w.:-]*[A-Za-z0-9])?"
 )
 
-# Channels to one path share a connection, its back-off included, unless they are told not to: a plugin that comes back
-# would be waited for as long as its predecessor had been failing.
+# By default channels to one path share a connection and its back-off. Then a plugin that comes back would have to wait for
+# as long as its predecessor had been failing.
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.default_authority", "localhost"))
 
 
@@ -179,7 +179,7 @@ class StandInKubelet:
     async def wait_registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
         """Wait until `count` plugins of the driver are registered; the newest. KubeletError says what kept it.
 
-        `after`: count only registrations with a greater `order`, for that of a killed process stays until its socket goes.
+        `after`: count only registrations with a greater `order`: that of a killed process stays until its socket is gone.
         """
 
         def there() -> bool:

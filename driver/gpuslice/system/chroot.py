@@ -78,7 +78,7 @@ def _places(root: Path, pattern: str) -> list[Path]:
 
 
 def _target(place: Path) -> Path | None:
-    """What the link says, None where this is no link."""
+    """The target of the link, None where this is no link."""
     try:
         return place.readlink()
     except OSError as e:

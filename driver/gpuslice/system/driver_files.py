@@ -48,7 +48,7 @@ class DriverFiles:
     """One installed version of the user-space driver, by paths below the driver root ("/usr/lib64/libcuda.so.…")."""
 
     version: str
-    anchor: str  # the library whose name told the version
+    anchor: str  # the library whose name has the version
     files: tuple[tuple[str, str], ...]  # libraries, programs, firmware, data: each with its path in the container
     folders: tuple[str, ...]  # of libraries, for the loader
     links: tuple[tuple[str, str], ...]  # (path of the link, path of the library)
@@ -103,7 +103,7 @@ def _data(root: Path, version: str) -> Iterator[tuple[Path, str]]:
 
 
 def _anchor(root: Path, loaded: str | None) -> tuple[Path, str]:
-    """The library whose name tells the version: that of the loaded kernel module, else the newest.
+    """The library whose name has the version: that of the loaded kernel module, else the newest.
 
     DeviceError where there is none, or none that fits the kernel module.
     """
@@ -148,7 +148,7 @@ def _links(root: Path, libraries: Sequence[Path]) -> Iterator[tuple[Path, Path]]
 
 
 def _named(link: Path, names: Mapping[str, Path]) -> Path | None:
-    """The library that a chain of links names, wherever it says that this library is: nothing but the names is followed."""
+    """The library that a chain of links names. Only names are followed, so the folders in the links do not matter."""
     for _ in range(4):
         if link.name in names or not link.is_symlink():
             break

@@ -114,7 +114,7 @@ def ensure_folder(path: Path, mode: int = 0o750) -> Path:
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still what the path names: a lock on an unlinked file excludes nobody."""
+    """Whether the open file is still what the path names: a lock on an unlinked file excludes no other process."""
     try:
         there = path.stat()
     except FileNotFoundError:

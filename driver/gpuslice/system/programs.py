@@ -1,9 +1,9 @@
-"""NVIDIA's own programs, from wherever the driver is installed: found, run with a time limit, answered for in one sentence.
+"""NVIDIA's own programs: where they are below a driver root, and how to run one with a time limit.
 
 They are linked against the libraries of the driver root. Where that is not "/", its library folder cannot simply go into
 LD_LIBRARY_PATH: it often holds the node's C library as well, which does not fit our loader. So NVIDIA's libraries and
-programs are linked into a folder of ours, and only that is named; each link names a file below the root, for the links of
-the root itself may be meant for a process that runs in it.
+programs are linked into a folder of ours, and only that is named; each link names a file below the root, because the
+links of the root itself may be meant for a process that runs in it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def run(
             text, _ = process.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired as e:
             os.killpg(process.pid, 9)
-            asked = f" when told {stdin.splitlines()[0]!r}" if stdin else ""
+            asked = f" to {stdin.splitlines()[0]!r}" if stdin else ""
             raise HungError(
                 f"{name} did not answer within {timeout_s:g} s{asked} and was killed; look at the GPU"
             ) from e

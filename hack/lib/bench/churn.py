@@ -40,7 +40,7 @@ class _Counts:
 
 
 def churn(stage: ClusterStage, extent: Extent) -> Figures:
-    """Each of eight hands starts a pod, waits until it is ready, deletes it, waits until it is gone, and takes the next."""
+    """Each of eight threads starts a pod, waits until it is ready, deletes it, waits until it is gone, and takes the next."""
     kube = stage.kube
     stage.clear()
     before, memory, began = _Counts.of(kube), resident_mb(kube.pid("driver")), time.perf_counter()

@@ -212,7 +212,9 @@ async def hang(subject: Subject, size: Size) -> Figures:
         cue = node.cue("hang", "*", node.cards[0].uuid, times=None)
         hanging = asyncio.create_task(bench.prepare(bench.claim(0, devices[0])))
         if not await asyncio.to_thread(node.wait_hung, cue, 10.0):
-            raise BenchError("the prepare that was to hang in NVML did not; nothing can be said about its neighbours")
+            raise BenchError(
+                "the prepare did not hang in NVML on cue, so there is no figure about its neighbours; see the driver's log"
+            )
         asked, prepared = [], []
         for gpu in range(1, GPUS):
             ref = bench.claim(gpu, devices[gpu])

@@ -48,13 +48,13 @@ def _hack_cluster(*arguments: str) -> str:
     pipe, command = subprocess.PIPE, [*_CLUSTER, *arguments]
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         try:
-            out, said = process.communicate()
+            out, errors = process.communicate()
         except BaseException:
             process.terminate()  # not killed: it has a cluster to take back
             process.communicate()
             raise
     if process.returncode:
-        raise BenchError((said.strip() or "hack/cluster failed").splitlines()[-1].removeprefix("hack/cluster: "))
+        raise BenchError((errors.strip() or "hack/cluster failed").splitlines()[-1].removeprefix("hack/cluster: "))
     return out
 
 
@@ -67,14 +67,14 @@ class MeasuredCluster:
         self._ports: Mapping[str, int] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))["ports"]
         self._processes: Mapping[str, int] = status["processes"]
         self.api = ApiServer.of_kubeconfig(folder / "admin.conf")
-        self._hands = concurrent.futures.ThreadPoolExecutor(CARDS, "pods")
+        self._threads = concurrent.futures.ThreadPoolExecutor(CARDS, "pods")
         self.version = str(self.api.ask("GET", "/version")["gitVersion"])  # "v1.37.1"
         version = self.api.ask("GET", PODS)["metadata"]["resourceVersion"]
         self.pods = PodWatch(self.api.watch(PODS, version, _RUN_S))
 
     def close(self) -> None:
         self.pods.close()
-        self._hands.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         self.api.close()
 
     def pid(self, part: str) -> int:
@@ -86,7 +86,7 @@ class MeasuredCluster:
 
     def eight(self, work: Callable[[Body], float], pods: Sequence[Body]) -> list[float]:
         """Do it with all of them, eight at a time."""
-        return list(self._hands.map(work, pods))
+        return list(self._threads.map(work, pods))
 
     # ------------------------------------------------------------ pods
 

@@ -111,7 +111,7 @@ def _mean(before: Exposition, after: Exposition, call: str) -> float:
 
 def successors(stage: ClusterStage, extent: Extent) -> Figures:
     """A pod wants the very card of one that is being deleted: by force (its object is gone at once, its container ends
-    after that, or is killed after two seconds) and with grace (its object goes when the kubelet has given back what it
+    after that, or is killed after two seconds) and with grace (its object goes when the kubelet has unprepared what it
     held)."""
     figures: Figures = {}
     for key, force, command in (("forced", True, STAYS), ("deaf", True, IGNORES), ("graceful", False, STAYS)):

@@ -12,7 +12,7 @@ from typing import Any
 from hack.lib.api import RequestError, WatchStream
 from hack.lib.bench.subject import BenchError
 
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class PodWatch:
             return self._known.get(name, _Seen())
 
         with self._news:
-            self._news.wait_for(lambda: self._ended or moment(seen()), _PATIENCE_S)
+            self._news.wait_for(lambda: self._ended or moment(seen()), _TIMEOUT_S)
             if not moment(seen()):
-                why = "the watch on pods ended" if self._ended else f"{_PATIENCE_S:.0f} s have passed"
+                why = "the watch on pods ended" if self._ended else f"{_TIMEOUT_S:.0f} s have passed"
                 raise BenchError(f"{why} before pod {name} was {what}; it was {seen().state}")
             return moment(seen())
 
@@ -63,7 +63,7 @@ class PodWatch:
                 at = time.perf_counter()
                 self._note(json.loads(line), at)
         except (RequestError, ValueError):
-            pass  # closed, by us or by the server: told to whoever waits
+            pass  # closed, by us or by the server; `_wait` raises the error
         finally:
             with self._news:
                 self._ended = True

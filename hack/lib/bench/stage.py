@@ -1,6 +1,6 @@
 """What the measures on a real Kubernetes play on: our templates and our pods.
 
-The pods are those of deploy/examples, with a container that stays until it is told to end, and then ends at once.
+The pods are those of deploy/examples, with a container that stays until SIGTERM, and then ends at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EXAMPLES = {"gpu": "whole-gpu", "mig": "mig-profile", "mps": "mps-share", "times
 WITHOUT = "none"  # a pod that asks for no device: what a pod takes here anyway
 STAYS = ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
 IGNORES = ["sleep", "2147483647"]  # process 1 has no handler for SIGTERM, so it is dropped
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 CARD_0 = "card-0"  # the template of claims that only one device can serve
 
 
@@ -63,7 +63,7 @@ class ClusterStage:
         pod["spec"]["containers"][0]["command"] = STAYS
         # The kubelet looks every 300 ms whether a pod's volumes are mounted, which would be most of what is measured.
         pod["spec"]["automountServiceAccountToken"] = False
-        pod["spec"]["terminationGracePeriodSeconds"] = 1  # for one that is told to end before it has set its trap
+        pod["spec"]["terminationGracePeriodSeconds"] = 1  # for one that gets SIGTERM before it has set its trap
         for claim in pod["spec"].get("resourceClaims", ()) if template else ():
             claim["resourceClaimTemplateName"] = template
         return pod
@@ -80,8 +80,8 @@ class ClusterStage:
 
     def clear(self) -> None:
         """Return when no pod holds anything."""
-        self.kube.api.wait_gone(PODS, _PATIENCE_S)
-        self.kube.api.wait_gone(CLAIMS, _PATIENCE_S)
+        self.kube.api.wait_gone(PODS, _TIMEOUT_S)
+        self.kube.api.wait_gone(CLAIMS, _TIMEOUT_S)
 
 
 def name_of(pod: Body) -> str:

@@ -25,7 +25,7 @@ from hack.lib.cluster import machine, network
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import CGROUP, REPOSITORY, Facts, Place, Ports, empty, work_folder
-from hack.lib.cluster.processes import PATIENCE_S
+from hack.lib.cluster.processes import TIMEOUT_S
 from hack.lib.cluster.ready import Readiness
 
 _WAIT_S = 30.0
@@ -168,16 +168,16 @@ def _served() -> Facts:
 
 
 def _wake(place: Place) -> None:
-    """Process 1 looks around when a child ends, or when it is told that one did."""
+    """Make process 1 look at its children, which it does at each SIGCHLD."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(_first(place) or os.getpid(), signal.SIGCHLD)
 
 
 def _await(done: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not done():
         if time.monotonic() > end:
-            raise PlaygroundError(f"it took longer than {PATIENCE_S:.0f} s until {what}")
+            raise PlaygroundError(f"it took longer than {TIMEOUT_S:.0f} s until {what}")
         time.sleep(_GLANCE_S)
 
 
@@ -212,7 +212,7 @@ def _start(place: Place, lock: int, say: Say) -> None:
 
 
 def _listen(process: subprocess.Popen[str], say: Say) -> str | None:
-    """Pass on what process 1 says; None when all is ready, else why not, as far as it said."""
+    """Print the lines of process 1. None when all is ready, else the last reason that it printed."""
     assert process.stdout is not None
     failed: list[str] = []
     for line in process.stdout:

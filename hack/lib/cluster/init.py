@@ -15,7 +15,7 @@ from hack.lib.cluster import image, parts, reboot, software
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import NODE, REAL, Facts, Place
-from hack.lib.cluster.processes import PATIENCE_S, Processes
+from hack.lib.cluster.processes import TIMEOUT_S, Processes
 from hack.lib.cluster.ready import Readiness
 
 _CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
@@ -45,7 +45,7 @@ class Init:
         _tell("the node")
         kubectl = software.Kubectl(self._binaries.kube, self._place.admin)
         self.processes.until("kubelet", self._ready.node, "the node was ready")
-        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={PATIENCE_S:.0f}s")
+        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={TIMEOUT_S:.0f}s")
         if self._facts.gpus:
             self._start_driver(kubectl)
 
@@ -58,7 +58,7 @@ class Init:
         for name in ("kube-controller-manager", "kube-scheduler"):
             self._spawn(name)
         kubectl = software.Kubectl(self._binaries.kube, self._place.admin)
-        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={PATIENCE_S:.0f}s")
+        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={TIMEOUT_S:.0f}s")
 
     def keep(self) -> None:
         """Start again whatever ends, and the whole node when asked to, for ever."""

@@ -65,7 +65,7 @@ class Place:
 
     @property
     def simulated(self) -> Path:
-        """The state of the simulated cards, where the driver keeps it if not told otherwise."""
+        """The state of the simulated cards, where the driver keeps it by default."""
         return self.plugins / "gpuslice.dev" / "simulated"
 
     @property

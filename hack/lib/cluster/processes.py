@@ -16,7 +16,7 @@ from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import REPOSITORY, Place
 from hack.lib.cluster.parts import Command
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 _GLANCE_S = 0.05  # between two looks at something that sends no event
 _PAUSE_S = 1.0  # before what has ended is started again
 
@@ -50,13 +50,13 @@ class Processes:
 
     def until(self, name: str, ready: Callable[[], bool], what: str) -> None:
         """Return when `ready`. PlaygroundError where any part ends before, or `name` takes too long."""
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         while not ready():
             self._reap()
             for part, status in self._ended.items():
                 raise PlaygroundError(f"{part} ended (status {status}) before {what}; {self.last_words(part)}")
             if time.monotonic() > end:
-                raise PlaygroundError(f"{what} took longer than {PATIENCE_S:.0f} s; {self.last_words(name)}")
+                raise PlaygroundError(f"{what} took longer than {TIMEOUT_S:.0f} s; {self.last_words(name)}")
             self._rest(_GLANCE_S)
 
     def restart_ended(self) -> None:

@@ -1,4 +1,4 @@
-"""A reboot of the node, as far as it can be had: what lives in memory is gone, what lies on disk stays.
+"""A reboot of the node, as far as a process can do it: what lives in memory is gone, what lies on disk stays.
 
 Gone: every process of the node with its containers, the mounts they had, /run, the folders that a node has below /run (CDI
 files, MPS), the boot id, and what a reset takes from the cards. The control plane runs on, as on machines of its own.

@@ -46,7 +46,7 @@ class Scheduler:
 def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
     """Up while it is used; nothing of it stays."""
     if _run("up", "--control-plane"):
-        raise ScaleError("the control plane did not start; it said why above")
+        raise ScaleError("the control plane did not start; the reason is above")
     try:
         status = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
         facts = json.loads(status)
@@ -57,7 +57,7 @@ def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
 
 
 def _run(*arguments: str) -> int:
-    """In a session of its own: Ctrl-C is for us, and we tell it once. Whatever it was about, it comes to an orderly end."""
+    """In a session of its own: Ctrl-C reaches us alone, and we end it in order."""
     process = subprocess.Popen([_CLUSTER, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait()

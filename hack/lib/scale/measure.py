@@ -110,8 +110,10 @@ def _has_claim(pod: Body) -> bool:
 def _refusal(pod: Body) -> str:
     """What the scheduler says after it has looked at all nodes in vain; other troubles it gets over."""
     conditions = pod.get("status", {}).get("conditions", ())
-    said = (one.get("message", "") for one in conditions if one["type"] == "PodScheduled" and one["status"] == "False")
-    return next((message for message in said if message.startswith("0/")), "")
+    messages = (
+        one.get("message", "") for one in conditions if one["type"] == "PodScheduled" and one["status"] == "False"
+    )
+    return next((message for message in messages if message.startswith("0/")), "")
 
 
 def _is_bound(pod: Body) -> bool:

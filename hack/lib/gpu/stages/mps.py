@@ -33,7 +33,7 @@ def run(machine: Machine, results: Results) -> None:
                 with results.trying(trial.__name__.strip("_").replace("_", " ")):
                     trial(daemon, results)
         finally:
-            results.check("it ends when it is told to", daemon.end(), "")
+            results.check("it ends after quit", daemon.end(), "")
             logs = [path.read_text(errors="replace") for path in sorted(Path(folder).glob("log/*.log"))]
             print("\n".join(logs)[-6000:])
 
@@ -61,9 +61,9 @@ class Daemon:
         done = subprocess.run(
             [str(self._control)], input=text, env=environment, capture_output=True, text=True, check=False, timeout=20
         )
-        said = " ".join((done.stdout + done.stderr).split())
-        print(f"  > {'; '.join(lines)}: {said}", flush=True)
-        return said
+        answer = " ".join((done.stdout + done.stderr).split())
+        print(f"  > {'; '.join(lines)}: {answer}", flush=True)
+        return answer
 
     def program(self, *before: str, **more: str) -> CudaProgram:
         return CudaProgram(self._machine, *before, **self.environment, **more)
