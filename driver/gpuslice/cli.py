@@ -58,8 +58,7 @@ whole cards and MIG partitions, shows what each one got and the map of the cards
 """
 
 _DEVICES = """\
-Show each GPU of this node: a map of its memory slices, what it offers, which claim holds what, and what cannot be used
-and why.
+Show each GPU of this node: a map of its memory slices, what it offers, who holds what, and what cannot be used and why.
 
 Give the same folders (and --simulate) as to `run`; nothing is changed.
 """
