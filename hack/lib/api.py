@@ -206,7 +206,7 @@ class ApiServer:
         return http.client.HTTPSConnection(address.hostname, address.port, timeout=timeout_s, context=self._trust)
 
     def _reused(self) -> http.client.HTTPSConnection | None:
-        """A connection that the server has not closed meanwhile: then there would be something to read."""
+        """An idle connection that the server has not closed; a closed one has its end of file to read."""
         while True:
             try:
                 connection = self._idle.pop()

@@ -1,4 +1,4 @@
-"""The demo's stage: a cluster, who holds what on it at this point of the story, and ways to act and to look."""
+"""The demo's stage: a cluster, the claims that hold devices at this point of the story, and ways to act and to look."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BrokenPromiseError(Exception):
 
 
 class Stage:
-    """The cluster, and who holds what at this point of the story."""
+    """The cluster, and the claims that hold devices at this point of the story."""
 
     def __init__(self, cluster: StandInCluster) -> None:
         self.cluster = cluster
@@ -95,7 +95,7 @@ class Stage:
             return what(seen)
 
     def show_map(self) -> None:
-        """What occupies the memory slices of each card, and whose it is."""
+        """What occupies the memory slices of each card, with the claim that holds it."""
         for line in self.look(_map):
             print(f"  {line}")
 
@@ -127,5 +127,5 @@ def a_card(name: str = "gpu") -> Request:
 
 
 def a_share(manner: str, name: str = "gpu", **capacity: str) -> Request:
-    """A share of a whole card by MPS or by time; `capacity` is what of it, the rest by the device's own defaults."""
+    """A share of a whole card by MPS or by time; `capacity`: what the claim asks for; defaults decide the rest."""
     return Request(name=name, driver=DRIVER, where={"type": manner, "profile": ""}, capacity=capacity)

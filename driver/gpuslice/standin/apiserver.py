@@ -77,7 +77,7 @@ class StandInApiServer:
             return Counter(self.store.writes)
 
     def wait(self, until: Callable[[], object], timeout_s: float = 10.0) -> None:
-        """Return once `until` is true; it is looked at after each write and each request. TimeoutError after that."""
+        """Return when `until` is true, which is checked after each write and each request. TimeoutError after `timeout_s`."""
         with self.store.changed:
             if not self.store.changed.wait_for(until, timeout_s):
                 raise TimeoutError(f"not so within {timeout_s} s; written so far: {dict(self.store.writes)}")
@@ -141,7 +141,7 @@ class StandInApiServer:
         return [copied(body) for _, body in self.store.items(resource, namespace, lambda _: True)[0]]
 
     def update(self, resource: str, body: Body) -> Body:
-        """Replace all of it, status too."""
+        """Replace the whole object, its status too."""
         meta = body["metadata"]
         return self.store.update(Key(resource, meta.get("namespace", ""), meta["name"]), copied(body))
 

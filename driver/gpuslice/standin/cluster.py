@@ -123,7 +123,7 @@ class StandInCluster:
         ]
 
     async def supervise(self) -> DriverProcess:
-        """Start the MPS supervisor, as the DaemonSet of its own does; returns when it answers."""
+        """Start the MPS supervisor as its DaemonSet does; return when it answers."""
         arguments = ["mps-supervisor", "--mps-root", str(self.mps), "--simulate", self.simulate]
         arguments += ["--kubelet-plugins-directory-path", str(self.plugins)]
         self.mps.mkdir(exist_ok=True)

@@ -89,7 +89,7 @@ class Plugin:
 
 @dataclass(slots=True)
 class _Socket:
-    """A registration socket that was found: which file it is, the work on it, and what came of it."""
+    """A registration socket: its file, the task that registers it, and the result."""
 
     identity: tuple[int, int]
     work: asyncio.Task[None]

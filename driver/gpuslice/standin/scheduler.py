@@ -232,7 +232,7 @@ class _Search:
     def _combinations(
         self, request: Request, devices: Sequence[_Device], count: int, picks: tuple[_Pick, ...]
     ) -> Iterator[tuple[_Pick, ...]]:
-        """Never one device twice: `count: 2` is not served by two shares of it."""
+        """Never the same device twice: two shares of one device do not serve `count: 2`."""
         if count == 0:
             yield ()
             return

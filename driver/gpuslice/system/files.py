@@ -76,7 +76,7 @@ def _write(descriptor: int, text: str) -> None:
 
 
 def append(path: Path, text: str) -> Version:
-    """Add `text` to the end of a file that is there. After a death in the middle a part of it may stand there."""
+    """Add `text` to the end of an existing file. A process that is killed here may leave a part of the text."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:

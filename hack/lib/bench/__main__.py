@@ -75,7 +75,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _stop(*_: object) -> None:
-    """Told to end in another way than Ctrl-C, it ends in the same: what was started is taken back."""
+    """End after SIGTERM and SIGHUP as after Ctrl-C: what was started is ended."""
     raise KeyboardInterrupt
 
 

@@ -36,7 +36,7 @@ PARTITION: Mapping[str, str] = {"type": "mig", "profile": "1g.10gb"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much of it. calls: timed prepares of each kind in a round. claims: how many go before memory is read last."""
+    """How much is measured. calls: timed prepares of each kind in a round. claims: how many go before memory is read last."""
 
     rounds: int
     calls: int

@@ -1,4 +1,4 @@
-"""A real Kubernetes to measure on: started and ended by us, and what can be asked of it without being in the way."""
+"""A real Kubernetes to measure on: start and end it, and ask it with little work for its CPUs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class MeasuredCluster:
         self.api.close()
 
     def pid(self, part: str) -> int:
-        """BenchError where it is no longer the process that it was: figures of two are figures of none."""
+        """Process id of a part. BenchError where the part was restarted: figures of two processes mean nothing."""
         pid = self._processes.get(part, 0)
         if not Path(f"/proc/{pid}").exists():
             raise BenchError(f"the {part} ended while it was measured; see why with hack/cluster up and its log")

@@ -1,4 +1,4 @@
-"""Pods on a real Kubernetes: how long each mode takes to be ready, what the kubelet waits for, and who comes after whom."""
+"""Pods on a real Kubernetes: how long each mode takes to be ready, what the kubelet waits for, how long a successor waits."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ CARD_0 = "card-0"  # the template of claims that only one device can serve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """How much of it, in a round. pods: one by one, of each mode. waves: of eight. successors: of each kind."""
+    """How much is measured in a round. pods: one by one, of each mode. waves: of eight. successors: of each kind."""
 
     rounds: int
     pods: int
@@ -57,7 +57,7 @@ class ClusterStage:
             self.notes["modes"] = f"not offered on this Kubernetes, so not measured: {', '.join(sorted(left_out))}"
 
     def pod(self, mode: str, template: str = "") -> Body:
-        """A pod of its own name; `template`: another one than the example's."""
+        """A pod with a new name; `template`: a claim template in place of the one of the example."""
         pod = copy.deepcopy(self._pods[mode])
         pod["metadata"]["name"] = f"{mode}-{next(self._numbers)}"
         pod["spec"]["containers"][0]["command"] = STAYS

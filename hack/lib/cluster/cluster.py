@@ -40,13 +40,13 @@ Say = Callable[[str], None]
 
 
 def wanted(version: str, **choices: Any) -> Facts:
-    """A cluster that is not there yet: with secrets and ports of its own; `choices` are further fields of `Facts`."""
+    """The facts of a new cluster, with new secrets and free ports; `choices` are further fields of `Facts`."""
     tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
     return Facts(version=version, tokens=tokens, ports=Ports.free(), **choices)
 
 
 def up(facts: Facts, say: Say) -> None:
-    """Start this cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays."""
+    """Start this cluster and return when it serves. After a failure or Ctrl-C nothing of it stays."""
     machine.check()
     machine.check_gpus(facts.gpus)
     if current() is not None:
@@ -78,7 +78,7 @@ def check(version: str) -> None:
 
 
 def down() -> bool:
-    """End the cluster and remove all of it; whether there was one."""
+    """End the cluster and remove its files. True where there was one."""
     place = Place(work_folder())
     if not place.root.exists():
         return False
@@ -239,7 +239,7 @@ def _end(place: Place) -> None:
 
 
 def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """End a process and wait until it is gone; process 1 of a namespace goes after all others there."""
+    """End a process and wait for it; process 1 of a namespace ends after all other processes there."""
     with contextlib.suppress(ProcessLookupError):
         if not pid:
             return
@@ -289,7 +289,7 @@ def _counted_inside(first: int) -> dict[int, int]:
 
 
 def _remove_cgroups() -> None:
-    """Remove the cgroups that containers leave, in each hierarchy. One with processes in it is somebody else's and stays."""
+    """Remove the cgroups that containers leave, in each hierarchy. A cgroup with processes in it is not ours and stays."""
     top = Path("/sys/fs/cgroup")
     for tree in (top / CGROUP, *top.glob(f"*/{CGROUP}")):
         for folder, _, _ in os.walk(tree, topdown=False):

@@ -76,7 +76,7 @@ class Processes:
         self.spawn(name, self._commands[name])
 
     def end_all_but(self, names: Sequence[str]) -> None:
-        """SIGKILL to all else here, containers included; return when it is gone."""
+        """Kill every other process of this namespace, containers included; return when they have ended."""
         kept = {os.getpid(), *(pid for name, pid in self._pids.items() if name in names)}
         while others := {int(path.name) for path in Path("/proc").glob("[0-9]*")} - kept:
             for pid in others:

@@ -60,6 +60,6 @@ def _answers(ask: Callable[[], object]) -> bool:
     """Whether a server of ours answers and does not refuse."""
     try:
         ask()
-    except RequestError:
+    except (RequestError, OSError):  # OSError: the certificate that the API server is still writing
         return False
     return True

@@ -14,7 +14,7 @@ from hack.lib.cluster.layout import REAL, Facts, Place, empty
 
 
 def forget(place: Place, facts: Facts) -> None:
-    """Take from the node what a reboot takes. No process of it may run."""
+    """Remove what a reboot of the node removes. No process of the node may run."""
     _unmount(place)
     for folder in (Path("/run"), place.cdi, place.mps, place.containerd / "state"):
         if folder.exists():

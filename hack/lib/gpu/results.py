@@ -1,4 +1,4 @@
-"""What a run found: one line of JSON for each check, written at once, so that a cut loses nothing of it."""
+"""What a run found: one line of JSON for each check, written at once, so that an early end loses none of them."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _say(text: str) -> None:
 
 
 def _stop(*_: object) -> None:
-    """Told to end in another way than Ctrl-C, it ends in the same."""
+    """End after SIGTERM and SIGHUP as after Ctrl-C."""
     raise KeyboardInterrupt
 
 

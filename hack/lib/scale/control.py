@@ -44,7 +44,7 @@ class Scheduler:
 
 @contextlib.contextmanager
 def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
-    """Up while it is used; nothing of it stays."""
+    """Start a control plane for the block, and end it; nothing of it stays."""
     if _run("up", "--control-plane"):
         raise ScaleError("the control plane did not start; the reason is above")
     try:
@@ -57,7 +57,7 @@ def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
 
 
 def _run(*arguments: str) -> int:
-    """In a session of its own: Ctrl-C reaches us alone, and we end it in order."""
+    """Run hack/cluster in a session of its own: Ctrl-C reaches us alone, and we end the command in order."""
     process = subprocess.Popen([_CLUSTER, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait()

@@ -83,7 +83,7 @@ def measure(
 
 
 def _until(api: ApiServer, count: int, is_so: Callable[[Body], bool]) -> None:
-    """Return when it is so for this many pods. ScaleError where the scheduler gives one up, or after ten minutes."""
+    """Return when `is_so` holds for this many pods. ScaleError where one finds no room, or after ten minutes."""
     done: set[str] = set()
     for pod in _pods(api):
         if refusal := _refusal(pod):
@@ -108,7 +108,7 @@ def _has_claim(pod: Body) -> bool:
 
 
 def _refusal(pod: Body) -> str:
-    """What the scheduler says after it has looked at all nodes in vain; other troubles it gets over."""
+    """The sentence of the scheduler where no node has room for the pod, else ""; it retries after any other refusal."""
     conditions = pod.get("status", {}).get("conditions", ())
     messages = (
         one.get("message", "") for one in conditions if one["type"] == "PodScheduled" and one["status"] == "False"

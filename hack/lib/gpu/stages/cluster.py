@@ -65,7 +65,7 @@ class Stack:
     # ------------------------------------------------------------ pods
 
     def command(self, *lines: str) -> list[str]:
-        """What the container runs: the CUDA program obeying these lines; what it was given where the card is simulated."""
+        """What the container runs: the CUDA program with these lines; on a simulated card `env`."""
         if self.real:
             return [f"/usr/bin/{programs.PROGRAM}", *lines]
         held = "trap exit TERM; while :; do sleep 1; done" if "hold" in lines else "true"
