@@ -13,7 +13,7 @@ COPY driver driver
 RUN /opt/gpuslice/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
  && /opt/gpuslice/bin/pip uninstall --yes pip setuptools \
  && env -u PYTHONDONTWRITEBYTECODE python -m compileall -q -j 0 /opt/gpuslice/lib
-# Without byte-code every start compiles everything again, for the root filesystem is read-only: 1.7 to 3.5 times slower.
+# Without byte-code every start compiles everything again, because the root filesystem is read-only: 1.7 to 3.5 times slower.
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/gpuslice /opt/gpuslice

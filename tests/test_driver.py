@@ -16,7 +16,7 @@ import pytest
 from gpuslice.core.model import ClaimRef
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.nvml.sim.nvml import SimNvml
-from gpuslice.standin.cluster import DRIVER, NODE, Cluster
+from gpuslice.standin.cluster import DRIVER, NODE, StandInCluster
 from gpuslice.standin.scheduler import Request
 
 MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
@@ -24,8 +24,8 @@ CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})
 
 
 @pytest.fixture
-async def cluster(short: Path) -> AsyncIterator[Cluster]:
-    async with Cluster(short) as cluster:
+async def cluster(short: Path) -> AsyncIterator[StandInCluster]:
+    async with StandInCluster(short) as cluster:
         yield cluster
 
 
@@ -40,7 +40,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def published(cluster: Cluster) -> dict[str, object]:
+def published(cluster: StandInCluster) -> dict[str, object]:
     """Name → everything of each slice that a write would change."""
     return {
         body["metadata"]["name"]: (body["metadata"]["resourceVersion"], body["spec"])
@@ -48,12 +48,12 @@ def published(cluster: Cluster) -> dict[str, object]:
     }
 
 
-def half_made(cluster: Cluster) -> list[Path]:
+def half_made(cluster: StandInCluster) -> list[Path]:
     records = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
     return [path for path in records if json.loads(path.read_text().splitlines()[-1])["prepared"] is None]
 
 
-async def agreed(cluster: Cluster, refs: Sequence[ClaimRef]) -> None:
+async def agreed(cluster: StandInCluster, refs: Sequence[ClaimRef]) -> None:
     """Records, CDI files and partitions are those of exactly these claims."""
     found = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
     records = {path.stem: json.loads(path.read_text().splitlines()[-1]) for path in found}
@@ -71,7 +71,7 @@ async def agreed(cluster: Cluster, refs: Sequence[ClaimRef]) -> None:
 
 
 @pytest.mark.contract(9, 13)
-async def test_a_restart_keeps_slices_and_claims_and_sigterm_unlinks_the_sockets(cluster: Cluster) -> None:
+async def test_a_restart_keeps_slices_and_claims_and_sigterm_unlinks_the_sockets(cluster: StandInCluster) -> None:
     driver = await cluster.start()
     claim = cluster.claim("one", MIG)
     names = await cluster.run(claim)
@@ -89,7 +89,7 @@ async def test_a_restart_keeps_slices_and_claims_and_sigterm_unlinks_the_sockets
 
 @pytest.mark.contract(33, 41)
 async def test_a_driver_that_is_killed_in_a_prepare_and_started_again_leaves_everything_in_agreement(
-    cluster: Cluster,
+    cluster: StandInCluster,
 ) -> None:
     driver = await cluster.start()
     neighbour = cluster.claim("neighbour", MIG)
@@ -116,7 +116,7 @@ async def test_a_driver_that_is_killed_in_a_prepare_and_started_again_leaves_eve
     node.close()
 
 
-async def test_a_restart_alone_undoes_what_was_half_made(cluster: Cluster) -> None:
+async def test_a_restart_alone_undoes_what_was_half_made(cluster: StandInCluster) -> None:
     driver = await cluster.start()
     node = SimNode(cluster.node_folder)
     cue = node.cue("hang", "create_compute_instance")
@@ -136,7 +136,7 @@ async def test_a_restart_alone_undoes_what_was_half_made(cluster: Cluster) -> No
 
 
 @pytest.mark.contract(10, 68, 69)
-async def test_a_rolling_update_serves_on_and_leaves_the_slices_as_they_are(cluster: Cluster) -> None:
+async def test_a_rolling_update_serves_on_and_leaves_the_slices_as_they_are(cluster: StandInCluster) -> None:
     old = await cluster.start("--pod-uid", "0f0e0d0c-0b0a-4908-8706-050403020100")
     first, second = cluster.claim("one", MIG), cluster.claim("two", MIG)
     await cluster.run(first)
@@ -153,27 +153,29 @@ async def test_a_rolling_update_serves_on_and_leaves_the_slices_as_they_are(clus
 
 
 @pytest.mark.contract(10)
-async def test_a_second_process_with_the_same_sockets_is_refused_and_the_first_serves_on(cluster: Cluster) -> None:
+async def test_a_second_process_with_the_same_sockets_is_refused_and_the_first_serves_on(
+    cluster: StandInCluster,
+) -> None:
     await cluster.start()
 
     second = await cluster.start(ready=False)
 
-    assert await second.ended() == 2
+    assert await second.wait() == 2
     assert "another instance serves" in second.log.read_text()
     await cluster.run(cluster.claim("one", CARD))
 
 
 @pytest.mark.contract(14)
-async def test_a_driver_that_lost_a_socket_ends_to_be_started_again(cluster: Cluster) -> None:
+async def test_a_driver_that_lost_a_socket_ends_to_be_started_again(cluster: StandInCluster) -> None:
     driver = await cluster.start()
 
     (cluster.plugins / DRIVER / "dra.sock").unlink()
 
-    assert await driver.ended() == 1
+    assert await driver.wait() == 1
     assert "is gone; the process ends" in driver.log.read_text()
 
 
-async def test_a_hung_gpu_does_not_keep_the_process_from_ending(cluster: Cluster) -> None:
+async def test_a_hung_gpu_does_not_keep_the_process_from_ending(cluster: StandInCluster) -> None:
     driver = await cluster.start()
     node = SimNode(cluster.node_folder)
     cue = node.cue("hang", "create_gpu_instance")
@@ -188,7 +190,7 @@ async def test_a_hung_gpu_does_not_keep_the_process_from_ending(cluster: Cluster
     node.close()
 
 
-async def test_probes_and_metrics_are_served(cluster: Cluster) -> None:
+async def test_probes_and_metrics_are_served(cluster: StandInCluster) -> None:
     driver = await cluster.start("--http-endpoint", "127.0.0.1:0")
     port = driver.log.read_text().rpartition("probes on 127.0.0.1:")[2].split()[0]
     await cluster.run(cluster.claim("one", MIG))
@@ -204,7 +206,7 @@ async def test_probes_and_metrics_are_served(cluster: Cluster) -> None:
     assert "gpuslice_prepared_claims 1.0" in metrics
 
 
-async def test_one_op_id_tells_one_request(cluster: Cluster) -> None:
+async def test_one_op_id_tells_one_request(cluster: StandInCluster) -> None:
     driver = await cluster.start()
     claim = cluster.claim("one", MIG)
     await cluster.run(claim)
@@ -220,7 +222,7 @@ async def test_one_op_id_tells_one_request(cluster: Cluster) -> None:
 
 
 async def test_on_1_35_whole_cards_are_published_plainly_and_nothing_that_would_be_over_allocated(short: Path) -> None:
-    async with Cluster(short, version="1.35") as cluster:
+    async with StandInCluster(short, version="1.35") as cluster:
         await cluster.start()
 
         devices = [device for body in cluster.api.all("resourceslices") for device in body["spec"].get("devices", [])]
@@ -236,7 +238,7 @@ async def test_on_1_35_a_static_layout_of_the_policy_is_published_and_prepared(s
         "apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault:\n  static: {3g.40gb: 1, 1g.10gb: 2}\n",
         encoding="utf-8",
     )
-    async with Cluster(short, "h100", version="1.35") as cluster:
+    async with StandInCluster(short, "h100", version="1.35") as cluster:
         await cluster.start("--policy", str(policy))
 
         claims = [cluster.claim(f"c{number}", MIG) for number in range(2)]
@@ -245,20 +247,20 @@ async def test_on_1_35_a_static_layout_of_the_policy_is_published_and_prepared(s
         await agreed(cluster, claims)
 
 
-async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_comes(cluster: Cluster) -> None:
+async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_comes(cluster: StandInCluster) -> None:
     cluster.api.away()
     driver = await cluster.start(ready=False)
-    await cluster.kubelet.registered(DRIVER)
+    await cluster.kubelet.wait_registered(DRIVER)
     assert driver.alive
 
     cluster.api.back()
 
-    await cluster.published()
+    await cluster.wait_published()
     await cluster.run(cluster.claim("one", CARD))
 
 
 @pytest.mark.contract(63)
-async def test_a_device_in_use_stays_published_when_the_policy_drops_it(cluster: Cluster, short: Path) -> None:
+async def test_a_device_in_use_stays_published_when_the_policy_drops_it(cluster: StandInCluster, short: Path) -> None:
     driver = await cluster.start()
     claim = cluster.claim("one", MIG)
     await cluster.run(claim)
@@ -289,7 +291,7 @@ async def test_a_device_in_use_stays_published_when_the_policy_drops_it(cluster:
 # ---------------------------------------------------------------- commands and bad input
 
 
-async def test_devices_and_claims_show_the_node_of_a_running_driver_without_flags(cluster: Cluster) -> None:
+async def test_devices_and_claims_show_the_node_of_a_running_driver_without_flags(cluster: StandInCluster) -> None:
     await cluster.start()
     await cluster.run(cluster.claim("one", MIG))
     where = ("--kubelet-plugins-directory-path", str(cluster.plugins))

@@ -16,11 +16,11 @@ import pytest
 from gpuslice.core.model import ClaimRef
 from gpuslice.mps.api import DaemonStatus
 from gpuslice.mps.client import MpsClient
-from gpuslice.standin.cluster import DRIVER, Cluster, DriverProcess
+from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster
 from gpuslice.standin.scheduler import Request
 from gpuslice.system.files import FolderWatch
 
-from tests.kit.mps_node import Program
+from tests.kit.mps_node import StandInProgram
 
 CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})
 EIGHT = 8
@@ -31,27 +31,27 @@ def by_mps(memory: str = "8Gi") -> Request:
 
 
 @pytest.fixture
-async def cluster(short: Path) -> AsyncIterator[Cluster]:
+async def cluster(short: Path) -> AsyncIterator[StandInCluster]:
     (short / "policy.yaml").write_text(
         "apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault: {mps: {shares: 8}}\n", encoding="utf-8"
     )
-    async with Cluster(short) as cluster:
+    async with StandInCluster(short) as cluster:
         await cluster.supervise()
         yield cluster
 
 
-async def start(cluster: Cluster) -> DriverProcess:
+async def start(cluster: StandInCluster) -> DriverProcess:
     return await cluster.start("--policy", str(cluster.folder / "policy.yaml"))
 
 
-def program(cluster: Cluster, ref: ClaimRef) -> Program:
+def program(cluster: StandInCluster, ref: ClaimRef) -> StandInProgram:
     """A CUDA program in the container that the CDI file of this claim makes."""
     body = json.loads((cluster.cdi / f"{DRIVER}-claim_{ref.uid}.json").read_text())
     told = dict(entry.split("=", 1) for entry in body["devices"][0]["containerEdits"]["env"])
-    return Program.told(told)
+    return StandInProgram.of_environment(told)
 
 
-def taints(cluster: Cluster) -> dict[str, set[str]]:
+def taints(cluster: StandInCluster) -> dict[str, set[str]]:
     """Keys of the taints of each device of the first card, by its name."""
     found: dict[str, set[str]] = {}
     for body in cluster.api.all("resourceslices"):
@@ -61,7 +61,7 @@ def taints(cluster: Cluster) -> dict[str, set[str]]:
     return found
 
 
-async def until_tainted(cluster: Cluster, so: bool) -> None:
+async def until_tainted(cluster: StandInCluster, so: bool) -> None:
     await asyncio.to_thread(cluster.api.wait, lambda: bool(taints(cluster)["mps"]) is so, 20.0)
 
 
@@ -69,7 +69,7 @@ def mended(client: MpsClient, watch: FolderWatch, old_pid: int) -> DaemonStatus:
     """Wait until the only daemon is another process and the driver has ensured it."""
     until = time.monotonic() + 20
     while True:
-        (running,) = client.running()
+        (running,) = client.statuses()
         if running.pid not in (0, old_pid) and not running.problem:
             return running
         assert time.monotonic() < until, running
@@ -78,34 +78,36 @@ def mended(client: MpsClient, watch: FolderWatch, old_pid: int) -> DaemonStatus:
             watch.read()
 
 
-async def test_a_driver_that_is_killed_disturbs_none_of_eight_clients(cluster: Cluster) -> None:
+async def test_a_driver_that_is_killed_disturbs_none_of_eight_clients(cluster: StandInCluster) -> None:
     first = await start(cluster)
     refs = [cluster.claim(f"c{number}", by_mps()) for number in range(EIGHT)]
     for ref in refs:
         await cluster.run(ref)
     programs = [await asyncio.to_thread(program, cluster, ref) for ref in refs]
     limits = [await asyncio.to_thread(running.got) for running in programs]
-    before = MpsClient(cluster.mps).running()
+    before = MpsClient(cluster.mps).statuses()
 
     await first.kill()
     await start(cluster)
     names = [await cluster.run(ref) for ref in refs]
 
-    assert MpsClient(cluster.mps).running() == before
+    assert MpsClient(cluster.mps).statuses() == before
     assert all(running.quiet() for running in programs)
     assert limits == [("8192", "100")] * EIGHT
     assert len(set(names)) == EIGHT
     assert [running.end() for running in programs] == [0] * EIGHT
     for ref in refs:
         await cluster.end(ref)
-    assert MpsClient(cluster.mps).running() == ()
+    assert MpsClient(cluster.mps).statuses() == ()
 
 
-async def test_a_supervisor_that_is_lost_is_told_and_its_daemons_come_back_at_the_same_paths(cluster: Cluster) -> None:
+async def test_a_supervisor_that_is_lost_is_told_and_its_daemons_come_back_at_the_same_paths(
+    cluster: StandInCluster,
+) -> None:
     driver = await start(cluster)
     ref = cluster.claim("one", by_mps("12Gi"))
     await cluster.run(ref)
-    (before,) = MpsClient(cluster.mps).running()
+    (before,) = MpsClient(cluster.mps).statuses()
     gone = cluster.supervisors.pop()
 
     await gone.terminate()  # it ends its daemons, as the end of its container would
@@ -116,7 +118,7 @@ async def test_a_supervisor_that_is_lost_is_told_and_its_daemons_come_back_at_th
 
     await cluster.supervise()
     await until_tainted(cluster, False)
-    (after,) = MpsClient(cluster.mps).running()
+    (after,) = MpsClient(cluster.mps).statuses()
     assert (after.key, after.memory_mib, after.problem) == (before.key, 12288, "")
     assert after.pid != before.pid
     running = await asyncio.to_thread(program, cluster, ref)
@@ -125,12 +127,12 @@ async def test_a_supervisor_that_is_lost_is_told_and_its_daemons_come_back_at_th
     await cluster.end(ref)
 
 
-async def test_a_daemon_that_dies_is_told_and_mended(cluster: Cluster) -> None:
+async def test_a_daemon_that_dies_is_told_and_mended(cluster: StandInCluster) -> None:
     driver = await start(cluster)
     ref = cluster.claim("one", by_mps())
     await cluster.run(ref)
     client = MpsClient(cluster.mps)
-    (before,) = client.running()
+    (before,) = client.statuses()
 
     watch = FolderWatch(cluster.mps / before.key, arrivals=True)  # its record is written at each start and each ensure
     os.kill(before.pid, signal.SIGKILL)
@@ -143,7 +145,7 @@ async def test_a_daemon_that_dies_is_told_and_mended(cluster: Cluster) -> None:
 
 
 async def test_without_a_supervisor_other_modes_go_on(short: Path) -> None:
-    async with Cluster(short) as cluster:
+    async with StandInCluster(short) as cluster:
         await cluster.start()
         await until_tainted(cluster, True)
 
@@ -151,7 +153,7 @@ async def test_without_a_supervisor_other_modes_go_on(short: Path) -> None:
         await cluster.run(cluster.claim("turn", Request(name="gpu", driver=DRIVER, where={"type": "timeslice"})))
 
 
-async def test_metrics_count_devices_by_mode(cluster: Cluster) -> None:
+async def test_metrics_count_devices_by_mode(cluster: StandInCluster) -> None:
     driver = await cluster.start("--http-endpoint", "127.0.0.1:0")
     await cluster.run(cluster.claim("one", by_mps()))
     await cluster.run(cluster.claim("whole", CARD))
@@ -178,7 +180,7 @@ async def test_where_nothing_keeps_devices_apart_a_part_of_a_card_is_served(shor
     (short / "policy.yaml").write_text(
         f"apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault: {{static: {{{mode}: 3}}}}\n", encoding="utf-8"
     )
-    async with Cluster(short, version="1.35") as cluster:
+    async with StandInCluster(short, version="1.35") as cluster:
         await cluster.supervise()
         await start(cluster)
         ref = cluster.claim("part", Request(name="gpu", driver=DRIVER, where={"type": mode}))

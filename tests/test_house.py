@@ -68,11 +68,11 @@ def test_the_table_of_the_contract_is_up_to_date() -> None:
 
 
 def test_no_file_of_the_driver_is_longer_than_one_sitting() -> None:
-    """A file that has to be says so, and why, in its docstring: "Longer than one sitting, for …"."""
+    """A file that has to be says so, and why, in its docstring: "Longer than one sitting, because …"."""
     texts = {p: p.read_text(encoding="utf-8") for p in (ROOT / "driver").rglob("*.py") if p.parent.name != "pb"}
     long = {str(path.relative_to(ROOT)) for path, text in texts.items() if len(text.splitlines()) > SITTING}
     excused = {
-        str(p.relative_to(ROOT)) for p, text in texts.items() if "Longer than one sitting, for " in _docstring(text)
+        str(p.relative_to(ROOT)) for p, text in texts.items() if "Longer than one sitting, because " in _docstring(text)
     }
 
     assert sorted(long - excused) == []

@@ -5,8 +5,8 @@ written back; and `kubernetes`' model modules cost 0.1 to 0.7 s at start (measur
 used: it brings TLS, kubeconfig with all its kinds of login, rotation of the service-account token and connection pools.
 Requests go straight to its connection pool, because its own way there costs as much as the request (measured: 0.2 ms).
 
-resource.k8s.io/v1 only, which Kubernetes has since 1.34 (the DRA contract, statement 66): v1beta1 and v1beta2 name and
-nest devices differently, and the clusters that have nothing else cannot share a GPU safely. An older server is
+resource.k8s.io/v1 only, which Kubernetes has since 1.34 (the DRA contract, statement 66). Clusters that have only v1beta1,
+which nests devices differently, or v1beta2, whose types are those of v1, cannot share a GPU safely. An older server is
 answered with one sentence that says so.
 
 Calls block, and are safe from any number of threads. Claims have a connection pool of their own: slices on their way,

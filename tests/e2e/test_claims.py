@@ -62,14 +62,14 @@ def test_a_pod_that_has_ended_holds_nothing(cluster: Cluster) -> None:
 def test_a_claim_of_its_own_outlives_its_pods_and_is_free_for_the_next(cluster: Cluster) -> None:
     cluster.create(claim("ours", PART), pod("one", named("ours")))
     cluster.runs("one")
-    first = cluster.told("one")
+    first = cluster.environment("one")
     cluster.delete("one")
     assert cluster.partitions() == []
 
     cluster.create(pod("two", named("ours")))
 
     cluster.runs("two")
-    second = cluster.told("two")
+    second = cluster.environment("two")
     assert first["GPUSLICE_GPU_UUID"] != second["GPUSLICE_GPU_UUID"]  # it was made again
 
 
@@ -80,7 +80,7 @@ def test_a_claim_that_is_deleted_stays_while_a_pod_uses_it(cluster: Cluster) -> 
     cluster.kubectl("delete", "resourceclaim", "ours", "--wait=false")
 
     assert len(cluster.partitions()) == 1
-    assert cluster.told("one")
+    assert cluster.environment("one")
     cluster.delete("one")
     cluster.kubectl("wait", "--for=delete", "resourceclaim/ours", _WAIT)
     assert cluster.partitions() == []
@@ -102,7 +102,7 @@ def test_a_new_claim_of_the_same_name_waits_until_the_old_one_is_given_back(clus
         cluster.event("new", "FailedPrepareDynamicResources", "still exists")
 
     cluster.runs("new")
-    assert cluster.told("new")["GPUSLICE_GPU_DEVICE"].startswith("node1/0000-18-00-0/")
+    assert cluster.environment("new")["GPUSLICE_GPU_DEVICE"].startswith("node1/0000-18-00-0/")
 
 
 def test_a_pod_that_is_deleted_while_its_partition_is_made_leaves_nothing(cluster: Cluster) -> None:

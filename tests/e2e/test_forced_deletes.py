@@ -6,13 +6,13 @@ import pytest
 
 from tests.kit.cluster.bodies import STUBBORN
 from tests.kit.cluster.live import Cluster
-from tests.kit.cluster.trouble import heard, left_nothing, warnings
+from tests.kit.cluster.trouble import until_logged, wait_cleared, warnings
 
 _FORCED = ("--force", "--grace-period=0", "--wait=false")
 
 
 def _occupied(cluster: Cluster, example: str) -> str:
-    """Have every device of this kind held by pods; the name of one whose container does not end when told to."""
+    """Have every device of this kind held by pods; the name of one whose container does not end at SIGTERM."""
     cluster.apply(example, name="gone", command=STUBBORN)
     cluster.runs("gone")
     cluster.apply("whole-gpu", name="other")
@@ -25,7 +25,7 @@ def test_the_successor_of_a_force_deleted_pod_waits_and_is_never_refused(cluster
     """A refusal would be a warning in its events, and the kubelet's next try seconds away."""
     gone = _occupied(cluster, example)
 
-    with heard(cluster, "waiting for holders"):
+    with until_logged(cluster, "waiting for holders"):
         cluster.kubectl("delete", "pod", gone, *_FORCED)
         cluster.apply("whole-gpu", name="successor")
 
@@ -35,7 +35,7 @@ def test_the_successor_of_a_force_deleted_pod_waits_and_is_never_refused(cluster
 
 def test_a_successor_that_is_deleted_while_it_waits_leaves_nothing(cluster: Cluster) -> None:
     gone = _occupied(cluster, "whole-gpu")
-    with heard(cluster, "waiting for holders"):
+    with until_logged(cluster, "waiting for holders"):
         cluster.kubectl("delete", "pod", gone, *_FORCED)
         cluster.apply("whole-gpu", name="successor")
 
@@ -43,14 +43,14 @@ def test_a_successor_that_is_deleted_while_it_waits_leaves_nothing(cluster: Clus
     cluster.delete("successor")
     cluster.delete("other")
 
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 def test_a_force_deleted_pod_alone_leaves_nothing(cluster: Cluster) -> None:
     gone = _occupied(cluster, "mig-profile")
 
-    with heard(cluster, "unprepare done claim=default/gone"):
+    with until_logged(cluster, "unprepare done claim=default/gone"):
         cluster.kubectl("delete", "pod", gone, *_FORCED)
     cluster.delete("other")
 
-    left_nothing(cluster)
+    wait_cleared(cluster)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.kit.cluster.live import Cluster
-from tests.kit.cluster.trouble import gone, heard, left_nothing, without
+from tests.kit.cluster.trouble import until_logged, wait_cleared, wait_deleted, without
 
 _FAILED = "FailedPrepareDynamicResources"
 
@@ -40,11 +40,11 @@ def test_a_prepare_that_fails_is_told_and_tried_again(cluster: Cluster) -> None:
 def test_an_unprepare_that_fails_is_tried_again_and_the_pod_goes_then(cluster: Cluster) -> None:
     cluster.runs(_start(cluster))
 
-    with failing(cluster, "destroy_gpu_instance"), heard(cluster, "unprepare refused"):
+    with failing(cluster, "destroy_gpu_instance"), until_logged(cluster, "unprepare refused"):
         cluster.kubectl("delete", "pod", "one", "--grace-period=1", "--wait=false")
 
-    gone(cluster, "one")
-    left_nothing(cluster)
+    wait_deleted(cluster, "one")
+    wait_cleared(cluster)
 
 
 def test_a_prepare_that_fails_is_tried_again_by_a_restarted_kubelet(cluster: Cluster) -> None:
@@ -61,13 +61,13 @@ def test_an_unprepare_that_fails_is_tried_again_by_a_restarted_kubelet(cluster: 
     cluster.runs(_start(cluster))
 
     with failing(cluster, "destroy_gpu_instance"):
-        with heard(cluster, "unprepare refused"):
+        with until_logged(cluster, "unprepare refused"):
             cluster.kubectl("delete", "pod", "one", "--grace-period=1", "--wait=false")
         with without("kubelet"):
             pass
 
-    gone(cluster, "one")
-    left_nothing(cluster)
+    wait_deleted(cluster, "one")
+    wait_cleared(cluster)
 
 
 @pytest.mark.parametrize("call", ["create_gpu_instance", "create_compute_instance"])

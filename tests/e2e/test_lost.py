@@ -54,12 +54,12 @@ def test_a_card_that_is_lost_takes_no_pod_until_it_is_back(cluster: Cluster) -> 
     with lost(cluster):
         cluster.create(pod("one", made_from("t")))
         cluster.runs("one")
-        assert cluster.told("one")["GPUSLICE_GPU_UUID"] == cluster.node.cards[1].uuid
+        assert cluster.environment("one")["GPUSLICE_GPU_UUID"] == cluster.node.cards[1].uuid
         cluster.create(pod("two", made_from("t")))
         assert "cannot allocate all claims" in cluster.has_to_wait("two")
 
     cluster.runs("two")
-    assert cluster.told("two")["GPUSLICE_GPU_UUID"] == cluster.node.cards[0].uuid
+    assert cluster.environment("two")["GPUSLICE_GPU_UUID"] == cluster.node.cards[0].uuid
 
 
 def test_a_pod_that_waits_for_a_card_waits_on_when_it_is_lost_and_runs_when_it_is_back(cluster: Cluster) -> None:

@@ -16,7 +16,7 @@ def test_eight_pods_at_once_have_eight_cards(cluster: Cluster) -> None:
     cluster.create(*(pod(name, made_from("t")) for name in _NAMES))
 
     cluster.runs(*_NAMES)
-    uuids = [cluster.told(name)["GPUSLICE_GPU_UUID"] for name in _NAMES]
+    uuids = [cluster.environment(name)["GPUSLICE_GPU_UUID"] for name in _NAMES]
     assert sorted(uuids) == sorted(card.uuid for card in cluster.node.cards)
     assert cluster.prepares()["true"] == before["true"]
 
@@ -49,7 +49,7 @@ def test_all_cards_for_one_pod_are_all_or_none(cluster: Cluster) -> None:
     cluster.delete("part")
 
     cluster.runs("all")
-    uuids = {value for key, value in cluster.told("all").items() if key.endswith("_UUID")}
+    uuids = {value for key, value in cluster.environment("all").items() if key.endswith("_UUID")}
     assert uuids == {card.uuid for card in cluster.node.cards}
 
 

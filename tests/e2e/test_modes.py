@@ -21,7 +21,7 @@ def test_a_pod_of_each_mode_runs_and_is_told_what_it_has(cluster: Cluster, examp
 
     cluster.runs(pod)
 
-    told = cluster.told(pod)
+    told = cluster.environment(pod)
     assert {name: told.get(f"GPUSLICE_GPU_{name}") for name in said} == said
 
 
@@ -49,7 +49,7 @@ def test_a_share_joins_the_card_that_has_its_mode(cluster: Cluster) -> None:
     for pod in (first, second):
         cluster.runs(pod)
 
-    assert cluster.told(first)["GPUSLICE_GPU_DEVICE"] == cluster.told(second)["GPUSLICE_GPU_DEVICE"]
+    assert cluster.environment(first)["GPUSLICE_GPU_DEVICE"] == cluster.environment(second)["GPUSLICE_GPU_DEVICE"]
 
 
 def test_after_its_pods_a_card_is_free_for_another_mode(cluster: Cluster) -> None:

@@ -74,7 +74,7 @@ def test_a_profile_asked_of_any_class_is_no_error(cluster: Cluster, class_: str)
 
     if class_ in ("mig", "slice"):
         cluster.runs("asks")
-        assert cluster.told("asks")["GPUSLICE_GPU_PROFILE"] == "1g.10gb"
+        assert cluster.environment("asks")["GPUSLICE_GPU_PROFILE"] == "1g.10gb"
     else:
         assert _NO_PLACE in cluster.has_to_wait("asks")
 
@@ -86,7 +86,7 @@ def test_any_part_of_a_card_by_what_keeps_it_within_its_memory(cluster: Cluster,
     cluster.create(template("t", exactly("slice", where=chosen)), pod("asks", made_from("t")))
 
     cluster.runs("asks")
-    assert cluster.told("asks")["GPUSLICE_GPU_MEMORY_ENFORCEMENT"] == means
+    assert cluster.environment("asks")["GPUSLICE_GPU_MEMORY_ENFORCEMENT"] == means
 
 
 # ---------------------------------------------------------------- amounts

@@ -42,7 +42,7 @@ def test_all_containers_of_a_pod_find_the_device_of_the_claim_and_so_do_init_con
     cluster.create(template("t", PART), pod("several", made_from("t"), containers=two, initContainers=[first]))
 
     cluster.runs("several")
-    seen = [cluster.told("several", name) for name in ("one", "two")]
+    seen = [cluster.environment("several", name) for name in ("one", "two")]
     assert f"GPUSLICE_GPU_UUID={seen[0]['GPUSLICE_GPU_UUID']}" in cluster.kubectl("logs", "several", "-c", "first")
     assert seen[0] == seen[1]
     assert len(cluster.partitions()) == 1
@@ -54,8 +54,8 @@ def test_a_container_that_uses_no_claim_finds_nothing(cluster: Cluster) -> None:
     cluster.create(template("t", PART), pod("mixed", made_from("t"), containers=two))
 
     cluster.runs("mixed")
-    assert cluster.told("mixed", "with")
-    assert cluster.told("mixed", "without") == {}
+    assert cluster.environment("mixed", "with")
+    assert cluster.environment("mixed", "without") == {}
 
 
 def test_a_container_finds_only_the_request_that_it_names(cluster: Cluster) -> None:
@@ -68,7 +68,10 @@ def test_a_container_finds_only_the_request_that_it_names(cluster: Cluster) -> N
     cluster.create(template("t", large, small), pod("divided", made_from("t"), containers=two))
 
     cluster.runs("divided")
-    assert [keys(cluster.told("divided", name), "PROFILE") for name in ("large", "small")] == [["3g.40gb"], ["1g.10gb"]]
+    assert [keys(cluster.environment("divided", name), "PROFILE") for name in ("large", "small")] == [
+        ["3g.40gb"],
+        ["1g.10gb"],
+    ]
 
 
 def test_a_claim_is_prepared_for_a_pod_whose_containers_do_not_use_it(cluster: Cluster) -> None:
@@ -82,7 +85,7 @@ def test_a_claim_is_prepared_for_a_pod_whose_containers_do_not_use_it(cluster: C
 def test_pods_of_one_claim_have_the_same_partition_until_the_last_has_gone(cluster: Cluster) -> None:
     cluster.create(claim("ours", PART), *(pod(name, named("ours")) for name in ("one", "two", "three")))
     cluster.runs("one", "two", "three")
-    told = [cluster.told(name) for name in ("one", "two", "three")]
+    told = [cluster.environment(name) for name in ("one", "two", "three")]
 
     cluster.delete("one", "three")
     held = cluster.partitions()
@@ -103,7 +106,7 @@ def test_pods_of_one_claim_may_come_one_after_the_other(cluster: Cluster) -> Non
     cluster.create(pod("three", named("ours")))
 
     cluster.runs("three")
-    assert cluster.told("three") == cluster.told("two")
+    assert cluster.environment("three") == cluster.environment("two")
     assert len(cluster.partitions()) == 1
 
 
@@ -117,7 +120,7 @@ def test_two_whole_cards_of_one_claim_are_two_cards(cluster: Cluster) -> None:
     cluster.create(template("t", both), pod("pair", made_from("t")))
 
     cluster.runs("pair")
-    uuids = keys(cluster.told("pair"), "UUID")
+    uuids = keys(cluster.environment("pair"), "UUID")
     assert sorted(uuids) == sorted(card.uuid for card in cluster.node.cards)
 
 
@@ -160,7 +163,7 @@ def test_of_a_prioritised_list_the_first_is_taken_that_can_be_had(cluster: Clust
     cluster.create(template("t", h100_else_a100_else_share()), template("others", exactly("mps")))
     cluster.create(pod("first", made_from("t")))
     cluster.runs("first")
-    assert keys(cluster.told("first"), "PROFILE") == ["3g.40gb"]
+    assert keys(cluster.environment("first"), "PROFILE") == ["3g.40gb"]
 
     # On the second card is a share, and on the first no further 3g.40gb after this: only the list's last is left.
     cluster.create(pod("filler", made_from("t")))
@@ -170,8 +173,8 @@ def test_of_a_prioritised_list_the_first_is_taken_that_can_be_had(cluster: Clust
     cluster.create(pod("last", made_from("t")))
 
     cluster.runs("last")
-    assert keys(cluster.told("last"), "MEMORY_MIB") == ["20480"]
-    assert keys(cluster.told("last"), "MEMORY_ENFORCEMENT") == ["mps"]
+    assert keys(cluster.environment("last"), "MEMORY_MIB") == ["20480"]
+    assert keys(cluster.environment("last"), "MEMORY_ENFORCEMENT") == ["mps"]
 
 
 # ---------------------------------------------------------------- opaque config
@@ -215,9 +218,9 @@ def test_a_daemonset_with_admin_access_sees_all_cards_whoever_uses_them(cluster:
 
     try:
         cluster.kubectl("rollout", "status", "daemonset/monitor", f"--namespace={namespace}", "--timeout=30s")
-        told = cluster.told("daemonset/monitor", namespace=namespace)
+        told = cluster.environment("daemonset/monitor", namespace=namespace)
         assert sorted(keys(told, "UUID")) == sorted(card.uuid for card in cluster.node.cards)
-        assert cluster.told("user")["GPUSLICE_GPU_UUID"] in keys(told, "UUID")
+        assert cluster.environment("user")["GPUSLICE_GPU_UUID"] in keys(told, "UUID")
     finally:
         cluster.kubectl("delete", "daemonset/monitor", f"--namespace={namespace}", "--timeout=30s")
 
@@ -240,8 +243,8 @@ def test_a_pod_with_a_limit_and_no_claim_gets_what_the_name_says(cluster: Cluste
     cluster.create(pod("old", containers=(main,)))
 
     cluster.runs("old")
-    assert "".join(keys(cluster.told("old"), "PROFILE")) == found
-    assert keys(cluster.told("old"), "MEMORY_ENFORCEMENT") == ["hardware"]
+    assert "".join(keys(cluster.environment("old"), "PROFILE")) == found
+    assert keys(cluster.environment("old"), "MEMORY_ENFORCEMENT") == ["hardware"]
 
 
 def test_each_container_has_its_own_of_what_its_limits_say(cluster: Cluster) -> None:
@@ -251,7 +254,7 @@ def test_each_container_has_its_own_of_what_its_limits_say(cluster: Cluster) -> 
     cluster.create(pod("old", containers=two))
 
     cluster.runs("old")
-    uuids = [keys(cluster.told("old", name), "UUID") for name in ("one", "two")]
+    uuids = [keys(cluster.environment("old", name), "UUID") for name in ("one", "two")]
     assert [len(found) for found in uuids] == [1, 1]
     assert uuids[0] != uuids[1]
     assert len(cluster.partitions()) == 2

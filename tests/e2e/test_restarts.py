@@ -12,14 +12,14 @@ import pytest
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.trouble import (
     Instances,
-    gone,
     hack_cluster,
-    heard,
-    left_nothing,
-    runs_again,
     runs_on,
-    says,
+    until_logged,
     versions,
+    wait_cleared,
+    wait_deleted,
+    wait_logged,
+    wait_restarted,
     warnings,
     without,
 )
@@ -64,7 +64,7 @@ def test_a_driver_that_is_killed_in_the_middle_of_a_prepare_finishes_what_it_beg
     assert len(cluster.records()) == len(cluster.cdi_files()) == len(cluster.partitions()) == 1
     hack_cluster("start", "driver")
     cluster.delete(*names)
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 def test_a_driver_that_is_killed_while_pods_of_all_kinds_start_is_not_noticed(cluster: Cluster) -> None:
@@ -76,7 +76,7 @@ def test_a_driver_that_is_killed_while_pods_of_all_kinds_start_is_not_noticed(cl
             cluster.runs(name)
         hack_cluster("start", "driver")
         cluster.delete(*names)
-        left_nothing(cluster)
+        wait_cleared(cluster)
 
 
 def test_what_is_deleted_while_the_driver_is_away_is_given_back_when_it_is_there(cluster: Cluster) -> None:
@@ -85,15 +85,15 @@ def test_what_is_deleted_while_the_driver_is_away_is_given_back_when_it_is_there
     with without("driver"):
         cluster.kubectl("delete", "pod", *names, "--grace-period=1", "--wait=false")
 
-    gone(cluster, *names)
-    left_nothing(cluster)
+    wait_deleted(cluster, *names)
+    wait_cleared(cluster)
 
 
 def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, instances: Instances) -> None:
     before = versions(cluster)
     (old,) = _run(cluster, "mig-profile")
 
-    says(instances.start(), "registered with the kubelet")
+    wait_logged(instances.start(), "registered with the kubelet")
 
     hack_cluster("stop", "driver", "--gently")
     (new,) = _run(cluster, "mps-share")
@@ -101,7 +101,7 @@ def test_a_rolling_update_writes_no_slice_and_fails_no_pod(cluster: Cluster, ins
     assert versions(cluster) == before
     assert warnings(cluster, new) == []
     cluster.delete(old, new)
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at its start", "after it was registered"])
@@ -109,7 +109,7 @@ def test_an_update_that_fails_leaves_the_old_one_at_work(cluster: Cluster, insta
     before = versions(cluster)
 
     if late:
-        says(instances.start(), "registered with the kubelet")
+        wait_logged(instances.start(), "registered with the kubelet")
         instances.kill()
     else:
         instances.start("--policy", "/nowhere/policy.yaml")
@@ -133,25 +133,25 @@ def test_a_restarted_kubelet_wipes_the_slices_and_gets_them_back(cluster: Cluste
     before = versions(cluster)
     names = _run(cluster, "mig-profile")
 
-    with heard(cluster, "published"), without("kubelet"):
+    with until_logged(cluster, "published"), without("kubelet"):
         pass
 
     names += _run(cluster, "mps-share")
     after = versions(cluster)
     assert len(after) == len(before)
     assert not {uid for uid, _ in before.values()} & {uid for uid, _ in after.values()}
-    assert cluster.told(names[0])["GPUSLICE_GPU_PROFILE"] == "1g.10gb"
+    assert cluster.environment(names[0])["GPUSLICE_GPU_PROFILE"] == "1g.10gb"
     cluster.delete(*names)
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 def test_a_pod_that_is_deleted_while_the_kubelet_is_away_is_given_back(cluster: Cluster) -> None:
     names = _run(cluster, "mig-profile")
 
-    with heard(cluster, "unprepare done"), without("kubelet"):
+    with until_logged(cluster, "unprepare done"), without("kubelet"):
         cluster.kubectl("delete", "pod", *names, "--force", "--grace-period=0", "--wait=false")
 
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 @pytest.mark.timeout(300, func_only=True)
@@ -170,7 +170,7 @@ def test_without_the_api_server_for_half_a_minute_the_driver_keeps_all_and_goes_
     cluster.kubectl("wait", "--for=condition=Ready", f"pod/{names[-1]}", "--timeout=180s")  # nor does the kubelet hurry
     assert versions(cluster) == before
     cluster.delete(*names)
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 def test_a_restarted_etcd_is_not_noticed(cluster: Cluster) -> None:
@@ -182,22 +182,22 @@ def test_a_restarted_etcd_is_not_noticed(cluster: Cluster) -> None:
     names = _run(cluster, "mig-profile", "mps-share")
     assert (versions(cluster), cluster.process("driver")) == (before, driver)
     cluster.delete(*names)
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 def test_after_a_reboot_pods_that_start_again_have_what_they_had(cluster: Cluster) -> None:
     names = _run(cluster, "mig-profile", "mps-share", restart="Always")
-    before = {name: cluster.told(name) for name in names}
+    before = {name: cluster.environment(name) for name in names}
 
     hack_cluster("reboot")
 
     for name in names:
-        runs_again(cluster, name)
-        told = cluster.told(name)
+        wait_restarted(cluster, name)
+        told = cluster.environment(name)
         assert told["GPUSLICE_GPU_DEVICE"] == before[name]["GPUSLICE_GPU_DEVICE"]
     assert len(cluster.records()) == len(cluster.cdi_files()) == 2
     cluster.delete(*names)
-    left_nothing(cluster)
+    wait_cleared(cluster)
 
 
 def test_a_killed_mps_supervisor_is_replaced_and_the_pod_after_it_runs(cluster: Cluster) -> None:
@@ -209,4 +209,4 @@ def test_a_killed_mps_supervisor_is_replaced_and_the_pod_after_it_runs(cluster: 
     cluster.apply("mps-share", name="after")
     cluster.runs("after")
     cluster.delete(held, "after")
-    left_nothing(cluster)
+    wait_cleared(cluster)

@@ -40,7 +40,7 @@ def test_seven_pods_have_the_seven_partitions_of_one_card(cluster: Cluster) -> N
     cluster.create(*(pod(name, made_from("part")) for name in pods))
 
     cluster.runs(*pods)
-    told = [cluster.told(name) for name in pods]
+    told = [cluster.environment(name) for name in pods]
     assert len({said["GPUSLICE_GPU_UUID"] for said in told}) == 7
     assert len({said["GPUSLICE_GPU_DEVICE"] for said in told}) == 7
     assert len({card(said["GPUSLICE_GPU_DEVICE"]) for said in told}) == 1
@@ -51,7 +51,7 @@ def test_a_partition_is_there_only_while_its_pod_is(cluster: Cluster) -> None:
     assert cluster.partitions() == []
     pods = [cluster.apply("mig-profile", name=f"mig-{n}") for n in (1, 2)]
     cluster.runs(*pods)
-    second = cluster.told(pods[1])["GPUSLICE_GPU_UUID"]
+    second = cluster.environment(pods[1])["GPUSLICE_GPU_UUID"]
 
     cluster.delete(pods[0])
 
@@ -71,7 +71,7 @@ def test_the_commands_of_the_driver_show_on_the_node_who_holds_what(cluster: Clu
     shown = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert said in shown
-    assert cluster.told("one")["GPUSLICE_GPU_DEVICE"].rpartition("/")[2] in shown
+    assert cluster.environment("one")["GPUSLICE_GPU_DEVICE"].rpartition("/")[2] in shown
     assert "one-gpu-" in shown
 
 
@@ -82,12 +82,12 @@ def test_pods_of_two_namespaces_share_a_card_and_one_may_leave(cluster: Cluster,
     for namespace in namespaces:
         cluster.create(*inside(namespace, share, pod("sharer", made_from("share"))))
         cluster.runs("sharer", namespace=namespace)
-    first, second = (cluster.told("sharer", namespace=namespace) for namespace in namespaces)
+    first, second = (cluster.environment("sharer", namespace=namespace) for namespace in namespaces)
 
     cluster.delete("sharer", namespace=namespaces[0])
 
     assert first["GPUSLICE_GPU_UUID"] == second["GPUSLICE_GPU_UUID"]
-    assert cluster.told("sharer", namespace=namespaces[1]) == second
+    assert cluster.environment("sharer", namespace=namespaces[1]) == second
     assert len(cluster.records()) == len(cluster.cdi_files()) == 1
     assert len(cluster.daemons()) == (mode == "mps")
 
@@ -141,7 +141,7 @@ def test_shares_that_ask_for_more_memory_than_is_left_go_to_the_next_card(cluste
         cluster.create(template(name, exactly("mps", capacity={"memory": memory})), pod(name, made_from(name)))
         cluster.runs(name)
 
-    large, small, next_ = (cluster.told(name) for name in ("large", "small", "next"))
+    large, small, next_ = (cluster.environment(name) for name in ("large", "small", "next"))
 
     assert large["GPUSLICE_GPU_UUID"] == small["GPUSLICE_GPU_UUID"] != next_["GPUSLICE_GPU_UUID"]
     assert [said["GPUSLICE_GPU_MEMORY_MIB"] for said in (large, small, next_)] == ["61440", "10240", "30720"]

@@ -17,7 +17,7 @@ import yaml
 
 from tests.kit.cluster.bodies import Body, exactly, made_from, pod, profile, template
 from tests.kit.cluster.live import Cluster
-from tests.kit.cluster.trouble import Instances, hack_cluster, says, versions
+from tests.kit.cluster.trouble import Instances, hack_cluster, versions, wait_logged
 
 SINCE, UNTIL = (1, 34), (1, 35)
 _CARDS = 2
@@ -43,10 +43,10 @@ def publish(cluster: Cluster, tmp_path: Path) -> Iterator[Publish]:
             command = cluster.command("get", "--raw", f"{_SLICES}?watch=1&resourceVersion={since}")
             watches.append(subprocess.Popen(command, stdout=written))
         log = instances.start("--policy", str(file))
-        says(log, "registered with the kubelet")
-        says(log, "published")
+        wait_logged(log, "registered with the kubelet")
+        wait_logged(log, "published")
         newest = max(int(body["metadata"]["resourceVersion"]) for body in cluster.get("resourceslices"))
-        says(seen, f'"resourceVersion":"{newest}"')
+        wait_logged(seen, f'"resourceVersion":"{newest}"')
         return list(_states(seen))
 
     with contextlib.ExitStack() as stack:
@@ -108,7 +108,7 @@ def _asked_for(cluster: Cluster, name: str, request: Body) -> str:
 def test_a_pod_finds_the_whole_card_in_its_container(cluster: Cluster) -> None:
     cluster.runs(cluster.apply("whole-gpu"))
 
-    assert cluster.told("whole-gpu")["GPUSLICE_GPU_DEVICE"].endswith("/gpu")
+    assert cluster.environment("whole-gpu")["GPUSLICE_GPU_DEVICE"].endswith("/gpu")
 
 
 def test_an_update_leaves_the_slices_as_they_are(cluster: Cluster) -> None:

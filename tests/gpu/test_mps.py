@@ -72,7 +72,7 @@ def client(real: Nvml, short: Path) -> Iterator[MpsClient]:
 
 
 def test_a_real_daemon_reads_its_ceilings_back(client: MpsClient) -> None:
-    (running,) = client.running()
+    (running,) = client.statuses()
 
     assert (running.memory_mib, running.threads_percent, running.problem) == (CEILING_MIB, 50, "")
 
@@ -95,5 +95,5 @@ def test_a_real_daemon_that_goes_takes_its_folder_along(client: MpsClient) -> No
 
     client.stop("mine")
 
-    assert client.running() == ()
+    assert client.statuses() == ()
     assert not folder.exists()

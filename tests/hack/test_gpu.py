@@ -123,7 +123,7 @@ def test_each_check_is_on_disk_at_once_and_an_error_ends_one_check_only(tmp_path
 
 
 def test_a_stage_that_is_too_slow_is_ended_and_said_so(tmp_path: Path) -> None:
-    code = run.run_stage(run.Stage("contract", 0.0), tmp_path, None, None, tmp_path, lambda text: None)
+    code = run.run_stage(run.StageSpec("contract", 0.0), tmp_path, None, None, tmp_path, lambda text: None)
 
     (check,) = results.read(tmp_path)
     assert code != 0
@@ -132,7 +132,7 @@ def test_a_stage_that_is_too_slow_is_ended_and_said_so(tmp_path: Path) -> None:
 
 
 def test_a_stage_whose_programs_are_not_packed_is_left_out(tmp_path: Path) -> None:
-    code = run.run_stage(run.Stage("stack", 60, programs=True), tmp_path, None, None, tmp_path, lambda text: None)
+    code = run.run_stage(run.StageSpec("stack", 60, programs=True), tmp_path, None, None, tmp_path, lambda text: None)
 
     assert code == 0
     assert [check.result for check in results.read(tmp_path)] == ["left out"]

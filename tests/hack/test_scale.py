@@ -16,7 +16,7 @@ from hack.lib.scale.measure import KINDS, WHOLE, Figure
 from hack.lib.scale.report import BASELINE, OURS, report, table
 from tests.kit.builders import a_policy
 
-NODE = fleet.Node("node-007", "a-uid")
+NODE = fleet.FleetNode("node-007", "a-uid")
 SIZE = {"nodes": 1, "cards": "h100x8", "pods": 1, "rounds": 2}
 
 

@@ -1,4 +1,4 @@
-"""A stand-in CUDA program, run as a process: `client.py PIPE [UID]`. It says what it got, and ends when it is told to.
+"""A stand-in CUDA program, run as a process: `client.py PIPE [UID]`. It prints what it got, and ends when its input ends.
 
 It prints `server PID memory MIB|none threads PERCENT`, lowered by what its environment says, as the client library of
 MPS does; then it obeys lines on its standard input: `allocate MIB` prints the daemon's answer. It ends with 0 when its
@@ -22,14 +22,14 @@ def main(pipe: str, uid: str) -> int:
     poll.register(0, select.POLLIN)
     while True:
         for descriptor, _ in poll.poll():
-            said = os.read(descriptor, 4096)
-            if descriptor == 0 and not said:
+            data = os.read(descriptor, 4096)
+            if descriptor == 0 and not data:
                 return 0
             if descriptor == 0:
-                connection.sendall(said)
+                connection.sendall(data)
                 continue
-            print(_lowered(said.decode().strip()), flush=True)  # noqa: T201  it is a program
-            if not said or said.startswith((b"terminated", b"refused", b"its server")):
+            print(_lowered(data.decode().strip()), flush=True)  # noqa: T201  it is a program
+            if not data or data.startswith((b"terminated", b"refused", b"its server")):
                 return 1
 
 

@@ -25,7 +25,7 @@ SOON_S = 20.0
 QUICK = Timeouts(probe_s=0.2, answer_s=0.5)
 
 
-class Program:
+class StandInProgram:
     """A stand-in CUDA program that runs."""
 
     def __init__(self, pipe: Path, uid: int = 0, **environment: str) -> None:
@@ -40,7 +40,7 @@ class Program:
         self.pid = self.process.pid
 
     @classmethod
-    def told(cls, environment: Mapping[str, str]) -> Program:
+    def of_environment(cls, environment: Mapping[str, str]) -> StandInProgram:
         """One in a container that has this environment from its CDI file."""
         limits = {k: v for k, v in environment.items() if k.startswith("CUDA_MPS_") and "DIRECTORY" not in k}
         return cls(Path(environment["CUDA_MPS_PIPE_DIRECTORY"]), 0, **limits)
@@ -53,7 +53,7 @@ class Program:
         return self.process.stdout.readline().strip()
 
     def got(self) -> tuple[str, str]:
-        """(memory in MiB or "none", percent) as it was told at its start."""
+        """(memory in MiB or "none", percent): its limits at its start."""
         words = self.says().split()
         assert words[0] == "server", words
         return words[3], words[5]
@@ -64,11 +64,11 @@ class Program:
         return self.says()
 
     def quiet(self) -> bool:
-        """Whether it runs, and nobody has said anything to it."""
+        """Whether it runs, and has printed nothing more."""
         assert self.process.stdout is not None
         return self.process.poll() is None and not select.select([self.process.stdout], [], [], 0)[0]
 
-    def ended(self) -> int:
+    def wait(self) -> int:
         return self.process.wait(SOON_S)
 
     def end(self) -> int:
@@ -77,7 +77,7 @@ class Program:
         return self.process.returncode
 
 
-class Heard(logging.Handler):
+class LogRecords(logging.Handler):
     """What the supervisor in this process logs; `wait` for a line that holds these words."""
 
     def __init__(self) -> None:
@@ -103,15 +103,15 @@ class Heard(logging.Handler):
             return next(line for line in reversed(self._lines) if words in line)
 
 
-class Node:
+class MpsNode:
     def __init__(self, folder: Path, spec: str = "h100x2") -> None:
         self.folder, self.spec = folder, spec
         self.sim = SimNode(folder / "node", spec)
         self.root = folder / "mps"
         self.command: Sequence[str] = control.stand_in(self.sim.folder)
         self.client = MpsClient(self.root)
-        self.heard = Heard()
-        self.programs: list[Program] = []
+        self.logged = LogRecords()
+        self.programs: list[StandInProgram] = []
         self.processes: list[subprocess.Popen[str]] = []
         self.supervisor: Supervisor | None = None
 
@@ -145,7 +145,7 @@ class Node:
         for running in self.programs:
             running.end()
         self.sim.close()
-        logging.getLogger("gpuslice.mps").removeHandler(self.heard)
+        logging.getLogger("gpuslice.mps").removeHandler(self.logged)
 
     # ------------------------------------------------------------ what a test asks for
 
@@ -158,18 +158,18 @@ class Node:
         uuid = MigUuid(device) if device else self.uuid(gpu)
         return DaemonSpec(key=f"gpu-{gpu}", device=uuid, memory_mib=memory_mib, threads_percent=threads_percent)
 
-    def program(self, gpu: int = 0, uid: int = 0, **environment: str) -> Program:
-        self.programs.append(Program(self.client.pipe(f"gpu-{gpu}"), uid, **environment))
+    def program(self, gpu: int = 0, uid: int = 0, **environment: str) -> StandInProgram:
+        self.programs.append(StandInProgram(self.client.pipe(f"gpu-{gpu}"), uid, **environment))
         return self.programs[-1]
 
     def cue(self, name: str) -> Path:
-        """Cue a fault of the stand-in (simdaemon.py); remove the file to withdraw it."""
+        """Cue a fault of the stand-in (mps/sim/daemon.py); remove the file to withdraw it."""
         path = self.sim.folder / "mps" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
         return path
 
     def log(self, key: str = "gpu-0") -> list[str]:
-        """Commands that the daemon of this key was told."""
+        """Commands that the daemon of this key got."""
         text = (self.client.log(key) / "control.log").read_text(encoding="utf-8")
         return [line.partition("command ")[2] for line in text.splitlines()]

@@ -51,7 +51,7 @@ def plain(*names: str, pool: str = "n1/a", **fields: object) -> PoolSlices:
     return PoolSlices(PoolName(pool), ({"devices": [{"name": name, **fields} for name in names]},))
 
 
-def published(publisher: Publisher, *pools: PoolSlices) -> None:
+def publish_and_wait(publisher: Publisher, *pools: PoolSlices) -> None:
     publisher.publish(pools)
     assert publisher.published.wait(10), publisher.status
 

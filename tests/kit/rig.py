@@ -91,7 +91,7 @@ class Rig:
             locks=self.folder / "locks",
         )
 
-    def restarted(self) -> Rig:
+    def restart(self) -> Rig:
         self.nvml.close()
         return Rig(self.folder, self.spec, self.policy, self.static)
 
@@ -160,7 +160,7 @@ class Rig:
         return self.nvml.compute_mode(uuid), 0 if self.mig(gpu) else self.nvml.time_slice(uuid)
 
     def assert_take_turns(self, mine: Claim, theirs: Claim) -> None:
-        """Neither is to be had beside the other, and each once the other has left; at the end nothing is left."""
+        """Neither can be prepared beside the other, and each can after the other; at the end nothing is left."""
         self.prepare(mine)
         assert self.busy(theirs) == (mine.ref,)
         self.unprepare(mine)

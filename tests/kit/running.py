@@ -24,7 +24,7 @@ from tests.kit.rig import NODE, Rig
 DRIVER = "gpuslice.dev"
 
 
-class Instance:
+class DriverInstance:
     """One driver process' claim side. Several may serve one node, as in a rolling update."""
 
     def __init__(self, world: World, pod_uid: str = "", *, hang_limit_s: float = 15.0) -> None:
@@ -52,11 +52,11 @@ class Instance:
         )
         self._watch = files.FolderWatch(self.rig.checkpoint.folder)
 
-    async def open(self) -> Instance:
-        def heard() -> None:
+    async def open(self) -> DriverInstance:
+        def wake() -> None:
             self._releases.notify([ClaimUid(name.removesuffix(".json")) for name in self._watch.read()])
 
-        asyncio.get_running_loop().add_reader(self._watch.fileno(), heard)
+        asyncio.get_running_loop().add_reader(self._watch.fileno(), wake)
         await self.server.open()
         return self
 
@@ -78,7 +78,7 @@ class World:
         self.registry, self.plugins = files.ensure_folder(folder / "reg"), files.ensure_folder(folder / "plug")
         self.api = StandInApiServer(folder / "api")
         self.kubelet = StandInKubelet(self.registry)
-        self.instances: list[Instance] = []
+        self.instances: list[DriverInstance] = []
 
     async def __aenter__(self) -> World:
         self.api.start()
@@ -95,13 +95,13 @@ class World:
         await self.kubelet.__aexit__(kind, error, trace)
         self.api.stop()
 
-    async def join(self, pod_uid: str = "", *, hang_limit_s: float = 15.0) -> Instance:
-        instance = await Instance(self, pod_uid, hang_limit_s=hang_limit_s).open()
+    async def join(self, pod_uid: str = "", *, hang_limit_s: float = 15.0) -> DriverInstance:
+        instance = await DriverInstance(self, pod_uid, hang_limit_s=hang_limit_s).open()
         self.instances.append(instance)
-        await self.kubelet.registered(DRIVER, count=len(self.instances))
+        await self.kubelet.wait_registered(DRIVER, count=len(self.instances))
         return instance
 
-    async def leave(self, instance: Instance) -> None:
+    async def leave(self, instance: DriverInstance) -> None:
         self.instances.remove(instance)
         await instance.close()
 
@@ -148,7 +148,7 @@ class World:
     async def prepare(self, ref: ClaimRef) -> PluginAnswer:
         return (await self.kubelet.prepare([ref]))[ref.uid]
 
-    async def prepared(self, ref: ClaimRef) -> PluginAnswer:
+    async def must_prepare(self, ref: ClaimRef) -> PluginAnswer:
         answer = await self.prepare(ref)
         assert not answer.error, answer.error
         return answer

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.mps_node import Node
+from tests.kit.mps_node import MpsNode
 
 
 @pytest.fixture
-def node(short: Path) -> Iterator[Node]:
+def node(short: Path) -> Iterator[MpsNode]:
     """Two simulated H100; no supervisor yet."""
-    there = Node(short)
+    there = MpsNode(short)
     yield there
     there.close()

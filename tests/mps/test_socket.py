@@ -14,12 +14,12 @@ from gpuslice.core.json import UncheckedBody
 from gpuslice.errors import DeviceError
 from gpuslice.mps.client import MpsClient
 
-from tests.kit.mps_node import Node
+from tests.kit.mps_node import MpsNode
 
 HEAVY = ("grpc", "kubernetes", "asyncio", "google", "prometheus_client", "yaml", "pynvml", "urllib3")
 
 
-def _talk(node: Node, *lines: bytes) -> list[UncheckedBody]:
+def _talk(node: MpsNode, *lines: bytes) -> list[UncheckedBody]:
     """Say these lines at once, and hear all answers."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(node.root / "supervisor.sock"))
@@ -32,7 +32,7 @@ def _talk(node: Node, *lines: bytes) -> list[UncheckedBody]:
 HELLO = b'{"gpuslice-mps": [1]}\n'
 
 
-def test_the_supervisor_greets_with_its_incarnation_and_release(node: Node) -> None:
+def test_the_supervisor_greets_with_its_incarnation_and_release(node: MpsNode) -> None:
     supervisor = node.supervise()
 
     greeting, answer = _talk(node, HELLO, b'{"op": "hello"}\n')
@@ -47,7 +47,7 @@ def test_the_supervisor_greets_with_its_incarnation_and_release(node: Node) -> N
     assert node.client.incarnation() == supervisor.incarnation
 
 
-def test_the_highest_version_that_both_speak_is_spoken(node: Node) -> None:
+def test_the_highest_version_that_both_speak_is_spoken(node: MpsNode) -> None:
     node.supervise()
 
     greeting, *_ = _talk(node, b'{"gpuslice-mps": [2, 1, 7], "release": "9.9", "new": true}\n', b'{"op": "hello"}\n')
@@ -55,7 +55,7 @@ def test_the_highest_version_that_both_speak_is_spoken(node: Node) -> None:
     assert greeting["version"] == 1
 
 
-def test_two_that_share_no_version_are_told_which_to_update(node: Node) -> None:
+def test_two_that_share_no_version_are_told_which_to_update(node: MpsNode) -> None:
     node.supervise()
 
     (answer,) = _talk(node, b'{"gpuslice-mps": [7], "release": "9.9"}\n')
@@ -69,7 +69,7 @@ def test_two_that_share_no_version_are_told_which_to_update(node: Node) -> None:
 @pytest.mark.parametrize(
     "line", [b"nonsense\n", b"[]\n", b"\xff\xfe\n", b"{}\n", b"[" * 9999 + b"\n", b'{"op": "hello"}\n']
 )
-def test_what_is_no_greeting_is_answered_in_one_sentence(node: Node, line: bytes) -> None:
+def test_what_is_no_greeting_is_answered_in_one_sentence(node: MpsNode, line: bytes) -> None:
     node.supervise()
 
     (answer,) = _talk(node, line)
@@ -90,7 +90,9 @@ def test_what_is_no_greeting_is_answered_in_one_sentence(node: Node, line: bytes
         ),
     ],
 )
-def test_a_request_that_makes_no_sense_is_answered_in_one_sentence(node: Node, request_: bytes, sentence: str) -> None:
+def test_a_request_that_makes_no_sense_is_answered_in_one_sentence(
+    node: MpsNode, request_: bytes, sentence: str
+) -> None:
     node.supervise()
 
     _, answer = _talk(node, HELLO, request_ + b"\n")
@@ -98,7 +100,7 @@ def test_a_request_that_makes_no_sense_is_answered_in_one_sentence(node: Node, r
     assert str(answer["error"]).startswith(sentence)
 
 
-def test_a_client_that_says_nothing_keeps_nobody_waiting(node: Node) -> None:
+def test_a_client_that_says_nothing_keeps_nobody_waiting(node: MpsNode) -> None:
     node.supervise()
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
@@ -108,24 +110,24 @@ def test_a_client_that_says_nothing_keeps_nobody_waiting(node: Node) -> None:
         assert node.client.ensure(node.daemon()).memory_mib == 10240
 
 
-def test_a_client_that_goes_away_early_leaves_the_supervisor_unimpressed(node: Node) -> None:
+def test_a_client_that_goes_away_early_leaves_the_supervisor_unimpressed(node: MpsNode) -> None:
     node.supervise()
 
     assert _talk(node) != []
     assert len(_talk(node, HELLO)) == 2
-    assert node.client.running() == ()
+    assert node.client.statuses() == ()
 
 
-def test_the_socket_is_for_its_owner_alone(node: Node) -> None:
+def test_the_socket_is_for_its_owner_alone(node: MpsNode) -> None:
     node.supervise()
 
     assert stat.S_IMODE((node.root / "supervisor.sock").stat().st_mode) == 0o600
 
 
-def test_without_a_supervisor_the_error_says_which_program_to_start(node: Node) -> None:
+def test_without_a_supervisor_the_error_says_which_program_to_start(node: MpsNode) -> None:
     calls = (
         lambda: node.client.ensure(node.daemon()),
-        node.client.running,
+        node.client.statuses,
         node.client.incarnation,
     )
 
@@ -134,7 +136,7 @@ def test_without_a_supervisor_the_error_says_which_program_to_start(node: Node) 
             call()
 
 
-def test_without_a_supervisor_a_daemon_that_never_was_is_stopped_and_one_that_may_run_is_not(node: Node) -> None:
+def test_without_a_supervisor_a_daemon_that_never_was_is_stopped_and_one_that_may_run_is_not(node: MpsNode) -> None:
     node.client.stop("gpu-0")
     node.client.pipe("gpu-0").mkdir(parents=True)
 
@@ -142,14 +144,14 @@ def test_without_a_supervisor_a_daemon_that_never_was_is_stopped_and_one_that_ma
         node.client.stop("gpu-0")
 
 
-def test_a_supervisor_that_does_not_greet_back_is_told(node: Node) -> None:
+def test_a_supervisor_that_does_not_greet_back_is_told(node: MpsNode) -> None:
     node.root.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
         other.bind(str(node.root / "supervisor.sock"))
         other.listen()
 
         with pytest.raises(DeviceError, match=r"did not answer within 2 s; see its log"):
-            MpsClient(node.root).running()
+            MpsClient(node.root).statuses()
 
 
 def test_the_supervisor_loads_nothing_heavy() -> None:

@@ -16,13 +16,13 @@ from gpuslice.mps.process import boot_id
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.sim.nvml import SimNvml
 
-from tests.kit.mps_node import Node
+from tests.kit.mps_node import MpsNode
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a daemon that serves several uids")
 MOUNTS = pytest.mark.skipif(os.geteuid() != 0, reason="needs root with CAP_SYS_ADMIN: a mount namespace of its own")
 
 
-def test_the_first_share_starts_a_daemon_with_its_ceilings(node: Node) -> None:
+def test_the_first_share_starts_a_daemon_with_its_ceilings(node: MpsNode) -> None:
     node.supervise()
 
     running = node.client.ensure(node.daemon())
@@ -36,11 +36,11 @@ def test_the_first_share_starts_a_daemon_with_its_ceilings(node: Node) -> None:
         restarts=0,
         problem="",
     )
-    assert node.client.running() == (running,)
+    assert node.client.statuses() == (running,)
     assert Path(f"/proc/{running.pid}").exists()
 
 
-def test_ensuring_what_runs_already_asks_the_daemon_nothing(node: Node) -> None:
+def test_ensuring_what_runs_already_asks_the_daemon_nothing(node: MpsNode) -> None:
     node.supervise()
     first = node.client.ensure(node.daemon())
     told = node.log()
@@ -51,7 +51,7 @@ def test_ensuring_what_runs_already_asks_the_daemon_nothing(node: Node) -> None:
     assert node.log() == told
 
 
-def test_a_program_gets_the_ceilings_and_no_more_memory_than_that(node: Node) -> None:
+def test_a_program_gets_the_ceilings_and_no_more_memory_than_that(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon())
 
@@ -63,7 +63,7 @@ def test_a_program_gets_the_ceilings_and_no_more_memory_than_that(node: Node) ->
     assert program.end() == 0
 
 
-def test_a_program_may_lower_its_own_ceilings_and_cannot_raise_them(node: Node) -> None:
+def test_a_program_may_lower_its_own_ceilings_and_cannot_raise_them(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon())
 
@@ -74,7 +74,7 @@ def test_a_program_may_lower_its_own_ceilings_and_cannot_raise_them(node: Node) 
     assert high.got() == ("10240", "40")
 
 
-def test_a_daemon_without_ceilings_has_none(node: Node) -> None:
+def test_a_daemon_without_ceilings_has_none(node: MpsNode) -> None:
     node.supervise()
 
     running = node.client.ensure(node.daemon(memory_mib=None, threads_percent=None))
@@ -83,7 +83,7 @@ def test_a_daemon_without_ceilings_has_none(node: Node) -> None:
     assert node.program().got() == ("none", "100")
 
 
-def test_changed_ceilings_hold_for_new_programs_only(node: Node) -> None:
+def test_changed_ceilings_hold_for_new_programs_only(node: MpsNode) -> None:
     node.supervise()
     first = node.client.ensure(node.daemon())
     before = node.program()
@@ -96,7 +96,7 @@ def test_changed_ceilings_hold_for_new_programs_only(node: Node) -> None:
     assert before.allocates(20480) == "out of memory"
 
 
-def test_a_ceiling_that_goes_is_none_for_new_programs(node: Node) -> None:
+def test_a_ceiling_that_goes_is_none_for_new_programs(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon())
     node.program().got()
@@ -108,7 +108,7 @@ def test_a_ceiling_that_goes_is_none_for_new_programs(node: Node) -> None:
     assert int(memory) >= 1 << 24, "there is no command that takes a ceiling away, so it is beyond every card"
 
 
-def test_limits_that_are_ignored_by_uuid_are_set_by_index(node: Node) -> None:
+def test_limits_that_are_ignored_by_uuid_are_set_by_index(node: MpsNode) -> None:
     node.cue("ignore-uuid-limits")
     node.supervise()
 
@@ -118,24 +118,24 @@ def test_limits_that_are_ignored_by_uuid_are_set_by_index(node: Node) -> None:
     assert node.program().got() == ("10240", "40")
 
 
-def test_a_limit_that_was_not_taken_is_told_and_nothing_is_left(node: Node) -> None:
+def test_a_limit_that_was_not_taken_is_told_and_nothing_is_left(node: MpsNode) -> None:
     node.cue("ignore-limits")
     node.supervise()
 
     with pytest.raises(DeviceError, match="did not take its memory ceiling of 10240 MiB and says no ceiling"):
         node.client.ensure(node.daemon())
 
-    assert node.client.running() == ()
+    assert node.client.statuses() == ()
     assert not node.client.pipe("gpu-0").parent.exists()
 
 
-def test_a_change_that_was_not_taken_is_a_problem_until_it_is(node: Node) -> None:
+def test_a_change_that_was_not_taken_is_a_problem_until_it_is(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon())
     ignored = node.cue("ignore-limits")
     with pytest.raises(DeviceError, match="did not take"):
         node.client.ensure(node.daemon(memory_mib=20480))
-    (troubled,) = node.client.running()
+    (troubled,) = node.client.statuses()
 
     ignored.unlink()
     well = node.client.ensure(node.daemon())
@@ -144,7 +144,7 @@ def test_a_change_that_was_not_taken_is_a_problem_until_it_is(node: Node) -> Non
     assert (well.pid, well.memory_mib, well.problem) == (troubled.pid, 10240, "")
 
 
-def test_stopping_terminates_the_programs_first_and_removes_the_folder(node: Node) -> None:
+def test_stopping_terminates_the_programs_first_and_removes_the_folder(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon())
     program = node.program()
@@ -153,12 +153,12 @@ def test_stopping_terminates_the_programs_first_and_removes_the_folder(node: Nod
     node.client.stop("gpu-0")
 
     assert program.says() == "terminated"
-    assert program.ended() == 1
-    assert node.client.running() == ()
+    assert program.wait() == 1
+    assert node.client.statuses() == ()
     assert not node.client.pipe("gpu-0").parent.exists()
 
 
-def test_stopping_what_is_gone_succeeds(node: Node) -> None:
+def test_stopping_what_is_gone_succeeds(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon())
 
@@ -167,7 +167,7 @@ def test_stopping_what_is_gone_succeeds(node: Node) -> None:
     node.client.stop("never-was")
 
 
-def test_one_daemon_stops_and_the_other_goes_on(node: Node) -> None:
+def test_one_daemon_stops_and_the_other_goes_on(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon(0))
     other = node.client.ensure(node.daemon(1))
@@ -176,11 +176,11 @@ def test_one_daemon_stops_and_the_other_goes_on(node: Node) -> None:
 
     node.client.stop("gpu-0")
 
-    assert node.client.running() == (other,)
+    assert node.client.statuses() == (other,)
     assert program.quiet()
 
 
-def test_a_partition_is_shared_like_a_card(node: Node) -> None:
+def test_a_partition_is_shared_like_a_card(node: MpsNode) -> None:
     node.supervise()
     nvml = SimNvml(node.sim.folder, node.spec, latency="zero")
     nvml.set_mig_mode(node.uuid(), True)
@@ -193,7 +193,7 @@ def test_a_partition_is_shared_like_a_card(node: Node) -> None:
     assert (running.device, running.memory_mib) == (uuid, 10240)
 
 
-def test_another_device_under_the_same_key_gets_a_daemon_of_its_own(node: Node) -> None:
+def test_another_device_under_the_same_key_gets_a_daemon_of_its_own(node: MpsNode) -> None:
     node.supervise()
     first = node.client.ensure(node.daemon())
 
@@ -204,7 +204,7 @@ def test_another_device_under_the_same_key_gets_a_daemon_of_its_own(node: Node) 
     assert not Path(f"/proc/{first.pid}").exists()
 
 
-def test_many_who_ensure_and_stop_at_once_leave_what_the_last_one_wanted(node: Node) -> None:
+def test_many_who_ensure_and_stop_at_once_leave_what_the_last_one_wanted(node: MpsNode) -> None:
     node.supervise()
     threads = [threading.Thread(target=node.client.ensure, args=(node.daemon(),)) for _ in range(4)]
     threads[2:2] = [threading.Thread(target=node.client.stop, args=("gpu-0",)) for _ in range(2)]
@@ -215,22 +215,22 @@ def test_many_who_ensure_and_stop_at_once_leave_what_the_last_one_wanted(node: N
 
     running = node.client.ensure(node.daemon())
 
-    assert node.client.running() == (running,)
+    assert node.client.statuses() == (running,)
     assert node.program().got() == ("10240", "40")
 
 
-def test_an_unknown_device_is_told_in_the_words_of_the_daemon(node: Node) -> None:
+def test_an_unknown_device_is_told_in_the_words_of_the_daemon(node: MpsNode) -> None:
     node.supervise()
 
     with pytest.raises(DeviceError, match="ended with status 1 at its start and says 'No CUDA-capable device"):
         node.client.ensure(node.daemon(device="MIG-none"))
 
-    assert node.client.running() == ()
+    assert node.client.statuses() == ()
     assert not node.client.pipe("gpu-0").parent.exists()
 
 
 @AS_ROOT
-def test_programs_of_two_users_run_at_once(node: Node) -> None:
+def test_programs_of_two_users_run_at_once(node: MpsNode) -> None:
     node.supervise()
     node.client.ensure(node.daemon())
 
@@ -240,7 +240,7 @@ def test_programs_of_two_users_run_at_once(node: Node) -> None:
 
 
 @AS_ROOT
-def test_with_an_older_driver_one_user_waits_for_the_other(node: Node) -> None:
+def test_with_an_older_driver_one_user_waits_for_the_other(node: MpsNode) -> None:
     node.cue("refuse-multiuser")
     node.supervise()
     node.client.ensure(node.daemon())
@@ -248,25 +248,25 @@ def test_with_an_older_driver_one_user_waits_for_the_other(node: Node) -> None:
     first.got()
     second = node.program(uid=1001)
 
-    assert "serves one uid at a time" in node.heard.wait("serves one uid")
+    assert "serves one uid at a time" in node.logged.wait("serves one uid")
     assert second.quiet()
     assert first.end() == 0
     assert second.got() == ("10240", "40")
 
 
 @MOUNTS
-def test_a_daemon_has_the_shared_memory_that_its_programs_are_given(node: Node) -> None:
+def test_a_daemon_has_the_shared_memory_that_its_programs_are_given(node: MpsNode) -> None:
     node.supervise()
 
     running = node.client.ensure(node.daemon())
 
-    if node.heard.lines("no /dev/shm of its own"):
+    if node.logged.lines("no /dev/shm of its own"):
         pytest.skip("needs CAP_SYS_ADMIN: a mount namespace of its own")
     assert Path(f"/proc/{running.pid}/root/dev/shm").stat().st_ino == node.client.shm("gpu-0").stat().st_ino
 
 
 @MOUNTS
-def test_where_mounts_propagate_each_daemon_has_shared_memory_of_its_own(node: Node) -> None:
+def test_where_mounts_propagate_each_daemon_has_shared_memory_of_its_own(node: MpsNode) -> None:
     apart = ("unshare", "--mount", "--propagation", "shared")
     if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs CAP_SYS_ADMIN: a mount namespace of its own")
@@ -288,7 +288,7 @@ def test_where_mounts_propagate_each_daemon_has_shared_memory_of_its_own(node: N
 # ---------------------------------------------------------------- folders
 
 
-def test_what_an_earlier_boot_left_is_removed(node: Node) -> None:
+def test_what_an_earlier_boot_left_is_removed(node: MpsNode) -> None:
     folder = node.root / "gpu-0"
     folder.mkdir(parents=True)
     record = folder / "daemon.json"
@@ -300,10 +300,10 @@ def test_what_an_earlier_boot_left_is_removed(node: Node) -> None:
     node.supervise()
 
     assert not folder.exists()
-    assert "of an earlier boot" in node.heard.wait("nothing is adopted")
+    assert "of an earlier boot" in node.logged.wait("nothing is adopted")
 
 
-def test_a_folder_that_tells_nothing_is_removed_and_what_is_no_daemons_stays(node: Node) -> None:
+def test_a_folder_that_tells_nothing_is_removed_and_what_is_no_daemons_stays(node: MpsNode) -> None:
     (node.root / "gpu-0" / "pipe").mkdir(parents=True)
     (node.root / "Not A Key").mkdir()
 
@@ -314,7 +314,7 @@ def test_a_folder_that_tells_nothing_is_removed_and_what_is_no_daemons_stays(nod
 
 
 @AS_ROOT
-def test_a_folder_of_somebody_else_is_refused(node: Node) -> None:
+def test_a_folder_of_somebody_else_is_refused(node: MpsNode) -> None:
     node.supervise()
     folder = node.root / "gpu-0"
     folder.mkdir()
@@ -326,7 +326,7 @@ def test_a_folder_of_somebody_else_is_refused(node: Node) -> None:
     assert folder.exists()
 
 
-def test_a_link_in_place_of_a_folder_is_refused(node: Node) -> None:
+def test_a_link_in_place_of_a_folder_is_refused(node: MpsNode) -> None:
     node.supervise()
     (node.root / "gpu-0").symlink_to(node.folder)
 
@@ -334,14 +334,14 @@ def test_a_link_in_place_of_a_folder_is_refused(node: Node) -> None:
         node.client.ensure(node.daemon())
 
 
-def test_a_key_that_would_leave_the_root_is_refused(node: Node) -> None:
+def test_a_key_that_would_leave_the_root_is_refused(node: MpsNode) -> None:
     node.supervise()
 
     with pytest.raises(DeviceError, match="names no MPS daemon"):
         node.client.ensure(DaemonSpec(key="../up", device=node.uuid(), memory_mib=None, threads_percent=None))
 
 
-def test_a_root_that_is_too_long_for_sockets_is_refused(node: Node) -> None:
+def test_a_root_that_is_too_long_for_sockets_is_refused(node: MpsNode) -> None:
     root = node.folder / ("x" * 60) / ("y" * 40)
 
     with pytest.raises(DeviceError, match="bytes, more than the 107 that Linux takes; start the MPS supervisor with"):
@@ -353,7 +353,7 @@ def test_a_driver_root_without_the_control_program_is_told(tmp_path: Path) -> No
         control.program(tmp_path)
 
 
-def test_a_control_program_that_cannot_be_run_is_told(node: Node) -> None:
+def test_a_control_program_that_cannot_be_run_is_told(node: MpsNode) -> None:
     node.command = ("/nonexistent/nvidia-cuda-mps-control",)
     node.supervise()
 
@@ -361,7 +361,7 @@ def test_a_control_program_that_cannot_be_run_is_told(node: Node) -> None:
         node.client.ensure(node.daemon())
 
 
-def test_a_second_supervisor_of_a_root_is_refused(node: Node) -> None:
+def test_a_second_supervisor_of_a_root_is_refused(node: MpsNode) -> None:
     node.supervise()
 
     with pytest.raises(DeviceError, match=f"another MPS supervisor serves {node.root}; end that one first"):

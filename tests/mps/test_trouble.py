@@ -15,7 +15,7 @@ from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.monitor import pause_s
 from gpuslice.mps.process import PidfdProcess, ProcessId
 
-from tests.kit.mps_node import QUICK, SOON_S, Node
+from tests.kit.mps_node import QUICK, SOON_S, MpsNode
 
 SMALL_KIB = 30 * 1024
 
@@ -28,7 +28,7 @@ def _gone(pid: int) -> bool:
         return True
 
 
-def _servers(node: Node, key: str = "gpu-0") -> list[int]:
+def _servers(node: MpsNode, key: str = "gpu-0") -> list[int]:
     """Pids of the servers that this daemon has started."""
     lines = (node.client.log(key) / "server.log").read_text(encoding="utf-8").splitlines()
     return [int(line.partition("server pid=")[2].split()[0]) for line in lines if line.endswith("started")]
@@ -37,7 +37,7 @@ def _servers(node: Node, key: str = "gpu-0") -> list[int]:
 # ---------------------------------------------------------------- daemons
 
 
-def test_a_killed_daemon_is_started_again_at_the_same_paths_and_told(node: Node) -> None:
+def test_a_killed_daemon_is_started_again_at_the_same_paths_and_told(node: MpsNode) -> None:
     node.supervise()
     first = node.client.ensure(node.daemon())
     pipe = node.client.pipe("gpu-0").stat()
@@ -45,8 +45,8 @@ def test_a_killed_daemon_is_started_again_at_the_same_paths_and_told(node: Node)
     program.got()
 
     os.kill(first.pid, signal.SIGKILL)
-    node.heard.wait("was started again")
-    (again,) = node.client.running()
+    node.logged.wait("was started again")
+    (again,) = node.client.statuses()
 
     assert again.problem == (
         f"the MPS daemon of {node.uuid()} was killed by SIGKILL; it was started again, and its clients were lost"
@@ -54,96 +54,96 @@ def test_a_killed_daemon_is_started_again_at_the_same_paths_and_told(node: Node)
     assert (again.restarts, again.memory_mib, again.threads_percent) == (1, 10240, 40)
     assert again.pid != first.pid
     assert node.client.pipe("gpu-0").stat().st_ino == pipe.st_ino
-    assert program.ended() == 1
+    assert program.wait() == 1
     assert node.program().got() == ("10240", "40")
 
 
-def test_ensuring_a_daemon_that_was_started_again_ends_its_problem(node: Node) -> None:
+def test_ensuring_a_daemon_that_was_started_again_ends_its_problem(node: MpsNode) -> None:
     node.supervise()
     os.kill(node.client.ensure(node.daemon()).pid, signal.SIGKILL)
-    node.heard.wait("was started again")
+    node.logged.wait("was started again")
 
     running = node.client.ensure(node.daemon())
 
     assert (running.problem, running.restarts) == ("", 1)
 
 
-def test_the_servers_of_a_killed_daemon_go_with_it(node: Node) -> None:
+def test_the_servers_of_a_killed_daemon_go_with_it(node: MpsNode) -> None:
     node.supervise()
     daemon = node.client.ensure(node.daemon())
     node.program().got()
     (server,) = _servers(node)
 
     os.kill(daemon.pid, signal.SIGKILL)
-    node.heard.wait("was started again")
+    node.logged.wait("was started again")
 
     assert _gone(server)
 
 
-def test_a_daemon_that_stops_answering_is_replaced(node: Node) -> None:
+def test_a_daemon_that_stops_answering_is_replaced(node: MpsNode) -> None:
     node.supervise(QUICK)
     first = node.client.ensure(node.daemon())
 
     os.kill(first.pid, signal.SIGSTOP)
-    node.heard.wait("was started again")
-    (again,) = node.client.running()
+    node.logged.wait("was started again")
+    (again,) = node.client.statuses()
 
-    assert "did not answer within 0.5 s when told 'get_server_list'" in again.problem
+    assert "did not answer within 0.5 s to 'get_server_list'" in again.problem
     assert again.pid != first.pid
     assert _gone(first.pid)
 
 
-def test_a_daemon_that_hangs_when_it_is_changed_is_told_and_replaced_at_once(node: Node) -> None:
+def test_a_daemon_that_hangs_when_it_is_changed_is_told_and_replaced_at_once(node: MpsNode) -> None:
     node.supervise(Timeouts(probe_s=600, answer_s=0.5))
     node.client.ensure(node.daemon())
     hang = node.cue("hang")
 
     with pytest.raises(DeviceError, match="did not answer within"):
         node.client.ensure(node.daemon(memory_mib=20480))
-    node.heard.wait("is replaced key=gpu-0")
+    node.logged.wait("is replaced key=gpu-0")
     hang.unlink()
 
     assert node.client.ensure(node.daemon(memory_mib=20480)).memory_mib == 20480
 
 
-def test_a_server_in_fault_is_told_and_its_daemon_replaced(node: Node) -> None:
+def test_a_server_in_fault_is_told_and_its_daemon_replaced(node: MpsNode) -> None:
     node.supervise(QUICK)
     first = node.client.ensure(node.daemon())
     program = node.program()
     program.got()
 
     node.cue("fault")
-    node.heard.wait("was started again")
-    (again,) = node.client.running()
+    node.logged.wait("was started again")
+    (again,) = node.client.statuses()
 
     assert "is in FAULT after a fatal error of one client" in again.problem
     assert again.pid != first.pid
-    assert program.ended() == 1
+    assert program.wait() == 1
 
 
-def test_a_daemon_that_cannot_be_started_again_is_down_until_it_can(node: Node) -> None:
+def test_a_daemon_that_cannot_be_started_again_is_down_until_it_can(node: MpsNode) -> None:
     node.supervise()
     first = node.client.ensure(node.daemon())
     refused = node.cue("refuse-start")
 
     os.kill(first.pid, signal.SIGKILL)
-    node.heard.wait("an MPS daemon is down")
-    (down,) = node.client.running()
+    node.logged.wait("an MPS daemon is down")
+    (down,) = node.client.statuses()
     refused.unlink()
-    node.heard.wait("was started again")  # a second later, by itself
+    node.logged.wait("was started again")  # a second later, by itself
 
     assert (down.pid, down.memory_mib) == (0, None)
     assert "was killed by SIGKILL, and it cannot be started again: " in down.problem
     assert down.problem.endswith("; it is started again in 1 s")
-    assert node.client.running()[0].pid > 0
+    assert node.client.statuses()[0].pid > 0
 
 
-def test_ensuring_a_daemon_that_is_down_does_not_wait_for_its_pause(node: Node) -> None:
+def test_ensuring_a_daemon_that_is_down_does_not_wait_for_its_pause(node: MpsNode) -> None:
     node.supervise()
     first = node.client.ensure(node.daemon())
     refused = node.cue("refuse-start")
     os.kill(first.pid, signal.SIGKILL)
-    node.heard.wait("an MPS daemon is down")
+    node.logged.wait("an MPS daemon is down")
     with pytest.raises(DeviceError, match="ended with status 1 at its start"):
         node.client.ensure(node.daemon())
     refused.unlink()
@@ -157,7 +157,7 @@ def test_the_first_start_is_at_once_and_pauses_double_up_to_a_minute() -> None:
     assert [pause_s(failures) for failures in range(9)] == [0, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
-def test_a_stopped_daemon_that_hangs_is_killed_and_its_folder_removed(node: Node) -> None:
+def test_a_stopped_daemon_that_hangs_is_killed_and_its_folder_removed(node: MpsNode) -> None:
     node.supervise(QUICK)
     daemon = node.client.ensure(node.daemon())
     node.program().got()
@@ -175,7 +175,7 @@ def test_a_stopped_daemon_that_hangs_is_killed_and_its_folder_removed(node: Node
 
 
 def test_a_killed_supervisors_daemons_and_programs_go_on_and_are_adopted(short: Path) -> None:
-    node = Node(short, "h100x8")
+    node = MpsNode(short, "h100x8")
     supervisor = node.supervise_in_process()
     before = [node.client.ensure(node.daemon(gpu, memory_mib=1024 * (gpu + 1))) for gpu in range(8)]
     programs = [node.program(gpu) for gpu in range(8)]
@@ -186,7 +186,7 @@ def test_a_killed_supervisors_daemons_and_programs_go_on_and_are_adopted(short: 
     supervisor.wait()
     successor = node.supervise_in_process()
 
-    assert node.client.running() == tuple(before)
+    assert node.client.statuses() == tuple(before)
     assert node.client.incarnation() != incarnation
     assert [node.client.ensure(node.daemon(gpu, memory_mib=1024 * (gpu + 1))) for gpu in range(8)] == before
     assert all(program.quiet() for program in programs)
@@ -200,7 +200,7 @@ def _resident_kib(pid: int) -> int:
     return int(status.partition("VmRSS:")[2].split()[0])
 
 
-def test_a_daemon_that_died_without_a_supervisor_is_started_again_by_the_next(node: Node) -> None:
+def test_a_daemon_that_died_without_a_supervisor_is_started_again_by_the_next(node: MpsNode) -> None:
     supervisor = node.supervise_in_process()
     first = node.client.ensure(node.daemon())
     node.program().got()
@@ -210,14 +210,14 @@ def test_a_daemon_that_died_without_a_supervisor_is_started_again_by_the_next(no
     supervisor.wait()
     os.kill(first.pid, signal.SIGKILL)
     node.supervise()
-    (again,) = node.client.running()
+    (again,) = node.client.statuses()
 
     assert "ended while no supervisor ran; it was started again" in again.problem
     assert (again.memory_mib, again.threads_percent) == (10240, 40)
     assert _gone(server)
 
 
-def test_a_daemon_that_hangs_at_adoption_is_replaced(node: Node) -> None:
+def test_a_daemon_that_hangs_at_adoption_is_replaced(node: MpsNode) -> None:
     supervisor = node.supervise_in_process()
     first = node.client.ensure(node.daemon())
 
@@ -225,13 +225,13 @@ def test_a_daemon_that_hangs_at_adoption_is_replaced(node: Node) -> None:
     supervisor.wait()
     os.kill(first.pid, signal.SIGSTOP)
     node.supervise(QUICK)
-    (again,) = node.client.running()
+    (again,) = node.client.statuses()
 
     assert again.pid != first.pid
     assert _gone(first.pid)
 
 
-def test_a_daemon_that_lost_its_ceilings_has_them_again_after_adoption(node: Node) -> None:
+def test_a_daemon_that_lost_its_ceilings_has_them_again_after_adoption(node: MpsNode) -> None:
     supervisor = node.supervise_in_process()
     first = node.client.ensure(node.daemon())
     supervisor.kill()
@@ -242,11 +242,11 @@ def test_a_daemon_that_lost_its_ceilings_has_them_again_after_adoption(node: Nod
 
     node.supervise()
 
-    assert node.client.running() == (first,)
+    assert node.client.statuses() == (first,)
     assert node.program().got() == ("10240", "40")
 
 
-def test_a_process_that_got_the_pid_of_a_daemon_is_left_alone(node: Node) -> None:
+def test_a_process_that_got_the_pid_of_a_daemon_is_left_alone(node: MpsNode) -> None:
     folder = node.root / "gpu-0"
     folder.mkdir(parents=True)
     stranger = subprocess.Popen(["sleep", "100"])
@@ -257,13 +257,13 @@ def test_a_process_that_got_the_pid_of_a_daemon_is_left_alone(node: Node) -> Non
 
     node.supervise()
 
-    assert node.client.running()[0].pid != stranger.pid
+    assert node.client.statuses()[0].pid != stranger.pid
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
 
 
-def test_sigterm_ends_all_daemons_and_the_next_supervisor_starts_them_at_the_same_paths(node: Node) -> None:
+def test_sigterm_ends_all_daemons_and_the_next_supervisor_starts_them_at_the_same_paths(node: MpsNode) -> None:
     supervisor = node.supervise_in_process()
     daemons = [node.client.ensure(node.daemon(gpu)) for gpu in range(2)]
     program = node.program()
@@ -276,13 +276,13 @@ def test_sigterm_ends_all_daemons_and_the_next_supervisor_starts_them_at_the_sam
     assert program.says() == "terminated"
     assert all(_gone(daemon.pid) for daemon in daemons)
     with pytest.raises(DeviceError, match=r"no MPS supervisor answers at .*start it: gpuslice mps-supervisor"):
-        node.client.running()
+        node.client.statuses()
     node.supervise()
-    assert [one.problem != "" and one.pid > 0 for one in node.client.running()] == [True, True]
+    assert [one.problem != "" and one.pid > 0 for one in node.client.statuses()] == [True, True]
     assert node.client.pipe("gpu-0").stat().st_ino == pipe.st_ino
 
 
-def test_a_second_supervisor_process_says_why_it_ends(node: Node) -> None:
+def test_a_second_supervisor_process_says_why_it_ends(node: MpsNode) -> None:
     node.supervise()
     arguments = ["--mps-root", str(node.root), "--simulate", node.spec, "--simulate-folder", str(node.sim.folder)]
 

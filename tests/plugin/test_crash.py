@@ -102,7 +102,7 @@ def test_after_a_death_anywhere_in_prepare_a_restart_leaves_node_records_and_cdi
     def act(node: Rig, fate: Fate) -> None:
         claim = a_mixed_claim(node)
         doomed(node, fate, monkeypatch, lambda node: node.prepare(claim))
-        again = node.restarted()
+        again = node.restart()
         again.recover()
         again.assert_agreed()
         again.prepare(claim)
@@ -120,7 +120,7 @@ def test_after_a_death_anywhere_in_prepare_a_retry_or_an_unprepare_converges_wit
     def act(node: Rig, fate: Fate) -> None:
         claim = a_mixed_claim(node)
         doomed(node, fate, monkeypatch, lambda node: node.prepare(claim))
-        again = node.restarted()
+        again = node.restart()
         if fate.at % 2:
             again.prepare(claim)
             again.assert_agreed()
@@ -139,7 +139,7 @@ def test_after_a_death_anywhere_in_unprepare_a_retry_finishes_it(
         claim = a_mixed_claim(node)
         node.prepare(claim)
         doomed(node, fate, monkeypatch, lambda node: node.unprepare(claim))
-        again = node.restarted()
+        again = node.restart()
         again.unprepare(claim)
         again.assert_empty()
         assert again.partitions() == ()
@@ -155,7 +155,7 @@ def test_after_a_death_anywhere_in_unprepare_a_prepare_serves_the_claim_again(
         claim = a_mixed_claim(node)
         node.prepare(claim)
         doomed(node, fate, monkeypatch, lambda node: node.unprepare(claim))
-        again = node.restarted()
+        again = node.restart()
         again.prepare(claim)
         again.assert_agreed()
 
@@ -166,10 +166,10 @@ def test_a_death_in_recovery_is_recovered_from(tmp_path: Path, monkeypatch: pyte
     def act(node: Rig, fate: Fate) -> None:
         claim = a_mixed_claim(node)
         doomed(node, Fate(17), monkeypatch, lambda node: node.prepare(claim))
-        again = node.restarted()
+        again = node.restart()
         assert again.preparer.unfinished()
         doomed(again, fate, monkeypatch, lambda node: node.recover())
-        last = again.restarted()
+        last = again.restart()
         last.recover()
         last.assert_empty()
 
@@ -181,7 +181,7 @@ def test_a_death_never_touches_a_neighbour_on_the_same_card(tmp_path: Path, monk
         neighbour = a_claim("neighbour", node.device("mig-1g-19-1"))
         uuid = node.prepare(neighbour).devices[0].uuid
         doomed(node, fate, monkeypatch, lambda node: node.prepare(a_claim("one", node.device("mig-1g-19-0"))))
-        again = node.restarted()
+        again = node.restart()
         again.recover()
         again.assert_agreed()
         assert uuid in {partition.uuid for partition in again.partitions()}

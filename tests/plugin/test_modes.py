@@ -110,7 +110,7 @@ def test_what_is_granted_is_fulfilled_and_what_is_given_back_is_free(short: Path
         node.empty()
 
         node.rig.assert_empty()
-        assert node.rig.mps.running() == ()
+        assert node.rig.mps.statuses() == ()
         assert node.granted
         after = [(node.rig.mig(gpu), node.rig.figures(gpu)) for gpu in range(len(node.rig.gpus))]
         assert after == before or not mig  # Hopper's MIG mode is switched lazily: the next claim switches it back

@@ -15,7 +15,7 @@ from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.api import MPS_SERVER, ComputeMode
 from gpuslice.nvml.sim.node import SimNode
 
-from tests.kit.mps_node import Program
+from tests.kit.mps_node import StandInProgram
 from tests.kit.rig import Rig, a_claim, a_ref, a_share
 from tests.plugin.test_shares import GIB, env
 
@@ -48,13 +48,13 @@ def by_mps(rig: Rig, name: str, gib: int = 10, percent: int = 0, clients: int = 
 
 
 def daemon(rig: Rig) -> DaemonStatus:
-    (running,) = rig.mps.running()
+    (running,) = rig.mps.statuses()
     return running
 
 
-def program(rig: Rig, claim: Claim) -> Program:
+def program(rig: Rig, claim: Claim) -> StandInProgram:
     """A CUDA program in a container of this claim."""
-    return Program.told(env(rig, claim))
+    return StandInProgram.of_environment(env(rig, claim))
 
 
 @pytest.mark.contract(30, 44)
@@ -70,7 +70,7 @@ def test_the_first_share_starts_the_daemon_and_the_last_one_ends_it(rig: Rig) ->
     assert rig.figures() == (ComputeMode.EXCLUSIVE_PROCESS, 0)
 
     rig.unprepare(claims[1])
-    assert rig.mps.running() == ()
+    assert rig.mps.statuses() == ()
     rig.assert_empty()
 
 
@@ -108,10 +108,10 @@ def test_shares_of_a_partition_have_a_daemon_of_their_own_on_its_uuid(rig: Rig) 
     uuids = {rig.prepare(claim).devices[0].uuid for claim in shares} | {rig.prepare(beside).devices[0].uuid}
 
     assert len(uuids) == 2
-    assert {running.device for running in rig.mps.running()} == uuids
+    assert {running.device for running in rig.mps.statuses()} == uuids
     for claim in (*shares, beside):
         rig.unprepare(claim)
-    assert rig.mps.running() == ()
+    assert rig.mps.statuses() == ()
     rig.assert_empty()
 
 
@@ -122,7 +122,7 @@ def test_a_killed_driver_disturbs_no_client_and_finds_the_limits_as_they_were(ri
     programs = [program(rig, claim) for claim in claims]
     limits, before = [running.got() for running in programs], daemon(rig)
 
-    again = rig.restarted()  # nothing was handed over: the process is as dead as after SIGKILL
+    again = rig.restart()  # nothing was handed over: the process is as dead as after SIGKILL
     again.recover()
     again.preparer.ensure_daemons(again.gpus[0].uuid)
     prepared = [again.prepare(claim) for claim in claims]
@@ -143,7 +143,7 @@ def test_daemons_of_a_lost_supervisor_are_made_again_from_the_records(short: Pat
     pipe = rig.mps.pipe(daemon(rig).key)
     first.close()
     with pytest.raises(DeviceError, match="no MPS supervisor answers"):
-        rig.mps.running()
+        rig.mps.statuses()
 
     second = a_supervisor(short)
     second.open()
@@ -170,7 +170,7 @@ def test_a_daemon_that_takes_no_limit_leaves_nothing_half_made(rig: Rig) -> None
     (cue / "ignore-limits").touch()
     with pytest.raises(DeviceError, match="did not take its memory ceiling of 10240 MiB"):
         rig.ask(by_mps(rig, "one"))
-    assert rig.mps.running() == ()
+    assert rig.mps.statuses() == ()
     rig.assert_empty()
 
     (cue / "ignore-limits").unlink()
@@ -236,7 +236,7 @@ def test_several_mps_shares_in_one_request_are_refused_for_a_program_can_use_one
 def test_a_daemon_that_cannot_be_mended_keeps_none_of_its_neighbours(rig: Rig) -> None:
     shares = [by_mps(rig, name, gib=2, device=f"mig-1g-19-{place}-mps") for place, name in enumerate(("one", "two"))]
     uuids = [str(rig.prepare(claim).devices[0].uuid) for claim in shares]
-    for running in rig.mps.running():
+    for running in rig.mps.statuses():
         rig.mps.stop(running.key)
     cues = rig.folder / "node" / "mps"
     cues.mkdir(exist_ok=True)
@@ -245,7 +245,7 @@ def test_a_daemon_that_cannot_be_mended_keeps_none_of_its_neighbours(rig: Rig) -
     with pytest.raises(DeviceError):
         rig.preparer.ensure_daemons(rig.gpus[0].uuid)
 
-    assert [running.device for running in rig.mps.running() if not running.problem] == [uuids[1]]
+    assert [running.device for running in rig.mps.statuses() if not running.problem] == [uuids[1]]
 
 
 def test_a_server_of_mps_alone_does_not_keep_an_orphan(rig: Rig) -> None:
@@ -300,6 +300,22 @@ def test_a_share_that_set_the_compute_mode_gives_it_back_under_a_policy_that_kee
     after.assert_empty()
     supervisor.close()
     after.nvml.close()
+
+
+def test_a_kept_compute_mode_in_which_no_program_starts_is_refused_with_the_remedy(short: Path) -> None:
+    there = Rig(short, policy=KEEP)
+    supervisor = a_supervisor(short)
+    supervisor.open()
+    there.nvml.set_compute_mode(there.gpus[0].uuid, ComputeMode.PROHIBITED)
+
+    with pytest.raises(DeviceError, match="has compute mode PROHIBITED, in which no program starts, and this node's"):
+        there.prepare(by_mps(there, "one"))
+
+    assert there.figures() == (ComputeMode.PROHIBITED, 0)
+    assert there.mps.statuses() == ()
+    assert there.records() == set()
+    supervisor.close()
+    there.nvml.close()
 
 
 def test_a_policy_that_keeps_the_time_slice_refuses_an_interval_and_names_itself(short: Path) -> None:

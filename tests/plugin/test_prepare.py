@@ -209,7 +209,7 @@ def test_a_repeated_prepare_answers_the_same_also_after_a_restart(node: Rig) -> 
     text = node.cdi(claim)
 
     assert node.prepare(claim) == first
-    again = node.restarted()
+    again = node.restart()
     assert again.prepare(claim) == first
     assert again.cdi(claim) == text
 
@@ -315,7 +315,7 @@ def test_unprepare_serves_what_another_process_prepared(node: Rig) -> None:
     claim = a_claim("one", node.device("mig-1g-19-3"))
     node.prepare(claim)
 
-    again = node.restarted()
+    again = node.restart()
     again.unprepare(claim)
 
     again.assert_empty()
@@ -343,7 +343,7 @@ def test_unprepare_works_after_a_reboot_took_everything(node: Rig) -> None:
     node.prepare(claim)
     node.nvml.reboot()
 
-    again = node.restarted()
+    again = node.restart()
 
     assert again.records() == set()
     again.unprepare(claim)

@@ -218,21 +218,21 @@ async def test_a_get_info_that_failed_once_does_not_keep_us_from_being_registere
     somebody.add_insecure_port(f"unix:{ours.registration}")
     await somebody.start()
     async with StandInKubelet(ours.registration.parent) as kubelet:
-        await kubelet.refused()
+        await kubelet.wait_refused()
         await somebody.stop(0)
 
         await ours.open()
 
-        assert (await kubelet.registered(DRIVER)).version == "v1.DRAPlugin"
+        assert (await kubelet.wait_registered(DRIVER)).version == "v1.DRAPlugin"
     await ours.close(0)
 
 
 @pytest.mark.contract(12)
 async def test_a_restarted_kubelet_finds_us_again_without_our_doing(world: World) -> None:
     claim = world.claim("one", world.device("gpu"))
-    before = await world.prepared(claim)
+    before = await world.must_prepare(claim)
     async with StandInKubelet(world.registry) as again:
-        await again.registered(DRIVER)
+        await again.wait_registered(DRIVER)
 
         assert (await again.prepare([claim]))[claim.uid] == before
 
@@ -250,10 +250,10 @@ async def test_each_socket_serves_everything(world: World, which: str) -> None:
 @pytest.mark.contract(16)
 async def test_one_connection_serves_all_calls_and_a_new_one_serves_on(world: World) -> None:
     claim = world.claim("one", world.device("mig-1g-19-0"))
-    await asyncio.gather(*(world.prepared(claim) for _ in range(20)))
+    await asyncio.gather(*(world.must_prepare(claim) for _ in range(20)))
 
     async with StandInKubelet(world.registry) as again:
-        await again.registered(DRIVER)
+        await again.wait_registered(DRIVER)
         assert (await again.unprepare([claim]))[claim.uid] == ""
 
 
@@ -272,7 +272,7 @@ async def test_get_info_is_answered_while_a_prepare_hangs(world: World) -> None:
 
     async with grpc.aio.insecure_channel(f"unix:{world.instances[0].server.registration}") as channel:
         info = await registration(channel).GetInfo(registration_v1_pb2.InfoRequest(), timeout=1)
-    other = await world.prepared(world.claim("two", world.device("gpu", 1)))
+    other = await world.must_prepare(world.claim("two", world.device("gpu", 1)))
 
     assert info.name == DRIVER
     assert other.devices
@@ -293,9 +293,9 @@ async def test_the_probe_says_which_socket_does_not_answer(world: World) -> None
 
 async def test_an_older_kubelet_is_served_by_v1beta1(world: World) -> None:
     claim = world.claim("one", world.device("gpu"))
-    newest = await world.prepared(claim)
+    newest = await world.must_prepare(claim)
     async with StandInKubelet(world.registry, versions=[V1BETA1]) as older:
-        assert (await older.registered(DRIVER)).version == V1BETA1
+        assert (await older.wait_registered(DRIVER)).version == V1BETA1
 
         assert (await older.prepare([claim]))[claim.uid] == newest
         assert (await older.unprepare([claim]))[claim.uid] == ""

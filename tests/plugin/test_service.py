@@ -33,9 +33,9 @@ async def waiting(world: World, ref: ClaimRef, times: int = 1) -> None:
 @pytest.mark.contract(18)
 async def test_each_prepare_looks_at_the_claim_as_it_is_now(world: World) -> None:
     claim = world.claim("one", world.device("gpu"))
-    await world.prepared(claim)
+    await world.must_prepare(claim)
     before = fetches(world, claim)
-    await world.prepared(claim)
+    await world.must_prepare(claim)
     assert fetches(world, claim) > before
 
     world.deallocate(claim)
@@ -69,7 +69,7 @@ async def test_devices_are_ours_with_pool_base_request_and_cdi_name(world: World
     foreign = {"request": "nic", "driver": "nic.example.com", "pool": "p", "device": "d"}
     claim = world.claim("one", world.device("mig-2g-14-0"), requests=["gpu/small"], more=[foreign])
 
-    (device,) = (await world.prepared(claim)).devices
+    (device,) = (await world.must_prepare(claim)).devices
 
     assert device.requests == ("gpu",)
     assert (device.pool, device.device) == (world.device("mig-2g-14-0").pool, "mig-2g-14-0")
@@ -90,7 +90,7 @@ async def test_a_wrong_config_reaches_the_pod_as_one_sentence_and_a_foreign_one_
     assert "config[0].opaque.parameters has the unknown key enforcment; known keys" in answer.error
 
     foreign = a_config("FromClass", {"any": "thing"}, driver="other.example.com")
-    await world.prepared(world.claim("fine", world.device("gpu"), config=[foreign]))
+    await world.must_prepare(world.claim("fine", world.device("gpu"), config=[foreign]))
 
 
 @pytest.mark.contract(36, 38)
@@ -102,20 +102,20 @@ async def test_the_claim_of_an_extended_resource_is_a_claim_like_any_other(world
         annotations={"resource.kubernetes.io/extended-resource-claim": "true"},
     )
 
-    assert (await world.prepared(claim)).devices[0].requests == ("container-0-request-0",)
+    assert (await world.must_prepare(claim)).devices[0].requests == ("container-0-request-0",)
 
 
 @pytest.mark.contract(39)
 async def test_admin_access_is_served_while_the_gpu_is_busy_or_hung(world: World) -> None:
-    await world.prepared(world.claim("holder", world.device("gpu")))
+    await world.must_prepare(world.claim("holder", world.device("gpu")))
 
-    await world.prepared(world.claim("dcgm", world.device("monitor"), admin=True))
+    await world.must_prepare(world.claim("dcgm", world.device("monitor"), admin=True))
 
 
 @pytest.mark.contract(40)
 async def test_unprepare_needs_no_api_server(world: World) -> None:
     claim = world.claim("one", world.device("mig-1g-19-0"))
-    await world.prepared(claim)
+    await world.must_prepare(claim)
     world.api.away()
 
     await world.unprepare(claim)
@@ -132,7 +132,7 @@ async def test_an_api_server_that_is_away_or_refuses_is_told_in_one_sentence(wor
     assert "API server" in (await world.prepare(claim)).error
     world.api.back()
 
-    await world.prepared(claim)
+    await world.must_prepare(claim)
 
 
 # ---------------------------------------------------------------- side by side
@@ -142,7 +142,7 @@ async def test_an_api_server_that_is_away_or_refuses_is_told_in_one_sentence(wor
 async def test_eight_calls_for_one_claim_make_one_partition(world: World) -> None:
     claim = world.claim("one", world.device("mig-1g-19-0"))
 
-    answers = await asyncio.gather(*(world.prepared(claim) for _ in range(8)))
+    answers = await asyncio.gather(*(world.must_prepare(claim) for _ in range(8)))
 
     assert len(set(answers)) == 1
     assert len(world.rig.partitions()) == 1
@@ -152,7 +152,7 @@ async def test_eight_calls_for_one_claim_make_one_partition(world: World) -> Non
 async def test_many_claims_on_two_gpus_at_once_are_all_served(world: World) -> None:
     claims = [world.claim(f"c{n}", world.device(f"mig-1g-19-{n % 7}", n // 7)) for n in range(14)]
 
-    await asyncio.gather(*(world.prepared(claim) for claim in claims))
+    await asyncio.gather(*(world.must_prepare(claim) for claim in claims))
     world.rig.assert_agreed()
     await asyncio.gather(*(world.unprepare(claim) for claim in claims))
 
@@ -169,7 +169,7 @@ async def test_a_call_that_outlasts_the_kubelet_finishes_and_its_retry_finds_it_
     with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
         await late
 
-    retry = asyncio.create_task(world.prepared(claim))
+    retry = asyncio.create_task(world.must_prepare(claim))
     await waiting(world, claim)
     nvml.withdraw(cue)
 
@@ -205,11 +205,11 @@ async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Pa
 
         assert "counts as hung" in (await world.prepare(world.claim("two", world.device("mig-1g-19-1")))).error
         assert "counts as hung" in (await world.kubelet.unprepare([first]))[first.uid]
-        await world.prepared(world.claim("three", world.device("gpu", 1)))
+        await world.must_prepare(world.claim("three", world.device("gpu", 1)))
 
         nvml.withdraw(cue)
         assert await world.instances[0].service.workers.drained(10)
-        await world.prepared(first)
+        await world.must_prepare(first)
 
 
 # ---------------------------------------------------------------- waiting for a holder that leaves
@@ -217,10 +217,10 @@ async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Pa
 
 async def test_the_successor_of_a_force_deleted_pod_waits_and_is_served_when_the_holder_has_left(world: World) -> None:
     holder = world.claim("old", world.device("mig-3g-9-0"))
-    await world.prepared(holder)
+    await world.must_prepare(holder)
     world.delete(holder)
     successor = world.claim("new", world.device("mig-1g-19-2"))
-    waits = asyncio.create_task(world.prepared(successor))
+    waits = asyncio.create_task(world.must_prepare(successor))
     await waiting(world, holder, 2)  # once for its own prepare, once to see whether it is alive
     assert not waits.done()
 
@@ -234,14 +234,14 @@ async def test_what_a_lost_card_kept_is_finished_by_the_successor_that_finds_it(
     """The kubelet was told that all is given back, so it does not ask again."""
     rig = world.rig
     holder = world.claim("old", world.device("mig-3g-9-0"))
-    await world.prepared(holder)
+    await world.must_prepare(holder)
     rig.nvml.lose(rig.gpus[0].uuid)
     await world.unprepare(holder)
     world.delete(holder)
     assert len(rig.records()) == 1
     rig.nvml.reset(rig.gpus[0].uuid)
 
-    assert (await world.prepared(world.claim("new", world.device("mig-1g-19-2")))).devices
+    assert (await world.must_prepare(world.claim("new", world.device("mig-1g-19-2")))).devices
 
     rig.assert_agreed()
     assert len(rig.records()) == 1
@@ -250,7 +250,7 @@ async def test_what_a_lost_card_kept_is_finished_by_the_successor_that_finds_it(
 @pytest.mark.contract(30)
 async def test_a_device_of_a_living_holder_is_refused_as_a_double_allocation(world: World) -> None:
     holder = world.claim("old", world.device("gpu"))
-    await world.prepared(holder)
+    await world.must_prepare(holder)
 
     answer = await world.prepare(world.claim("new", world.device("gpu")))
 
@@ -260,7 +260,7 @@ async def test_a_device_of_a_living_holder_is_refused_as_a_double_allocation(wor
 
 async def test_a_successor_that_is_deleted_while_it_waits_leaves_nothing(world: World) -> None:
     holder = world.claim("old", world.device("gpu"))
-    await world.prepared(holder)
+    await world.must_prepare(holder)
     world.deallocate(holder)
     successor = world.claim("new", world.device("gpu"))
     waits = asyncio.create_task(world.prepare(successor))
@@ -275,7 +275,7 @@ async def test_a_successor_that_is_deleted_while_it_waits_leaves_nothing(world: 
 
 async def test_a_claim_that_was_deallocated_while_it_waited_is_not_prepared(world: World) -> None:
     holder = world.claim("old", world.device("gpu"))
-    await world.prepared(holder)
+    await world.must_prepare(holder)
     world.deallocate(holder)
     successor = world.claim("new", world.device("gpu"))
     waits = asyncio.create_task(world.prepare(successor))
@@ -294,11 +294,11 @@ async def test_a_claim_that_was_deallocated_while_it_waited_is_not_prepared(worl
 @pytest.mark.contract(43, 68)
 async def test_two_instances_serve_one_node_and_each_undoes_what_the_other_did(world: World) -> None:
     first, second = world.claim("one", world.device("mig-1g-19-0")), world.claim("two", world.device("mig-1g-19-1"))
-    await world.prepared(first)
+    await world.must_prepare(first)
     successor = await world.join("pod-2")
 
-    await world.prepared(second)  # the newest instance is asked
-    assert (await world.prepared(first)).devices
+    await world.must_prepare(second)  # the newest instance is asked
+    assert (await world.must_prepare(first)).devices
     await world.unprepare(first)
     await world.leave(successor)
     await world.unprepare(second)
@@ -311,12 +311,12 @@ async def test_two_instances_never_work_on_one_gpu_at_once(world: World) -> None
     nvml = world.rig.nvml
     cue = nvml.cue("hang", "create_gpu_instance")
     first, second = world.claim("one", world.device("mig-1g-19-0")), world.claim("two", world.device("mig-1g-19-1"))
-    hanging = asyncio.create_task(world.prepared(first))
+    hanging = asyncio.create_task(world.must_prepare(first))
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
     successor = await world.join("pod-2")
-    queued = asyncio.create_task(world.prepared(second))
+    queued = asyncio.create_task(world.must_prepare(second))
     await waiting(world, second)
-    other = await world.prepared(world.claim("three", world.device("gpu", 1)))
+    other = await world.must_prepare(world.claim("three", world.device("gpu", 1)))
     assert other.devices
     assert not queued.done()
 
@@ -329,9 +329,9 @@ async def test_two_instances_never_work_on_one_gpu_at_once(world: World) -> None
 
 async def test_a_successor_hears_of_an_unprepare_that_the_other_instance_served(world: World) -> None:
     holder = world.claim("old", world.device("gpu"))
-    await world.prepared(holder)
+    await world.must_prepare(holder)
     world.deallocate(holder)
-    waits = asyncio.create_task(world.prepared(world.claim("new", world.device("gpu"))))
+    waits = asyncio.create_task(world.must_prepare(world.claim("new", world.device("gpu"))))
     await waiting(world, holder, 2)
     newer = await world.join("pod-2")
 
@@ -345,7 +345,7 @@ async def test_recovery_leaves_a_claim_alone_that_another_instance_is_working_on
     nvml = world.rig.nvml
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
-    working = asyncio.create_task(world.prepared(claim))
+    working = asyncio.create_task(world.must_prepare(claim))
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
 
     newer = await world.join("pod-2")
@@ -366,8 +366,8 @@ async def test_recovery_leaves_a_claim_alone_that_another_instance_is_working_on
 async def test_what_a_vanished_claim_holds_is_given_back_after_ten_minutes_without_a_process(world: World) -> None:
     service, rig = world.instances[0].service, world.rig
     gone, stays = world.claim("gone", world.device("mig-1g-19-0")), world.claim("stays", world.device("gpu", 1))
-    uuid = (await world.prepared(gone), rig.partitions()[0].uuid)[1]
-    await world.prepared(stays)
+    uuid = (await world.must_prepare(gone), rig.partitions()[0].uuid)[1]
+    await world.must_prepare(stays)
     world.delete(gone)
     assert uuid is not None
     pid = rig.nvml.run_process(uuid, name="train")
@@ -386,7 +386,7 @@ async def test_what_a_vanished_claim_holds_is_given_back_after_ten_minutes_witho
 @pytest.mark.contract(46)
 async def test_nothing_is_collected_while_the_api_server_cannot_be_asked(world: World) -> None:
     claim = world.claim("one", world.device("gpu"))
-    await world.prepared(claim)
+    await world.must_prepare(claim)
     world.delete(claim)
     world.api.away()
 
@@ -399,7 +399,7 @@ async def test_nothing_is_collected_while_the_api_server_cannot_be_asked(world: 
 
 async def test_shutting_down_answers_whoever_waits(world: World) -> None:
     holder = world.claim("old", world.device("gpu"))
-    await world.prepared(holder)
+    await world.must_prepare(holder)
     world.deallocate(holder)
     waits = asyncio.create_task(world.prepare(world.claim("new", world.device("gpu"))))
     await waiting(world, holder, 2)

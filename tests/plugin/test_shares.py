@@ -171,7 +171,7 @@ def test_a_restarted_driver_frees_the_card_with_the_last_share(rig: Rig) -> None
     claims = [a_turn(rig, name) for name in ("one", "two")]
     for claim in claims:
         rig.prepare(claim)
-    again = rig.restarted()
+    again = rig.restart()
 
     assert again.prepare(claims[0]).devices[0].share_id == "share-one"
     for claim in claims:
@@ -276,7 +276,7 @@ def test_nobody_builds_on_a_share_that_is_being_given_back(rig: Rig) -> None:
     rig.prepare(a_turn(rig, "second"))
 
     assert rig.figures() == (ComputeMode.DEFAULT, 1)
-    again = rig.restarted()
+    again = rig.restart()
     again.recover()
     assert again.records() == {a_ref("second").uid}
     assert again.figures() == (ComputeMode.DEFAULT, 1)

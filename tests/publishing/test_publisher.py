@@ -18,7 +18,7 @@ from tests.kit.publishing import (
     asked,
     look_again,
     plain,
-    published,
+    publish_and_wait,
     shown,
 )
 
@@ -32,7 +32,7 @@ def server(tmp_path: Path) -> Iterator[StandInApiServer]:
 @pytest.mark.contract(48, 49, 50, 57)
 def test_the_first_publish_creates_each_slice_once(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, *[a_pool("gpu", pool=f"n1/{n}") for n in range(8)])
+        publish_and_wait(publisher, *[a_pool("gpu", pool=f"n1/{n}") for n in range(8)])
 
     bodies = server.all("resourceslices")
     assert server.writes == {"create nodes": 1, "create resourceslices": 16}
@@ -55,7 +55,7 @@ def test_nothing_is_written_before_the_first_publish(server: StandInApiServer) -
 @pytest.mark.contract(52)
 def test_at_rest_nothing_is_written_however_often_it_looks(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu", capacity={"memory": {"value": "2048Mi"}}, taints=[TAINT]))
+        publish_and_wait(publisher, a_pool("gpu", capacity={"memory": {"value": "2048Mi"}}, taints=[TAINT]))
         before = server.writes
         publisher.publish([a_pool("gpu", capacity={"memory": {"value": "2048Mi"}}, taints=[TAINT])])
 
@@ -68,7 +68,7 @@ def test_at_rest_nothing_is_written_however_often_it_looks(server: StandInApiSer
 def test_a_restart_writes_nothing_and_a_stop_deletes_nothing(server: StandInApiServer) -> None:
     for _ in range(2):
         with a_publisher(server) as publisher:
-            published(publisher, a_pool("gpu"))
+            publish_and_wait(publisher, a_pool("gpu"))
 
     assert server.writes == {"create nodes": 1, "create resourceslices": 2}
 
@@ -76,8 +76,8 @@ def test_a_restart_writes_nothing_and_a_stop_deletes_nothing(server: StandInApiS
 @pytest.mark.contract(53, 48)
 def test_a_new_order_is_one_update_in_the_same_generation(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("a", "b"))
-        published(publisher, a_pool("b", "a"))
+        publish_and_wait(publisher, a_pool("a", "b"))
+        publish_and_wait(publisher, a_pool("b", "a"))
 
     assert server.writes["update resourceslices"] == 1
     assert {body["spec"]["pool"]["generation"] for body in server.all("resourceslices")} == {1}
@@ -86,12 +86,12 @@ def test_a_new_order_is_one_update_in_the_same_generation(server: StandInApiServ
 @pytest.mark.contract(54)
 def test_the_time_of_a_taint_stays_when_another_device_changes(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, plain("gpu", taints=[TAINT]))
+        publish_and_wait(publisher, plain("gpu", taints=[TAINT]))
         (body,) = server.all("resourceslices")
         body["spec"]["devices"][0]["taints"][0]["timeAdded"] = "2026-01-01T00:00:00Z"
         server.update("resourceslices", body)
 
-        published(publisher, plain("gpu", "mps", taints=[TAINT]))
+        publish_and_wait(publisher, plain("gpu", "mps", taints=[TAINT]))
 
     (body,) = server.all("resourceslices")
     assert body["spec"]["devices"][0]["taints"][0]["timeAdded"] == "2026-01-01T00:00:00Z"
@@ -105,7 +105,7 @@ def test_slices_named_by_an_older_scheme_are_replaced(server: StandInApiServer) 
     server.create("resourceslices", {"metadata": {"generateName": "n1-gpuslice.dev-"}, "spec": spec})
 
     with a_publisher(server) as publisher:
-        published(publisher, plain("gpu"))
+        publish_and_wait(publisher, plain("gpu"))
 
     (body,) = server.all("resourceslices")
     assert body["metadata"]["name"].startswith("00000-")
@@ -115,7 +115,7 @@ def test_slices_named_by_an_older_scheme_are_replaced(server: StandInApiServer) 
 @pytest.mark.contract(55, 61)
 def test_a_faulty_pool_is_told_and_never_sent_and_harms_no_other(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu", "gpu", pool="n1/bad"), a_pool("gpu", pool="n1/good"))
+        publish_and_wait(publisher, a_pool("gpu", "gpu", pool="n1/bad"), a_pool("gpu", pool="n1/good"))
         look_again(server)
 
         assert shown(server) == ["n1/good/gpu"]
@@ -126,8 +126,8 @@ def test_a_faulty_pool_is_told_and_never_sent_and_harms_no_other(server: StandIn
 @pytest.mark.contract(55)
 def test_a_pool_that_becomes_faulty_keeps_what_it_has_published(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu"))
-        published(publisher, a_pool("gpu", "gpu"))
+        publish_and_wait(publisher, a_pool("gpu"))
+        publish_and_wait(publisher, a_pool("gpu", "gpu"))
 
     assert shown(server) == ["n1/a/gpu"]
 
@@ -142,8 +142,8 @@ def test_pools_no_longer_wanted_go_and_those_of_others_stay(server: StandInApiSe
     )
 
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu", pool="n1/a"), a_pool("gpu", pool="n1/b"))
-        published(publisher, a_pool("gpu", pool="n1/b"))
+        publish_and_wait(publisher, a_pool("gpu", pool="n1/a"), a_pool("gpu", pool="n1/b"))
+        publish_and_wait(publisher, a_pool("gpu", pool="n1/b"))
 
     assert shown(server) == ["n1/b/gpu"]
     assert len(server.all("resourceslices")) == 4

@@ -23,7 +23,7 @@ from tests.kit.publishing import (
     an_api_server,
     look_again,
     plain,
-    published,
+    publish_and_wait,
     shown,
     wipe,
 )
@@ -40,7 +40,7 @@ def test_slices_come_back_after_the_wipe_of_a_starting_kubelet_even_when_it_wipe
     server: StandInApiServer,
 ) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu"))
+        publish_and_wait(publisher, a_pool("gpu"))
 
         for _ in range(3):
             wipe(server)
@@ -53,7 +53,7 @@ def test_slices_come_back_after_the_wipe_of_a_starting_kubelet_even_when_it_wipe
 @pytest.mark.contract(59)
 def test_a_slice_that_somebody_deleted_or_edited_is_put_right(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu"))
+        publish_and_wait(publisher, a_pool("gpu"))
 
         body = next(body for body in server.all("resourceslices") if "devices" in body["spec"])
         server.delete("resourceslices", body["metadata"]["name"])
@@ -67,9 +67,9 @@ def test_a_slice_that_somebody_deleted_or_edited_is_put_right(server: StandInApi
 def test_a_watch_that_lags_causes_no_duplicates(server: StandInApiServer) -> None:
     server.hang(times=9, path="watch=true")
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu"))
-        published(publisher, a_pool("gpu"), a_pool("gpu", pool="n1/b"))
-        published(publisher, a_pool("mps"), a_pool("gpu", pool="n1/b"))
+        publish_and_wait(publisher, a_pool("gpu"))
+        publish_and_wait(publisher, a_pool("gpu"), a_pool("gpu", pool="n1/b"))
+        publish_and_wait(publisher, a_pool("mps"), a_pool("gpu", pool="n1/b"))
 
         assert server.writes["create resourceslices"] == 4
         assert server.writes["update resourceslices"] == 1
@@ -81,11 +81,11 @@ def test_a_watch_that_lags_causes_no_duplicates(server: StandInApiServer) -> Non
 def test_a_conflict_that_the_watch_does_not_explain_is_looked_into(server: StandInApiServer) -> None:
     server.hang(times=9, path="watch=true")
     with a_publisher(server) as publisher:
-        published(publisher, plain("gpu"))
+        publish_and_wait(publisher, plain("gpu"))
         (body,) = server.all("resourceslices")
         server.update("resourceslices", body | {"spec": body["spec"] | {"devices": []}})
 
-        published(publisher, plain("mps"))
+        publish_and_wait(publisher, plain("mps"))
 
         assert shown(server) == ["n1/a/mps"]
         assert publisher.status.error == ""
@@ -95,7 +95,7 @@ def test_a_conflict_that_the_watch_does_not_explain_is_looked_into(server: Stand
 @pytest.mark.contract(56)
 def test_dropped_counters_are_told_and_no_device_is_published_without_them(tmp_path: Path) -> None:
     with an_api_server(tmp_path, "1.35") as server, a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu", "mig-1g-19-0"))
+        publish_and_wait(publisher, a_pool("gpu", "mig-1g-19-0"))
         look_again(server)
 
         assert publisher.status.dropped == {reconcile.PARTITIONABLE}
@@ -106,13 +106,13 @@ def test_dropped_counters_are_told_and_no_device_is_published_without_them(tmp_p
 @pytest.mark.contract(56)
 def test_dropped_taints_are_told_and_not_fought_over(tmp_path: Path) -> None:
     with an_api_server(tmp_path, dropping=(resource_slices.TAINTS,)) as server, a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu", taints=[TAINT]))
+        publish_and_wait(publisher, a_pool("gpu", taints=[TAINT]))
         look_again(server)
 
         assert publisher.status.dropped == {reconcile.TAINTS}
         assert shown(server) == ["n1/a/gpu"]
         assert server.writes == {"create nodes": 1, "create resourceslices": 2}
-        published(publisher, a_pool("mps"))
+        publish_and_wait(publisher, a_pool("mps"))
         assert shown(server) == ["n1/a/mps"]
 
 
@@ -137,7 +137,7 @@ def test_an_api_server_that_is_away_is_waited_for(server: StandInApiServer) -> N
 @pytest.mark.contract(59, 67)
 def test_what_was_missed_while_the_api_server_was_away_is_made_up_for(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu"))
+        publish_and_wait(publisher, a_pool("gpu"))
         server.away()
         wipe(server)
         server.store.compact()
@@ -157,7 +157,7 @@ def test_a_refused_write_is_told_and_tried_again(server: StandInApiServer, statu
     publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: errors.append(status.error))
     publisher.start()
 
-    published(publisher, a_pool("gpu"))
+    publish_and_wait(publisher, a_pool("gpu"))
     publisher.stop()
     kube.close()
 
@@ -171,7 +171,7 @@ def test_lost_answers_and_hung_up_watches_end_in_the_wanted_state(server: StandI
     server.cut(times=3, path="watch=true")
     server.fail(410, times=2, path="watch=true")
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu"))
+        publish_and_wait(publisher, a_pool("gpu"))
         wipe(server)
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
 
@@ -179,7 +179,7 @@ def test_lost_answers_and_hung_up_watches_end_in_the_wanted_state(server: StandI
 @pytest.mark.contract(57)
 def test_slices_follow_a_node_that_is_registered_anew(server: StandInApiServer) -> None:
     with a_publisher(server) as publisher:
-        published(publisher, a_pool("gpu"))
+        publish_and_wait(publisher, a_pool("gpu"))
 
         server.delete("nodes", NODE)
         uid = server.add_node(NODE)
@@ -202,7 +202,7 @@ def test_two_instances_that_want_the_same_come_to_rest(server: StandInApiServer)
         assert shown(server) == [f"n1/{n}/gpu" for n in range(4)]
     with a_publisher(server) as third:
         before = server.writes
-        published(third, *pools)
+        publish_and_wait(third, *pools)
 
     assert server.writes == before
 
@@ -210,9 +210,9 @@ def test_two_instances_that_want_the_same_come_to_rest(server: StandInApiServer)
 @pytest.mark.contract(69)
 def test_a_new_instance_beside_a_running_one_writes_nothing(server: StandInApiServer) -> None:
     with a_publisher(server) as old:
-        published(old, a_pool("gpu"))
+        publish_and_wait(old, a_pool("gpu"))
         before = server.writes
         with a_publisher(server) as new:
-            published(new, a_pool("gpu"))
+            publish_and_wait(new, a_pool("gpu"))
 
     assert server.writes == before

@@ -117,7 +117,7 @@ def a_kubelet(folder: Path, versions: Sequence[str] = (V1, V1BETA1)) -> StandInK
 
 async def test_a_plugin_that_was_there_before_the_kubelet_is_registered(folder: Path) -> None:
     async with APlugin(folder) as plugin, a_kubelet(folder) as kubelet:
-        found = await kubelet.registered(DRIVER)
+        found = await kubelet.wait_registered(DRIVER)
 
     assert (found.endpoint, found.version) == (str(plugin.endpoint), V1)
     assert [status.plugin_registered for status in plugin.told] == [True]
@@ -126,9 +126,9 @@ async def test_a_plugin_that_was_there_before_the_kubelet_is_registered(folder: 
 async def test_a_plugin_that_comes_later_is_registered_and_one_that_goes_is_deregistered(folder: Path) -> None:
     async with a_kubelet(folder) as kubelet:
         async with APlugin(folder):
-            await kubelet.registered(DRIVER)
+            await kubelet.wait_registered(DRIVER)
 
-        await kubelet.deregistered(DRIVER)
+        await kubelet.wait_deregistered(DRIVER)
 
         with pytest.raises(KubeletError, match="not registered"):
             await kubelet.prepare([A], driver=DRIVER)
@@ -136,7 +136,7 @@ async def test_a_plugin_that_comes_later_is_registered_and_one_that_goes_is_dere
 
 async def test_a_socket_that_is_bound_anew_under_its_old_name_is_another_plugin(folder: Path) -> None:
     async with a_kubelet(folder) as kubelet, APlugin(folder):
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
         async with APlugin(folder) as second:
             await second.heard.wait()
 
@@ -147,7 +147,7 @@ async def test_a_kubelet_that_was_restarted_registers_the_same_plugin_again(fold
     async with APlugin(folder) as plugin:
         for _ in range(2):
             async with a_kubelet(folder) as kubelet:
-                await kubelet.registered(DRIVER)
+                await kubelet.wait_registered(DRIVER)
 
     assert len(plugin.told) == 2
 
@@ -157,8 +157,8 @@ async def test_a_plugin_that_fails_its_first_get_info_is_asked_again(folder: Pat
     plugin.info_failures = 1
 
     async with plugin, a_kubelet(folder) as kubelet:
-        assert await kubelet.refused() == "not yet"
-        await kubelet.registered(DRIVER)
+        assert await kubelet.wait_refused() == "not yet"
+        await kubelet.wait_registered(DRIVER)
 
         assert kubelet.refusals == {}
 
@@ -177,7 +177,7 @@ async def test_a_plugin_that_says_the_wrong_things_is_refused_and_told(
     folder: Path, info: dict[str, Any], reason: str
 ) -> None:
     async with APlugin(folder, **info) as plugin, a_kubelet(folder) as kubelet:
-        refusal = await kubelet.refused()
+        refusal = await kubelet.wait_refused()
 
         assert reason in refusal
         assert (plugin.told[0].plugin_registered, plugin.told[0].error) == (False, refusal)
@@ -186,15 +186,15 @@ async def test_a_plugin_that_says_the_wrong_things_is_refused_and_told(
 
 async def test_an_endpoint_is_registered_once_only(folder: Path) -> None:
     async with APlugin(folder) as plugin, a_kubelet(folder) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
         async with APlugin(folder, "two", endpoint=str(plugin.endpoint)):
-            assert "already registered" in await kubelet.refused()
+            assert "already registered" in await kubelet.wait_refused()
 
 
 async def test_files_that_are_no_sockets_and_hidden_sockets_are_left_alone(folder: Path) -> None:
     (folder / "registry/notes.txt").write_text("")
     async with APlugin(folder, ".hidden") as hidden, APlugin(folder), a_kubelet(folder) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
 
         assert len(kubelet.plugins()) == 1
         assert hidden.told == []
@@ -212,29 +212,29 @@ async def test_the_first_version_of_the_plugins_list_that_the_kubelet_knows_is_t
     folder: Path, known: tuple[str, ...], offered: list[str], taken: str
 ) -> None:
     async with APlugin(folder, supported_versions=offered), a_kubelet(folder, known) as kubelet:
-        assert (await kubelet.registered(DRIVER)).version == taken
+        assert (await kubelet.wait_registered(DRIVER)).version == taken
 
 
 async def test_without_an_endpoint_the_registration_socket_serves_both(folder: Path) -> None:
     async with APlugin(folder, endpoint="") as plugin, a_kubelet(folder) as kubelet:
-        assert (await kubelet.registered(DRIVER)).endpoint == str(plugin.socket)
+        assert (await kubelet.wait_registered(DRIVER)).endpoint == str(plugin.socket)
 
         assert (await kubelet.prepare([A]))[A.uid].error == ""
 
 
 async def test_waiting_in_vain_says_what_kept_the_plugin(folder: Path) -> None:
     async with APlugin(folder, type="CSIPlugin"), a_kubelet(folder) as kubelet:
-        await kubelet.refused()
+        await kubelet.wait_refused()
 
         with pytest.raises(KubeletError, match="CSIPlugin"):
-            await kubelet.registered(DRIVER, timeout_s=0.01)
+            await kubelet.wait_registered(DRIVER, timeout_s=0.01)
 
 
 async def test_the_newest_connected_plugin_gets_the_calls(folder: Path) -> None:
     async with a_kubelet(folder) as kubelet, APlugin(folder) as old:
-        first = await kubelet.registered(DRIVER)
+        first = await kubelet.wait_registered(DRIVER)
         async with APlugin(folder, "two") as new:
-            second = await kubelet.registered(DRIVER, count=2)
+            second = await kubelet.wait_registered(DRIVER, count=2)
             for plugin in (first, second):
                 await asyncio.wait_for(plugin.channel.channel_ready(), 10)
             await kubelet.prepare([A])
@@ -255,11 +255,11 @@ async def test_a_call_that_has_begun_outlives_the_registration(folder: Path) -> 
         return await one_device_each(pb, request)
 
     async with a_kubelet(folder) as kubelet, APlugin(folder, serve=slowly) as plugin:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
         call = asyncio.create_task(kubelet.prepare([A]))
         await begun.wait()
         plugin.socket.unlink()
-        await kubelet.deregistered(DRIVER)
+        await kubelet.wait_deregistered(DRIVER)
         go_on.set()
 
         assert (await call)[A.uid].error == ""
@@ -267,7 +267,7 @@ async def test_a_call_that_has_begun_outlives_the_registration(folder: Path) -> 
 
 async def test_a_pods_claims_travel_in_one_call_with_the_kubelets_deadline(folder: Path) -> None:
     async with APlugin(folder) as plugin, a_kubelet(folder) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
 
         answers = await kubelet.prepare([A, B])
         errors = await kubelet.unprepare([A, B])
@@ -280,14 +280,14 @@ async def test_a_pods_claims_travel_in_one_call_with_the_kubelets_deadline(folde
 
 async def test_v1beta1_knows_no_share_ids(folder: Path) -> None:
     async with APlugin(folder), a_kubelet(folder, [V1BETA1]) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
 
         assert (await kubelet.prepare([A]))[A.uid].devices[0].share_id is None
 
 
 async def test_an_empty_call_is_answered(folder: Path) -> None:
     async with APlugin(folder), a_kubelet(folder) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
 
         assert await kubelet.prepare([]) == {}
 
@@ -299,7 +299,7 @@ async def test_the_error_of_one_claim_leaves_the_other_alone(folder: Path) -> No
         return answer
 
     async with APlugin(folder, serve=half), a_kubelet(folder) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
         answers = await kubelet.prepare([A, B])
 
     assert answers[A.uid] == PluginAnswer(error="no such device")
@@ -330,7 +330,7 @@ async def crash(pb: ModuleType, request: Any) -> Any:
 )
 async def test_an_answer_that_breaks_the_contract_fails_the_pod(folder: Path, serve: Serve, reason: str) -> None:
     async with APlugin(folder, serve=serve), a_kubelet(folder) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
 
         with pytest.raises(KubeletError, match=reason):
             await kubelet.prepare([A])
@@ -341,7 +341,7 @@ async def test_a_plugin_that_does_not_answer_is_given_up_at_the_deadline(folder:
         await asyncio.Event().wait()
 
     async with APlugin(folder, serve=never), a_kubelet(folder) as kubelet:
-        await kubelet.registered(DRIVER)
+        await kubelet.wait_registered(DRIVER)
 
         with pytest.raises(KubeletError, match="DEADLINE_EXCEEDED"):
             await kubelet.prepare([A], timeout_s=0.05)

@@ -19,7 +19,7 @@ nodeSelector:
 {{- end }}
 {{- if not .Values.simulate }}
 {{- with .Values.affinity }}
-affinity: # not said otherwise: any label of Node Feature Discovery or GPU Feature Discovery
+affinity: # the default: any label of Node Feature Discovery or GPU Feature Discovery
 {{ toYaml . | indent 2 }}
 {{- end }}
 {{- end }}

@@ -1,1 +1,1 @@
-"""`gpuslice demo`: the whole story on a simulated node, told step by step."""
+"""`gpuslice demo`: the whole story on a simulated node, step by step."""

@@ -1,4 +1,4 @@
-"""The demo's stage: a cluster, who holds what on it at this point of the story, and ways to act and to look."""
+"""The demo's stage: a cluster, the claims that hold devices at this point of the story, and ways to act and to look."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gpuslice.core import share
 from gpuslice.core.model import ClaimRef
 from gpuslice.mps.client import MpsClient
 from gpuslice.node import Node
-from gpuslice.standin.cluster import DRIVER, Cluster, DriverProcess, UnschedulableError
+from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster, UnschedulableError
 from gpuslice.standin.scheduler import Request
 
 _T = TypeVar("_T")
 
 
 class BrokenPromiseError(Exception):
-    """The demo saw what must not be; the text says what."""
+    """The demo saw something that must never happen; the text names it."""
 
 
 class Stage:
-    """The cluster, and who holds what at this point of the story."""
+    """The cluster, and the claims that hold devices at this point of the story."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: StandInCluster) -> None:
         self.cluster = cluster
         self.held: dict[str, ClaimRef] = {}
         self.calls: list[asyncio.Task[Any]] = []  # of the kubelet, cut off by a kill
@@ -75,16 +75,16 @@ class Stage:
             print(f"    {ref.name} has {device.device}, {what}, {device.uuid}, ready after {took_ms:.0f} ms")
 
     async def take(self, name: str, words: str, *requests: Request) -> bool:
-        """Whether it was to be had."""
+        """Whether the scheduler found a device for it."""
         ref = self.claim(name, words, *requests)
         if ref is not None:
             await self.use(ref)
         return ref is not None
 
-    async def give_back(self, name: str) -> None:
+    async def release(self, name: str) -> None:
         if ref := self.held.pop(name, None):
             await self.cluster.end(ref)
-            print(f"  claim {name} is given back")
+            print(f"  claim {name} is released")
 
     # ------------------------------------------------------------ what there is to see
 
@@ -95,7 +95,7 @@ class Stage:
             return what(seen)
 
     def show_map(self) -> None:
-        """What occupies the memory slices of each card, and whose it is."""
+        """What occupies the memory slices of each card, with the claim that holds it."""
         for line in self.look(_map):
             print(f"  {line}")
 
@@ -127,5 +127,5 @@ def a_card(name: str = "gpu") -> Request:
 
 
 def a_share(manner: str, name: str = "gpu", **capacity: str) -> Request:
-    """A share of a whole card by MPS or by time; `capacity` is what of it, the rest by the device's own defaults."""
+    """A share of a whole card by MPS or by time; `capacity`: what the claim asks for; defaults decide the rest."""
     return Request(name=name, driver=DRIVER, where={"type": manner, "profile": ""}, capacity=capacity)

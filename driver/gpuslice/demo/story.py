@@ -21,7 +21,7 @@ from gpuslice.core.model import ClaimRef
 from gpuslice.demo.stage import BrokenPromiseError, Stage, a_card, a_partition, a_share
 from gpuslice.nvml.sim import spec
 from gpuslice.nvml.sim.node import SimNode
-from gpuslice.standin.cluster import DRIVER, Cluster
+from gpuslice.standin.cluster import DRIVER, StandInCluster
 from gpuslice.standin.kubelet import KubeletError
 
 # The kernel takes 107 bytes of socket path, and 44 of them are ours: /gs-12345678/plugins/gpuslice.dev/dra.sock.
@@ -46,7 +46,7 @@ def run(simulate: str) -> int:
 async def _tell(simulate: str) -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gs-", dir=_short_folder()) as folder:
-        async with Cluster(Path(folder), simulate) as cluster:
+        async with StandInCluster(Path(folder), simulate) as cluster:
             stage = Stage(cluster)
             for number, step in enumerate(_STEPS, 1):
                 print(f"\n{number}. {(step.__doc__ or '').splitlines()[0]}\n", flush=True)
@@ -126,7 +126,7 @@ async def double_allocation(stage: Stage) -> None:
         return
     pool = stage.look(lambda node: node.records[holder.uid].plan.grants[0].allocation.device.pool)
     result = {"request": "gpu", "driver": DRIVER, "pool": pool, "device": "gpu"}
-    ref = stage.cluster.allocated("wrong", {"devices": {"results": [result]}})
+    ref = stage.cluster.create_allocated("wrong", {"devices": {"results": [result]}})
     error = (await stage.cluster.kubelet.prepare([ref]))[ref.uid].error
     print(f"    the driver: {error}")
     stage.must(bool(error), "one card is never handed out twice")
@@ -135,7 +135,7 @@ async def double_allocation(stage: Stage) -> None:
 
 async def several_cards(stage: Stage) -> None:
     """One claim over two cards: a whole one and a partition of the other."""
-    await stage.give_back("train")
+    await stage.release("train")
     smaller = a_partition("helper")
     await stage.take("pair", "a whole card, and beside it any partition", a_card("main"), smaller)
     stage.show_map()
@@ -143,7 +143,7 @@ async def several_cards(stage: Stage) -> None:
 
 async def mps_shares(stage: Stage) -> None:
     """The other card is free again and is shared by MPS: two programs run at once, each with its own budget."""
-    await stage.give_back("pair")
+    await stage.release("pair")
     await stage.take("infer", "an MPS share: 20Gi, a quarter of the SMs", a_share("mps", memory="20Gi", smPercent="25"))
     await stage.take("embed", "an MPS share: 10Gi", a_share("mps", memory="10Gi"))
     stage.show_map()
@@ -151,13 +151,13 @@ async def mps_shares(stage: Stage) -> None:
 
 
 def _daemons(stage: Stage) -> None:
-    for daemon in stage.mps.running():
+    for daemon in stage.mps.statuses():
         memory = "none" if daemon.memory_mib is None else f"{daemon.memory_mib} MiB"
         print(f"  MPS daemon of {daemon.device}, process {daemon.pid}: ceiling of every client {memory}")
 
 
 async def container_view(stage: Stage) -> None:
-    """What the container runtime is told: one CDI file per claim, here without its device nodes."""
+    """What the container runtime reads: one CDI file per claim, here without its device nodes."""
     written = sorted(stage.cluster.cdi.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     if not written:
         print("  (no claim is prepared)")
@@ -173,23 +173,21 @@ async def container_view(stage: Stage) -> None:
 
 
 async def time_slices(stage: Stage) -> None:
-    """No mode stands beside another on one card: shares by time wait until the last MPS share has left."""
+    """A card has one mode at a time: shares by time wait until the last MPS share is released."""
     await stage.take("notebook", "a share by time: 16Gi", a_share("timeslice", memory="16Gi"))
     shared = [name for name in ("infer", "embed") if name in stage.held]
     for name in shared:
-        await stage.give_back(name)
-    stage.must(not stage.mps.running(), "no MPS daemon is left")
+        await stage.release(name)
+    stage.must(not stage.mps.statuses(), "no MPS daemon is left")
     await stage.take("notebook", "the same again", a_share("timeslice", memory="16Gi"))
-    await stage.take(
-        "shell", "another share by time, of the size that a share has if nobody says", a_share("timeslice")
-    )
+    await stage.take("shell", "another share by time, of the default size", a_share("timeslice"))
     stage.show_map()
 
 
 async def back_again(stage: Stage) -> None:
     """And back: the same card as a whole, then partitioned, then by MPS. Nobody switched anything."""
     for name in ("notebook", "shell"):
-        await stage.give_back(name)
+        await stage.release(name)
     for name, words, request in (
         ("again", "a whole card", a_card()),
         ("half", "a partition with at least 30Gi", a_partition(memory=">=30Gi")),
@@ -198,12 +196,12 @@ async def back_again(stage: Stage) -> None:
         if await stage.take(name, words, request):
             stage.show_map()
         if name != "serve":
-            await stage.give_back(name)
+            await stage.release(name)
 
 
 async def killed(stage: Stage) -> None:
     """The driver is killed in the middle of a prepare: a GPU instance exists, and nothing in it yet."""
-    await stage.give_back("thirty")
+    await stage.release("thirty")
     ref = stage.claim("unlucky", "a partition with at least 30Gi", a_partition(memory=">=30Gi"))
     if ref is not None:
         await _hang(stage, ref)
@@ -224,7 +222,7 @@ async def _hang(stage: Stage, ref: ClaimRef) -> None:
 
 
 async def again(stage: Stage) -> None:
-    """It starts again and undoes what its records say was begun; then the kubelet tries again.
+    """The driver starts again and undoes what its records show as begun; then the kubelet tries again.
 
     From here on the simulated GPU takes the time of a real one (orders of magnitude, not measurements).
     """
@@ -242,7 +240,7 @@ async def again(stage: Stage) -> None:
 
 
 def _check(stage: Stage) -> None:
-    """Node, records and CDI folder say the same of every claim."""
+    """Node, records and CDI folder agree about every claim."""
     records = stage.look(lambda node: dict(node.records))
     made = {device.uuid for r in records.values() if r.prepared for device in r.prepared.devices}
     there = stage.look(lambda node: {p.uuid for live in node.live.values() for p in live.partitions})
@@ -260,12 +258,12 @@ async def whole_report(stage: Stage) -> None:
 
 
 async def the_end(stage: Stage) -> None:
-    """Every claim is given back, the driver ends, and the node is as empty as before."""
+    """Every claim is released, the driver ends, and the node is as empty as before."""
     for name in list(stage.held):
-        await stage.give_back(name)
+        await stage.release(name)
     code = await stage.driver.terminate()
     stage.must(code == 0, "the driver ends with exit code 0")
-    stage.must(not stage.mps.running(), "no MPS daemon is left")
+    stage.must(not stage.mps.statuses(), "no MPS daemon is left")
     code = await stage.cluster.supervisors[-1].terminate()
     stage.must(code == 0, "the MPS supervisor ends with exit code 0")
     left = stage.look(lambda node: [p for live in node.live.values() for p in live.partitions])

@@ -52,7 +52,7 @@ class MpsDaemons(Protocol):
     def stop(self, key: str) -> None:
         """Terminate its clients through MPS, then the daemon, and remove its folder; gone is success."""
 
-    def running(self) -> tuple[DaemonStatus, ...]:
+    def statuses(self) -> tuple[DaemonStatus, ...]:
         """All daemons, by key, those in trouble included."""
 
     def incarnation(self) -> str:

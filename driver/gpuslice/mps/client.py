@@ -43,7 +43,7 @@ class MpsClient:
             if self._paths.folder(key).exists():
                 raise
 
-    def running(self) -> tuple[DaemonStatus, ...]:
+    def statuses(self) -> tuple[DaemonStatus, ...]:
         return self._list("list the MPS daemons", {"op": "running"}, _ANSWER_S)
 
     def incarnation(self) -> str:

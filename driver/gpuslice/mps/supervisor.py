@@ -141,7 +141,7 @@ class Supervisor:
             if monitor.gone:
                 self._forget(key, monitor)
 
-    def running(self) -> tuple[DaemonStatus, ...]:
+    def statuses(self) -> tuple[DaemonStatus, ...]:
         with self._lock:
             monitors = sorted(self._monitors.items())
         return tuple(running for _, monitor in monitors if (running := monitor.running) is not None)
@@ -208,7 +208,7 @@ class Supervisor:
             case "hello":
                 return ()
             case "running":
-                return self.running()
+                return self.statuses()
             case "ensure":
                 return (self.ensure(wire.daemon_of(request.get("daemon"))),)
             case "stop":

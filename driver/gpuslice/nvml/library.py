@@ -15,10 +15,11 @@ import pynvml
 
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import Code
+from gpuslice.system import chroot
 from gpuslice.system.programs import LIBRARY_FOLDERS
 
 SONAME = "libnvidia-ml.so.1"
-_FOLDERS = (*LIBRARY_FOLDERS, "")
+_PLACES = tuple(f"/{folder}/{SONAME}" for folder in (*LIBRARY_FOLDERS, ""))
 
 _REMEDIES = {
     Code.UNINITIALIZED: "NVML was closed under this call; restart the driver",
@@ -55,7 +56,7 @@ def refusal(where: str, what: str, code: int) -> DeviceError:
 
 def find(driver_root: Path) -> Path | None:
     """The library below a driver root (a folder laid out like the host's /), or right in it."""
-    return next((path for folder in _FOLDERS if (path := driver_root / folder / SONAME).exists()), None)
+    return next((real for place in _PLACES if (real := chroot.regular_file(driver_root, place))), None)
 
 
 def start(driver_root: Path | None) -> None:
@@ -67,6 +68,8 @@ def start(driver_root: Path | None) -> None:
     where = "this node" if driver_root is None else f"driver root {driver_root}"
     if driver_root is not None:
         path = find(driver_root)
+        if path is None and (outside := chroot.refusal(driver_root, _PLACES)):
+            raise DeviceError(f"{where}: cannot find {SONAME}: {outside}", Code.LIBRARY_NOT_FOUND)
         if path is None:
             raise refusal(where, f"find {SONAME}", Code.LIBRARY_NOT_FOUND)
         try:

@@ -36,6 +36,6 @@ def _held(checkpoint: Checkpoint, mode: str) -> int:
 
 def _unwell(mps: MpsDaemons) -> int:
     try:
-        return sum(bool(daemon.problem) for daemon in mps.running())
+        return sum(bool(daemon.problem) for daemon in mps.statuses())
     except DeviceError:
         return -1

@@ -34,7 +34,7 @@ class MpsUpkeep:
         hangs at its start takes ten seconds."""
         known, pause_s, due, pending = _AWAY, _PERIOD_S, 0.0, False
         while True:
-            now = await asyncio.to_thread(self._state)
+            now = await asyncio.to_thread(self._read_state)
             if now != known:
                 for problem in sorted(now[1] - known[1]):
                     log.warning("MPS: %s", problem)
@@ -44,10 +44,10 @@ class MpsUpkeep:
             known = now
             if pending and now != _AWAY and time.monotonic() >= due:
                 pause_s, due = min(2 * pause_s, _LONGEST_PAUSE_S), time.monotonic() + pause_s
-                pending = not await self._ensured()
+                pending = not await self._try_ensure()
             await asyncio.sleep(_PERIOD_S)
 
-    async def _ensured(self) -> bool:
+    async def _try_ensure(self) -> bool:
         try:
             await self._ensure_daemons()
         except DriverError as e:  # the daemon's own problem is logged and tainted
@@ -55,10 +55,10 @@ class MpsUpkeep:
             return False
         return True
 
-    def _state(self) -> _State:
+    def _read_state(self) -> _State:
         """`_AWAY` where no supervisor answers."""
         try:
-            problems = frozenset(daemon.problem for daemon in self._mps.running() if daemon.problem)
+            problems = frozenset(daemon.problem for daemon in self._mps.statuses() if daemon.problem)
             return self._mps.incarnation(), problems
         except DriverError:
             return _AWAY

@@ -61,7 +61,9 @@ class StepExecutor:
                     self._nvml.set_compute_mode(gpu, ComputeMode.EXCLUSIVE_PROCESS)
             case SetTimeSlice(gpu, interval):
                 self._nvml.set_time_slice(gpu, INTERVALS.index(interval))
-            case StartMps():
+            case StartMps(gpu, slot):
+                if slot is None:
+                    self._refuse_prohibited(gpu)
                 self._ensure(step, (*others, record))
             case _:
                 assert_never(step)
@@ -135,6 +137,14 @@ class StepExecutor:
                 threads_percent=percent,
             )
         )
+
+    def _refuse_prohibited(self, gpu: GpuUuid) -> None:
+        """Only where the policy keeps the mode: else the step before this one has set another."""
+        if self._nvml.compute_mode(gpu) == ComputeMode.PROHIBITED:
+            raise DeviceError(
+                f"GPU {gpu} has compute mode PROHIBITED, in which no program starts, and this node's policy keeps it; run "
+                f"nvidia-smi -i {gpu} -c DEFAULT, or leave computeMode out of keep"
+            )
 
     def _adjust(self, step: StartMps, others: Sequence[Record]) -> None:
         """Lower the ceilings for those who stay. Not worth failing the one who leaves: its share is free either way."""

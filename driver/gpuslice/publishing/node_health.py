@@ -106,7 +106,7 @@ class NodeHealth:
         if not any(isinstance(device.offer.sharing, Mps) for pool in inventory.pools for device in pool.devices):
             return {}
         try:
-            return {r.key: Taint("mps", "fault", reason=r.problem) for r in self._mps.running() if r.problem}
+            return {r.key: Taint("mps", "fault", reason=r.problem) for r in self._mps.statuses() if r.problem}
         except DeviceError as e:
             return {"": Taint("mps", "supervisor-away", reason=str(e))}
 

@@ -24,7 +24,7 @@ from gpuslice.standin.store import Event, Key, RefusalError, Store, copied
 
 TOKEN = "stand-in"
 
-Answer = tuple[int, Body]
+ApiAnswer = tuple[int, Body]
 
 
 class StandInApiServer:
@@ -78,7 +78,7 @@ class StandInApiServer:
             return Counter(self.store.writes)
 
     def wait(self, until: Callable[[], object], timeout_s: float = 10.0) -> None:
-        """Return once `until` is true; it is looked at after each write and each request. TimeoutError after that."""
+        """Return when `until` is true, which is checked after each write and each request. TimeoutError after `timeout_s`."""
         with self.store.changed:
             if not self.store.changed.wait_for(until, timeout_s):
                 raise TimeoutError(f"not so within {timeout_s} s; written so far: {dict(self.store.writes)}")
@@ -142,7 +142,7 @@ class StandInApiServer:
         return [copied(body) for _, body in self.store.items(resource, namespace, lambda _: True)[0]]
 
     def update(self, resource: str, body: Body) -> Body:
-        """Replace all of it, status too."""
+        """Replace the whole object, its status too."""
         meta = body["metadata"]
         return self.store.update(Key(resource, meta.get("namespace", ""), meta["name"]), copied(body))
 
@@ -155,7 +155,7 @@ class StandInApiServer:
 
     # ------------------------------------------------------------ requests
 
-    def _serve(self, request: HttpRequest) -> Answer:
+    def _serve(self, request: HttpRequest) -> ApiAnswer:
         if request.method == "GET" and request.path == "/version":
             minor = self.version.split(".")[1]
             return 200, {"major": "1", "minor": minor, "gitVersion": f"v{self.version}.0"}

@@ -61,12 +61,12 @@ class DriverProcess:
             self._process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self._process.wait(), timeout_s)
 
-    async def ended(self, timeout_s: float = 30.0) -> int:
+    async def wait(self, timeout_s: float = 30.0) -> int:
         return await asyncio.wait_for(self._process.wait(), timeout_s)
 
 
-class Cluster:
-    """Use as `async with Cluster(folder) as cluster`, then `await cluster.start()`."""
+class StandInCluster:
+    """Use as `async with StandInCluster(folder) as cluster`, then `await cluster.start()`."""
 
     module = "gpuslice"  # what `python -m` starts
 
@@ -88,7 +88,7 @@ class Cluster:
         """Where the simulated node lives."""
         return self.plugins / DRIVER / "simulated"
 
-    async def __aenter__(self) -> Cluster:
+    async def __aenter__(self) -> StandInCluster:
         self.api.start()
         self.api.add_node(NODE)
         await self.kubelet.__aenter__()
@@ -123,7 +123,7 @@ class Cluster:
         ]
 
     async def supervise(self) -> DriverProcess:
-        """Start the MPS supervisor, as the DaemonSet of its own does; returns when it answers."""
+        """Start the MPS supervisor as its DaemonSet does; return when it answers."""
         arguments = ["mps-supervisor", "--mps-root", str(self.mps), "--simulate", self.simulate]
         arguments += ["--kubelet-plugins-directory-path", str(self.plugins)]
         self.mps.mkdir(exist_ok=True)
@@ -172,11 +172,11 @@ class Cluster:
         driver = await self._spawn(name, self.arguments(*more), environment or {})
         self.drivers.append(driver)
         if ready:
-            await self.kubelet.registered(DRIVER, after=before)
-            await self.published()
+            await self.kubelet.wait_registered(DRIVER, after=before)
+            await self.wait_published()
         return driver
 
-    async def published(self, timeout_s: float = 20.0) -> None:
+    async def wait_published(self, timeout_s: float = 20.0) -> None:
         """Return when every card has its pool and each pool is complete."""
         cards = len(spec.parse(self.simulate).cards)
         await asyncio.to_thread(self.api.wait, lambda: complete(self.api.all("resourceslices"), cards), timeout_s)
@@ -196,10 +196,10 @@ class Cluster:
         )
         if allocation is None:
             raise UnschedulableError(f"no device of {NODE} fits claim {namespace}/{name}")
-        return self.allocated(name, allocation, namespace=namespace)
+        return self.create_allocated(name, allocation, namespace=namespace)
 
-    def allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
-        """Create a ResourceClaim with this allocation, whatever it says."""
+    def create_allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
+        """Create a ResourceClaim with this allocation, which nothing checks."""
         body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": {"devices": {}}}, namespace)
         body["status"] = {"allocation": allocation, "reservedFor": [{"resource": "pods", "name": name, "uid": name}]}
         self.api.update("resourceclaims", body)

@@ -139,7 +139,7 @@ class _Server(ThreadingHTTPServer):
                 del self._open[secure]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is what tests are for; everything else is told on stderr."""
+        """A connection that breaks is part of many tests, so it prints nothing; every other error goes to stderr."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -176,7 +176,7 @@ class _ApiHandler(BaseHTTPRequestHandler):
         try:
             if self.headers.get("Authorization", "").split(" ")[-1] != owner.token:
                 raise RefusalError(401, "Unauthorized", "Unauthorized")
-            if (cue := owner.cue(request)) is not None and self._acted(cue):
+            if (cue := owner.cue(request)) is not None and self._act(cue):
                 return
             if request.watching:
                 self._stream(owner.watch(request, lambda: self.server.stopped))
@@ -187,7 +187,7 @@ class _ApiHandler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer  # noqa: N815 - names by the library
 
-    def _acted(self, cue: ScriptedAnswer) -> bool:
+    def _act(self, cue: ScriptedAnswer) -> bool:
         """Carry a cue out; False where the request is to be served after all."""
         if cue.act == "fail":
             headers = {} if cue.retry_after_s is None else {"Retry-After": str(cue.retry_after_s)}

@@ -45,8 +45,8 @@ _CDI_ID = re.compile(
     r"[A-Za-z][A-Za-z0-9_.-]*[A-Za-z0-9]/[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]=[A-Za-z0-9]([\w.:-]*[A-Za-z0-9])?"
 )
 
-# Channels to one path share a connection, its back-off included, unless they are told not to: a plugin that comes back
-# would be waited for as long as its predecessor had been failing.
+# By default channels to one path share a connection and its back-off. Then a plugin that comes back would have to wait for
+# as long as its predecessor had been failing.
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.default_authority", "localhost"))
 
 
@@ -89,7 +89,7 @@ class Plugin:
 
 @dataclass(slots=True)
 class _Socket:
-    """A registration socket that was found: which file it is, the work on it, and what came of it."""
+    """A registration socket: its file, the task that registers it, and the result."""
 
     identity: tuple[int, int]
     work: asyncio.Task[None]
@@ -176,10 +176,10 @@ class StandInKubelet:
         found = (socket.plugin for socket in self._sockets.values() if socket.plugin is not None)
         return tuple(sorted((p for p in found if driver in ("", p.driver)), key=lambda plugin: plugin.order))
 
-    async def registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
+    async def wait_registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
         """Wait until `count` plugins of the driver are registered; the newest. KubeletError says what kept it.
 
-        `after`: count only registrations with a greater `order`, for that of a killed process stays until its socket goes.
+        `after`: count only registrations with a greater `order`: that of a killed process stays until its socket is gone.
         """
 
         def there() -> bool:
@@ -188,11 +188,11 @@ class StandInKubelet:
         await self._until(there, driver, timeout_s)
         return self.plugins(driver)[-1]
 
-    async def deregistered(self, driver: str, *, timeout_s: float = 10.0) -> None:
+    async def wait_deregistered(self, driver: str, *, timeout_s: float = 10.0) -> None:
         """Wait until no plugin of the driver is left."""
         await self._until(lambda: not self.plugins(driver), driver, timeout_s)
 
-    async def refused(self, *, timeout_s: float = 10.0) -> str:
+    async def wait_refused(self, *, timeout_s: float = 10.0) -> str:
         """Wait for a registration to fail; why it did."""
         await self._until(lambda: bool(self.refusals), "any driver", timeout_s)
         return next(iter(self.refusals.values()))
@@ -270,7 +270,7 @@ class StandInKubelet:
             stub = _REGISTRATION(channel)
             info = await stub.GetInfo(registration_v1_pb2.InfoRequest(), timeout=_GET_INFO_S)
             try:
-                version = self._validated(info)
+                version = self._validate(info)
             except KubeletError as e:
                 await self._notify(stub, str(e))
                 raise
@@ -289,7 +289,7 @@ class StandInKubelet:
             if not error:  # a plugin may answer bad news with an error
                 raise
 
-    def _validated(self, info: registration_v1_pb2.PluginInfo) -> str:
+    def _validate(self, info: registration_v1_pb2.PluginInfo) -> str:
         """The service version to use: the first in the *plugin's* list that this kubelet knows."""
         if info.type != "DRAPlugin":
             raise KubeletError(

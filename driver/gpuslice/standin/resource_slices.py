@@ -96,7 +96,7 @@ def _dated(device: Body) -> Body:
 
 
 def _quantities(node: Any, inside: str = "") -> Any:
-    """The same with every quantity in its canonical form: the server answers 2Gi to who sent 2048Mi."""
+    """The same with every quantity in its canonical form: the server answers 2Gi where a client sent 2048Mi."""
     if isinstance(node, dict):
         if inside in ("attributes", "taints"):
             return node
@@ -107,7 +107,7 @@ def _quantities(node: Any, inside: str = "") -> Any:
 
 
 def canonical(text: str) -> str:
-    """apimachinery's spelling of a quantity; text that is none comes back as it is, for the rules to refuse."""
+    """A quantity as apimachinery spells it; other text stays as it is, and the rules refuse it."""
     value = amount(text)
     if value is None:
         return text

@@ -201,9 +201,9 @@ class _Search:
     def __init__(self, pools: Mapping[tuple[str, str], _Pool], allocated: _Allocated) -> None:
         self._devices = [device for pool in pools.values() for device in pool.devices]
         self._allocated = allocated
-        self._free = {name: self._left(pool) for name, pool in pools.items()}
+        self._free = {name: self._remaining(pool) for name, pool in pools.items()}
 
-    def _left(self, pool: _Pool) -> Counter[tuple[str, str]]:
+    def _remaining(self, pool: _Pool) -> Counter[tuple[str, str]]:
         """The pool's counters less those of its allocated devices: once per device, however many shares it has."""
         left = Counter(pool.counters)
         for device in pool.devices:
@@ -232,7 +232,7 @@ class _Search:
     def _combinations(
         self, request: Request, devices: Sequence[_Device], count: int, picks: tuple[_Pick, ...]
     ) -> Iterator[tuple[_Pick, ...]]:
-        """Never one device twice: `count: 2` is not served by two shares of it."""
+        """Never the same device twice: two shares of one device do not serve `count: 2`."""
         if count == 0:
             yield ()
             return

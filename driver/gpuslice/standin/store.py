@@ -127,7 +127,7 @@ class Store:
             return self._put("update", "MODIFIED", key, new, dry=dry)
 
     def delete(self, key: Key, expected: Body, *, dry: bool = False) -> Body:
-        """Remove, or with finalizers only mark. `expected`: uid and resourceVersion that must still be so."""
+        """Remove, or with finalizers only mark. `expected`: the uid and resourceVersion that the object must still have."""
         with self.changed:
             old = self.get(key)
             _expect(key, old, expected)
@@ -152,7 +152,7 @@ class Store:
         yield from reversed(recent)
 
     def wait_past(self, version: int, timeout_s: float, stopped: Callable[[], bool]) -> int:
-        """Wait until something was written after a version; the version that it is now."""
+        """Wait until there was a write after this version; the version now."""
         with self.changed:
             self.changed.wait_for(lambda: stopped() or self.version > version, timeout_s)
             return self.version
@@ -208,6 +208,6 @@ def _expect(key: Key, old: Body, expected: Body) -> None:
 
 
 def copied(body: Body) -> Body:
-    """As it would come out of a request: a caller may go on changing what it passed."""
+    """A copy of the body as JSON would make it, so that the caller may change its own."""
     result: Body = json.loads(json.dumps(body))
     return result

@@ -12,7 +12,7 @@ from gpuslice.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Paths of two PEM files; the certificate is its own authority."""
+    """Paths of two PEM files; the certificate is signed by itself."""
 
     certificate: Path
     key: Path

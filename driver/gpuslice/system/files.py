@@ -83,7 +83,7 @@ def _write(descriptor: int, text: str) -> None:
 
 
 def append(path: Path, text: str) -> Version:
-    """Add `text` to the end of a file that is there. After a death in the middle a part of it may stand there."""
+    """Add `text` to the end of an existing file. A process that is killed here may leave a part of the text."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
@@ -121,7 +121,7 @@ def ensure_folder(path: Path, mode: int = 0o750) -> Path:
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still what the path names: a lock on an unlinked file excludes nobody."""
+    """Whether the open file is still what the path names: a lock on an unlinked file excludes no other process."""
     try:
         there = path.stat()
     except FileNotFoundError:

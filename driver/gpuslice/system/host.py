@@ -1,14 +1,16 @@
 """The node around the GPUs: what a container needs besides its card, device numbers, the boot, places in sysfs.
 
 Every root is a parameter. `driver_root` is where *we* see the NVIDIA driver's files (the node's "/", or the root of a
-driver container); `host_root` is the same place as the node calls it, for runtimes mount and run by paths of the node,
-not of our container. Inside the workload a library keeps the path that it has below that root.
+driver container); `host_root` is the path of that place on the node, because runtimes mount and run by paths of the
+node, not of our container. Inside the workload a library keeps the path that it has below that root.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +18,7 @@ from typing import Protocol
 from gpuslice.core.cdi import ContainerEdits, DeviceNode, Hook, Mount
 from gpuslice.core.model import Gpu
 from gpuslice.errors import DeviceError, StateError
-from gpuslice.system import driver_files
+from gpuslice.system import chroot, driver_files
 from gpuslice.system.driver_files import DriverFiles
 
 _GPU_MAJOR, _CONTROL_MINOR, _MODESET_MINOR = 195, 255, 254  # nv.h of the open kernel modules
@@ -30,13 +32,13 @@ _KERNEL_MODULE = re.compile(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s")
 
 
 class Host(Protocol):
-    """What the driver asks of the node itself. Everything is read when asked, for drivers are reloaded under us."""
+    """What the driver asks of the node itself. Everything is read at each call, because drivers are reloaded under us."""
 
     def boot_id(self) -> str:
         """Changes with every boot of the node, and only then."""
 
     def locate(self, gpu: Gpu) -> Gpu:
-        """The same card with its NUMA node and PCIe root, or None for what the node does not say."""
+        """The same card with its NUMA node and PCIe root, None where sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
         """What every container with any GPU needs; `DeviceError` where the NVIDIA driver cannot be found."""
@@ -87,13 +89,12 @@ class RealHost:
     def common(self) -> ContainerEdits:
         driver = self._driver()
         hook = self._hook()
-        sockets = (path for path in _SOCKETS if (self._root / path).is_socket())
         mounts = [self._mount(path, target) for path, target in driver.files]
-        mounts += [self._mount(f"/{path}", f"/{path}", _SOCKET) for path in sockets]
+        mounts += [self._mount(path, target, _SOCKET) for path, target in self._sockets()]
         if hook is not None:
             return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), hooks=_hooks(hook, driver))
         # Nobody makes links or the loader's cache in the container: each library appears under all its names, and
-        # programs find them by a variable. Weaker, for an image may set the variable itself.
+        # programs find them by a variable. Weaker, because an image may set the variable itself.
         mounts += [self._mount(library, link) for link, library in driver.links]
         env = {"LD_LIBRARY_PATH": ":".join(driver.folders)}
         return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), env=env)
@@ -110,7 +111,7 @@ class RealHost:
 
     def _control_nodes(self) -> tuple[DeviceNode, ...]:
         uvm = self._major(
-            "nvidia-uvm", "load the module (nvidia-modprobe -u -c 0 does), for CUDA does not start without it"
+            "nvidia-uvm", "load the module (nvidia-modprobe -u -c 0), because CUDA does not start without it"
         )
         nodes = [
             DeviceNode("/dev/nvidiactl", _GPU_MAJOR, _CONTROL_MINOR),
@@ -137,7 +138,9 @@ class RealHost:
         for line in _text(table).splitlines():
             found, _, number = line.partition(" ")
             if found == name:
-                major = self._major("nvidia-caps", "load the nvidia module again, for partitions are opened through it")
+                major = self._major(
+                    "nvidia-caps", "load the nvidia module again, because partitions are opened through it"
+                )
                 return DeviceNode(f"/dev/nvidia-caps/nvidia-cap{int(number)}", major, int(number))
         raise DeviceError(f"capability {name} is not in {table}; check that the loaded NVIDIA driver supports MIG")
 
@@ -155,8 +158,15 @@ class RealHost:
         if self._given_hook is not None:
             return str(self._given_hook)
         places = (f"{folder}/nvidia-cdi-hook" for folder in _HOOK_FOLDERS)
-        there = (path for path in places if (self._root / path).is_file())
-        return next((str(self._host_root / path) for path in there), None)
+        there = (real for place in places if (real := chroot.regular_file(self._root, place)))
+        return next((str(self._host_root / real.relative_to(self._root)) for real in there), None)
+
+    def _sockets(self) -> Iterator[tuple[str, str]]:
+        """Sockets of the node's daemons, each with its path in the container."""
+        for path in _SOCKETS:
+            with contextlib.suppress(DeviceError):  # a link that leads out of the driver root
+                if (real := chroot.resolve(self._root, path)).is_socket():
+                    yield f"/{real.relative_to(self._root)}", f"/{path}"
 
     def _mount(self, source: str, target: str, options: tuple[str, ...] = _READ_ONLY) -> Mount:
         return Mount(str(self._host_root / source[1:]), target, options)
@@ -174,7 +184,7 @@ def _hooks(program: str, driver: DriverFiles) -> tuple[Hook, ...]:
 
 
 def _loaded_version(proc: Path) -> str | None:
-    """Version of the loaded kernel module, None where it is not said."""
+    """Version of the loaded kernel module, None where procfs does not have it."""
     match = _KERNEL_MODULE.search(_text(proc / "driver/nvidia/version"))
     return match[1] if match else None
 
@@ -204,7 +214,9 @@ def _text(path: Path) -> str:
 def _boot_id(path: Path) -> str:
     text = _text(path).strip()
     if not text:
-        raise StateError(f"no boot id in {path}; without it records of an earlier boot cannot be told from today's")
+        raise StateError(
+            f"no boot id in {path}; without it records of an earlier boot look like those of today; mount /proc"
+        )
     return text
 
 
@@ -220,7 +232,7 @@ class SimHost:
         return _boot_id(self._folder / "boot_id")
 
     def locate(self, gpu: Gpu) -> Gpu:
-        """Two sockets of four cards, each card with a PCIe root of its own, unless the card says otherwise."""
+        """Two sockets of four cards, each card with a PCIe root of its own, where the node file has no other."""
         numa_node = gpu.index // 4 if gpu.numa_node is None else gpu.numa_node
         return replace(gpu, numa_node=numa_node, pcie_root=gpu.pcie_root or f"pci{gpu.bus_id[:7]}")
 

@@ -1,8 +1,9 @@
-"""NVIDIA's own programs, from wherever the driver is installed: found, run with a time limit, answered for in one sentence.
+"""NVIDIA's own programs: where they are below a driver root, and how to run one with a time limit.
 
 They are linked against the libraries of the driver root. Where that is not "/", its library folder cannot simply go into
-LD_LIBRARY_PATH: it often holds the node's C library as well, which does not fit our loader. So NVIDIA's libraries are
-linked into a folder of ours, and only that is named.
+LD_LIBRARY_PATH: it often holds the node's C library as well, which does not fit our loader. So NVIDIA's libraries and
+programs are linked into a folder of ours, and only that is named; each link names a file below the root, because the
+links of the root itself may be meant for a process that runs in it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpuslice.errors import DeviceError, HungError
+from gpuslice.system import chroot
 
 # Below the driver root. "usr" before its aliases, for "lib64" is often a link to it; the rest are driver folders of
 # Debian's own packages, and of container-optimised systems that keep the driver in a folder without "usr".
@@ -38,33 +40,49 @@ LIBRARY_FOLDERS = (
     "usr/local/nvidia/lib",
     "usr/local/glibc/usr/lib",  # Talos
 )
-_OURS = ("libcuda.so*", "libnvidia-*.so*")
+_LIBRARIES = ("libcuda.so*", "libnvidia-*.so*")
+
+
+def candidates(root: Path, name: str) -> list[tuple[str, Path]]:
+    """Files of this program below a driver root, in order: where each is found, and the file behind its links."""
+    return [item for folder in PROGRAM_FOLDERS for item in chroot.glob(root, f"{folder}/{name}")]
 
 
 def find(root: Path, name: str) -> Path:
     """The program below a driver root; DeviceError where there is none."""
-    for folder in PROGRAM_FOLDERS:
-        if os.access(path := root / folder / name, os.X_OK) and path.is_file():
-            return path
-    raise DeviceError(
-        f"{name} is not in {root} ({', '.join(PROGRAM_FOLDERS)}); install the NVIDIA driver with its programs, "
-        f"or name the folder that it is mounted in as the driver root"
-    )
+    for _, real in candidates(root, name):
+        if os.access(real, os.X_OK):
+            return real
+    text = f"{name} is not in {root} ({', '.join(PROGRAM_FOLDERS)}); install the NVIDIA driver with its programs, "
+    text += "or name the folder that it is mounted in as the driver root"
+    raise DeviceError(chroot.refusal(root, (f"{folder}/{name}" for folder in PROGRAM_FOLDERS)) or text)
 
 
-def environment(root: Path, links: Path) -> dict[str, str]:
-    """What a program of this driver root needs besides our own environment; `links` is a folder to be filled."""
+def environment(root: Path, ours: Path) -> dict[str, str]:
+    """What a program of this driver root needs besides our own environment.
+
+    `ours` is a folder to be filled with links to NVIDIA's libraries, and to the programs that its programs start.
+    """
     if root == Path("/"):
         return {}
-    links.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(LIBRARY_FOLDERS):  # the first folder wins
-        for path in (path for pattern in _OURS for path in (root / folder).glob(pattern)):
-            link = links / path.name
-            if not (link.is_symlink() and link.readlink() == path):
-                link.unlink(missing_ok=True)
-                link.symlink_to(path)
-    folders = os.pathsep.join(str(root / folder) for folder in PROGRAM_FOLDERS)
-    return {"LD_LIBRARY_PATH": str(links), "PATH": f"{folders}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+    ours.mkdir(parents=True, exist_ok=True)
+    wanted = _wanted(root)
+    for link in [path for path in ours.iterdir() if path.is_symlink()]:
+        if link.readlink() != wanted.get(link.name):
+            link.unlink()
+    for name in wanted.keys() - {path.name for path in ours.iterdir()}:
+        (ours / name).symlink_to(wanted[name])
+    return {"LD_LIBRARY_PATH": str(ours), "PATH": f"{ours}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+
+def _wanted(root: Path) -> dict[str, Path]:
+    """Names of NVIDIA's libraries and programs, each with its file: of several folders the first counts."""
+    patterns = [f"{folder}/{name}" for folder in LIBRARY_FOLDERS for name in _LIBRARIES]
+    patterns += [f"{folder}/nvidia-*" for folder in PROGRAM_FOLDERS]
+    found: dict[str, Path] = {}
+    for place, real in (item for pattern in patterns for item in chroot.glob(root, pattern)):
+        found.setdefault(Path(place).name, real)
+    return found
 
 
 def run(
@@ -95,7 +113,7 @@ def run(
             text, _ = process.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired as e:
             os.killpg(process.pid, 9)
-            asked = f" when told {stdin.splitlines()[0]!r}" if stdin else ""
+            asked = f" to {stdin.splitlines()[0]!r}" if stdin else ""
             raise HungError(
                 f"{name} did not answer within {timeout_s:g} s{asked} and was killed; look at the GPU"
             ) from e

@@ -49,7 +49,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     real = parser.add_argument_group("on a real Kubernetes (docs/cluster.md says what it needs)")
     real.add_argument("--cluster", action="store_true", help="start one with hack/cluster, measure there, and end it")
-    real.add_argument("--cluster-version", metavar="1.37.1", help="of Kubernetes; what hack/cluster has if not said")
+    real.add_argument(
+        "--cluster-version", metavar="1.37.1", help="of Kubernetes; default: the newest that hack/cluster knows"
+    )
     return parser.parse_args(arguments)
 
 
@@ -73,7 +75,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _stop(*_: object) -> None:
-    """Told to end in another way than Ctrl-C, it ends in the same: what was started is taken back."""
+    """End after SIGTERM and SIGHUP as after Ctrl-C: what was started is ended."""
     raise KeyboardInterrupt
 
 

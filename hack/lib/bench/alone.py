@@ -8,7 +8,7 @@ import contextlib
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from hack.lib.bench.machine import Machine
+from hack.lib.bench.machine import MachineLoad
 from hack.lib.bench.measures import Size, calls, hang, memory, mig, start
 from hack.lib.bench.rows import ROWS
 from hack.lib.bench.shares import shares
@@ -33,12 +33,12 @@ def run(options: argparse.Namespace) -> Report:
     size = Size(
         rounds=options.rounds or size.rounds, calls=options.calls or size.calls, claims=options.claims or size.claims
     )
-    machine = Machine()
+    machine = MachineLoad()
     with contextlib.ExitStack() as stack:
         subjects = [stack.enter_context(at_revision(options.vs))] if options.vs else []
         subjects.append(here())
         notes = with_byte_code(subjects)
-        found = asyncio.run(_measured(subjects, options.only or list(MEASURES), size))
+        found = asyncio.run(_measure(subjects, options.only or list(MEASURES), size))
     return Report(
         what="driver overhead, simulated",
         machine=machine.facts(),
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> Report:
     )
 
 
-async def _measured(subjects: Sequence[Subject], names: Sequence[str], size: Size) -> Rounds:
+async def _measure(subjects: Sequence[Subject], names: Sequence[str], size: Size) -> Rounds:
     """All measures, the subjects taking turns within each round: what slows this machine down meets both."""
     found: Rounds = {subject.name: [{} for _ in range(size.rounds)] for subject in subjects}
     for subject in subjects:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from hack.lib.bench.machine import cpu_s
 from hack.lib.bench.measures import resident_mb
-from hack.lib.bench.onkube import Kube
-from hack.lib.bench.pods import failed, spread
-from hack.lib.bench.stage import Extent, Stage
+from hack.lib.bench.onkube import MeasuredCluster
+from hack.lib.bench.pods import failures, spread
+from hack.lib.bench.stage import ClusterStage, Extent
 from hack.lib.bench.table import Figures
 
 _SETTLED_S = 3.0  # what is still to be written after the last pod is written by then
@@ -27,11 +27,11 @@ class _Counts:
     supervisor_cpu_s: float
 
     @classmethod
-    def of(cls, kube: Kube) -> _Counts:
+    def of(cls, kube: MeasuredCluster) -> _Counts:
         name, labels = "dra_operations_duration_seconds_count", {"operation_name": "PrepareResources"}
         error = "false" if kube.version.startswith("v1.35.") else "true"  # there the label says the opposite
         return cls(
-            failed(kube),
+            failures(kube),
             kube.kubelet().total(name, is_error=error, **labels),
             kube.slice_writes(),
             cpu_s(kube.pid("driver")),
@@ -39,8 +39,8 @@ class _Counts:
         )
 
 
-def churn(stage: Stage, extent: Extent) -> Figures:
-    """Each of eight hands starts a pod, waits until it is ready, deletes it, waits until it is gone, and takes the next."""
+def churn(stage: ClusterStage, extent: Extent) -> Figures:
+    """Each of eight threads starts a pod, waits until it is ready, deletes it, waits until it is gone, and takes the next."""
     kube = stage.kube
     stage.clear()
     before, memory, began = _Counts.of(kube), resident_mb(kube.pid("driver")), time.perf_counter()
@@ -62,13 +62,13 @@ def churn(stage: Stage, extent: Extent) -> Figures:
     }
 
 
-def _come_and_go(stage: Stage, pod: dict[str, object]) -> float:
+def _come_and_go(stage: ClusterStage, pod: dict[str, object]) -> float:
     seconds = stage.run(pod)
     stage.end(pod)
     return seconds
 
 
-def rest(stage: Stage, extent: Extent) -> Figures:
+def rest(stage: ClusterStage, extent: Extent) -> Figures:
     """Nothing happens, neither pods nor claims."""
     stage.clear()
     stage.kube.elapse(_SETTLED_S)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hack.lib.bench import onkube
 from hack.lib.bench.churn import churn, rest
-from hack.lib.bench.machine import Machine, namespace_cpu_s
+from hack.lib.bench.machine import MachineLoad, namespace_cpu_s
 from hack.lib.bench.pods import pods, successors
 from hack.lib.bench.rows import CLUSTER_ROWS
-from hack.lib.bench.stage import Extent, Stage
+from hack.lib.bench.stage import ClusterStage, Extent
 from hack.lib.bench.subject import here, with_byte_code
 from hack.lib.bench.table import Figures, Report, figures
 
-MEASURES: Mapping[str, Callable[[Stage, Extent], Figures]] = {
+MEASURES: Mapping[str, Callable[[ClusterStage, Extent], Figures]] = {
     "pods": pods,
     "successors": successors,
     "churn": churn,
@@ -30,13 +30,13 @@ def run(options: argparse.Namespace) -> Report:
     """Measure what the options say, on a cluster that lasts as long. BenchError where it could not be."""
     extent = QUICK if options.quick else FULL
     extent = dataclasses.replace(extent, rounds=options.rounds or extent.rounds)
-    machine, subject = Machine(), here()
+    machine, subject = MachineLoad(), here()
     notes = with_byte_code([subject])
     print("starting a Kubernetes", file=sys.stderr)
     with onkube.cluster(options.cluster_version) as kube:
-        stage = Stage(kube)
-        found = _measured(stage, options.only or list(MEASURES), extent)
-        machine.ours(namespace_cpu_s(kube.pid("driver")))
+        stage = ClusterStage(kube)
+        found = _measure(stage, options.only or list(MEASURES), extent)
+        machine.exclude(namespace_cpu_s(kube.pid("driver")))
         facts = machine.facts()
     return Report(
         what=f"driver on Kubernetes {kube.version}, simulated cards",
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> Report:
     )
 
 
-def _measured(stage: Stage, names: Sequence[str], extent: Extent) -> list[Figures]:
+def _measure(stage: ClusterStage, names: Sequence[str], extent: Extent) -> list[Figures]:
     found: list[Figures] = [{} for _ in range(extent.rounds)]
     for number, one in enumerate(found):
         for name in names:

@@ -52,7 +52,7 @@ class Exposition:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    counts: Mapping[float, float]  # upper bound → how many were at most that; cumulative, as it is told
+    counts: Mapping[float, float]  # upper bound → how many were at most that; cumulative, as Prometheus has it
     sum: float
     count: float
 
@@ -70,7 +70,7 @@ class Histogram:
     def quantile(self, q: float) -> float:
         """Interpolated within its bucket, as PromQL's histogram_quantile does it: no better than the buckets are.
 
-        What lies above the last finite bound is told as that bound. ValueError where nothing was observed.
+        What lies above the last finite bound counts as that bound. ValueError where nothing was observed.
         """
         if not self.count:
             raise ValueError("a histogram without observations has no quantiles")

@@ -1,4 +1,4 @@
-"""What the figures were taken on, and how much of it others had meanwhile: on a busy machine they mean little."""
+"""The machine that was measured on, and how busy other processes kept it: on a busy machine figures mean little."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal: proc(5), first line of /proc/stat
 
 
-class Machine:
-    """From construction on it watches who uses the CPUs."""
+class MachineLoad:
+    """CPU time of this machine since construction, by us and by other processes."""
 
     def __init__(self) -> None:
         self._began, self._busy, self._own = time.monotonic(), _busy_s(), _own_s()
 
-    def ours(self, seconds: float) -> None:
-        """CPU time that is neither this process's nor its children's, and no stranger's either."""
+    def exclude(self, seconds: float) -> None:
+        """Count this CPU time as ours: it is of processes that are neither this one nor its children."""
         self._own -= seconds
 
     def others(self) -> float:

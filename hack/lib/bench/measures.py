@@ -21,7 +21,7 @@ from gpuslice.core.model import ClaimRef
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.pb import registration_v1_pb2, registration_v1_pb2_grpc
 from gpuslice.standin import scheduler
-from gpuslice.standin.cluster import DRIVER, NODE, Cluster, DriverProcess, complete
+from gpuslice.standin.cluster import DRIVER, NODE, DriverProcess, StandInCluster, complete
 from gpuslice.standin.kubelet import KubeletError
 from gpuslice.standin.scheduler import Request
 
@@ -36,7 +36,7 @@ PARTITION: Mapping[str, str] = {"type": "mig", "profile": "1g.10gb"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much of it. calls: timed prepares of each kind in a round. claims: how many go before memory is read last."""
+    """How much is measured. calls: timed prepares of each kind in a round. claims: how many go before memory is read last."""
 
     rounds: int
     calls: int
@@ -47,7 +47,7 @@ class Size:
 class Bench:
     """A driver that has published, and its cluster."""
 
-    cluster: Cluster
+    cluster: StandInCluster
     driver: DriverProcess
     published_s: float
 
@@ -61,11 +61,11 @@ class Bench:
         return [allocation for allocation in found if allocation is not None]
 
     def claim(self, number: int, allocation: Mapping[str, Any]) -> ClaimRef:
-        return self.cluster.allocated(f"claim-{number}", allocation)
+        return self.cluster.create_allocated(f"claim-{number}", allocation)
 
     async def prepare(self, ref: ClaimRef) -> float:
         """Seconds of a NodePrepareResources that succeeds."""
-        return await _timed(self.cluster.run(ref))
+        return await _time_of(self.cluster.run(ref))
 
     async def unprepare(self, ref: ClaimRef) -> float:
         began = time.perf_counter()
@@ -91,7 +91,7 @@ def resident_mb(pid: int, field: str = "VmRSS") -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
 
 
-class _Cluster(Cluster):
+class _BenchCluster(StandInCluster):
     """The stand-ins are always those of this tree, so that two revisions meet the same."""
 
     def __init__(self, subject: Subject, folder: Path, simulate: str, latency: str) -> None:
@@ -103,19 +103,19 @@ class _Cluster(Cluster):
 
 
 @contextlib.asynccontextmanager
-async def running(
+async def driver_bench(
     subject: Subject, simulate: str = f"h100x{GPUS}", *, latency: str = "zero", supervised: bool = False
 ) -> AsyncIterator[Bench]:
     """Start a driver on a fresh node and wait for its last slice. BenchError, with the end of its log, where it fails."""
     with tempfile.TemporaryDirectory(prefix="gs-") as folder:
-        async with _Cluster(subject, Path(folder), simulate, latency) as cluster:
+        async with _BenchCluster(subject, Path(folder), simulate, latency) as cluster:
             try:
                 if supervised:
                     await cluster.supervise()
                 began = time.perf_counter()
                 driver = await cluster.start(environment=subject.environment(), ready=False)
                 ended = await asyncio.to_thread(_all_published, cluster)
-                await cluster.kubelet.registered(DRIVER)
+                await cluster.kubelet.wait_registered(DRIVER)
                 yield Bench(cluster, driver, ended - began)
             except (RuntimeError, KubeletError, TimeoutError) as e:
                 end = _end_of(Path(folder, "driver-0.log"))
@@ -126,7 +126,7 @@ def _end_of(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
 
 
-def _all_published(cluster: Cluster) -> float:
+def _all_published(cluster: StandInCluster) -> float:
     """Wait for the last slice of the last card; when it was stored. Looks at the store itself: copies would cost time."""
 
     def there() -> bool:
@@ -137,7 +137,7 @@ def _all_published(cluster: Cluster) -> float:
     return time.perf_counter()
 
 
-async def _timed(work: Awaitable[object]) -> float:
+async def _time_of(work: Awaitable[object]) -> float:
     began = time.perf_counter()
     await work
     return time.perf_counter() - began
@@ -153,14 +153,14 @@ def percentiles(name: str, seconds: Sequence[float]) -> Figures:
 
 async def start(subject: Subject, size: Size) -> Figures:
     """From exec of the process to the last slice of eight cards stored."""
-    async with running(subject) as bench:
+    async with driver_bench(subject) as bench:
         return {"start_s": bench.published_s}
 
 
 async def calls(subject: Subject, size: Size) -> Figures:
     """NodePrepareResources and NodeUnprepareResources, one claim a call: one by one, then eight at once on eight cards."""
     figures: Figures = {}
-    async with running(subject) as bench:
+    async with driver_bench(subject) as bench:
         for kind, where in (("card", CARD), ("mig", PARTITION)):
             devices = bench.allocations(where)
             await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)])  # threads, connections
@@ -183,17 +183,17 @@ async def calls(subject: Subject, size: Size) -> Figures:
 
 async def mig(subject: Subject, size: Size) -> Figures:
     """One partition, then one on each of eight cards at once, where NVML takes its time (a creation: 1.1 s)."""
-    async with running(subject, f"h100x{GPUS}:mig", latency="realistic") as bench:
+    async with driver_bench(subject, f"h100x{GPUS}:mig", latency="realistic") as bench:
         refs = [bench.claim(gpu, device) for gpu, device in enumerate(bench.allocations(PARTITION))]
         one = await bench.prepare(refs[0])
         await bench.cluster.kubelet.unprepare(refs[:1])
-        eight = await _timed(asyncio.gather(*map(bench.prepare, refs)))
+        eight = await _time_of(asyncio.gather(*map(bench.prepare, refs)))
         return {"mig_one_s": one, "mig_eight_s": eight, "mig_ratio": eight / one}
 
 
 async def memory(subject: Subject, size: Size) -> Figures:
     """Resident memory after start, after 100 claims and after them all; claims come and go eight at once, of both kinds."""
-    async with running(subject) as bench:
+    async with driver_bench(subject) as bench:
         devices = [bench.allocations(CARD), bench.allocations(PARTITION)]
         figures = {"rss_start_mb": bench.resident_mb()}
         for number in range(max(1, size.claims // GPUS)):
@@ -207,16 +207,18 @@ async def memory(subject: Subject, size: Size) -> Figures:
 
 async def hang(subject: Subject, size: Size) -> Figures:
     """The slowest GetInfo, and the slowest prepare on another card, while a prepare hangs in NVML."""
-    async with running(subject) as bench:
+    async with driver_bench(subject) as bench:
         devices, node = bench.allocations(CARD), SimNode(bench.cluster.node_folder)
         cue = node.cue("hang", "*", node.cards[0].uuid, times=None)
         hanging = asyncio.create_task(bench.prepare(bench.claim(0, devices[0])))
         if not await asyncio.to_thread(node.wait_hung, cue, 10.0):
-            raise BenchError("the prepare that was to hang in NVML did not; nothing can be said about its neighbours")
+            raise BenchError(
+                "the prepare did not hang in NVML on cue, so there is no figure about its neighbours; see the driver's log"
+            )
         asked, prepared = [], []
         for gpu in range(1, GPUS):
             ref = bench.claim(gpu, devices[gpu])
-            asked.append(await _timed(_get_info(_socket_in(bench.cluster.registry))))
+            asked.append(await _time_of(_get_info(_socket_in(bench.cluster.registry))))
             prepared.append(await bench.prepare(ref))
             await bench.unprepare(ref)
         if hanging.done():

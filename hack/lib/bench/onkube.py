@@ -1,4 +1,4 @@
-"""A real Kubernetes to measure on: started and ended by us, and what can be asked of it without being in the way."""
+"""A real Kubernetes to measure on: start and end it, and ask it with little work for its CPUs."""
 
 from __future__ import annotations
 
@@ -13,39 +13,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import urllib3
-from kubernetes import config
-from kubernetes.client.api_client import ApiClient
-from kubernetes.client.configuration import Configuration
-
+from hack.lib import api
+from hack.lib.api import CLAIMS, PODS, SLICES, ApiServer, RequestError
 from hack.lib.bench.exposition import Exposition
-from hack.lib.bench.podwatch import PodWatch, lines
+from hack.lib.bench.podwatch import PodWatch
 from hack.lib.bench.subject import ROOT, BenchError, here
 
 Body = dict[str, Any]
 
 CARDS = 8
-PODS = "/api/v1/namespaces/default/pods"
-CLAIMS = "/apis/resource.k8s.io/v1/namespaces/default/resourceclaims"
-TEMPLATES = "/apis/resource.k8s.io/v1/namespaces/default/resourceclaimtemplates"
-SLICES = "/apis/resource.k8s.io/v1/resourceslices"
 
 _CLUSTER = (str(ROOT / "hack" / "cluster"),)
-_PATIENCE_S = 60.0
+_RUN_S = 86400.0  # of the watch on pods, which lasts as long as the run
 
 
 @contextlib.contextmanager
-def cluster(version: str) -> Iterator[Kube]:
+def cluster(version: str) -> Iterator[MeasuredCluster]:
     """Start one with our driver on eight cards that take no time, and end it. BenchError where there is one, or where its
     programs are not built: that would take ten minutes, and belongs to nobody's figures."""
     chosen = ["--version", version] if version else []
     _hack_cluster("check", *chosen)
     _hack_cluster("up", "--gpus", f"h100x{CARDS}", *chosen)  # what it has begun when it fails, it takes back
     try:
-        with contextlib.closing(Kube(json.loads(_hack_cluster("status", "--json")))) as kube:
+        with contextlib.closing(MeasuredCluster(json.loads(_hack_cluster("status", "--json")))) as kube:
             yield kube
-    except urllib3.exceptions.HTTPError as e:
-        raise BenchError(f"the cluster fell silent while it was measured: {e}") from e
+    except RequestError as e:
+        raise BenchError(f"the cluster could not be measured to the end: {e}") from e
     finally:
         _hack_cluster("down")
 
@@ -55,17 +48,17 @@ def _hack_cluster(*arguments: str) -> str:
     pipe, command = subprocess.PIPE, [*_CLUSTER, *arguments]
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         try:
-            out, said = process.communicate()
+            out, errors = process.communicate()
         except BaseException:
             process.terminate()  # not killed: it has a cluster to take back
             process.communicate()
             raise
     if process.returncode:
-        raise BenchError((said.strip() or "hack/cluster failed").splitlines()[-1].removeprefix("hack/cluster: "))
+        raise BenchError((errors.strip() or "hack/cluster failed").splitlines()[-1].removeprefix("hack/cluster: "))
     return out
 
 
-class Kube:
+class MeasuredCluster:
     """The cluster as its administrator has it. Bodies stay JSON: models would cost the CPUs that are measured."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:
@@ -73,103 +66,57 @@ class Kube:
         folder = Path(status["folder"])
         self._ports: Mapping[str, int] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))["ports"]
         self._processes: Mapping[str, int] = status["processes"]
-        configuration = Configuration()
-        config.load_kube_config(str(folder / "admin.conf"), client_configuration=configuration, persist_config=False)
-        configuration.connection_pool_maxsize = 2 * CARDS
-        self._client = ApiClient(configuration)
-        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # the kubelet's certificate is its own
-        self._plain = urllib3.PoolManager(cert_reqs="CERT_NONE")
-        self._hands = concurrent.futures.ThreadPoolExecutor(CARDS, "pods")
-        self.version = str(self.ask("GET", "/version")["gitVersion"])  # "v1.37.1"
-        version = self.ask("GET", PODS)["metadata"]["resourceVersion"]
-        self.pods = PodWatch(self.send("GET", PODS, watch="true", resourceVersion=version))
+        self.api = ApiServer.of_kubeconfig(folder / "admin.conf")
+        self._threads = concurrent.futures.ThreadPoolExecutor(CARDS, "pods")
+        self.version = str(self.api.ask("GET", "/version")["gitVersion"])  # "v1.37.1"
+        version = self.api.ask("GET", PODS)["metadata"]["resourceVersion"]
+        self.pods = PodWatch(self.api.watch(PODS, version, _RUN_S))
 
     def close(self) -> None:
         self.pods.close()
-        self._hands.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
+        self.api.close()
 
     def pid(self, part: str) -> int:
-        """BenchError where it is no longer the process that it was: figures of two are figures of none."""
+        """Process id of a part. BenchError where the part was restarted: figures of two processes mean nothing."""
         pid = self._processes.get(part, 0)
         if not Path(f"/proc/{pid}").exists():
             raise BenchError(f"the {part} ended while it was measured; see why with hack/cluster up and its log")
         return pid
 
-    # ------------------------------------------------------------ requests
-
-    def ask(self, method: str, path: str, body: Body | None = None, **query: str) -> Body:
-        """BenchError, with the server's sentence, where it refuses."""
-        answer = self.send(method, path, body, **query)
-        text = answer.read()
-        if answer.status >= 300:
-            raise BenchError(f"{method} {path} was answered {answer.status}: {json.loads(text).get('message')}")
-        return dict(json.loads(text))
-
-    def send(self, method: str, path: str, body: Body | None = None, **query: str) -> urllib3.BaseHTTPResponse:
-        """The answer as it comes."""
-        headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        method, url, headers, _, _ = self._client.param_serialize(
-            method, path, None, list(query.items()), headers, auth_settings=["BearerToken"]
-        )
-        answer: urllib3.BaseHTTPResponse = self._client.call_api(method, url, headers, body).response
-        return answer
-
     def eight(self, work: Callable[[Body], float], pods: Sequence[Body]) -> list[float]:
         """Do it with all of them, eight at a time."""
-        return list(self._hands.map(work, pods))
+        return list(self._threads.map(work, pods))
 
     # ------------------------------------------------------------ pods
 
     def create(self, pod: Body) -> float:
         """The moment just before the request."""
         began = time.perf_counter()
-        self.ask("POST", PODS, pod)
+        self.api.ask("POST", PODS, pod)
         return began
 
     def delete(self, name: str, *, force: bool = False) -> float:
         """With the pod's own grace, or as `kubectl delete --force` does it; the moment just before the request."""
         began = time.perf_counter()
-        self.ask("DELETE", f"{PODS}/{name}", {"gracePeriodSeconds": 0} if force else None)
+        self.api.ask("DELETE", f"{PODS}/{name}", {"gracePeriodSeconds": 0} if force else None)
         return began
-
-    def until_none(self, path: str) -> None:
-        """Return when the collection is empty."""
-        listed = self.ask("GET", path)
-        there = {item["metadata"]["name"] for item in listed["items"]}
-        version = listed["metadata"]["resourceVersion"]
-        events = self.watch(path, version, _PATIENCE_S) if there else iter(())
-        for event in events:
-            name = event["object"]["metadata"]["name"]
-            (there.discard if event["type"] == "DELETED" else there.add)(name)
-            if not there:
-                return
-        if there:
-            raise BenchError(f"{', '.join(sorted(there))} stayed longer than {_PATIENCE_S:.0f} s in {path}")
-
-    def watch(self, path: str, version: str, seconds: float) -> Iterator[Body]:
-        """What happens for so long, or until the reader has had enough."""
-        query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": f"{seconds:.0f}"}
-        response = self.send("GET", path, None, **query)
-        try:
-            yield from map(json.loads, lines(response))
-        finally:
-            response.close()
 
     def elapse(self, seconds: float) -> None:
         """Return so much later, whole seconds: what ends then is a watch, and the API server ends it."""
-        version = self.ask("GET", SLICES)["metadata"]["resourceVersion"]
-        for _ in self.watch(SLICES, version, seconds):
+        version = self.api.ask("GET", SLICES)["metadata"]["resourceVersion"]
+        for _ in self.api.watch(SLICES, version, seconds):
             pass
 
     def cards(self) -> int:
         """How many cards hold claims now."""
-        claims = self.ask("GET", CLAIMS)["items"]
+        claims = self.api.ask("GET", CLAIMS)["items"]
         allocations = (claim.get("status", {}).get("allocation") for claim in claims)
         return len({one["pool"] for found in allocations if found for one in found["devices"]["results"]})
 
     def types(self) -> frozenset[str]:
         """The kinds of device that the node offers: "gpu", "mig" …"""
-        slices = self.ask("GET", SLICES)["items"]
+        slices = self.api.ask("GET", SLICES)["items"]
         devices = [device for body in slices for device in body["spec"].get("devices") or ()]
         return frozenset(device["attributes"]["type"]["string"] for device in devices)
 
@@ -187,15 +134,15 @@ class Kube:
         ResourceSlices are all that its ClusterRole lets it write, and of the others only the kubelet touches them: it
         deletes them as a collection (scope="cluster") when it starts.
         """
-        text = self.send("GET", "/metrics").read().decode()
-        told = Exposition.of(text, "apiserver_request_total{")
+        text = self.api.text("/metrics")
+        exposition = Exposition.of(text, "apiserver_request_total{")
         verbs = ("POST", "PUT", "PATCH", "APPLY", "DELETE")
         labels = {"resource": "resourceslices", "scope": "resource"}
-        writes = sum(told.total("apiserver_request_total", verb=verb, **labels) for verb in verbs)
+        writes = sum(exposition.total("apiserver_request_total", verb=verb, **labels) for verb in verbs)
         if not writes:
             raise BenchError(f"{self.version} does not count writes of ResourceSlices as expected; see its /metrics")
         return writes
 
     def _metrics(self, url: str, family: str) -> Exposition:
         assert urllib.parse.urlsplit(url).hostname == "127.0.0.1"
-        return Exposition.of(self._plain.request("GET", url).data.decode(), family)
+        return Exposition.of(api.fetch(url).decode(), family)

@@ -1,4 +1,4 @@
-"""Pods on a real Kubernetes: how long each mode takes to be ready, what the kubelet waits for, and who comes after whom."""
+"""Pods on a real Kubernetes: how long each mode takes to be ready, what the kubelet waits for, how long a successor waits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from hack.lib.bench.exposition import Exposition
-from hack.lib.bench.onkube import CARDS, Kube
-from hack.lib.bench.stage import CARD_0, IGNORES, STAYS, WITHOUT, Extent, Stage, name_of
+from hack.lib.bench.onkube import CARDS, MeasuredCluster
+from hack.lib.bench.stage import CARD_0, IGNORES, STAYS, WITHOUT, ClusterStage, Extent, name_of
 from hack.lib.bench.subject import BenchError
 from hack.lib.bench.table import Figures
 
@@ -23,7 +23,7 @@ def spread(name: str, values: Sequence[float], unit: str = "s") -> Figures:
     return {f"{name}_p50_{unit}": cuts[49] * factor, f"{name}_p95_{unit}": cuts[94] * factor}
 
 
-def pods(stage: Stage, extent: Extent) -> Figures:
+def pods(stage: ClusterStage, extent: Extent) -> Figures:
     """Each mode one by one, shares beside one that stays; then eight at once on a node that is free."""
     _one(stage, WITHOUT)  # not counted, nor are the others of its kind below: connections open, pages come in
     figures = spread("ready_none", [_one(stage, WITHOUT) for _ in range(extent.pods)])
@@ -43,14 +43,14 @@ def pods(stage: Stage, extent: Extent) -> Figures:
     return figures
 
 
-def _one(stage: Stage, mode: str) -> float:
+def _one(stage: ClusterStage, mode: str) -> float:
     pod = stage.pod(mode)
     seconds = stage.run(pod)
     stage.end(pod)
     return seconds
 
 
-def _one_by_one(stage: Stage, mode: str, count: int) -> Figures:
+def _one_by_one(stage: ClusterStage, mode: str, count: int) -> Figures:
     """Between two pods the kubelet's sums grow by exactly one call each, so they tell each call's own time."""
     took, calls = [], dict[str, list[float]](prepare=[], unprepare=[])
     before = stage.kube.kubelet()
@@ -66,7 +66,7 @@ def _one_by_one(stage: Stage, mode: str, count: int) -> Figures:
     return figures
 
 
-def _eight_at_once(stage: Stage, mode: str, waves: int) -> Figures:
+def _eight_at_once(stage: ClusterStage, mode: str, waves: int) -> Figures:
     """The kubelet's buckets begin at 100 ms, so of calls that come together it tells the mean; the driver's tell more."""
     stage.clear()
     kubelet, driver = stage.kube.kubelet(), stage.kube.driver()
@@ -75,13 +75,14 @@ def _eight_at_once(stage: Stage, mode: str, waves: int) -> Figures:
     for call in CALLS:
         figures[f"kubelet_{call}_{mode}_eight_ms"] = _mean(kubelet, kubelet_after, call) * 1e3
         inside = [
-            told.histogram("gpuslice_request_duration_seconds", operation=call) for told in (driver, driver_after)
+            exposition.histogram("gpuslice_request_duration_seconds", operation=call)
+            for exposition in (driver, driver_after)
         ]
         figures[f"driver_{call}_{mode}_eight_p95_ms"] = inside[1].since(inside[0]).quantile(0.95) * 1e3
     return figures
 
 
-def _waves(stage: Stage, mode: str, waves: int) -> list[float]:
+def _waves(stage: ClusterStage, mode: str, waves: int) -> list[float]:
     """Create to Ready of each pod, eight pods created in one moment."""
     took, cards = [], set()
     for _ in range(waves):
@@ -99,8 +100,8 @@ def _mean(before: Exposition, after: Exposition, call: str) -> float:
     """Seconds of a call of the driver, as the kubelet has timed it."""
     method = {"prepare": "*/NodePrepareResources", "unprepare": "*/NodeUnprepareResources"}[call]
     earlier, later = (
-        told.histogram("dra_grpc_operations_duration_seconds", driver_name="gpuslice.dev", method_name=method)
-        for told in (before, after)
+        exposition.histogram("dra_grpc_operations_duration_seconds", driver_name="gpuslice.dev", method_name=method)
+        for exposition in (before, after)
     )
     try:
         return later.since(earlier).mean()
@@ -108,22 +109,22 @@ def _mean(before: Exposition, after: Exposition, call: str) -> float:
         raise BenchError(f"the kubelet has not called {method[2:]} for a pod that came and went; see its log") from e
 
 
-def successors(stage: Stage, extent: Extent) -> Figures:
+def successors(stage: ClusterStage, extent: Extent) -> Figures:
     """A pod wants the very card of one that is being deleted: by force (its object is gone at once, its container ends
-    after that, or is killed after two seconds) and with grace (its object goes when the kubelet has given back what it
+    after that, or is killed after two seconds) and with grace (its object goes when the kubelet has unprepared what it
     held)."""
     figures: Figures = {}
     for key, force, command in (("forced", True, STAYS), ("deaf", True, IGNORES), ("graceful", False, STAYS)):
-        before = failed(stage.kube)
-        took = [_succeed(stage, force, command) for _ in range(extent.successors)]
+        before = failures(stage.kube)
+        took = [_time_successor(stage, force, command) for _ in range(extent.successors)]
         figures |= spread(key, [ready for ready, _ in took]) | spread(
             f"{key}_prepare", [call for _, call in took], "ms"
         )
-        figures[f"{key}_failed_count"] = failed(stage.kube) - before
+        figures[f"{key}_failed_count"] = failures(stage.kube) - before
     return figures
 
 
-def _succeed(stage: Stage, force: bool, command: list[str]) -> tuple[float, float]:
+def _time_successor(stage: ClusterStage, force: bool, command: list[str]) -> tuple[float, float]:
     """Seconds from create to Ready of the second, and of its NodePrepareResources. `command`: of the first."""
     first, second = (stage.pod("gpu", CARD_0) for _ in range(2))
     first["spec"]["containers"][0]["command"] = command
@@ -139,7 +140,7 @@ def _succeed(stage: Stage, force: bool, command: list[str]) -> tuple[float, floa
     return seconds, prepared
 
 
-def failed(kube: Kube) -> float:
+def failures(kube: MeasuredCluster) -> float:
     """Prepares so far that failed: whole calls as the kubelet counts them, and claims that the driver refused."""
     calls, name = kube.kubelet(), "dra_grpc_operations_duration_seconds_count"
     every, good = (calls.total(name, method_name="*/NodePrepareResources", grpc_status_code=c) for c in ("*", "OK"))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import urllib3
-
+from hack.lib.api import RequestError, WatchStream
 from hack.lib.bench.subject import BenchError
 
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +27,8 @@ class _Seen:
 class PodWatch:
     """One watch on the pods; it notes when each became ready and when each was gone."""
 
-    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
-        """`response`: to a watch, its body not yet read."""
-        self._response = response
+    def __init__(self, watch: WatchStream) -> None:
+        self._watch = watch
         self._known: dict[str, _Seen] = {}
         self._news = threading.Condition()
         self._ended = False
@@ -39,8 +36,7 @@ class PodWatch:
         self._thread.start()
 
     def close(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # it has come to its end by itself
-            self._response.shutdown()
+        self._watch.close()
         self._thread.join()
 
     def ready(self, name: str) -> float:
@@ -55,19 +51,19 @@ class PodWatch:
             return self._known.get(name, _Seen())
 
         with self._news:
-            self._news.wait_for(lambda: self._ended or moment(seen()), _PATIENCE_S)
+            self._news.wait_for(lambda: self._ended or moment(seen()), _TIMEOUT_S)
             if not moment(seen()):
-                why = "the watch on pods ended" if self._ended else f"{_PATIENCE_S:.0f} s have passed"
+                why = "the watch on pods ended" if self._ended else f"{_TIMEOUT_S:.0f} s have passed"
                 raise BenchError(f"{why} before pod {name} was {what}; it was {seen().state}")
             return moment(seen())
 
     def _follow(self) -> None:
         try:
-            for line in lines(self._response):
+            for line in self._watch.lines():
                 at = time.perf_counter()
                 self._note(json.loads(line), at)
-        except (urllib3.exceptions.HTTPError, ValueError, OSError):
-            pass  # closed, by us or by the server: told to whoever waits
+        except (RequestError, ValueError):
+            pass  # closed, by us or by the server; `_wait` raises the error
         finally:
             with self._news:
                 self._ended = True
@@ -85,10 +81,3 @@ class PodWatch:
                 state=" ".join([pod["status"]["phase"], *(one["message"] for one in conditions if "message" in one)]),
             )
             self._news.notify_all()
-
-
-def lines(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    rest = b""
-    for chunk in response.stream():
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hack.lib.bench.measures import Bench, Size, percentiles, resident_mb, running
+from hack.lib.bench.measures import Bench, Size, driver_bench, percentiles, resident_mb
 from hack.lib.bench.subject import Subject
 from hack.lib.bench.table import Figures
 
@@ -16,7 +16,7 @@ async def shares(subject: Subject, size: Size) -> Figures:
     """A card's first MPS share starts its daemon (the stand-in, a Python program of its own) and is measured with it; then
     shares come and go beside one that stays. The supervisor's memory is read with a daemon on each of eight cards."""
     figures: Figures = {}
-    async with running(subject, supervised=True) as bench:
+    async with driver_bench(subject, supervised=True) as bench:
         by_mps = bench.allocations(BY_MPS)
         first = [bench.claim(gpu, device) for gpu, device in enumerate(by_mps)]
         took = [await bench.prepare(ref) for ref in first]

@@ -1,6 +1,6 @@
 """What the measures on a real Kubernetes play on: our templates and our pods.
 
-The pods are those of deploy/examples, with a container that stays until it is told to end, and then ends at once.
+The pods are those of deploy/examples, with a container that stays until SIGTERM, and then ends at once.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from dataclasses import dataclass
 
 import yaml
 
-from hack.lib.bench.onkube import CLAIMS, PODS, TEMPLATES, Body, Kube
+from hack.lib.api import CLAIMS, PODS, TEMPLATES
+from hack.lib.bench.onkube import Body, MeasuredCluster
 from hack.lib.bench.subject import ROOT
 
 EXAMPLES = {"gpu": "whole-gpu", "mig": "mig-profile", "mps": "mps-share", "timeslice": "time-slice-share"}
 WITHOUT = "none"  # a pod that asks for no device: what a pod takes here anyway
 STAYS = ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
 IGNORES = ["sleep", "2147483647"]  # process 1 has no handler for SIGTERM, so it is dropped
+_TIMEOUT_S = 60.0
 CARD_0 = "card-0"  # the template of claims that only one device can serve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """How much of it, in a round. pods: one by one, of each mode. waves: of eight. successors: of each kind."""
+    """How much is measured in a round. pods: one by one, of each mode. waves: of eight. successors: of each kind."""
 
     rounds: int
     pods: int
@@ -33,10 +35,10 @@ class Extent:
     rest_s: float
 
 
-class Stage:
+class ClusterStage:
     """The cluster with our templates on it."""
 
-    def __init__(self, kube: Kube) -> None:
+    def __init__(self, kube: MeasuredCluster) -> None:
         self.kube = kube
         types = kube.types()
         self.modes = [mode for mode in EXAMPLES if mode in types]
@@ -47,21 +49,21 @@ class Stage:
             template, self._pods[mode] = yaml.safe_load_all(
                 (ROOT / "deploy" / "examples" / f"{EXAMPLES[mode]}.yaml").read_text(encoding="utf-8")
             )
-            kube.ask("POST", TEMPLATES, template)
+            kube.api.ask("POST", TEMPLATES, template)
             if mode == "gpu":
-                kube.ask("POST", TEMPLATES, _of_one_card(template))
+                kube.api.ask("POST", TEMPLATES, _of_one_card(template))
                 self._pods[WITHOUT] = _without(self._pods[mode])
         if left_out := EXAMPLES.keys() - set(self.modes):
             self.notes["modes"] = f"not offered on this Kubernetes, so not measured: {', '.join(sorted(left_out))}"
 
     def pod(self, mode: str, template: str = "") -> Body:
-        """A pod of its own name; `template`: another one than the example's."""
+        """A pod with a new name; `template`: a claim template in place of the one of the example."""
         pod = copy.deepcopy(self._pods[mode])
         pod["metadata"]["name"] = f"{mode}-{next(self._numbers)}"
         pod["spec"]["containers"][0]["command"] = STAYS
         # The kubelet looks every 300 ms whether a pod's volumes are mounted, which would be most of what is measured.
         pod["spec"]["automountServiceAccountToken"] = False
-        pod["spec"]["terminationGracePeriodSeconds"] = 1  # for one that is told to end before it has set its trap
+        pod["spec"]["terminationGracePeriodSeconds"] = 1  # for one that gets SIGTERM before it has set its trap
         for claim in pod["spec"].get("resourceClaims", ()) if template else ():
             claim["resourceClaimTemplateName"] = template
         return pod
@@ -78,8 +80,8 @@ class Stage:
 
     def clear(self) -> None:
         """Return when no pod holds anything."""
-        self.kube.until_none(PODS)
-        self.kube.until_none(CLAIMS)
+        self.kube.api.wait_gone(PODS, _TIMEOUT_S)
+        self.kube.api.wait_gone(CLAIMS, _TIMEOUT_S)
 
 
 def name_of(pod: Body) -> str:

@@ -39,14 +39,14 @@ class Report:
 
 def figures(rows: Sequence[Row], found: Rounds) -> list[Mapping[str, object]]:
     """The rows that were measured, with the median of their rounds."""
-    told: list[Mapping[str, object]] = []
+    rows_found: list[Mapping[str, object]] = []
     for row in rows:
         values = {name: [one[row.key] for one in rounds if row.key in one] for name, rounds in found.items()}
         if not all(values.values()):
             continue
         median = {name: statistics.median(numbers) for name, numbers in values.items()}
         latest = [*median.values()][-1]
-        told.append(
+        rows_found.append(
             {
                 "key": row.key,
                 "measure": row.text,
@@ -57,7 +57,7 @@ def figures(rows: Sequence[Row], found: Rounds) -> list[Mapping[str, object]]:
                 "rounds": values,
             }
         )
-    return told
+    return rows_found
 
 
 def table(report: Report) -> str:

@@ -105,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     start = commands.add_parser("start", help="let a part run again, and wait for it", allow_abbrev=False)
     for one in (stop, start):
         one.add_argument("part", metavar="PART", help="as status names it")
-    commands.add_parser("reboot", help="restart the node, as far as that can be had", allow_abbrev=False)
+    commands.add_parser(
+        "reboot", help="restart the node: processes, mounts and /run go, its disk stays", allow_abbrev=False
+    )
     commands.add_parser("kubectl", help="any kubectl command, as the administrator", add_help=False)
     commands.add_parser("down", help="end it and remove every trace", allow_abbrev=False)
     return parser
@@ -154,13 +156,13 @@ def _devices(place: Place, facts: Facts) -> str:
 
 
 def _status(as_json: bool, part: str | None) -> int:
-    facts = cluster.running()
+    facts = cluster.current()
     processes = cluster.processes() if facts else {}
     place = Place(work_folder())
     if as_json:
-        told = {"version": facts.version, "gpus": facts.gpus, "folder": str(place.root)} if facts else {}
+        known = {"version": facts.version, "gpus": facts.gpus, "folder": str(place.root)} if facts else {}
         served = {"scheduler": f"https://{LOOPBACK}:{facts.ports.scheduler}"} if facts else {}
-        print(json.dumps({**told, **served, "processes": processes}))
+        print(json.dumps({**known, **served, "processes": processes}))
     elif part is not None:
         if part not in processes:
             raise PlaygroundError(f"no part {part!r} runs; these do: {', '.join(sorted(processes)) or 'none'}")
@@ -183,7 +185,7 @@ def _resident_mb(pid: int) -> int:
 
 
 def _kubectl(arguments: list[str]) -> int:
-    facts = cluster.running()
+    facts = cluster.current()
     if facts is None:
         raise PlaygroundError(cluster.NONE)
     kube = str(Binaries(facts.version).kube)

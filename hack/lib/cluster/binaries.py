@@ -121,7 +121,7 @@ def _count(command: Sequence[str], folder: Path) -> int:
     _say("fetching sources")
     done = subprocess.run(command, cwd=folder, env=_environment({}), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PlaygroundError(_reason("its sources cannot be had", done.stderr.splitlines()))
+        raise PlaygroundError(_reason("its sources cannot be fetched", done.stderr.splitlines()))
     return len(done.stdout.splitlines())
 
 
@@ -154,8 +154,8 @@ def _progress(done: int, total: int) -> None:
 
 
 def _reason(what: str, lines: Sequence[str]) -> str:
-    told = [line for line in lines if line.startswith(("go: ", "#")) or ": " in line]
-    last = told[-1] if told else "Go gave no reason"
+    reasons = [line for line in lines if line.startswith(("go: ", "#")) or ": " in line]
+    last = reasons[-1] if reasons else "Go gave no reason"
     return f"{what}: {last}; check that Go's module proxy can be reached (go env GOPROXY) and try again"
 
 
@@ -166,11 +166,11 @@ def _check_go(version: str) -> None:
     words = f"building Kubernetes {version} needs Go {least[0]}.{least[1]} or later"
     if shutil.which("go") is None:
         raise PlaygroundError(f"{words}, and there is no go on PATH; install it (go.dev/dl) or put it on PATH")
-    said = subprocess.run(["go", "env", "GOVERSION"], env=_environment({}), capture_output=True, text=True, check=False)
-    has = re.match(r"go(\d+)\.(\d+)", said.stdout)
+    done = subprocess.run(["go", "env", "GOVERSION"], env=_environment({}), capture_output=True, text=True, check=False)
+    has = re.match(r"go(\d+)\.(\d+)", done.stdout)
     if has is None or (int(has[1]), int(has[2])) < least:
         raise PlaygroundError(
-            f"{words}, and go on PATH is {said.stdout.strip() or 'broken'}; put a newer one first on PATH"
+            f"{words}, and go on PATH is {done.stdout.strip() or 'broken'}; put a newer one first on PATH"
         )
 
 

@@ -25,7 +25,7 @@ from hack.lib.cluster import machine, network
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import CGROUP, REPOSITORY, Facts, Place, Ports, empty, work_folder
-from hack.lib.cluster.processes import PATIENCE_S
+from hack.lib.cluster.processes import TIMEOUT_S
 from hack.lib.cluster.ready import Readiness
 
 _WAIT_S = 30.0
@@ -40,16 +40,16 @@ Say = Callable[[str], None]
 
 
 def wanted(version: str, **choices: Any) -> Facts:
-    """A cluster that is not there yet: with secrets and ports of its own; `choices` are further fields of `Facts`."""
+    """The facts of a new cluster, with new secrets and free ports; `choices` are further fields of `Facts`."""
     tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
     return Facts(version=version, tokens=tokens, ports=Ports.free(), **choices)
 
 
 def up(facts: Facts, say: Say) -> None:
-    """Start this cluster and return when it serves. Whatever goes wrong, or Ctrl-C: nothing of it stays."""
+    """Start this cluster and return when it serves. After a failure or Ctrl-C nothing of it stays."""
     machine.check()
     machine.check_gpus(facts.gpus)
-    if running() is not None:
+    if current() is not None:
         raise PlaygroundError(_TAKEN)
     Binaries(facts.version).ensure()
     place = Place(work_folder())
@@ -68,7 +68,7 @@ def up(facts: Facts, say: Say) -> None:
 def check(version: str) -> None:
     """PlaygroundError with the first reason why `up` would not start at once."""
     machine.check()
-    if running() is not None:
+    if current() is not None:
         raise PlaygroundError(_TAKEN)
     missing = Binaries(version).missing()
     if missing:
@@ -78,7 +78,7 @@ def check(version: str) -> None:
 
 
 def down() -> bool:
-    """End the cluster and remove all of it; whether there was one."""
+    """End the cluster and remove its files. True where there was one."""
     place = Place(work_folder())
     if not place.root.exists():
         return False
@@ -87,7 +87,7 @@ def down() -> bool:
     return True
 
 
-def running() -> Facts | None:
+def current() -> Facts | None:
     """The cluster that serves, or None."""
     place = Place(work_folder())
     if not place.root.exists() or not _locked(place.root):
@@ -124,14 +124,14 @@ def processes() -> dict[str, int]:
 def stop(part: str, number: signal.Signals = signal.SIGKILL) -> None:
     """End a part, and let nobody start it again: as its crash would, or as an update does it, with SIGTERM."""
     place, _ = _part(part)
-    (place.held / part).touch()
+    (place.stopped / part).touch()
     _kill(processes().get(part, 0), number)
 
 
 def start(part: str) -> None:
     """Let a part run again; return when it serves."""
     place, facts = _part(part)
-    (place.held / part).unlink(missing_ok=True)
+    (place.stopped / part).unlink(missing_ok=True)
     _wake(place)
     ready = Readiness(place, facts)
     _await(lambda: part in processes() and ready.of(part), f"{part} serves; see {place.logs / part}.log")
@@ -154,30 +154,30 @@ def reboot() -> None:
 
 def _part(name: str) -> tuple[Place, Facts]:
     facts, place = _served(), Place(work_folder())
-    known = sorted(processes().keys() | {path.name for path in place.held.iterdir()})
+    known = sorted(processes().keys() | {path.name for path in place.stopped.iterdir()})
     if name not in known:
         raise PlaygroundError(f"the cluster has no part {name!r}; it has {', '.join(known)}")
     return place, facts
 
 
 def _served() -> Facts:
-    facts = running()
+    facts = current()
     if facts is None:
         raise PlaygroundError(NONE)
     return facts
 
 
 def _wake(place: Place) -> None:
-    """Process 1 looks around when a child ends, or when it is told that one did."""
+    """Make process 1 look at its children, which it does at each SIGCHLD."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(_first(place) or os.getpid(), signal.SIGCHLD)
 
 
 def _await(done: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not done():
         if time.monotonic() > end:
-            raise PlaygroundError(f"it took longer than {PATIENCE_S:.0f} s until {what}")
+            raise PlaygroundError(f"it took longer than {TIMEOUT_S:.0f} s until {what}")
         time.sleep(_GLANCE_S)
 
 
@@ -212,7 +212,7 @@ def _start(place: Place, lock: int, say: Say) -> None:
 
 
 def _listen(process: subprocess.Popen[str], say: Say) -> str | None:
-    """Pass on what process 1 says; None when all is ready, else why not, as far as it said."""
+    """Print the lines of process 1. None when all is ready, else the last reason that it printed."""
     assert process.stdout is not None
     failed: list[str] = []
     for line in process.stdout:
@@ -239,7 +239,7 @@ def _end(place: Place) -> None:
 
 
 def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """End a process and wait until it is gone; process 1 of a namespace goes after all others there."""
+    """End a process and wait for it; process 1 of a namespace ends after all other processes there."""
     with contextlib.suppress(ProcessLookupError):
         if not pid:
             return
@@ -289,7 +289,7 @@ def _counted_inside(first: int) -> dict[int, int]:
 
 
 def _remove_cgroups() -> None:
-    """Remove the cgroups that containers leave, in each hierarchy. One with processes in it is somebody else's and stays."""
+    """Remove the cgroups that containers leave, in each hierarchy. A cgroup with processes in it is not ours and stays."""
     top = Path("/sys/fs/cgroup")
     for tree in (top / CGROUP, *top.glob(f"*/{CGROUP}")):
         for folder, _, _ in os.walk(tree, topdown=False):

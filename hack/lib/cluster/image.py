@@ -63,8 +63,8 @@ def _libraries(program: str) -> list[Path]:
 
     ldd(1): "libc.so.6 => /lib/…/libc.so.6 (0x…)", and the loader as a path alone.
     """
-    said = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
-    words = [word for line in said.splitlines() for word in line.split() if word.startswith("/")]
+    listing = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+    words = [word for line in listing.splitlines() for word in line.split() if word.startswith("/")]
     # The NVIDIA libraries in the container need these of the C library, though the program does not name them.
     folders = sorted({Path(word).parent for word in words if Path(word).name == "libc.so.6"})
     more = [

@@ -15,7 +15,7 @@ from hack.lib.cluster import image, parts, reboot, software
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import NODE, REAL, Facts, Place
-from hack.lib.cluster.processes import PATIENCE_S, Processes
+from hack.lib.cluster.processes import TIMEOUT_S, Processes
 from hack.lib.cluster.ready import Readiness
 
 _CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
@@ -45,7 +45,7 @@ class Init:
         _tell("the node")
         kubectl = software.Kubectl(self._binaries.kube, self._place.admin)
         self.processes.until("kubelet", self._ready.node, "the node was ready")
-        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={PATIENCE_S:.0f}s")
+        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={TIMEOUT_S:.0f}s")
         if self._facts.gpus:
             self._start_driver(kubectl)
 
@@ -58,14 +58,14 @@ class Init:
         for name in ("kube-controller-manager", "kube-scheduler"):
             self._spawn(name)
         kubectl = software.Kubectl(self._binaries.kube, self._place.admin)
-        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={PATIENCE_S:.0f}s")
+        kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={TIMEOUT_S:.0f}s")
 
     def keep(self) -> None:
         """Start again whatever ends, and the whole node when asked to, for ever."""
         while True:
             if self._place.reboot.exists():
                 self._reboot()
-            self.processes.turn()
+            self.processes.restart_ended()
 
     def _reboot(self) -> None:
         self.processes.end_all_but(_CONTROL_PLANE)
@@ -103,7 +103,16 @@ def _tell(text: str) -> None:
 
 def lay_out(place: Place) -> None:
     """Make this namespace's /run, /var/log and the like the cluster's own."""
-    for folder in (place.logs, place.node, place.api, place.plugins, place.registry, place.cdi, place.mps, place.held):
+    for folder in (
+        place.logs,
+        place.node,
+        place.api,
+        place.plugins,
+        place.registry,
+        place.cdi,
+        place.mps,
+        place.stopped,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
     reboot.new_boot(place)
     _mount("--bind", str(place.boot_id), "/proc/sys/kernel/random/boot_id")

@@ -49,13 +49,13 @@ class Place:
         return self.root / "pids.json"
 
     @property
-    def held(self) -> Path:
-        """Has a file for each part that is not to run."""
+    def stopped(self) -> Path:
+        """Folder with one file for each part that was stopped by command."""
         return self.root / "held"
 
     @property
     def reboot(self) -> Path:
-        """Is there from the wish for a reboot until it is done."""
+        """Exists from the request for a reboot until the reboot is done."""
         return self.root / "reboot"
 
     @property
@@ -65,7 +65,7 @@ class Place:
 
     @property
     def simulated(self) -> Path:
-        """The state of the simulated cards, where the driver keeps it if not told otherwise."""
+        """The state of the simulated cards, where the driver keeps it by default."""
         return self.plugins / "gpuslice.dev" / "simulated"
 
     @property
@@ -86,7 +86,7 @@ class Place:
 
     @property
     def certificate(self) -> Path:
-        """The API server makes it for itself; it is its own authority."""
+        """The certificate that the API server makes and signs itself."""
         return self.api / "apiserver.crt"
 
     @property

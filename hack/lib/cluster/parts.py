@@ -1,4 +1,4 @@
-"""The parts of the cluster: their command lines and their files. What each flag is for stands where it is not plain."""
+"""The parts of the cluster: their command lines and their files. A comment explains a flag whose purpose is not plain."""
 
 from __future__ import annotations
 

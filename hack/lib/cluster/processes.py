@@ -16,13 +16,13 @@ from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import REPOSITORY, Place
 from hack.lib.cluster.parts import Command
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 _GLANCE_S = 0.05  # between two looks at something that sends no event
 _PAUSE_S = 1.0  # before what has ended is started again
 
 
 class Processes:
-    """The parts that run, by name. Those that end are started again in a `turn`."""
+    """The parts that run, by name. Those that end are started again by `restart_ended`."""
 
     def __init__(self, place: Place, programs: Path) -> None:
         """`programs` has containerd's, which look for each other on PATH."""
@@ -50,20 +50,20 @@ class Processes:
 
     def until(self, name: str, ready: Callable[[], bool], what: str) -> None:
         """Return when `ready`. PlaygroundError where any part ends before, or `name` takes too long."""
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         while not ready():
             self._reap()
             for part, status in self._ended.items():
                 raise PlaygroundError(f"{part} ended (status {status}) before {what}; {self.last_words(part)}")
             if time.monotonic() > end:
-                raise PlaygroundError(f"{what} took longer than {PATIENCE_S:.0f} s; {self.last_words(name)}")
+                raise PlaygroundError(f"{what} took longer than {TIMEOUT_S:.0f} s; {self.last_words(name)}")
             self._rest(_GLANCE_S)
 
-    def turn(self) -> None:
-        """Start again what has ended and nobody holds back; return when something may have changed."""
+    def restart_ended(self) -> None:
+        """Start again what has ended and nobody has stopped; return when something may have changed."""
         self._reap()
         now = time.monotonic()
-        ended = {name for name in self._ended if not (self._place.held / name).exists()}
+        ended = {name for name in self._ended if not (self._place.stopped / name).exists()}
         self._due = {name: self._due.get(name, now + _PAUSE_S) for name in ended}
         for name in [name for name, at in self._due.items() if at <= now]:
             self.start(name)
@@ -76,7 +76,7 @@ class Processes:
         self.spawn(name, self._commands[name])
 
     def end_all_but(self, names: Sequence[str]) -> None:
-        """SIGKILL to all else here, containers included; return when it is gone."""
+        """Kill every other process of this namespace, containers included; return when they have ended."""
         kept = {os.getpid(), *(pid for name, pid in self._pids.items() if name in names)}
         while others := {int(path.name) for path in Path("/proc").glob("[0-9]*")} - kept:
             for pid in others:

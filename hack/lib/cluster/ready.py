@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import ssl
-import urllib.request
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from hack.lib.api import NODES, ApiServer, RequestError, fetch
 from hack.lib.cluster.layout import LOOPBACK, NODE, Facts, Place
 
 _ANSWER_S = 5.0
@@ -29,33 +30,36 @@ class Readiness:
         return known.get(part, lambda: True)()
 
     def api(self) -> bool:
-        return self.place.certificate.exists() and self._ask_api("/readyz") is not None
+        return self.place.certificate.exists() and _answers(lambda: self._with_api(lambda api: api.text("/readyz")))
 
     def kubelet(self) -> bool:
         """Whether it serves; its node may be ready later, and a restarted one's node looks ready before."""
         url = f"https://{LOOPBACK}:{self.facts.ports.kubelet}/healthz"
-        return _ask(urllib.request.Request(url), ssl._create_unverified_context()) is not None  # signed by itself
+        return _answers(lambda: fetch(url, timeout_s=_ANSWER_S))
 
     def node(self) -> bool:
-        node = json.loads(self._ask_api(f"/api/v1/nodes/{NODE}") or "{}")
+        try:
+            node = self._with_api(lambda api: api.ask("GET", f"{NODES}/{NODE}"))
+        except RequestError:
+            return False
         conditions = node.get("status", {}).get("conditions", ())
         return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
     def driver(self) -> bool:
-        return _ask(urllib.request.Request(f"http://{LOOPBACK}:{self.facts.ports.driver}/readyz")) is not None
+        url = f"http://{LOOPBACK}:{self.facts.ports.driver}/readyz"
+        return _answers(lambda: fetch(url, timeout_s=_ANSWER_S))
 
-    def _ask_api(self, path: str) -> bytes | None:
-        url = f"https://{LOOPBACK}:{self.facts.ports.api}{path}"
-        who = {"Authorization": f"Bearer {self.facts.tokens['admin']}"}
-        trust = ssl.create_default_context(cafile=str(self.place.certificate))
-        return _ask(urllib.request.Request(url, headers=who), trust)
+    def _with_api(self, ask: Callable[[ApiServer], Any]) -> Any:
+        url = f"https://{LOOPBACK}:{self.facts.ports.api}"
+        api = ApiServer(url, self.facts.tokens["admin"], self.place.certificate, timeout_s=_ANSWER_S)
+        with contextlib.closing(api):
+            return ask(api)
 
 
-def _ask(request: urllib.request.Request, trust: ssl.SSLContext | None = None) -> bytes | None:
-    """What a server of ours answers; None where it does not, or refuses."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust))
+def _answers(ask: Callable[[], object]) -> bool:
+    """Whether a server of ours answers and does not refuse."""
     try:
-        with direct.open(request, timeout=_ANSWER_S) as response:
-            return bytes(response.read())
-    except OSError:
-        return None
+        ask()
+    except (RequestError, OSError):  # OSError: the certificate that the API server is still writing
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""A reboot of the node, as far as it can be had: what lives in memory is gone, what lies on disk stays.
+"""A reboot of the node, as far as a process can do it: what lives in memory is gone, what lies on disk stays.
 
 Gone: every process of the node with its containers, the mounts they had, /run, the folders that a node has below /run (CDI
 files, MPS), the boot id, and what a reset takes from the cards. The control plane runs on, as on machines of its own.
@@ -14,7 +14,7 @@ from hack.lib.cluster.layout import REAL, Facts, Place, empty
 
 
 def forget(place: Place, facts: Facts) -> None:
-    """Take from the node what a reboot takes. No process of it may run."""
+    """Remove what a reboot of the node removes. No process of the node may run."""
     _unmount(place)
     for folder in (Path("/run"), place.cdi, place.mps, place.containerd / "state"):
         if folder.exists():

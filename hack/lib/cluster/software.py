@@ -29,11 +29,11 @@ class Kubectl:
 
 
 def call(command: Sequence[str], given: str | None = None) -> str:
-    """Run a program to its end; its standard output. PlaygroundError with what it said where it fails."""
+    """Run a program to its end; its standard output. PlaygroundError with its errors where it fails."""
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise PlaygroundError(f"{Path(command[0]).name} {' '.join(command[1:4])} … failed: {said}")
+        reason = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise PlaygroundError(f"{Path(command[0]).name} {' '.join(command[1:4])} … failed: {reason}")
     return done.stdout
 
 

@@ -54,8 +54,8 @@ def _with_libraries(name: str, target: Path) -> None:
     if found is None:
         raise GpuError(f"there is no {name} on PATH, which the cluster needs; apt-get install {name}")
     _copy(Path(found), target / "own-libraries" / name)
-    said = subprocess.run(["ldd", found], capture_output=True, text=True, check=False).stdout
-    for library, path in re.findall(r"(\S+) => (/\S+)", said):
+    listing = subprocess.run(["ldd", found], capture_output=True, text=True, check=False).stdout
+    for library, path in re.findall(r"(\S+) => (/\S+)", listing):
         if not _C_LIBRARY.match(library):
             _copy(Path(path), target / "lib" / library)
 

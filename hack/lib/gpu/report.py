@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hack.lib.gpu import results
 from hack.lib.gpu.errors import GpuError
-from hack.lib.gpu.results import LEFT_OUT, NO, YES, Check
+from hack.lib.gpu.results import LEFT_OUT, NO, YES, CheckResult
 
 # The beginning of a line of docs/unproven.md, and the checks that prove it where all of them hold.
 PROVES = {
@@ -34,12 +34,12 @@ def report(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _row(check: Check) -> str:
+def _row(check: CheckResult) -> str:
     value = " ".join(check.value.replace("|", "/").split())
     return f"| {check.stage} | {check.name} | {check.result} | {value[:160]}{'…' if len(value) > 160 else ''} |"
 
 
-def _proven(checks: Sequence[Check]) -> Iterator[str]:
+def _proven(checks: Sequence[CheckResult]) -> Iterator[str]:
     held = {check.name for check in checks if check.result == YES}
     lines = [line for line, needed in PROVES.items() if held.issuperset(needed)]
     yield "Lines that may leave docs/unproven.md:" if lines else "No line of docs/unproven.md is proven by this run."

@@ -1,4 +1,4 @@
-"""What a run found: one line of JSON for each check, written at once, so that a cut loses nothing of it."""
+"""What a run found: one line of JSON for each check, written at once, so that an early end loses none of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ YES, NO, LEFT_OUT = "yes", "no", "left out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class CheckResult:
     """`name` is a statement; `result` says whether it holds here."""
 
     stage: str
@@ -46,14 +46,14 @@ class Results:
     def _write(self, name: str, result: str, value: str) -> str:
         now = time.monotonic()
         seconds, self._begun = round(now - self._begun, 3), now
-        found = Check(stage=self._stage, name=name, result=result, value=value[:4000], seconds=seconds)
+        found = CheckResult(stage=self._stage, name=name, result=result, value=value[:4000], seconds=seconds)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
         print(f"  {result:8} {name}{': ' if value else ''}{' '.join(value.split())[:300]}", flush=True)
         return result
 
 
-def read(folder: Path) -> list[Check]:
+def read(folder: Path) -> list[CheckResult]:
     path = folder / FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [Check(**json.loads(line)) for line in lines]
+    return [CheckResult(**json.loads(line)) for line in lines]

@@ -30,21 +30,21 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StageSpec:
     name: str
     limit_s: float
     programs: bool = False  # whether it needs the packed programs
 
 
 STAGES = (
-    Stage("machine", 15),
-    Stage("facts", 30),
-    Stage("stack", 190, programs=True),
-    Stage("mps", 90),
-    Stage("contract", 45),
-    Stage("cdi", 20),
-    Stage("sharing", 30),
-    Stage("times", 40),
+    StageSpec("machine", 15),
+    StageSpec("facts", 30),
+    StageSpec("stack", 190, programs=True),
+    StageSpec("mps", 90),
+    StageSpec("contract", 45),
+    StageSpec("cdi", 20),
+    StageSpec("sharing", 30),
+    StageSpec("times", 40),
 )
 
 
@@ -74,7 +74,7 @@ def run(folder: Path, out: Path | None, only: str, driver_root: Path | None, say
     return 1 if any(codes) else 0
 
 
-def _chosen(only: str) -> tuple[Stage, ...]:
+def _chosen(only: str) -> tuple[StageSpec, ...]:
     known = {stage.name: stage for stage in STAGES}
     names = [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
@@ -109,7 +109,7 @@ class _Unpacking:
         return self._there
 
 
-def run_stage(stage: Stage, site: Path, programs: Path | None, root: Path | None, out: Path, say: Say) -> int:
+def run_stage(stage: StageSpec, site: Path, programs: Path | None, root: Path | None, out: Path, say: Say) -> int:
     """Run one stage to its end or its limit; its exit code. What it found is in `out` then."""
     results = Results(out, stage.name)
     if stage.programs and programs is None:

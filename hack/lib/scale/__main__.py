@@ -17,11 +17,11 @@ from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import DriverError
 from gpuslice.node import read_policy
 
-from hack.lib.scale.api import Api
+from hack.lib.api import ApiServer, RequestError
 from hack.lib.scale.control import Scheduler, control_plane
 from hack.lib.scale.errors import ScaleError
-from hack.lib.scale.fleet import CARDS, Plan, cards, create_classes, create_nodes, plan, publish
-from hack.lib.scale.measure import KINDS, WHOLE, Figure, Kind, measure
+from hack.lib.scale.fleet import CARDS, NodePlan, cards, create_classes, create_nodes, plan, publish
+from hack.lib.scale.measure import KINDS, WHOLE, Figure, RequestKind, measure
 from hack.lib.scale.report import BASELINE, OURS, Found, report, table
 
 _WARM = 8  # pods that are not counted: the scheduler compiles selectors, and has seen the new slices
@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             OURS: plan(gpus, read_policy(options.policy)),
         }
         with control_plane() as (api, scheduler):
-            found = _measured(api, scheduler, plans, options)
-    except (ScaleError, DriverError) as e:
+            found = _measure(api, scheduler, plans, options)
+    except (ScaleError, RequestError, DriverError) as e:
         _say(str(e))
         return 1
-    told = report(found, {"nodes": options.nodes, "cards": CARDS, "pods": options.pods, "rounds": options.rounds})
-    print(json.dumps(told, indent=1) if options.json else table(told))
+    body = report(found, {"nodes": options.nodes, "cards": CARDS, "pods": options.pods, "rounds": options.rounds})
+    print(json.dumps(body, indent=1) if options.json else table(body))
     return 0
 
 
@@ -78,7 +78,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _measured(api: Api, scheduler: Scheduler, plans: Mapping[str, Plan], options: argparse.Namespace) -> Found:
+def _measure(api: ApiServer, scheduler: Scheduler, plans: Mapping[str, NodePlan], options: argparse.Namespace) -> Found:
     create_classes(api)
     nodes = create_nodes(api, options.nodes)
     kinds = [kind for kind in KINDS if not options.only or kind.key in options.only]
@@ -97,7 +97,7 @@ def _measured(api: Api, scheduler: Scheduler, plans: Mapping[str, Plan], options
     return found
 
 
-def _figure(api: Api, scheduler: Scheduler, kind: Kind, pods: int, profile: Path | None) -> Figure:
+def _figure(api: ApiServer, scheduler: Scheduler, kind: RequestKind, pods: int, profile: Path | None) -> Figure:
     """Measured once; where a profile is asked for, that costs a little too."""
     if profile is None:
         return measure(api, scheduler, kind, pods)
@@ -116,7 +116,7 @@ def _say(text: str) -> None:
 
 
 def _stop(*_: object) -> None:
-    """Told to end in another way than Ctrl-C, it ends in the same."""
+    """End after SIGTERM and SIGHUP as after Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hack.lib.scale.api import Api
+from hack.lib import api
+from hack.lib.api import ApiServer
 from hack.lib.scale.errors import ScaleError
 
 _CLUSTER = str(Path(__file__).parents[2] / "cluster")
@@ -36,29 +37,27 @@ class Scheduler:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def profile(self, api: Api, seconds: int) -> bytes:
+    def profile(self, server: ApiServer, seconds: int) -> bytes:
         """Where its processor time goes for so long from now on, for `go tool pprof -top`."""
-        return api.fetch(f"{self.url}/debug/pprof/profile?seconds={seconds}")
+        return api.fetch(f"{self.url}/debug/pprof/profile?seconds={seconds}", server.token)
 
 
 @contextlib.contextmanager
-def control_plane() -> Iterator[tuple[Api, Scheduler]]:
-    """Up while it is used; nothing of it stays."""
+def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
+    """Start a control plane for the block, and end it; nothing of it stays."""
     if _run("up", "--control-plane"):
-        raise ScaleError("the control plane did not start; it said why above")
+        raise ScaleError("the control plane did not start; the reason is above")
     try:
-        told = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
-        facts = json.loads(told)
-        yield (
-            Api(Path(facts["folder"]) / "admin.conf"),
-            Scheduler(facts["processes"]["kube-scheduler"], facts["scheduler"]),
-        )
+        status = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
+        facts = json.loads(status)
+        with contextlib.closing(ApiServer.of_kubeconfig(Path(facts["folder"]) / "admin.conf")) as server:
+            yield server, Scheduler(facts["processes"]["kube-scheduler"], facts["scheduler"])
     finally:
         _run("down")
 
 
 def _run(*arguments: str) -> int:
-    """In a session of its own: Ctrl-C is for us, and we tell it once. Whatever it was about, it comes to an orderly end."""
+    """Run hack/cluster in a session of its own: Ctrl-C reaches us alone, and we end the command in order."""
     process = subprocess.Popen([_CLUSTER, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait()

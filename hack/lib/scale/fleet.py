@@ -17,7 +17,7 @@ from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
 from gpuslice.core.pools.reconcile import Create, Owner
 from gpuslice.nvml.sim.nvml import SimNvml
 
-from hack.lib.scale.api import CLASSES, NODES, SLICES, Api, Body
+from hack.lib.api import CLASSES, NODES, SLICES, ApiServer, Body
 
 DRIVER = "gpuslice.dev"
 CARDS = "h100x8"
@@ -26,11 +26,11 @@ _SEED = uuid.UUID(int=0)
 ALL = Features(partitionable=True, consumable=True, taints=True)  # as Kubernetes 1.36 and later have them
 _READY = {"type": "Ready", "status": "True", "reason": "Simulated", "message": "an object and nothing else"}
 
-Plan = Callable[[str], Sequence[PoolSlices]]  # what a node of this name publishes
+NodePlan = Callable[[str], Sequence[PoolSlices]]  # what a node of this name publishes
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class FleetNode:
     name: str
     uid: str
 
@@ -45,7 +45,7 @@ def cards() -> tuple[Gpu, ...]:
             nvml.close()
 
 
-def plan(gpus: Sequence[Gpu], policy: Policy) -> Plan:
+def plan(gpus: Sequence[Gpu], policy: Policy) -> NodePlan:
     """What the driver publishes on a node with these cards under this policy; only names and UUIDs are the node's own."""
 
     def pools(node: str) -> Sequence[PoolSlices]:
@@ -55,24 +55,24 @@ def plan(gpus: Sequence[Gpu], policy: Policy) -> Plan:
     return pools
 
 
-def slices(node: Node, pools: Sequence[PoolSlices]) -> list[Body]:
+def slices(node: FleetNode, pools: Sequence[PoolSlices]) -> list[Body]:
     """The objects that the driver's publisher would create, in its order."""
     owner = Owner(DRIVER, node.name, node.uid)
     return [change.body for change in reconcile.changes(pools, [], owner) if isinstance(change, Create)]
 
 
-def publish(api: Api, nodes: Iterable[Node], plan: Plan) -> None:
+def publish(api: ApiServer, nodes: Iterable[FleetNode], plan: NodePlan) -> None:
     """Replace all slices of these nodes by those of the plan."""
     api.clear(SLICES)
     api.create(SLICES, (body for node in nodes for body in slices(node, plan(node.name))))
 
 
-def create_classes(api: Api) -> None:
+def create_classes(api: ApiServer) -> None:
     text = (REPOSITORY / "deploy" / "deviceclasses.yaml").read_text()
     api.create(CLASSES, yaml.safe_load_all(text))
 
 
-def create_nodes(api: Api, count: int) -> list[Node]:
+def create_nodes(api: ApiServer, count: int) -> list[FleetNode]:
     """Nodes that are ready for pods. Admission adds a taint to each, which only a kubelet's life would remove."""
     names = [f"node-{i:03}" for i in range(count)]
     made = api.create(
@@ -80,6 +80,6 @@ def create_nodes(api: Api, count: int) -> list[Node]:
     )
     room = {"cpu": "256", "memory": "2Ti", "pods": "1000"}
     status = {"capacity": room, "allocatable": room, "conditions": [_READY]}
-    api.patch((f"{NODES}/{name}/status", {"status": status}) for name in names)
-    api.patch((f"{NODES}/{name}", {"spec": {"taints": None}}) for name in names)
-    return [Node(body["metadata"]["name"], body["metadata"]["uid"]) for body in made]
+    api.merge((f"{NODES}/{name}/status", {"status": status}) for name in names)
+    api.merge((f"{NODES}/{name}", {"spec": {"taints": None}}) for name in names)
+    return [FleetNode(body["metadata"]["name"], body["metadata"]["uid"]) for body in made]

@@ -8,20 +8,22 @@ tells. In it are the scheduler's own work, its writes (claim status, binding, ev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from hack.lib.scale.api import CLAIMS, PODS, TEMPLATES, Api, Body
+from hack.lib.api import CLAIMS, PODS, TEMPLATES, ApiServer, Body
 from hack.lib.scale.control import Scheduler
 from hack.lib.scale.errors import ScaleError
 from hack.lib.scale.fleet import REPOSITORY
 
+_LONGEST_S = 600  # of a watch
+
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class RequestKind:
     """A kind of request, as an example in deploy/examples asks for it."""
 
     key: str
@@ -40,11 +42,11 @@ class Kind:
         return found
 
 
-WHOLE = Kind("whole", "a whole GPU", "whole-gpu")
+WHOLE = RequestKind("whole", "a whole GPU", "whole-gpu")
 KINDS = (
     WHOLE,
-    Kind("profile", "1g.10gb", "mig-profile"),
-    Kind("memory", "9Gi of anything", "any-share-by-memory"),
+    RequestKind("profile", "1g.10gb", "mig-profile"),
+    RequestKind("memory", "9Gi of anything", "any-share-by-memory"),
 )
 
 
@@ -55,7 +57,7 @@ class Figure:
 
 
 def measure(
-    api: Api, scheduler: Scheduler, kind: Kind, count: int, meanwhile: Callable[[], None] | None = None
+    api: ApiServer, scheduler: Scheduler, kind: RequestKind, count: int, meanwhile: Callable[[], None] | None = None
 ) -> Figure:
     """Place `count` pods of a kind and remove them again. `meanwhile` is called when the scheduler has begun.
 
@@ -76,22 +78,29 @@ def measure(
     finally:
         api.clear(PODS)
         api.clear(TEMPLATES)
-    api.gone(CLAIMS)
+    api.wait_gone(CLAIMS, _LONGEST_S)
     return Figure(count / took, used / count * 1000)
 
 
-def _until(api: Api, count: int, is_so: Callable[[Body], bool]) -> None:
-    """Return when it is so for this many pods. ScaleError where the scheduler gives one up."""
+def _until(api: ApiServer, count: int, is_so: Callable[[Body], bool]) -> None:
+    """Return when `is_so` holds for this many pods. ScaleError where one finds no room, or after ten minutes."""
     done: set[str] = set()
-    for event in api.watch(PODS):
-        if event["type"] == "LISTED":
-            continue
-        if refusal := _refusal(event["object"]):
+    for pod in _pods(api):
+        if refusal := _refusal(pod):
             raise ScaleError(f"a pod finds no room: {refusal} Place fewer --pods, or --only what the policy offers.")
-        if is_so(event["object"]):
-            done.add(event["object"]["metadata"]["name"])
+        if is_so(pod):
+            done.add(pod["metadata"]["name"])
         if len(done) == count:
             return
+    raise ScaleError(f"{count - len(done)} of {count} pods waited longer than {_LONGEST_S} s; see the scheduler's log")
+
+
+def _pods(api: ApiServer) -> Iterator[Body]:
+    """Those that are there, and then each that changes."""
+    listed = api.ask("GET", PODS)
+    yield from listed["items"]
+    watch = api.watch(PODS, listed["metadata"]["resourceVersion"], _LONGEST_S)
+    yield from (event["object"] for event in watch)
 
 
 def _has_claim(pod: Body) -> bool:
@@ -99,10 +108,12 @@ def _has_claim(pod: Body) -> bool:
 
 
 def _refusal(pod: Body) -> str:
-    """What the scheduler says after it has looked at all nodes in vain; other troubles it gets over."""
+    """The sentence of the scheduler where no node has room for the pod, else ""; it retries after any other refusal."""
     conditions = pod.get("status", {}).get("conditions", ())
-    said = (one.get("message", "") for one in conditions if one["type"] == "PodScheduled" and one["status"] == "False")
-    return next((message for message in said if message.startswith("0/")), "")
+    messages = (
+        one.get("message", "") for one in conditions if one["type"] == "PodScheduled" and one["status"] == "False"
+    )
+    return next((message for message in messages if message.startswith("0/")), "")
 
 
 def _is_bound(pod: Body) -> bool:

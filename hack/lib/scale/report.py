@@ -6,16 +6,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hack.lib.scale.measure import WHOLE, Figure, Kind
+from hack.lib.scale.measure import WHOLE, Figure, RequestKind
 
 BASELINE = "whole GPUs only"
 OURS = "our driver"
 TARGET = 0.5  # of the baseline's pods a second
 
-Found = dict[tuple[str, Kind], list[Figure]]  # by what is published and what is asked for; one figure a round
+Found = dict[tuple[str, RequestKind], list[Figure]]  # by what is published and what is asked for; one figure a round
 
 
-def report(found: Mapping[tuple[str, Kind], Sequence[Figure]], size: Mapping[str, object]) -> dict[str, Any]:
+def report(found: Mapping[tuple[str, RequestKind], Sequence[Figure]], size: Mapping[str, object]) -> dict[str, Any]:
     """Medians over the rounds. A ratio is taken round by round, against the baseline of the same round."""
     base = found[BASELINE, WHOLE]
     rows = []
@@ -38,15 +38,15 @@ def report(found: Mapping[tuple[str, Kind], Sequence[Figure]], size: Mapping[str
     return {"what": "the scheduler on nodes without kubelets", "size": dict(size), "figures": rows}
 
 
-def table(told: Mapping[str, Any]) -> str:
+def table(body: Mapping[str, Any]) -> str:
     lines = [["published", "request", "pods/s", "scheduler CPU a pod", "ratio", "rounds", "target", "reached"]]
-    lines += map(_line, told["figures"])
+    lines += map(_line, body["figures"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
-    size = told["size"]
+    size = body["size"]
     what = (
-        f"{told['what']}: {size['nodes']} of {size['cards']}, {size['pods']} pods of a kind, {size['rounds']} round(s)"
+        f"{body['what']}: {size['nodes']} of {size['cards']}, {size['pods']} pods of a kind, {size['rounds']} round(s)"
     )
     return "\n".join([*text, "", what])
 

@@ -268,6 +268,20 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
             "default: {keep: [timeSlice]}\ngpus: [{match: {index: 0}, timeslice: {interval: long}}]",
             "gpus[0].timeslice.interval contradicts itself: keep names timeSlice, and timeslice.interval is long",
         ),
+        (
+            "default: {timeslice: {interval: short}}\ngpus: [{match: {index: 0}, keep: [timeSlice]}]",
+            "gpus[0].keep contradicts itself: keep names timeSlice, and timeslice.interval is short; "
+            "write interval: default, or leave timeSlice out of keep",
+        ),
+        (
+            "default: {modes: [gpu], keep: [timeSlice]}\n"
+            "gpus: [{match: {index: 0}, modes: [timeslice], timeslice: {interval: long}}]",
+            "gpus[0].timeslice.interval contradicts itself",
+        ),
+        (
+            "default: {modes: [mig], sharedPartitions: [mps], keep: [computeMode]}",
+            "default.keep names computeMode to no effect: only mode mps changes it",
+        ),
         ("gpus: {}", "gpus must be a list, not a mapping"),
         ("gpus: []", "gpus is an empty list"),
         ("gpus: [{modes: [gpu]}]", "gpus[0] has no match"),
@@ -335,6 +349,41 @@ def test_a_profile_that_a_product_lacks_is_an_error_where_the_product_is_named()
 def test_a_static_layout_of_a_profile_that_the_card_lacks_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"names profile 1g\.5gb, which it does not have"):
         policy("default: {static: {1g.5gb: 7}}").of(a_gpu("h100"))
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [
+        ("default: {keep: [computeMode, timeSlice]}", {"computeMode", "timeSlice"}),
+        ("default: {timeslice: {interval: default}, keep: [timeSlice]}", {"timeSlice"}),
+        # An entry for cards that are not time-sliced inherits an interval that is set on none of them.
+        (
+            "default: {timeslice: {interval: short}}\ngpus: [{match: {index: 0}, modes: [gpu, mps], keep: [timeSlice]}]",
+            {"timeSlice"},
+        ),
+        # The interval of default is taken back where the time slice is kept, and the other way round.
+        (
+            "default: {timeslice: {interval: short}}\n"
+            "gpus: [{match: {index: 0}, timeslice: {interval: default}, keep: [timeSlice]}]",
+            {"timeSlice"},
+        ),
+        (
+            "default: {keep: [timeSlice]}\n"
+            "gpus: [{match: {index: 0}, timeslice: {interval: short}, keep: [computeMode]}]",
+            {"computeMode"},
+        ),
+        # What default keeps reaches entries whose modes change none of it; that is no mistake of theirs.
+        ("default: {keep: [computeMode]}\ngpus: [{match: {index: 0}, modes: [mig]}]", {"computeMode"}),
+        # A static part counts on old clusters only, so the other modes keep their meaning.
+        ("default: {static: {timeslice: 4}, keep: [computeMode, timeSlice]}", {"computeMode", "timeSlice"}),
+        ("default: {static: {mps: 4}, keep: [computeMode]}", {"computeMode"}),
+    ],
+)
+def test_settings_can_be_kept_wherever_nothing_asks_to_change_them(text: str, keep: set[str]) -> None:
+    gpu = a_gpu("h100", 0)
+
+    assert policy(text).of(gpu).keep == keep
+    assert policy(text).unused([gpu]) == ()
 
 
 # ---------------------------------------------------------------- what only a node can tell

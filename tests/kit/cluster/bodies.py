@@ -8,7 +8,7 @@ from typing import Any
 Body = dict[str, Any]
 
 DRIVER = "gpuslice.dev"
-STAY = ("sh", "-c", "trap exit TERM; sleep 2147483647 & wait")  # ends at once when told to
+STAY = ("sh", "-c", "trap exit TERM; sleep 2147483647 & wait")  # ends at once at SIGTERM
 STUBBORN = ("sh", "-c", "trap '' TERM; while true; do sleep 2147483647; done")  # ends when it is killed
 
 
@@ -43,9 +43,9 @@ def wanted(class_: str, *, where: str = "", capacity: Mapping[str, str] | None =
     return found
 
 
-def config(*requests: str, **said: Any) -> Body:
+def config(*requests: str, **settings: Any) -> Body:
     """Opaque config of the driver, for these requests; for the whole claim where none is named."""
-    parameters = {"apiVersion": f"{DRIVER}/v1alpha1", "kind": "SliceConfig", **said}
+    parameters = {"apiVersion": f"{DRIVER}/v1alpha1", "kind": "SliceConfig", **settings}
     return {"requests": list(requests), "opaque": {"driver": DRIVER, "parameters": parameters}}
 
 
@@ -81,7 +81,7 @@ def container(name: str, *claims: str, command: tuple[str, ...] = STAY) -> Body:
 
 
 def pod(name: str, *claims: Body, containers: tuple[Body, ...] = (), **more: Any) -> Body:
-    """With one container that stays and uses all of its claims, if not said otherwise; `more` goes into its spec."""
+    """With one container that stays and uses all of its claims by default; `more` goes into its spec."""
     chosen = containers or (container("main", *(entry["name"] for entry in claims)),)
     spec = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "containers": list(chosen), **more}
     return {**_named("Pod", name, "v1"), "spec": {**spec, "resourceClaims": list(claims)}}

@@ -7,10 +7,8 @@ import json
 import os
 import re
 import select
-import ssl
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +20,13 @@ from gpuslice.mps.paths import Paths
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.system import files
 
+from hack.lib.api import fetch
 from tests.kit.cluster.bodies import DRIVER, STAY, Body
 from tests.kit.cluster.wanted import HACK_CLUSTER, ROOT
 
 EXAMPLES = ROOT / "deploy" / "examples"
 _WAIT = "--timeout=60s"  # wiped slices are back within half a minute
-_PATIENCE_S = 30.0
+_TIMEOUT_S = 30.0
 _ALLOCATIONS = "{range .items[*]}{.metadata.name} {.status.allocation.devices.results}{'\\n'}{end}"
 _KINDS = "pods,resourceclaims,resourceclaimtemplates"
 
@@ -85,7 +84,7 @@ class Cluster:
         yield self.kubectl("logs", f"{kind}/{name}", place, "--all-containers")
 
     def apply(self, example: str, *, name: str = "", command: tuple[str, ...] = STAY, restart: str = "Never") -> str:
-        """Create what an example says, but with a container that stays, or does as told; the name of its pod."""
+        """Create what an example says, but with a container that stays, or runs `command`; the name of its pod."""
         documents = list(_documents(example))
         for document in documents:
             if name:
@@ -109,7 +108,7 @@ class Cluster:
         self.kubectl("wait", "--for=create", "serviceaccount/default", f"--namespace={self.namespaces[-1]}", _WAIT)
         return self.namespaces[-1]
 
-    def until(self, *what: str, shows: str, wanted: Callable[[str], bool], within_s: float = _PATIENCE_S) -> str:
+    def until(self, *what: str, shows: str, wanted: Callable[[str], bool], within_s: float = _TIMEOUT_S) -> str:
         """Watch objects until one `shows` (a jsonpath) what is wanted; that text. What is there already counts too."""
         command = ["get", *what, "--watch", f"--output=jsonpath={shows}{{'\\n'}}", f"--request-timeout={within_s:.0f}s"]
         seen = []
@@ -145,7 +144,7 @@ class Cluster:
             "get", f"pod/{pod}", "--output=jsonpath={.status.conditions[?(@.type=='PodScheduled')].message}"
         )
 
-    def told(self, pod: str, container: str = "", namespace: str = "default") -> dict[str, str]:
+    def environment(self, pod: str, container: str = "", namespace: str = "default") -> dict[str, str]:
         """What the driver put into the environment of a running container."""
         chosen = [f"--container={container}"] if container else []
         return environment(self.kubectl("exec", pod, f"--namespace={namespace}", *chosen, "--", "env"))
@@ -160,7 +159,7 @@ class Cluster:
         return found
 
     def delete(self, *pods: str, namespace: str = "default") -> None:
-        """Return when the kubelet has given back what they held."""
+        """Return when the kubelet has unprepared their claims."""
         self.kubectl("delete", "pod", *pods, "--grace-period=1", f"--namespace={namespace}", _WAIT)
 
     def clear(self) -> None:
@@ -204,11 +203,11 @@ class Cluster:
     def nothing_stays(self) -> None:
         """Return when the last record is gone. AssertionError where it stays, or something that no record knows of."""
         (folder,) = (self._plugin / "claims").iterdir()
-        end = time.monotonic() + _PATIENCE_S
+        end = time.monotonic() + _TIMEOUT_S
         with contextlib.closing(files.FolderWatch(folder)) as watch:
             while self.records():
-                told, _, _ = select.select([watch], [], [], max(0.0, end - time.monotonic()))
-                assert told, f"claims are never given back: {self.records()}"
+                ready, _, _ = select.select([watch], [], [], max(0.0, end - time.monotonic()))
+                assert ready, f"claims are never unprepared: {self.records()}"
                 watch.read()
         assert (self.cdi_files(), self.partitions(), self.daemons()) == ([], [], ())
 
@@ -217,9 +216,7 @@ class Cluster:
         name = r'dra_operations_duration_seconds_count{is_error="(\w+)",operation_name="PrepareResources"} (\d+)'
         port = json.loads((self.folder / "cluster.json").read_text())["ports"]["kubelet"]
         # The API server's way to it is barred: it forwards to no loopback address.
-        unverified = ssl._create_unverified_context()
-        with urllib.request.urlopen(f"https://127.0.0.1:{port}/metrics", context=unverified) as answer:
-            found = re.findall(name, answer.read().decode())
+        found = re.findall(name, fetch(f"https://127.0.0.1:{port}/metrics").decode())
         return {"true": 0, **{failed: int(times) for failed, times in found}}
 
     def diagnosis(self) -> list[tuple[str, str]]:

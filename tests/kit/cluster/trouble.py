@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.wanted import HACK_CLUSTER, ROOT
 
-_PATIENCE_S = 90  # a kubelet that was away looks every minute for claims of pods that went meanwhile
+_TIMEOUT_S = 90  # a kubelet that was away looks every minute for claims of pods that went meanwhile
 
 
 def hack_cluster(*arguments: str) -> None:
@@ -54,7 +54,7 @@ def runs_on(pid: int, seconds: float) -> bool:
 
 
 class Instances:
-    """Drivers on the node beside the playground's own, started as that one is but for what is said."""
+    """Drivers on the node beside the playground's own, started like that one, with the flags that are given here."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -84,7 +84,7 @@ class Instances:
 
     def code(self) -> int:
         """The exit code of the last one, once it has ended of itself."""
-        return self._running[-1].wait(timeout=_PATIENCE_S)
+        return self._running[-1].wait(timeout=_TIMEOUT_S)
 
     def end(self) -> None:
         """None of them is left, whatever state it is in: a cluster's end would not end them."""
@@ -92,7 +92,7 @@ class Instances:
             process.terminate()
         for process in self._running:
             try:
-                process.wait(timeout=_PATIENCE_S)
+                process.wait(timeout=_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -110,28 +110,26 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def heard(cluster: Cluster, words: str) -> Iterator[None]:
+def until_logged(cluster: Cluster, words: str) -> Iterator[None]:
     """Leave the block when the driver has logged these words since its begin."""
     log = cluster.folder / "log" / "driver.log"
     begin = log.stat().st_size
     yield
-    says(log, words, begin)
+    wait_logged(log, words, begin)
 
 
-def says(log: Path, words: str, begin: int = 0) -> None:
+def wait_logged(log: Path, words: str, begin: int = 0) -> None:
     """Return when these words stand in the log, after its first `begin` bytes."""
-    follow = ["timeout", str(_PATIENCE_S), "tail", f"--bytes=+{begin + 1}", "--follow=name", str(log)]
+    follow = ["timeout", str(_TIMEOUT_S), "tail", f"--bytes=+{begin + 1}", "--follow=name", str(log)]
     with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as tail:
         assert tail.stdout is not None
         try:
-            assert any(words in line for line in tail.stdout), (
-                f"{log.name} did not say {words!r} within {_PATIENCE_S} s"
-            )
+            assert any(words in line for line in tail.stdout), f"{log.name} did not say {words!r} within {_TIMEOUT_S} s"
         finally:
             tail.kill()
 
 
-def runs_again(cluster: Cluster, name: str) -> None:
+def wait_restarted(cluster: Cluster, name: str) -> None:
     """Return when the pod's container was started a second time and is ready."""
     cluster.kubectl(
         "wait", "--for=jsonpath={.status.containerStatuses[0].restartCount}=1", f"pod/{name}", "--timeout=60s"
@@ -139,12 +137,12 @@ def runs_again(cluster: Cluster, name: str) -> None:
     cluster.runs(name)
 
 
-def gone(cluster: Cluster, *names: str) -> None:
-    """Return when the kubelet has let go of these pods."""
+def wait_deleted(cluster: Cluster, *names: str) -> None:
+    """Return when the objects of these pods are deleted."""
     cluster.kubectl("wait", "--for=delete", *(f"pod/{name}" for name in names), "--timeout=60s")
 
 
-def left_nothing(cluster: Cluster) -> None:
+def wait_cleared(cluster: Cluster) -> None:
     """Return when the claims of pods that have gone are gone too, and all that they held."""
     if claims := [f"resourceclaim/{body['metadata']['name']}" for body in cluster.get("resourceclaims")]:
         cluster.kubectl("wait", "--for=delete", *claims, "--timeout=30s")

@@ -23,7 +23,7 @@ def asked_for(config: pytest.Config, *, alone: bool = False) -> bool:
 
 
 def version(config: pytest.Config) -> str:
-    """Of Kubernetes: what was asked for, else what `hack/cluster` starts if not told."""
+    """Of Kubernetes: what was asked for, else the default of `hack/cluster`."""
     return str(config.getoption("cluster_version") or VERSIONS[0])
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 from gpuslice.system.files import FolderWatch
 
-from tests.kit.mps_node import SOON_S, Node
+from tests.kit.mps_node import SOON_S, MpsNode
 
 
 class StandIn:
     """The program, on a pipe directory of its own."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: MpsNode) -> None:
         self._command = node.command
         self.pipe, self.logs = node.client.pipe("gpu-0"), node.client.log("gpu-0")
         self.pipe.mkdir(parents=True)
@@ -67,7 +67,7 @@ class StandIn:
 
 
 @pytest.fixture
-def standin(node: Node) -> Iterator[StandIn]:
+def standin(node: MpsNode) -> Iterator[StandIn]:
     there = StandIn(node)
     yield there
     there.close()
@@ -83,7 +83,7 @@ def test_a_second_daemon_of_a_pipe_directory_is_refused(standin: StandIn) -> Non
     assert standin.run("-f") == (1, "An instance of this daemon is already running")
 
 
-def test_it_writes_its_pid_and_starts_no_server_before_the_first_program(standin: StandIn, node: Node) -> None:
+def test_it_writes_its_pid_and_starts_no_server_before_the_first_program(standin: StandIn, node: MpsNode) -> None:
     standin.start("-f")
     pid = int((standin.pipe / "nvidia-cuda-mps-control.pid").read_text(encoding="ascii"))
 
@@ -104,7 +104,7 @@ def test_a_device_that_is_not_there_is_refused(standin: StandIn, device: str) ->
     assert (status, why.partition(":")[0]) == (1, "No CUDA-capable device is detected")
 
 
-def test_a_lost_card_is_refused(standin: StandIn, node: Node) -> None:
+def test_a_lost_card_is_refused(standin: StandIn, node: MpsNode) -> None:
     node.sim.lose(node.uuid())
 
     assert standin.run("-f")[0] == 1
@@ -142,7 +142,7 @@ def test_a_percentage_that_is_none_is_refused(standin: StandIn, percent: str) ->
     assert standin.tell("get_default_active_thread_percentage") == ["100.0"]
 
 
-def test_the_device_of_a_limit_is_not_validated(standin: StandIn, node: Node) -> None:
+def test_the_device_of_a_limit_is_not_validated(standin: StandIn, node: MpsNode) -> None:
     standin.start("-f")
 
     said = standin.tell(
@@ -153,7 +153,7 @@ def test_the_device_of_a_limit_is_not_validated(standin: StandIn, node: Node) ->
     assert standin.tell("get_default_device_pinned_mem_limit 0") == ["No limit set"]
 
 
-def test_defaults_hold_for_servers_that_start_afterwards(standin: StandIn, node: Node) -> None:
+def test_defaults_hold_for_servers_that_start_afterwards(standin: StandIn, node: MpsNode) -> None:
     standin.start("-f")
     node.program().got()
 
@@ -166,7 +166,7 @@ def test_defaults_hold_for_servers_that_start_afterwards(standin: StandIn, node:
     assert node.program().got() == ("1024", "30")
 
 
-def test_quitting_waits_for_the_programs_and_refuses_new_ones(standin: StandIn, node: Node) -> None:
+def test_quitting_waits_for_the_programs_and_refuses_new_ones(standin: StandIn, node: MpsNode) -> None:
     standin.start("-f")
     program = node.program()
     program.got()
@@ -179,7 +179,7 @@ def test_quitting_waits_for_the_programs_and_refuses_new_ones(standin: StandIn, 
     assert standin.daemons[0].wait(SOON_S) == 0
 
 
-def test_a_server_is_shut_down_with_its_programs_only_by_force(standin: StandIn, node: Node) -> None:
+def test_a_server_is_shut_down_with_its_programs_only_by_force(standin: StandIn, node: MpsNode) -> None:
     standin.start("-f")
     program = node.program()
     program.got()
@@ -188,10 +188,10 @@ def test_a_server_is_shut_down_with_its_programs_only_by_force(standin: StandIn,
     assert standin.tell(f"shutdown_server {server}") == [f"Server {server} has clients"]
     assert standin.tell(f"shutdown_server {server} -f") == []
     assert program.says() == "terminated"
-    assert program.ended() == 1
+    assert program.wait() == 1
 
 
-def test_a_program_loses_its_server_when_that_is_killed(standin: StandIn, node: Node) -> None:
+def test_a_program_loses_its_server_when_that_is_killed(standin: StandIn, node: MpsNode) -> None:
     standin.start("-f")
     program = node.program()
     program.got()

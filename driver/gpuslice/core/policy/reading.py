@@ -145,11 +145,13 @@ def _check_kept(path: str, section: Section, in_force: Section) -> None:
         if not modes.intersection(_CHANGED_BY[setting]):
             changing = " or ".join(_CHANGED_BY[setting])
             strict.fail(f"{path}.keep", f"names {setting} to no effect: only mode {changing} changes it; leave it out")
+    # Where this mode is left out, an inherited interval is set on no card, so there is nothing to contradict.
     interval = in_force.timeslice_interval or "default"
-    if Setting.TIME_SLICE in (in_force.keep or ()) and interval != "default":
+    if Setting.TIME_SLICE in (in_force.keep or ()) and Mode.TIMESLICE in modes and interval != "default":
         strict.fail(
             f"{path}.{'keep' if section.keep else 'timeslice.interval'}",
-            f"contradicts itself: keep names timeSlice, and timeslice.interval is {interval}; drop one of them",
+            f"contradicts itself: keep names timeSlice, and timeslice.interval is {interval}; "
+            "write interval: default, or leave timeSlice out of keep",
         )
 
 

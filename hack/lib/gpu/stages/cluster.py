@@ -17,8 +17,8 @@ from hack.lib.gpu import programs
 from hack.lib.gpu.bundle import TREE
 from hack.lib.gpu.stages.machine import Machine
 
-FILE = "stack.txt"  # what the parts of the cluster said
-PATIENCE_S = 40
+FILE = "stack.txt"  # the logs of the cluster's parts
+TIMEOUT_S = 40
 # The card's settings are not ours to change: docs/policy.md, `keep`.
 _POLICY = {
     "apiVersion": "gpuslice.dev/v1alpha1",
@@ -51,12 +51,10 @@ class Stack:
         return subprocess.run(command, cwd=TREE, capture_output=True, text=True, check=False)
 
     def kubectl(self, *arguments: str, given: str | None = None) -> str:
-        """Its output. RuntimeError with what it said where it fails."""
+        """Its output; RuntimeError with its errors where it fails."""
         kube = self.programs / "cache" / "gpuslice" / "cluster" / f"v{VERSIONS[0]}" / "kube"
         command = [str(kube), "kubectl", f"--kubeconfig={self.folder / 'admin.conf'}", *arguments]
-        done = subprocess.run(
-            command, input=given, capture_output=True, text=True, check=False, timeout=PATIENCE_S + 10
-        )
+        done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=TIMEOUT_S + 10)
         if done.returncode:
             raise RuntimeError(f"kubectl {' '.join(arguments[:3])}: {done.stderr.strip()[-600:]}")
         return done.stdout
@@ -67,7 +65,7 @@ class Stack:
     # ------------------------------------------------------------ pods
 
     def command(self, *lines: str) -> list[str]:
-        """What the container runs: the CUDA program obeying these lines; what it was given where the card is simulated."""
+        """What the container runs: the CUDA program with these lines; on a simulated card `env`."""
         if self.real:
             return [f"/usr/bin/{programs.PROGRAM}", *lines]
         held = "trap exit TERM; while :; do sleep 1; done" if "hold" in lines else "true"
@@ -110,28 +108,25 @@ class Stack:
 
     def until(self, name: str, condition: str) -> None:
         try:
-            self.kubectl("wait", f"--for={condition}", f"pod/{name}", f"--timeout={PATIENCE_S}s")
+            self.kubectl("wait", f"--for={condition}", f"pod/{name}", f"--timeout={TIMEOUT_S}s")
         except RuntimeError as e:
-            raise RuntimeError(f"{e}; {self.kubectl('describe', 'pod', name)[-1500:]}; logs: {self.said(name)}") from e
+            raise RuntimeError(f"{e}; {self.kubectl('describe', 'pod', name)[-1500:]}; logs: {self.logs(name)}") from e
 
     def ends(self, name: str) -> str:
         self.until(name, "jsonpath={.status.phase}=Succeeded")
-        return self.said(name)
+        return self.logs(name)
 
     def holds(self, name: str) -> str:
-        """Wait until its program has done all and holds; what it said."""
+        """Wait until its program has done all and holds; its log."""
         self.until(name, "condition=Ready")
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while (
-            "hold" not in (said := self.said(name))
-            and "error" not in said
-            and time.monotonic() < deadline
-            and self.real
+            "hold" not in (log := self.logs(name)) and "error" not in log and time.monotonic() < deadline and self.real
         ):
             time.sleep(0.2)  # a log tells nobody that it grew
-        return said
+        return log
 
-    def said(self, name: str) -> str:
+    def logs(self, name: str) -> str:
         with contextlib.suppress(RuntimeError):
             return self.kubectl("logs", name).strip()
         return "(no log)"
@@ -139,7 +134,7 @@ class Stack:
     def clear(self) -> None:
         with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
             self.kubectl(
-                "delete", "pods,resourceclaimtemplates", "--all", "--grace-period=3", f"--timeout={PATIENCE_S}s"
+                "delete", "pods,resourceclaimtemplates", "--all", "--grace-period=3", f"--timeout={TIMEOUT_S}s"
             )
 
     def keep_logs(self) -> None:

@@ -34,7 +34,7 @@ class Machine:
 
 def run(machine: Machine, results: Results) -> None:
     kernel = Path("/proc/version").read_text(encoding="utf-8").strip()
-    results.check("the kernel is Linux, not gVisor", "gVisor" not in kernel and not _said("dmesg", "gVisor"), kernel)
+    results.check("the kernel is Linux, not gVisor", "gVisor" not in kernel and not _prints("dmesg", "gVisor"), kernel)
     results.check("we are root", os.geteuid() == 0, f"uid {os.geteuid()}")
     for flag, name in (("m", "mount"), ("n", "network"), ("p", "pid"), ("u", "uts"), ("i", "ipc"), ("C", "cgroup")):
         done = _sh(f"unshare -{flag} {'-f ' if flag == 'p' else ''}true")
@@ -98,7 +98,7 @@ def _text(path: Path) -> str:
         return str(e)
 
 
-def _said(command: str, word: str) -> bool:
+def _prints(command: str, word: str) -> bool:
     return word in _sh(command).stdout
 
 

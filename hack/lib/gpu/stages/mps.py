@@ -10,19 +10,18 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from hack.lib.gpu.results import Results
 from hack.lib.gpu.stages.machine import Machine
-from hack.lib.gpu.stages.program import Program, numbers
+from hack.lib.gpu.stages.program import CudaProgram, numbers
 
 _CEILING_MIB = 4096
 _ROUNDS = 4_000_000  # of the timed kernel: long beside its start
 
 
 def run(machine: Machine, results: Results) -> None:
-    control = next(iter(_programs(machine)), None)
+    control = _control(machine)
     if control is None:
         results.leave_out("an MPS daemon runs", "there is no nvidia-cuda-mps-control among the driver's files")
         return
@@ -34,7 +33,7 @@ def run(machine: Machine, results: Results) -> None:
                 with results.trying(trial.__name__.strip("_").replace("_", " ")):
                     trial(daemon, results)
         finally:
-            results.check("it ends when it is told to", daemon.end(), "")
+            results.check("it ends after quit", daemon.end(), "")
             logs = [path.read_text(errors="replace") for path in sorted(Path(folder).glob("log/*.log"))]
             print("\n".join(logs)[-6000:])
 
@@ -62,12 +61,12 @@ class Daemon:
         done = subprocess.run(
             [str(self._control)], input=text, env=environment, capture_output=True, text=True, check=False, timeout=20
         )
-        said = " ".join((done.stdout + done.stderr).split())
-        print(f"  > {'; '.join(lines)}: {said}", flush=True)
-        return said
+        answer = " ".join((done.stdout + done.stderr).split())
+        print(f"  > {'; '.join(lines)}: {answer}", flush=True)
+        return answer
 
-    def program(self, *before: str, **more: str) -> Program:
-        return Program(self._machine, *before, **self.environment, **more)
+    def program(self, *before: str, **more: str) -> CudaProgram:
+        return CudaProgram(self._machine, *before, **self.environment, **more)
 
     def server(self) -> str:
         return (self.tell("get_server_list").split() or [""])[0]
@@ -84,12 +83,17 @@ class Daemon:
         return not (self.folder / "pipe" / "nvidia-cuda-mps-control.pid").exists()
 
 
-def _programs(machine: Machine) -> Sequence[Path]:
+def _control(machine: Machine) -> Path | None:
+    """NVIDIA's control program, None where the driver root has none."""
     if machine.driver_root is None:
-        return ()
-    folders = ("bin", "usr/bin", "usr/local/bin")
-    places = (machine.driver_root / folder / "nvidia-cuda-mps-control" for folder in folders)
-    return [path for path in places if path.exists()]
+        return None
+    from gpuslice.errors import DeviceError
+    from gpuslice.system import programs
+
+    try:
+        return programs.find(machine.driver_root, "nvidia-cuda-mps-control")
+    except DeviceError:
+        return None
 
 
 def _ceilings(daemon: Daemon, results: Results) -> None:
@@ -183,7 +187,7 @@ def _killed(daemon: Daemon, results: Results) -> None:
 def _escape(daemon: Daemon, results: Results) -> None:
     """Without compute mode EXCLUSIVE_PROCESS a program that does not know the daemon has the card for itself."""
     program = daemon.program()
-    free = Program(daemon._machine)
+    free = CudaProgram(daemon._machine)
     answer = free.does(f"allocate {2 * _CEILING_MIB}")
     results.check("compute mode DEFAULT lets a program go past the daemon", answer.startswith("ok"), answer)
     free.end()

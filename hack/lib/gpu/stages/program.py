@@ -14,7 +14,7 @@ from hack.lib.gpu import programs
 from hack.lib.gpu.errors import GpuError
 from hack.lib.gpu.stages.machine import Machine
 
-_PATIENCE_S = 40.0
+_TIMEOUT_S = 40.0
 
 
 def find(machine: Machine) -> Path:
@@ -30,7 +30,7 @@ def find(machine: Machine) -> Path:
     return target
 
 
-class Program:
+class CudaProgram:
     """One process on the card; `first` is what it says of the card."""
 
     def __init__(self, machine: Machine, *before: str, **environment: str) -> None:
@@ -47,7 +47,7 @@ class Program:
 
     def says(self) -> str:
         assert self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], _PATIENCE_S)[0]:
+        if not select.select([self.process.stdout], [], [], _TIMEOUT_S)[0]:
             return "silent"
         return self.process.stdout.readline().strip()
 
@@ -63,7 +63,7 @@ class Program:
     def end(self) -> int:
         """Its exit status; killed where it does not end with its input."""
         try:
-            self.process.communicate(timeout=_PATIENCE_S)
+            self.process.communicate(timeout=_TIMEOUT_S)
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self.process.kill()
             self.process.wait()

@@ -1,4 +1,4 @@
-"""Two programs that share the card by time: their pace, what each sees of the memory, and a fault in one of them."""
+"""Two programs that share the card by time: their speed, what each sees of the memory, and a fault in one of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 from hack.lib.gpu.results import Results
 from hack.lib.gpu.stages.machine import Machine
-from hack.lib.gpu.stages.program import Program, numbers
+from hack.lib.gpu.stages.program import CudaProgram, numbers
 
 
 def run(machine: Machine, results: Results) -> None:
@@ -17,7 +17,7 @@ def run(machine: Machine, results: Results) -> None:
 
     nvml = RealNvml(machine.driver_root)
     gpu = nvml.gpus()[0].uuid
-    one, other = Program(machine), Program(machine)
+    one, other = CudaProgram(machine), CudaProgram(machine)
     started = one.first.startswith("ok") and other.first.startswith("ok")
     results.check("two programs share the card by time", started, f"{one.first} | {other.first}")
     alone = numbers(one.does("second 1"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-import urllib.request
 from pathlib import Path
 
+from hack.lib.api import fetch
 from hack.lib.cluster.versions import VERSIONS
 from hack.lib.gpu.results import Results
-from hack.lib.gpu.stages.cluster import PATIENCE_S, Stack
+from hack.lib.gpu.stages.cluster import TIMEOUT_S, Stack
 from hack.lib.gpu.stages.machine import Machine
 from hack.lib.gpu.stages.program import numbers
 
@@ -33,14 +33,14 @@ def _start(stack: Stack, results: Results) -> bool:
     begun = time.perf_counter()
     up = stack.cluster("up", *stack.cards())
     took = time.perf_counter() - begun
-    said = f"{took:.1f} s" if up.returncode == 0 else up.stderr[-1500:]
-    return results.check(f"Kubernetes {VERSIONS[0]} with our driver starts", up.returncode == 0, said) and _published(
+    log = f"{took:.1f} s" if up.returncode == 0 else up.stderr[-1500:]
+    return results.check(f"Kubernetes {VERSIONS[0]} with our driver starts", up.returncode == 0, log) and _published(
         stack, results
     )
 
 
 def _works(stack: Stack, results: Results) -> bool:
-    """Whether the first pod computes; the others are not worth their time otherwise."""
+    """Whether the first pod computes; without it the other checks would only take time."""
     found = False
     with results.trying("a pod computes on the card that its claim holds"):
         found = _whole(stack, results)
@@ -68,11 +68,11 @@ def _published(stack: Stack, results: Results) -> bool:
     return not stack.real or results.check("no claim can switch MIG mode", "mig" not in kinds, kinds)
 
 
-def _computes(stack: Stack, said: str) -> bool:
+def _computes(stack: Stack, log: str) -> bool:
     """Whether every command was answered with ok; whether the container was given a device where there is no card."""
-    lines = said.splitlines()
+    lines = log.splitlines()
     if not stack.real:
-        return bool(lines) and lines[0] == "ok" and "GPUSLICE_" in said
+        return bool(lines) and lines[0] == "ok" and "GPUSLICE_" in log
     return bool(lines) and all(line.startswith("ok") for line in lines)
 
 
@@ -80,38 +80,38 @@ def _whole(stack: Stack, results: Results) -> bool:
     stack.template("whole", "gpu")
     begun = time.perf_counter()
     stack.pod("whole", "whole", "allocate 4096", "touch 1024", "spin 20000", "memory")
-    said = stack.ends("whole")
+    log = stack.ends("whole")
     took = time.perf_counter() - begun
     name = "a pod computes on the card that its claim holds"
-    return results.check(name, _computes(stack, said), f"{took:.1f} s; {said}")
+    return results.check(name, _computes(stack, log), f"{took:.1f} s; {log}")
 
 
 def _memory(stack: Stack, results: Results) -> None:
     stack.template("memory", "slice", memory="9Gi")
     stack.pod("memory", "memory", "allocate 1024", "spin 20000", "memory", "hold")
-    said = stack.holds("memory")
+    log = stack.holds("memory")
     device = stack.items("resourceclaims")[0]["status"]["allocation"]["devices"]["results"][0]["device"]
-    results.check("a pod asks for memory alone and computes", _computes(stack, said), f"{device}; {said}")
+    results.check("a pod asks for memory alone and computes", _computes(stack, log), f"{device}; {log}")
 
 
 def _extended(stack: Stack, results: Results) -> None:
     stack.template("listed", "gpu")
     if stack.real:
         stack.pod("listed", "listed", command=["nvidia-smi", "-L"])
-        said = stack.ends("listed")
-        results.check("nvidia-smi of the driver runs in a container", "GPU-" in said, said)
+        log = stack.ends("listed")
+        results.check("nvidia-smi of the driver runs in a container", "GPU-" in log, log)
         stack.clear()
     stack.pod("extended", "", "spin 20000", limits={"nvidia.com/gpu": "1"})
-    said = stack.ends("extended")
-    results.check("a pod with `nvidia.com/gpu: 1` computes", _computes(stack, said), said)
+    log = stack.ends("extended")
+    results.check("a pod with `nvidia.com/gpu: 1` computes", _computes(stack, log), log)
 
 
 def _time_slicing(stack: Stack, results: Results) -> None:
     stack.template("turns", "timeslice", memory="20Gi")
     for name in ("turns-1", "turns-2"):
         stack.pod(name, "turns", "touch 1024", "second 2", "memory", "hold")
-    said = [stack.holds(name) for name in ("turns-1", "turns-2")]
-    results.check("two pods with time-slicing shares compute at once", all(_computes(stack, one) for one in said), said)
+    log = [stack.holds(name) for name in ("turns-1", "turns-2")]
+    results.check("two pods with time-slicing shares compute at once", all(_computes(stack, one) for one in log), log)
 
 
 def _mps(stack: Stack, results: Results) -> None:
@@ -127,7 +127,7 @@ def _mps(stack: Stack, results: Results) -> None:
             "two pods with MPS shares run at once", _computes(stack, large) and _computes(stack, small), large
         )
         return
-    sees = [numbers(said.splitlines()[0]) for said in (large, small)]
+    sees = [numbers(log.splitlines()[0]) for log in (large, small)]
     results.check(
         "two pods with MPS shares compute at once", _computes(stack, large), f"{took:.1f} s; {large} | {small}"
     )
@@ -146,11 +146,9 @@ def _replaced(stack: Stack, results: Results) -> None:
     stack.kubectl("delete", "pod", "first", "--force", "--grace-period=0")
     begun = time.perf_counter()
     stack.pod("second", "again", "touch 1024", "spin 20000")
-    said = stack.ends("second")
+    log = stack.ends("second")
     took = time.perf_counter() - begun
-    results.check(
-        "the card of a pod deleted by force goes to the next", _computes(stack, said), f"{took:.1f} s; {said}"
-    )
+    results.check("the card of a pod deleted by force goes to the next", _computes(stack, log), f"{took:.1f} s; {log}")
 
 
 def _restart(stack: Stack, results: Results) -> None:
@@ -162,17 +160,17 @@ def _restart(stack: Stack, results: Results) -> None:
     stack.cluster("stop", "driver")
     started = stack.cluster("start", "driver")
     results.check("a killed driver serves again", started.returncode == 0, started.stderr or f"was {pid}")
-    said = stack.holds("survives")
-    results.check("the pod computed on while the driver was dead", _computes(stack, said), said)
+    log = stack.holds("survives")
+    results.check("the pod computed on while the driver was dead", _computes(stack, log), log)
     stack.pod("beside", "survives", "second 1")
-    said = stack.ends("beside")
-    results.check("the new driver prepares a share beside the old one's", _computes(stack, said), said)
+    log = stack.ends("beside")
+    results.check("the new driver prepares a share beside the old one's", _computes(stack, log), log)
 
 
 def _nothing_left(stack: Stack, results: Results) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while (left := _left(stack)) and time.monotonic() < deadline:
-        time.sleep(0.5)  # several parts of the node give back at their own pace
+        time.sleep(0.5)  # kubelet, driver and supervisor clean up, each in its own time
     results.check("nothing is left: claims, records, CDI files, MPS daemons", not left, left)
     if stack.machine.driver_root is not None:
         from gpuslice.nvml.api import ComputeMode
@@ -201,8 +199,7 @@ def _times(stack: Stack, results: Results) -> None:
     resident = re.findall(r"^\s+(driver|mps-supervisor)\s+\d+\s+(\d+) MB", done.stdout, re.MULTILINE)
     results.check("memory resident", True, ", ".join(f"{name} {mb} MB" for name, mb in resident))
     ports = json.loads(_text(stack.folder / "cluster.json"))["ports"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{ports['driver']}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
+    text = fetch(f"http://127.0.0.1:{ports['driver']}/metrics", timeout_s=5).decode()
     print(text)
     for operation in ("prepare", "unprepare"):
         found = re.findall(
