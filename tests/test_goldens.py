@@ -54,7 +54,7 @@ def rig(case: tuple[str, str], short: Path) -> Iterator[Rig]:
     node, plan = case
     features, policy = PLANS_OF_ONE[plan]
     there = Rig(short, node, policy, static=not features.partitionable)
-    supervisor = Supervisor(short / "mps", control.program(Path("/"), short / "node"))
+    supervisor = Supervisor(short / "mps", control.stand_in(short / "node"))
     supervisor.open()
     yield there
     supervisor.close()

@@ -83,6 +83,27 @@ def _docstring(text: str) -> str:
     return ast.get_docstring(ast.parse(text)) or ""
 
 
+def test_no_two_modules_of_the_driver_name_two_classes_alike() -> None:
+    """Aliases count, too: a reader who knows a name from one module must not meet another thing under it."""
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "driver/gpuslice").rglob("*.py")):
+        if path.parent.name != "pb":
+            for name in _classes(ast.parse(path.read_text(encoding="utf-8"))):
+                places.setdefault(name, []).append(str(path.relative_to(ROOT)))
+
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def _classes(module: ast.Module) -> Iterator[str]:
+    """Names of the module's classes, Protocols and type aliases."""
+    for statement in module.body:
+        match statement:
+            case ast.ClassDef(name=name):
+                yield name
+            case ast.Assign(targets=[ast.Name(id=name)]) if re.fullmatch(r"_*[A-Z][A-Z0-9]*[a-z]\w*", name):
+                yield name
+
+
 def test_the_door_to_the_api_server_loads_no_typed_models() -> None:
     """All of them cost half a second and 20 MB at start (measured)."""
     program = "import sys, gpuslice.kube; print(sum(n.startswith('kubernetes.client.models.') for n in sys.modules))"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
-from gpuslice import node
+from gpuslice import hardware, node
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config
 from gpuslice.core import cdi
@@ -72,7 +72,7 @@ class App:
         self._kube = Kube(config.kubeconfig)
         self._telemetry = Telemetry()
         self._releases = Releases()
-        self._nvml, host = node.build(config)
+        self._nvml, host = hardware.open_node(config)
         gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
@@ -95,7 +95,7 @@ class App:
             locks=folder / "locks",
         )
         self._inventories = (dynamic, static)
-        node.note_running(config)
+        node.save_settings(config)
 
     async def serve(self) -> int:
         """Run until SIGTERM or SIGINT (0), or until a socket or a background job is lost (1)."""

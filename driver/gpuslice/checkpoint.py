@@ -8,7 +8,7 @@ a torn file of a power loss among them.
 
 Two instances may work on the same folder (rolling update): every read looks at the files. Parsed records are kept by
 inode, time and size, and each write makes the file larger or another; so a prepare on a node with many claims parses only
-news.
+what is new.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from gpuslice.core.record import Record
 from gpuslice.errors import StateError
 from gpuslice.system import files
 from gpuslice.system.files import Version
+from gpuslice.system.spares import Spares
 
 
 class Checkpoint:
@@ -35,6 +36,7 @@ class Checkpoint:
                 shutil.rmtree(other, ignore_errors=True)
         self.folder = files.ensure_folder(folder / boot)
         self._read: dict[str, tuple[Version, Record]] = {}
+        self.spares = Spares(self.folder, 0o600)
 
     def get(self, uid: ClaimUid) -> Record | None:
         """The claim's record, None where there is none; StateError where it cannot be read."""
@@ -81,7 +83,8 @@ class Checkpoint:
         path = self._path(record.plan.ref.uid)
         line = json.dumps(codec.encode(record), separators=(",", ":")) + "\n"
         # In a file that is there, a torn line before it is ended first.
-        version = files.append(path, f"\n{line}") if path.exists() else files.write_atomic(path, line)
+        there = path.exists()
+        version = files.append(path, f"\n{line}") if there else files.write_atomic(path, line, spares=self.spares)
         self._read[path.name] = (version, record)
 
     def drop(self, uid: ClaimUid) -> None:

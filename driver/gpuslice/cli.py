@@ -58,7 +58,7 @@ whole cards and MIG partitions, shows what each one got and the map of the cards
 """
 
 _DEVICES = """\
-Show each GPU of this node: a map of its memory slices, what it offers, who holds what, and what is not to be had and why.
+Show each GPU of this node: a map of its memory slices, what it offers, who holds what, and what cannot be used and why.
 
 Give the same folders (and --simulate) as to `run`; nothing is changed.
 """
@@ -138,12 +138,11 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _supervise(parsed: argparse.Namespace) -> int:
-    from gpuslice.mps import control, supervisor
+    from gpuslice import hardware
+    from gpuslice.mps import supervisor
 
     settings = config.read(parsed)
-    node = settings.simulated_node if settings.simulate else None
-    command = control.program(settings.driver_root_ctr_path, node)
-    return supervisor.run(settings.mps_root, command, settings.log_level)
+    return supervisor.run(settings.mps_root, hardware.mps_control(settings), settings.log_level)
 
 
 def _demo(parsed: argparse.Namespace) -> int:
@@ -156,7 +155,7 @@ def _demo(parsed: argparse.Namespace) -> int:
 def _devices(parsed: argparse.Namespace) -> int:
     from gpuslice import node, report
 
-    with node.looked_at(config.read(parsed)) as seen:
+    with node.snapshot(config.read(parsed)) as seen:
         print(report.node(seen.inventory, seen.live, seen.records.values(), seen.taints))
     return 0
 
@@ -164,6 +163,6 @@ def _devices(parsed: argparse.Namespace) -> int:
 def _claims(parsed: argparse.Namespace) -> int:
     from gpuslice import node, report
 
-    with node.looked_at(config.read(parsed)) as seen:
+    with node.snapshot(config.read(parsed)) as seen:
         print(report.claims(seen.records))
     return 0

@@ -1,6 +1,6 @@
 """`Config`: what an operator chose, checked once. It stops at `app.py`; the rest takes the few values it needs.
 
-Order: defaults → environment → flags. Every flag --some-name has the twin SOME_NAME in the environment, so that a
+Order: defaults → environment → flags. Every flag --some-name has the environment variable SOME_NAME, so that a
 DaemonSet's downward API (NODE_NAME, POD_UID) fits without a script. Names follow NVIDIA's driver where they mean the same.
 """
 
@@ -48,7 +48,7 @@ class Config:
         if len(self.driver_name) > _LONGEST_DRIVER_NAME or not _DNS.fullmatch(self.driver_name):
             raise ConfigError(
                 f"driver name {self.driver_name!r} must be a lower-case DNS name of at most {_LONGEST_DRIVER_NAME} "
-                "characters, for it is part of socket paths; choose a shorter one"
+                "characters, because it is part of socket paths; choose a shorter one"
             )
         _one_of("log level", self.log_level, LEVELS)
         _one_of("simulated latency", self.simulate_latency, LATENCIES)
@@ -113,7 +113,7 @@ _HELP = {
 
 
 def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add these settings as flags (all if none is named); the twin in the environment stands in each help text."""
+    """Add these settings as flags (all if none is named); each help text names the environment variable."""
     for field in fields(Config):
         if names and field.name not in names:
             continue

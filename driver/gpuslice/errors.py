@@ -3,6 +3,10 @@
 Every text is one sentence that names the thing, the limit and the remedy, for it reaches a pod's events as it is.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class DriverError(Exception):
     """Anything this driver refuses or fails at with a sentence for a person."""
@@ -26,6 +30,14 @@ class DeviceError(DriverError):
 
 class HungError(DeviceError):
     """A call on this GPU has not come back for so long that nobody else should wait for it."""
+
+    @classmethod
+    def overdue(cls, call: str, gpus: Sequence[str], limit_s: float) -> HungError:
+        """`call` begins the sentence."""
+        return cls(
+            f"{call} has not come back for {limit_s:g} s, so GPU {', '.join(gpus)} counts as hung until it does; look at the "
+            "kernel log of the node, reset the GPU or restart the node if it stays so"
+        )
 
 
 class ApiError(DriverError):

@@ -30,14 +30,14 @@ from kubernetes.client.api_client import ApiClient
 from kubernetes.client.configuration import Configuration
 
 from gpuslice import __version__
+from gpuslice.core.json import Body
+from gpuslice.core.model import RESOURCE_API
 from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
-
-Body = dict[str, Any]
 
 _CONNECT_S, _READ_S = 3.0, 8.0
 _TIMEOUT = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
 _PAGE = 500  # objects per list request, client-go's figure
-_GROUP = "/apis/resource.k8s.io/v1"
+_GROUP = f"/apis/{RESOURCE_API}"
 
 
 @dataclass(frozen=True, slots=True)

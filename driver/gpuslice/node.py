@@ -8,10 +8,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import yaml
 
+from gpuslice import hardware
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config
 from gpuslice.core import gpucodec, health
@@ -23,27 +23,9 @@ from gpuslice.core.record import Record
 from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Nvml
 from gpuslice.system import files
-from gpuslice.system.host import Host, RealHost, SimHost
-
-if TYPE_CHECKING:
-    from gpuslice.nvml.sim.nvml import Latency
+from gpuslice.system.host import Host
 
 log = logging.getLogger(__name__)
-
-
-def build(config: Config) -> tuple[Nvml, Host]:
-    """The GPUs and the machine around them, real or simulated. Only what is chosen is loaded: NVML's bindings are 2 MB."""
-    if config.simulate:
-        from gpuslice.nvml.sim.nvml import SimNvml
-
-        folder = files.ensure_folder(config.simulated_node)
-        return SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency)), SimHost(folder)
-    from gpuslice.nvml.real import RealNvml
-
-    host = RealHost(
-        config.driver_root_ctr_path, host_root=config.nvidia_driver_root, cdi_hook=config.nvidia_cdi_hook_path
-    )
-    return RealNvml(config.driver_root_ctr_path), host
 
 
 def read_policy(path: Path | None) -> Policy:
@@ -98,10 +80,10 @@ class Node:
 
 
 @contextlib.contextmanager
-def looked_at(config: Config) -> Iterator[Node]:
-    """One look at the node beside a driver that may run; changes nothing. What is not said is as `run` had it."""
+def snapshot(config: Config) -> Iterator[Node]:
+    """One look at the node beside a driver that may run; changes nothing. A setting that is not given is as `run` had it."""
     config = _as_running(config)
-    nvml, host = build(config)
+    nvml, host = hardware.open_node(config)
     try:
         inventory = Inventory.of(nvml.gpus(), read_policy(config.policy), config.node_name)
         folder = config.plugin_folder / "claims" / host.boot_id()
@@ -116,16 +98,16 @@ def looked_at(config: Config) -> Iterator[Node]:
         nvml.close()
 
 
-def note_running(config: Config) -> None:
-    """Leave a note for `devices` and `claims`, so that they need no flags on the node of a running driver."""
-    note = {
+def save_settings(config: Config) -> None:
+    """Write down what `devices` and `claims` need, so that they take no flags on the node of a running driver."""
+    settings = {
         "node_name": config.node_name,
         "policy": str(config.policy or ""),
         "simulate": config.simulate,
         "simulate_folder": str(config.simulate_folder or ""),
         "simulate_latency": config.simulate_latency,
     }
-    files.write_atomic(config.plugin_folder / "running.json", json.dumps(note))
+    files.write_atomic(config.plugin_folder / "running.json", json.dumps(settings))
 
 
 def _as_running(config: Config) -> Config:
@@ -133,14 +115,14 @@ def _as_running(config: Config) -> Config:
     if config.node_name or config.simulate or not path.exists():
         return replace(config, node_name=config.node_name or "this-node")
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise StateError(f"{path} cannot be read ({e}); give --node-name, and --simulate if it is simulated") from e
     return replace(
         config,
-        node_name=note["node_name"],
-        policy=config.policy or (Path(note["policy"]) if note["policy"] else None),
-        simulate=note["simulate"],
-        simulate_folder=Path(note["simulate_folder"]) if note["simulate_folder"] else None,
-        simulate_latency=note.get("simulate_latency", config.simulate_latency),
+        node_name=settings["node_name"],
+        policy=config.policy or (Path(settings["policy"]) if settings["policy"] else None),
+        simulate=settings["simulate"],
+        simulate_folder=Path(settings["simulate_folder"]) if settings["simulate_folder"] else None,
+        simulate_latency=settings.get("simulate_latency", config.simulate_latency),
     )

@@ -47,9 +47,9 @@ def gpu_report(pool: Pool, live: LiveGpu | None, records: Sequence[Record], tain
     grants = [(record, grant) for record in records for grant in record.plan.grants if grant.gpu == gpu.uuid]
     lines += memory_map(pool, live, [grant for _, grant in grants], records)
     lines.append(f"  offers  {_offers(pool)}")
-    lines += [f"  {_holding(record, grant)}" for record, grant in grants] or ["  held by nobody"]
+    lines += [f"  {_holding(record, grant)}" for record, grant in grants] or ["  not held"]
     lines += [
-        f"  not to be had now: {reason}"
+        f"  cannot be used now: {reason}"
         for reason in sorted({t.reason for d in pool.devices for t in taints.get(d.ref, ())})
     ]
     return "\n".join(lines)

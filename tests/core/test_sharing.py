@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from gpuslice.core import quantity
 from gpuslice.core.inventory import Inventory
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.model import Exclusive, MigSlice, Monitor, Offer
 from gpuslice.core.pools.pool import Features, resource_slices
 from gpuslice.nvml.sim import geometry, models
-from gpuslice.standin.scheduler import Body, Request, allocate
+from gpuslice.standin.scheduler import Request, allocate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,13 +36,13 @@ class Node:
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
         self.slices = list(published(inventory))
-        self.claims: dict[int, Body] = {}
+        self.claims: dict[int, ReadOnlyBody] = {}
         self._numbers = count()
 
     def ask(self, *types: str, device: str = "", **capacity: str) -> str | None:
         """Claim one device of any of these types, this device if it is named; the name that it got, with its card."""
 
-        def fits(body: Body) -> bool:
+        def fits(body: ReadOnlyBody) -> bool:
             return type_of(body) in types and device in ("", body["name"])
 
         request = Request(name="gpu", where=fits, capacity=capacity)
@@ -59,14 +60,14 @@ class Node:
         """The claim at this place among those that are there is deleted."""
         del self.claims[sorted(self.claims)[which % len(self.claims)]]
 
-    def results(self) -> list[Body]:
+    def results(self) -> list[ReadOnlyBody]:
         return [claim["status"]["allocation"]["devices"]["results"][0] for claim in self.claims.values()]
 
     def _card(self, pool: str) -> int:
         return [known.name for known in self.inventory.pools].index(pool)  # type: ignore[arg-type]
 
 
-def type_of(device: Body) -> str:
+def type_of(device: ReadOnlyBody) -> str:
     return str(device["attributes"]["type"]["string"])
 
 

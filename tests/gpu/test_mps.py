@@ -59,7 +59,7 @@ def client(real: Nvml, short: Path) -> Iterator[MpsClient]:
     if gpu is None:
         pytest.skip("no real GPU with MIG mode off, and these tests switch nothing")
     try:
-        command = control.program(driver_root(), None, links=short / "libraries")
+        command = control.program(driver_root(), links=short / "libraries")
     except DeviceError as e:
         pytest.skip(f"no MPS: {e}")
     supervisor = Supervisor(short / "mps", command)

@@ -108,7 +108,7 @@ class Node:
         self.folder, self.spec = folder, spec
         self.sim = SimNode(folder / "node", spec)
         self.root = folder / "mps"
-        self.command: Sequence[str] = control.program(Path("/"), self.sim.folder)
+        self.command: Sequence[str] = control.stand_in(self.sim.folder)
         self.client = MpsClient(self.root)
         self.heard = Heard()
         self.programs: list[Program] = []

@@ -27,9 +27,9 @@ def an_api_server(folder: Path, version: str = "1.37", dropping: tuple[str, ...]
 
 
 @contextmanager
-def a_publisher(server: StandInApiServer, pace: BackoffConfig = FAST) -> Iterator[Publisher]:
+def a_publisher(server: StandInApiServer, backoff: BackoffConfig = FAST) -> Iterator[Publisher]:
     kube = Kube(server.kubeconfig)
-    publisher = Publisher(kube, DRIVER, NODE, pace=pace)
+    publisher = Publisher(kube, DRIVER, NODE, backoff=backoff)
     publisher.start()
     try:
         yield publisher

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 from gpuslice import __version__
+from gpuslice.core.json import UncheckedBody
 from gpuslice.errors import DeviceError
-from gpuslice.mps import wire
 from gpuslice.mps.client import MpsClient
 
 from tests.kit.mps_node import Node
@@ -19,7 +19,7 @@ from tests.kit.mps_node import Node
 HEAVY = ("grpc", "kubernetes", "asyncio", "google", "prometheus_client", "yaml", "pynvml", "urllib3")
 
 
-def _talk(node: Node, *lines: bytes) -> list[wire.Message]:
+def _talk(node: Node, *lines: bytes) -> list[UncheckedBody]:
     """Say these lines at once, and hear all answers."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(node.root / "supervisor.sock"))
@@ -80,7 +80,7 @@ def test_what_is_no_greeting_is_answered_in_one_sentence(node: Node, line: bytes
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        (b'{"op": "fly"}', 'the MPS supervisor knows no "fly"; update it, for the driver is newer'),
+        (b'{"op": "fly"}', 'the MPS supervisor knows no "fly"; update it, because the driver is newer'),
         (b'{"op": "ensure"}', "None describes no MPS daemon; update the older one of driver and supervisor"),
         (b'{"op": "ensure", "daemon": {"key": 1}}', "key of an MPS daemon is 1 and must be a text"),
         (b'{"op": "stop", "key": "../etc"}', "'../etc' names no MPS daemon"),

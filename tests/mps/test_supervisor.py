@@ -350,7 +350,7 @@ def test_a_root_that_is_too_long_for_sockets_is_refused(node: Node) -> None:
 
 def test_a_driver_root_without_the_control_program_is_told(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=f"nvidia-cuda-mps-control is not in {tmp_path}"):
-        control.program(tmp_path, None)
+        control.program(tmp_path)
 
 
 def test_a_control_program_that_cannot_be_run_is_told(node: Node) -> None:

@@ -70,7 +70,7 @@ def doomed(node: Rig, fate: Fate, monkeypatch: pytest.MonkeyPatch, act: Callable
     """Run `act` in a process that dies at its point of fate, or lives through it."""
     write, append, remove = files.write_atomic, files.append, files.remove
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomic", lambda *a: fate.effect(lambda: write(*a)))
+        patch.setattr(files, "write_atomic", lambda *a, **named: fate.effect(lambda: write(*a, **named)))
         patch.setattr(files, "append", lambda *a: fate.effect(lambda: append(*a)))
         patch.setattr(files, "remove", lambda path: fate.effect(lambda: remove(path)))
         node.build(MortalNvml(node.nvml, fate))

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from gpuslice.core import claims, health
+from gpuslice.core.json import Body, ReadOnlyBody
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid
 from gpuslice.core.policy.rules import Policy
 from gpuslice.core.pools.pool import Features, resource_slices
 from gpuslice.nvml.sim import models
 from gpuslice.standin import scheduler
-from gpuslice.standin.scheduler import Body, Request
+from gpuslice.standin.scheduler import Request
 
 from tests.kit.rig import NODE, Rig
 from tests.plugin.test_mps_shares import a_supervisor
@@ -30,11 +31,11 @@ class Node:
 
     def __init__(self, rig: Rig, chance: random.Random) -> None:
         self.rig, self._chance = rig, chance
-        self._claims: dict[ClaimUid, tuple[Claim, Body]] = {}
+        self._claims: dict[ClaimUid, tuple[Claim, ReadOnlyBody]] = {}
         self._number = 0
         self.granted: list[str] = []
 
-    def slices(self) -> list[dict[str, object]]:
+    def slices(self) -> list[Body]:
         live = {gpu.uuid: self.rig.nvml.look(gpu.uuid) for gpu in self.rig.gpus}
         records = self.rig.checkpoint.records().values()
         taints = health.taints(self.rig.inventory, live, {}, records, {})
@@ -57,7 +58,7 @@ class Node:
         if kind == "mps" and self._chance.random() < 0.4:
             capacity["smPercent"] = str(self._chance.choice([10, 25, 50]))
 
-        def fits(body: Body) -> bool:
+        def fits(body: ReadOnlyBody) -> bool:
             return body["attributes"]["type"]["string"] in wanted
 
         request = Request(name="gpu", where=fits, capacity=capacity)

@@ -29,7 +29,7 @@ TWINS = Policy.parse(
 
 
 def a_supervisor(folder: Path) -> Supervisor:
-    return Supervisor(folder / "mps", control.program(Path("/"), folder / "node"))
+    return Supervisor(folder / "mps", control.stand_in(folder / "node"))
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
 from gpuslice.nvml.sim.nvml import SimNvml
-from gpuslice.publishing.controller import Shapes, SliceController
+from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
+from gpuslice.publishing.shapes import Shapes
 from gpuslice.standin.apiserver import StandInApiServer
 
 from tests.kit.builders import a_gpu
@@ -77,7 +78,7 @@ def test_a_taint_that_came_and_went_leaves_nothing_to_settle(server: StandInApiS
     for tainted in (False, True, False):
         kept.admit(slices(found, PLAIN, tainted), records, taints=False, published=True)
 
-    assert not kept.settling
+    assert not kept.only_taints_awaited
 
 
 @pytest.mark.parametrize("text", ["", '{"format": 1, "poo', "[]", '{"format": 1}'])

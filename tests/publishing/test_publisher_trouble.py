@@ -88,7 +88,7 @@ def test_a_conflict_that_the_watch_does_not_explain_is_looked_into(server: Stand
         published(publisher, plain("mps"))
 
         assert shown(server) == ["n1/a/mps"]
-        assert publisher.last_error == ""
+        assert publisher.status.error == ""
         server.release()
 
 
@@ -121,17 +121,17 @@ def test_an_api_server_that_is_away_is_waited_for(server: StandInApiServer) -> N
     server.away()
     told = threading.Event()
     kube = Kube(server.kubeconfig)
-    publisher = Publisher(kube, DRIVER, NODE, pace=FAST, changed=lambda status: told.set() if status.error else None)
+    publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: told.set() if status.error else None)
     publisher.start()
     publisher.publish([a_pool("gpu")])
 
     assert told.wait(10)
-    assert "no answer from the API server at 127.0.0.1" in publisher.last_error
+    assert "no answer from the API server at 127.0.0.1" in publisher.status.error
     server.back()
     assert publisher.published.wait(10)
     publisher.stop()
     kube.close()
-    assert publisher.last_error == ""
+    assert publisher.status.error == ""
 
 
 @pytest.mark.contract(59, 67)
@@ -154,7 +154,7 @@ def test_a_refused_write_is_told_and_tried_again(server: StandInApiServer, statu
     errors: list[str] = []
     server.fail(status, times=3, method="POST", path="resourceslices")
     kube = Kube(server.kubeconfig)
-    publisher = Publisher(kube, DRIVER, NODE, pace=FAST, changed=lambda status: errors.append(status.error))
+    publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: errors.append(status.error))
     publisher.start()
 
     published(publisher, a_pool("gpu"))

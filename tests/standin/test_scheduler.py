@@ -7,7 +7,8 @@ from itertools import count
 from typing import Any
 
 import pytest
-from gpuslice.standin.scheduler import Body, Request, SelectorError, allocate
+from gpuslice.core.json import ReadOnlyBody
+from gpuslice.standin.scheduler import Request, SelectorError, allocate
 
 NODE, DRIVER = "node-a", "gpuslice.dev"
 ANY = Request(name="gpu")
@@ -51,7 +52,7 @@ def named(device: str, **more: Any) -> Request:
     return Request(name="gpu", where=lambda body: bool(body["name"] == device), **more)
 
 
-def names(allocation: Body | None) -> list[str] | None:
+def names(allocation: ReadOnlyBody | None) -> list[str] | None:
     return None if allocation is None else [result["device"] for result in allocation["devices"]["results"]]
 
 

@@ -69,7 +69,7 @@ class Hook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerEdits:
-    """What is put into a container. Hooks keep their order, for links come before the loader's cache."""
+    """What is put into a container. Hooks keep their order, because links come before the loader's cache."""
 
     nodes: tuple[DeviceNode, ...] = ()
     mounts: tuple[Mount, ...] = ()
@@ -133,7 +133,7 @@ def _checked_device(name: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------- what a program is told
+# ---------------------------------------------------------------- what a program is given
 
 
 def labels(requests: Sequence[str]) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ def limit_env(
     percent: int = 0,
     profile: str = "",
 ) -> dict[str, str]:
-    """Environment that tells a program what it was given; `label` from `labels`, `profile` empty for a whole GPU.
+    """Environment that shows a program what it was given; `label` from `labels`, `profile` empty for a whole GPU.
 
     `enforcement` is by which means the memory limit holds, `percent` a ceiling on SMs (0: none). The runtime merges the
     environment of all devices of a container, so every name carries the label. Two claims that use the same request name
@@ -191,7 +191,7 @@ def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> Contain
 
     The daemon's /dev/shm has to be the container's (NVIDIA's MPS documentation), in the place of one that the pod mounts
     there. The variables can only lower what the daemon allows (the same, v2 interface); the device is the client's
-    first, for its daemon serves no other.
+    first, because its daemon serves no other.
     """
     env = {"CUDA_MPS_PIPE_DIRECTORY": pipe, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={memory_mib}M"}
     if percent:
@@ -247,12 +247,12 @@ def _unique(items: Iterable[_Edit], place: Callable[[_Edit], str]) -> tuple[_Edi
     return tuple(found[name] for name in sorted(found))
 
 
-def _edits(injection: ContainerEdits) -> dict[str, object]:
+def _edits(wanted: ContainerEdits) -> dict[str, object]:
     edits: dict[str, list[object]] = {
-        "env": [f"{name}={injection.env[name]}" for name in sorted(injection.env)],
-        "deviceNodes": [_node(node) for node in injection.nodes],
-        "mounts": [_mount(mount) for mount in injection.mounts],
-        "hooks": [{"hookName": hook.name, "path": hook.path, "args": list(hook.args)} for hook in injection.hooks],
+        "env": [f"{name}={wanted.env[name]}" for name in sorted(wanted.env)],
+        "deviceNodes": [_node(node) for node in wanted.nodes],
+        "mounts": [_mount(mount) for mount in wanted.mounts],
+        "hooks": [{"hookName": hook.name, "path": hook.path, "args": list(hook.args)} for hook in wanted.hooks],
     }
     return {name: values for name, values in edits.items() if values}
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gpuslice.core import params, quantity
+from gpuslice.core.json import UncheckedBody
 from gpuslice.core.model import Allocation, Claim, ClaimRef, ClaimUid, DeviceRef, PoolName, Settings
 from gpuslice.errors import ClaimError
 
-Json = Mapping[str, object]
 
-
-def parse(body: Json, ref: ClaimRef, driver: str) -> Claim:
+def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
     """The claim that `ref` asks for. ClaimError where it is another one, is not allocated, or its config is wrong."""
     uid = _text(_object(body, "metadata", ref), "uid", ref)
     if uid != ref.uid:
@@ -32,7 +31,7 @@ def parse(body: Json, ref: ClaimRef, driver: str) -> Claim:
     return Claim(ref, tuple(_allocation(result, layers, ref) for result in results))
 
 
-def is_held(body: Json, uid: ClaimUid, devices: Sequence[DeviceRef], driver: str) -> bool:
+def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], driver: str) -> bool:
     """Whether the API still gives any of these devices to the claim of this UID."""
     metadata, status = body.get("metadata"), body.get("status")
     if not isinstance(metadata, Mapping) or metadata.get("uid") != uid or not isinstance(status, Mapping):
@@ -48,7 +47,7 @@ def is_held(body: Json, uid: ClaimUid, devices: Sequence[DeviceRef], driver: str
     return any((device.pool, device.device) in held for device in devices)
 
 
-def _allocation(result: Json, layers: Sequence[tuple[Sequence[str], Settings]], ref: ClaimRef) -> Allocation:
+def _allocation(result: UncheckedBody, layers: Sequence[tuple[Sequence[str], Settings]], ref: ClaimRef) -> Allocation:
     request = _text(result, "request", ref)
     base = request.split("/", 1)[0]
     consumed = result.get("consumedCapacity") or {}
@@ -66,7 +65,7 @@ def _allocation(result: Json, layers: Sequence[tuple[Sequence[str], Settings]], 
     )
 
 
-def _layers(devices: Json, ref: ClaimRef, driver: str) -> list[tuple[Sequence[str], Settings]]:
+def _layers(devices: UncheckedBody, ref: ClaimRef, driver: str) -> list[tuple[Sequence[str], Settings]]:
     """Our opaque configs with the requests they name, class configs first."""
     layers: list[tuple[Sequence[str], Settings]] = []
     for source in ("FromClass", "FromClaim"):
@@ -88,7 +87,7 @@ def _whole(text: str, ref: ClaimRef) -> int:
         raise ClaimError(f"claim {ref} has a consumedCapacity that is no quantity: {e}") from e
 
 
-def _object(body: Json, key: str, ref: ClaimRef) -> Json:
+def _object(body: UncheckedBody, key: str, ref: ClaimRef) -> UncheckedBody:
     value = body.get(key)
     if value is None:
         return {}
@@ -97,14 +96,14 @@ def _object(body: Json, key: str, ref: ClaimRef) -> Json:
     return value
 
 
-def _objects(body: Json, key: str, ref: ClaimRef) -> list[Json]:
+def _objects(body: UncheckedBody, key: str, ref: ClaimRef) -> list[UncheckedBody]:
     value = body.get(key) or ()
     if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
         raise ClaimError(f"claim {ref} has a {key} that is not a list of objects; the API server or a proxy is broken")
     return list(value)
 
 
-def _text(body: Json, key: str, ref: ClaimRef) -> str:
+def _text(body: UncheckedBody, key: str, ref: ClaimRef) -> str:
     value = body.get(key)
     if not isinstance(value, str) or not value:
         raise ClaimError(f"claim {ref} misses {key}; the API server or a proxy is broken")

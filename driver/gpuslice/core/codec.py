@@ -5,10 +5,10 @@ A golden file of every released format stays in tests/golden: the kubelet asks f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, assert_never
+from typing import assert_never
 
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.model import (
     Allocation,
     ClaimRef,
@@ -44,8 +44,6 @@ from gpuslice.core.record import (
 
 FORMAT = 1
 
-Json = Mapping[str, Any]  # what json.loads gives; a wrong shape surfaces as KeyError, TypeError or ValueError
-
 
 def encode(record: Record) -> dict[str, object]:
     return {
@@ -58,7 +56,7 @@ def encode(record: Record) -> dict[str, object]:
     }
 
 
-def decode(body: Json) -> Record:
+def decode(body: ReadOnlyBody) -> Record:
     """ValueError for a format of the future, KeyError or TypeError for something that is no record."""
     if body["format"] > FORMAT:
         raise ValueError(f"format {body['format']} is newer than {FORMAT}, the newest that this version reads")
@@ -81,7 +79,7 @@ def _slot(slot: MigSlot) -> dict[str, object]:
     return {"gpu": slot.gpu, "profile": slot.profile, "start": slot.placement.start, "size": slot.placement.size}
 
 
-def _to_slot(body: Json) -> MigSlot:
+def _to_slot(body: ReadOnlyBody) -> MigSlot:
     return MigSlot(GpuUuid(body["gpu"]), body["profile"], Placement(body["start"], body["size"]))
 
 
@@ -102,7 +100,7 @@ def _sharing(sharing: Sharing) -> dict[str, object]:
             assert_never(sharing)
 
 
-def _to_sharing(body: Json) -> Sharing:
+def _to_sharing(body: ReadOnlyBody) -> Sharing:
     match body["by"]:
         case "exclusive":
             return Exclusive()
@@ -134,7 +132,7 @@ def _grant(grant: Grant) -> dict[str, object]:
     }
 
 
-def _to_grant(body: Json) -> Grant:
+def _to_grant(body: ReadOnlyBody) -> Grant:
     slot = body.get("slot")
     return Grant(
         allocation=Allocation(
@@ -167,7 +165,7 @@ def _step(step: Step) -> dict[str, object]:
             assert_never(step)
 
 
-def _to_step(body: Json) -> Step:
+def _to_step(body: ReadOnlyBody) -> Step:
     match body["do"]:
         case "setMigMode":
             return SetMigMode(GpuUuid(body["gpu"]), body["on"])
@@ -188,7 +186,7 @@ def _done(done: Done) -> dict[str, object]:
     return {"made": "mig", "slot": _slot(done.slot), "gi": done.gi, "ci": done.ci, "uuid": done.uuid}
 
 
-def _to_done(body: Json) -> Done:
+def _to_done(body: ReadOnlyBody) -> Done:
     if body["made"] != "mig":
         raise ValueError(f"{body['made']!r} was made by a version that this one does not know")
     uuid = body.get("uuid")
@@ -208,7 +206,7 @@ def _prepared(device: PreparedDevice) -> dict[str, object]:
     }
 
 
-def _to_prepared(body: Json) -> PreparedDevice:
+def _to_prepared(body: ReadOnlyBody) -> PreparedDevice:
     uuid = body["uuid"]
     return PreparedDevice(
         request=body["request"],

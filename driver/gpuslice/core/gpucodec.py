@@ -14,7 +14,7 @@ def encode(gpus: Sequence[Gpu]) -> list[dict[str, object]]:
 
 
 def decode(body: object) -> tuple[Gpu, ...]:
-    """Cards that were written by this or another version; one that misses a fact is left out, for it cannot be offered."""
+    """Cards that were written by this or another version; one that misses a fact is left out, because it cannot be offered."""
     if not isinstance(body, list):
         return ()
     found = []

@@ -1,7 +1,7 @@
-"""What is not to be had now, and why: taints by device, from one look at the node.
+"""What cannot be used now, and why: taints by device, from one look at the node.
 
-The set of published devices is static, for a device that vanishes while it is allocated frees its counters and is given
-out twice (kubernetes/kubernetes#140802). So whatever cannot be used at the moment stays published and is tainted.
+The set of published devices is static, because a device that vanishes while it is allocated frees its counters and is
+given out twice (kubernetes/kubernetes#140802). So whatever cannot be used at the moment stays published and is tainted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from gpuslice.core.model import (
     Offer,
     Partition,
     Taint,
-    WholeGpu,
 )
 from gpuslice.core.record import Record
 
@@ -70,8 +69,7 @@ def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:
 def _foreign(offer: Offer, gpu: Gpu, foreign: tuple[Partition, ...]) -> Iterator[Taint]:
     for partition in foreign:
         slot = MigSlot(gpu.uuid, partition.profile, partition.placement)
-        whole = isinstance(offer.slice_, WholeGpu)
-        if whole or (isinstance(offer.slice_, MigSlice) and not layout.coexist(gpu, offer.slice_.slot, slot)):
+        if offer.slot is None or not layout.coexist(gpu, offer.slot, slot):
             yield Taint(
                 "foreign-partition",
                 f"profile-{partition.profile}-at-{partition.placement.start}",
@@ -82,7 +80,6 @@ def _foreign(offer: Offer, gpu: Gpu, foreign: tuple[Partition, ...]) -> Iterator
 
 def _daemon(offer: Offer, daemons: Mapping[str, Taint]) -> Iterator[Taint]:
     if isinstance(offer.sharing, Mps):
-        slot = offer.slice_.slot if isinstance(offer.slice_, MigSlice) else None
-        for key in ("", share.daemon_key(offer.gpu.uuid, slot)):
+        for key in ("", share.daemon_key(offer.gpu.uuid, offer.slot)):
             if key in daemons:
                 yield daemons[key]

@@ -3,9 +3,9 @@
 One pool per card, named after its place on the PCI bus: stable over reboots and changes of MIG mode, cheap for the
 scheduler to check, and one card's trouble never makes another's pool incomplete. The scheduler takes the first device
 that fits (DRA contract, 5.2), so partitions come first, the smallest first, and of one profile the place that keeps the
-fewest others from being used; then the card's MPS shares, its time slices, and the card as a whole. Shared twins of
-partitions come after all partitions of their profile and before any larger one: whoever wants "9Gi, however you do it"
-gets a partition of their own while there is one, then a share of such a partition, and only then spends a larger one.
+fewest others from being used; then the card's MPS shares, its time slices, and the card as a whole. Shared partitions
+come after all exclusive partitions of their profile and before any larger one. So a claim for "9Gi, by any means" gets a
+partition of its own while there is one, then a share of such a partition, and only then a larger partition.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _enough(sharing: _Shared, gpu: Gpu) -> _Shared:
 
 
 def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
-    """The card as the policy cuts it, or as a whole; never two of these, for nothing would keep them apart."""
+    """The card as the policy cuts it, or as a whole; never two of these, because nothing would keep them apart."""
     whole = WholeGpu(gpu)
     if isinstance(policy.static, Parts):
         sharing = _parted(policy.static, gpu, policy)
@@ -281,6 +281,6 @@ def _in_order(gpu: Gpu, profiles: Sequence[MigProfile]) -> list[ProfilePlacement
 
 
 def _size(profile: MigProfile) -> tuple[int, ...]:
-    """What a partition takes from the card, memory first: who asks for memory gets no more engines than needed."""
+    """What a partition takes from the card, memory first: a claim for memory gets no more engines than it needs."""
     engines = profile.engines()
     return (profile.memory_mib, profile.compute_slices, profile.multiprocessors, sum(engines.values()), profile.id)

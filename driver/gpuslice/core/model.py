@@ -20,6 +20,7 @@ ClaimUid = NewType("ClaimUid", str)  # Kubernetes'
 PoolName = NewType("PoolName", str)  # "<node>/<pci bus id>"
 
 MIB = 1024 * 1024
+RESOURCE_API = "resource.k8s.io/v1"  # of claims and slices; in Kubernetes since 1.34
 API_VERSION = "gpuslice.dev/v1alpha1"  # of the objects that users write: policies and opaque parameters
 
 
@@ -163,12 +164,12 @@ class Exclusive:
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """Admin access to a whole card, beside whoever uses it; takes nothing."""
+    """Admin access to a whole card while others use it; takes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSlicing:
-    """Up to `shares` claims take turns on the slice. `memory_mib` is what can be budgeted in all; nobody enforces it.
+    """Up to `shares` claims take turns on the slice. `memory_mib` is what can be sold in all; nothing enforces it.
 
     `interval` is the level that the policy fixes for the card. `part` numbers the fixed parts of a static plan, which are
     plain exclusive devices of 1/`shares` each; None for the one device that many claims share.
@@ -218,6 +219,11 @@ class Offer:
     def gpu(self) -> Gpu:
         return self.slice_.gpu
 
+    @property
+    def slot(self) -> MigSlot | None:
+        """None for a whole card."""
+        return self.slice_.slot if isinstance(self.slice_, MigSlice) else None
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class DeviceRef:
@@ -245,7 +251,7 @@ class ClaimRef:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What opaque config asks of one allocation; None where nobody said anything."""
+    """What opaque config asks of one allocation; None where it says nothing."""
 
     enforcement: str | None = None  # "required" or "preferred"
     interval: str | None = None  # time slice of an exclusive card whose containers share it, one of `INTERVALS`
@@ -253,7 +259,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """One line of the scheduler's verdict for our driver, with the opaque config that applies to it."""
+    """One result of the allocation for our driver, with the opaque config that applies to it."""
 
     request: str  # base request name, subrequest stripped
     device: DeviceRef
@@ -274,7 +280,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Taint:
-    """Why a device is not to be had now. `key` without domain; `reason` is one sentence for logs and commands."""
+    """Why a device cannot be used now. `key` without domain; `reason` is one sentence for logs and commands."""
 
     key: str
     value: str

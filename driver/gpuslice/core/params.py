@@ -46,8 +46,8 @@ def merge(layers: Iterable[Settings]) -> Settings:
     """Later layers override earlier ones, field by field."""
     merged = Settings()
     for layer in layers:
-        said = {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
-        merged = replace(merged, **said)
+        given = {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
+        merged = replace(merged, **given)
     return merged
 
 

@@ -1,8 +1,8 @@
 """Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
 
-The scheduler's counters are not trusted alone: schedulers of early 1.36 patches do not charge committed shares again
-(kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
-`Busy`, for that holder may be about to leave; what nobody's record explains is foreign and refused.
+The scheduler's counters are not trusted alone: schedulers older than Kubernetes 1.36.2 do not charge committed shares
+again (kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
+`Busy`, because that holder may be about to leave; what no record explains is foreign and refused.
 """
 
 from __future__ import annotations
@@ -23,15 +23,12 @@ from gpuslice.core.model import (
     Gpu,
     GpuUuid,
     LiveGpu,
-    MigSlice,
     MigSlot,
     MigUuid,
     Monitor,
     Mps,
-    Offer,
     Partition,
     TimeSlicing,
-    WholeGpu,
 )
 from gpuslice.core.record import (
     AdjustMps,
@@ -62,7 +59,7 @@ Live = Mapping[GpuUuid, LiveGpu]
 def make(
     ref: ClaimRef, wanted: tuple[Grant, ...], inventory: Inventory, records: Iterable[Record], live: Live
 ) -> Plan | Busy:
-    """The plan for a claim of which no record stands, or who is in its way.
+    """The plan for a claim of which no record stands, or the claims that block it.
 
     `wanted` are its `grants`, `records` all others on this node, `live` a look at each GPU of the claim taken under its
     lock. ClaimError where only the author or the scheduler can help, DeviceError where the node has to change first.
@@ -131,7 +128,7 @@ def stands(record: Record, live: Live) -> bool:
 
 
 def prepared_claim(record: Record, live: Live, kind: str) -> PreparedClaim:
-    """What the claim turned out to be, with the CDI names that the kubelet passes on. Pure; see `injection.py`."""
+    """What the claim turned out to be, with the CDI names that the kubelet passes on. Pure; see `plugin/cdi_writer.py`."""
     uid = record.plan.ref.uid
     return PreparedClaim(
         record.plan.ref,
@@ -164,8 +161,8 @@ def undo(record: Record, others: Iterable[Record]) -> tuple[Undo, ...]:
 
 
 def leftover(record: Record, gpu: GpuUuid) -> Record:
-    """What a claim leaves on a card that is lost: unfinished, and in its own name, for the claim itself has been given back
-    and may be given other devices.
+    """What a claim leaves on a card that is lost: unfinished, and in its own name, because the claim itself has been given
+    back and may be given other devices.
 
     What was never seen to come into being is left out: a card is back after a reset, which takes partitions away, and what
     stands in the slot then is somebody else's.
@@ -194,7 +191,7 @@ def target(undoing: DestroyMig, live: LiveGpu) -> Partition | None:
 
 
 def foreign_partitions(gpu: GpuUuid, live: LiveGpu, records: Iterable[Record]) -> tuple[Partition, ...]:
-    """Partitions that no record explains: foreign, for every partition of ours has a record first."""
+    """Partitions that no record explains: foreign, because every partition of ours has a record first."""
     slots = {step.slot for record in records for step in record.plan.steps if isinstance(step, CreateMig)}
     return tuple(p for p in live.partitions if MigSlot(gpu, p.profile, p.placement) not in slots)
 
@@ -215,19 +212,9 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
         raise ClaimError(
             f"{device} is for admin access only; set adminAccess: true on the request, in a namespace for it"
         )
-    # Whatever an administrator is given is only watched: it takes nothing from whoever holds it (KEP-5018).
+    # What an administrator is given is only watched: it takes nothing from its holders (KEP-5018).
     sharing = Monitor() if allocation.admin else offer.sharing
-    return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=_slot(offer), sharing=sharing)
-
-
-def _slot(offer: Offer) -> MigSlot | None:
-    match offer.slice_:
-        case WholeGpu():
-            return None
-        case MigSlice() as partition:
-            return partition.slot
-        case _:
-            assert_never(offer.slice_)
+    return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=offer.slot, sharing=sharing)
 
 
 def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:

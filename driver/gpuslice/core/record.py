@@ -93,7 +93,7 @@ Done = MadeMig
 
 @dataclass(frozen=True, slots=True)
 class DestroyMig:
-    """Destroy what stands in the slot; with a UUID only that very partition, for ids and slots are used again."""
+    """Destroy what stands in the slot; with a UUID only that very partition, because ids and slots are used again."""
 
     slot: MigSlot
     uuid: MigUuid | None
@@ -132,7 +132,7 @@ Undo = DestroyMig | ResetComputeMode | ResetTimeSlice | StopMps | AdjustMps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedDevice:
-    """One device as the kubelet is told of it, and what it turned out to be."""
+    """One device as the kubelet gets it in the answer, with the UUID that it turned out to have."""
 
     request: str
     device: DeviceRef

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from gpuslice.core.model import MIB, Exclusive, GpuUuid, MigSlot, Monitor, Mps, TimeSlicing
+from gpuslice.core.model import MIB, Exclusive, GpuUuid, MigSlot, Monitor, Mps, Sharing, TimeSlicing
 from gpuslice.core.record import Grant
 
 
@@ -47,11 +47,11 @@ def of(grant: Grant) -> Share | None:
 MODES = ("gpu", "mig", "mps", "timeslice", "monitor")
 
 
-def mode(grant: Grant) -> str:
-    """How the grant has its card, as one of `MODES`: the published `type` of its device."""
-    match grant.sharing:
+def mode(sharing: Sharing, slot: MigSlot | None) -> str:
+    """How a card or a partition (`slot`) is used, as one of `MODES`: the published `type` of the device."""
+    match sharing:
         case Exclusive():
-            return "gpu" if grant.slot is None else "mig"
+            return "gpu" if slot is None else "mig"
         case Mps():
             return "mps"
         case TimeSlicing():
@@ -59,11 +59,11 @@ def mode(grant: Grant) -> str:
         case Monitor():
             return "monitor"
         case _:
-            assert_never(grant.sharing)
+            assert_never(sharing)
 
 
 def describe(grant: Grant) -> str:
-    """The share in a person's words: "10240 MiB, 25 % of the SMs"; "" for a device of one's own."""
+    """The share as a person reads it: "10240 MiB, 25 % of the SMs"; "" for a device of one's own."""
     mine = of(grant)
     if mine is None:
         return ""
@@ -89,9 +89,9 @@ def usage(grants: Sequence[Grant]) -> str:
     return ""
 
 
-def enforcement(grant: Grant) -> str:
-    """By which means the memory of a grant is kept within its limit: the published `memoryEnforcement`."""
-    match grant.sharing:
+def enforcement(sharing: Sharing) -> str:
+    """What keeps a claim within its memory: the published `memoryEnforcement` of the device."""
+    match sharing:
         case Exclusive():
             return "hardware"
         case Mps(enforced=True):
@@ -99,7 +99,7 @@ def enforcement(grant: Grant) -> str:
         case Mps() | TimeSlicing() | Monitor():
             return "none"
         case _:
-            assert_never(grant.sharing)
+            assert_never(sharing)
 
 
 def coexists(one: Grant, two: Grant) -> bool:
@@ -147,7 +147,7 @@ def _limits(grant: Grant) -> Iterable[tuple[str, int]]:
 
 
 def daemon_key(gpu: GpuUuid, slot: MigSlot | None) -> str:
-    """Name of the folder of a card's or a partition's MPS daemon: short, for socket paths are short of room."""
+    """Name of the folder of a card's or a partition's MPS daemon: short, because socket paths have little room."""
     card = gpu.removeprefix("GPU-").partition("-")[0]
     return card if slot is None else f"{card}-{slot.profile}-{slot.placement.start}"
 

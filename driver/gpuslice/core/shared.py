@@ -1,4 +1,4 @@
-"""What several claims stand on at once: a partition that the first of them made, the MPS daemons of all of them."""
+"""What several claims use at once: a partition that the first of them made, and the MPS daemons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gpuslice.core.record import CreateMig, Done, Grant, Plan, PreparedClaim, Re
 def reusable(decided: Plan, records: Iterable[Record], live: Mapping[GpuUuid, LiveGpu]) -> tuple[Done, ...]:
     """What other claims have made already of what this plan wants made: the partition that a further share joins.
 
-    Only what is still there counts: one that vanished under its sharers is made anew, for them as well (`repointed`).
+    Only what is still there counts: one that vanished while claims share it is made anew, and `repointed`
+    corrects their records.
     """
     slots = {step.slot for step in decided.steps if isinstance(step, CreateMig)}
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}

@@ -91,7 +91,7 @@ class Stage:
     def look(self, what: Callable[[Node], _T]) -> _T:
         """A look at the node beside the driver, as `gpuslice devices` takes it."""
         config = Config(kubelet_plugins_directory_path=self.cluster.plugins, simulate_latency="zero")
-        with node.looked_at(config) as seen:
+        with node.snapshot(config) as seen:
             return what(seen)
 
     def show_map(self) -> None:

@@ -11,7 +11,7 @@ from gpuslice.core.model import GpuUuid, MigUuid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonSpec:
-    """A daemon as it shall be. The ceilings hold for every client alike; None: no ceiling.
+    """A daemon as it is to be. The ceilings hold for every client alike; None: no ceiling.
 
     `key` names its folder (a DNS label of at most 24 characters), so that socket paths stay below 108 bytes (unix(7)).
     `threads_percent` is a ceiling on multiprocessors, 1 … 100, no reservation.
@@ -25,7 +25,7 @@ class DaemonSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonStatus:
-    """A daemon as it is. The ceilings are those that it told when asked, not those that it was given.
+    """A daemon as it is. The ceilings are those that it reports, not those that it was given.
 
     `restarts` counts since the supervisor first started it; `problem` is one sentence about the last thing that went
     wrong, "" once the daemon was ensured again.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpuslice import __version__
+from gpuslice.core.json import UncheckedBody
 from gpuslice.errors import DeviceError
 from gpuslice.mps import wire
 from gpuslice.mps.api import DaemonSpec, DaemonStatus
@@ -58,12 +59,12 @@ class MpsClient:
     def log(self, key: str) -> Path:
         return self._paths.log(key)
 
-    def _list(self, what: str, message: wire.Message, timeout_s: float) -> tuple[DaemonStatus, ...]:
+    def _list(self, what: str, message: UncheckedBody, timeout_s: float) -> tuple[DaemonStatus, ...]:
         _, answer = self._ask(what, message, timeout_s)
         body = answer.get("running")
         return tuple(wire.running_of(entry) for entry in body) if isinstance(body, list) else ()
 
-    def _ask(self, what: str, message: wire.Message, timeout_s: float) -> tuple[wire.Message, wire.Message]:
+    def _ask(self, what: str, message: UncheckedBody, timeout_s: float) -> tuple[UncheckedBody, UncheckedBody]:
         """Greeting and answer of the supervisor; `what` completes "cannot …"."""
         path = self._paths.socket
         try:

@@ -1,7 +1,7 @@
-"""NVIDIA's control program: commands in by standard input, words out. `nvidia-cuda-mps-control`, or the stand-in for it.
+"""NVIDIA's control program `nvidia-cuda-mps-control`, or the stand-in for it: commands on standard input, answers printed.
 
 Its answers are documented loosely, so they are read leniently: a set is believed only when the matching get says so, and
-each get is a run of its own, for which line answers which command is not promised.
+each get is a run of its own, because nothing promises which line answers which command.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from gpuslice.system import programs
 log = logging.getLogger(__name__)
 
 NAME = "nvidia-cuda-mps-control"
-PID_FILE = f"{NAME}.pid"
 LINKS = Path("/run/gpuslice/nvidia-libraries")
 
 # There is no command that takes a memory ceiling away: this one is beyond every card, and reads back as none.
@@ -31,26 +30,21 @@ _NOBODY = "Cannot find MPS control daemon"  # whatever it ends with then
 _PIDS = re.compile(r"^\s*(\d+)\s*$", re.MULTILINE)
 
 
-def program(driver_root: Path, simulated_node: Path | None, *, links: Path = LINKS) -> Sequence[str]:
-    """The command that is the control program; DeviceError where the driver root has none.
+def program(driver_root: Path, *, links: Path = LINKS) -> Sequence[str]:
+    """The command that is NVIDIA's control program; DeviceError where the driver root has none.
 
-    With a simulated node it is the stand-in, on the cards of that node. `links`: a folder for `programs.environment`.
+    `links`: a folder for `programs.environment`.
     """
-    if simulated_node is not None:
-        stand_in = str(Path(__file__).with_name("sim") / "control.py")
-        # Without site-packages and what the environment may bring: it starts at every command.
-        return (
-            "env",
-            f"GPUSLICE_SIMULATED_NODE={simulated_node.resolve()}",
-            sys.executable,
-            "-S",
-            "-E",
-            "-s",
-            stand_in,
-        )
     path = str(programs.find(driver_root, NAME))
     more = programs.environment(driver_root, links)
     return ("env", *(f"{name}={value}" for name, value in more.items()), path) if more else (path,)
+
+
+def stand_in(simulated_node: Path) -> Sequence[str]:
+    """The command that is the stand-in for the control program, on the cards of this simulated node."""
+    script = str(Path(__file__).with_name("sim") / "control.py")
+    # Without site-packages and what the environment may bring: it starts at every command.
+    return ("env", f"GPUSLICE_SIMULATED_NODE={simulated_node.resolve()}", sys.executable, "-S", "-E", "-s", script)
 
 
 class Control:
@@ -59,8 +53,8 @@ class Control:
     def __init__(self, command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> None:
         self._command, self._env, self._timeout_s = command, env, timeout_s
 
-    def tell(self, *commands: str) -> str:
-        """Run these commands in turn; what they printed."""
+    def run(self, *commands: str) -> str:
+        """Run these commands in turn; returns what they printed."""
         text = "".join(f"{command}\n" for command in commands)
         status, printed = programs.run(self._command, stdin=text, timeout_s=self._timeout_s, env=self._env)
         if status or _NOBODY in printed:
@@ -69,20 +63,20 @@ class Control:
 
     def servers(self) -> tuple[int, ...]:
         """Pids of the servers; none until the first client came."""
-        return tuple(int(pid) for pid in _PIDS.findall(self.tell("get_server_list")))
+        return tuple(int(pid) for pid in _PIDS.findall(self.run("get_server_list")))
 
     def status(self, server: int) -> str:
         """INITIALIZING, ACTIVE or FAULT."""
-        return one_line(self.tell(f"get_server_status {server}"))
+        return one_line(self.run(f"get_server_status {server}"))
 
     def clients(self, server: int) -> tuple[int, ...]:
-        return tuple(int(pid) for pid in _PIDS.findall(self.tell(f"get_client_list {server}")))
+        return tuple(int(pid) for pid in _PIDS.findall(self.run(f"get_client_list {server}")))
 
     def terminate_clients(self) -> int:
         """End the work of every client by MPS' own means, which a kill is not: how many there were."""
         found = [(server, client) for server in self.servers() for client in self.clients(server)]
         if found:
-            self.tell(*(f"terminate_client {server} {client}" for server, client in found))
+            self.run(*(f"terminate_client {server} {client}" for server, client in found))
         return len(found)
 
     # ------------------------------------------------------------ ceilings
@@ -103,31 +97,31 @@ class Control:
             self._try(*(f"set_device_pinned_mem_limit {server} {name} {wanted}M" for server in servers))
         gets = ("get_default_device_pinned_mem_limit", *(f"get_device_pinned_mem_limit {s}" for s in servers))
         for name in (device, "0"):
-            told = [self._memory(get, name, memory_mib) for get in gets]
-            if all(figure == memory_mib for figure in told):
+            reported = [self._memory(get, name, memory_mib) for get in gets]
+            if all(figure == memory_mib for figure in reported):
                 return memory_mib
-        here = "no ceiling" if told[0] is None else f"{told[0]} MiB"
+        here = "no ceiling" if reported[0] is None else f"{reported[0]} MiB"
         raise DeviceError(
             f"the MPS daemon of {device} did not take its memory ceiling of {memory_mib or 'no'} MiB and says {here}, "
             f"by UUID and by index; update the NVIDIA driver, or share this card by other means"
         )
 
     def _try(self, *commands: str) -> None:
-        """Tell it; whether it obeyed is seen when it is asked, and not by what it says or ends with."""
+        """Run these commands. Whether the daemon obeyed shows when its ceilings are read back, not in this answer."""
         try:
-            self.tell(*commands)
+            self.run(*commands)
         except HungError:
             raise
         except DeviceError as e:
             log.debug("an MPS daemon did not obey: %s", e)
 
     def memory(self, device: GpuUuid | MigUuid) -> int | None:
-        """The memory ceiling as it is: by UUID where that one says something, else by index."""
+        """The memory ceiling as it is: by UUID where there is one, else by index."""
         by_uuid = self._memory("get_default_device_pinned_mem_limit", device, None)
         return self._memory("get_default_device_pinned_mem_limit", "0", None) if by_uuid is None else by_uuid
 
     def _memory(self, command: str, device: str, wanted: int | None) -> int | None:
-        return mebibytes(self.tell(f"{command} {device}"), wanted)
+        return mebibytes(self.run(f"{command} {device}"), wanted)
 
     def limit_threads(self, percent: int | None) -> int | None:
         """The same for the share of multiprocessors; 100 is no ceiling."""
@@ -135,11 +129,11 @@ class Control:
         self._try(f"set_default_active_thread_percentage {wanted}")
         if servers := self.servers():
             self._try(*(f"set_active_thread_percentage {server} {wanted}" for server in servers))
-        told = [self.threads(), *(self._threads(f"get_active_thread_percentage {server}") for server in servers)]
-        if any(figure != percent for figure in told):
+        reported = [self.threads(), *(self._threads(f"get_active_thread_percentage {server}") for server in servers)]
+        if any(figure != percent for figure in reported):
             raise DeviceError(
                 f"the MPS daemon did not take its ceiling of {wanted} % of the multiprocessors and says "
-                f"{told[0] or 100} %; update the NVIDIA driver, or share this card by other means"
+                f"{reported[0] or 100} %; update the NVIDIA driver, or share this card by other means"
             )
         return percent
 
@@ -147,13 +141,13 @@ class Control:
         return self._threads("get_default_active_thread_percentage")
 
     def _threads(self, command: str) -> int | None:
-        match = _PERCENT.search(self.tell(command))
+        match = _PERCENT.search(self.run(command))
         figure = round(float(match[0])) if match else 0
         return None if figure == 100 else figure
 
 
 def mebibytes(text: str, wanted: int | None) -> int | None:
-    """The size that an answer tells, in MiB; None where it tells none, zero, or more than any card has.
+    """The size in an answer, in MiB; None where it has none, zero, or more than any card has.
 
     Answers such as "3G" may be rounded down to whole units, so one that agrees with `wanted` in its own unit is `wanted`.
     """

@@ -1,7 +1,7 @@
 """One daemon's process: started, adopted, given its ceilings, looked after, drained. No threads and no policy here.
 
-It is started with `-f`, so that its process is the one we started; and with `-multiuser-server`, for the uids of
-containers differ, and without it one uid waits until the clients of another have gone. That needs root, and a driver
+It is started with `-f`, so that its process is the one we started; and with `-multiuser-server`, because the uids
+of containers differ, and without it one uid waits until the clients of another have gone. That needs root, and a driver
 that knows it: where it does not, the daemon starts without, and the log says so.
 """
 
@@ -46,7 +46,7 @@ _SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel'
 
 
 class MpsDaemon:
-    """A daemon that runs. `ceilings` are (memory in MiB, percent of multiprocessors) as it told them."""
+    """A daemon that runs. `ceilings` are (memory in MiB, percent of multiprocessors) as it reports them."""
 
     def __init__(self, pipe: Path, control: Control, pidfd: PidfdProcess) -> None:
         self._pipe, self.control, self.pidfd = pipe, control, pidfd
@@ -60,7 +60,7 @@ class MpsDaemon:
         """Give it these ceilings; where it does not take them, it keeps those it has. HungError where it is wedged."""
         before = self.ceilings
         try:
-            self.ceilings = _limited(self.control, daemon)
+            self.ceilings = _limit(self.control, daemon)
         except HungError:
             raise
         except DeviceError:
@@ -77,13 +77,13 @@ class MpsDaemon:
         return ""
 
     def stop(self, *, drain: bool = True) -> str:
-        """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, in words."""
+        """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, as a clause."""
         try:
             if drain and not self.pidfd.ended():
                 # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
                 ended = self.control.terminate_clients()
                 log.info("MPS clients were terminated pid=%d clients=%d", self.pid, ended)
-                self.control.tell(f"quit -t {DRAIN_S:.0f}")
+                self.control.run(f"quit -t {DRAIN_S:.0f}")
                 self.pidfd.ended(DRAIN_S)
         except DeviceError as e:
             log.warning("an MPS daemon could not be drained and is killed pid=%d: %s", self.pid, e)
@@ -101,10 +101,10 @@ def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: fl
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
     for flags in first:
         try:
-            return _started(paths, daemon, command, answer_s, flags)
+            return _start(paths, daemon, command, answer_s, flags)
         except _EndedError as e:
             why = e
-    process = _started(paths, daemon, command, answer_s, last)
+    process = _start(paths, daemon, command, answer_s, last)
     if first:
         log.warning("MPS daemon %s serves one uid at a time; with more it fails: %s", daemon.key, why)
     return process
@@ -132,29 +132,29 @@ class _EndedError(DeviceError):
     """The daemon ended before it took a command."""
 
 
-def _started(
+def _start(
     paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float, flags: Sequence[str]
 ) -> MpsDaemon:
     env = _environment(paths, daemon)
     console = paths.log(daemon.key) / "console"
     with closing(FolderWatch(paths.pipe(daemon.key), arrivals=True)) as watch:
         pidfd = PidfdProcess(
-            ProcessId.of(_spawned([*_LAUNCHER, str(paths.shm(daemon.key)), *command, *flags], env, console))
+            ProcessId.of(_spawn([*_LAUNCHER, str(paths.shm(daemon.key)), *command, *flags], env, console))
         )
         process = MpsDaemon(paths.pipe(daemon.key), Control(command, env, answer_s), pidfd)
         try:
             remember(paths, daemon, process)  # before it can have clients that nobody would know of
             _wait(process, watch, console, daemon.device)
-            process.ceilings = _limited(process.control, daemon)
+            process.ceilings = _limit(process.control, daemon)
         except DriverError:
             process.stop(drain=False)
             raise
-    if note := next((line for line in _lines(console) if line.startswith(launch.NOTE)), ""):
-        log.warning("MPS daemon %s has %s", daemon.key, note.removeprefix("gpuslice: "))
+    if warning := next((line for line in _lines(console) if line.startswith(launch.NO_SHM)), ""):
+        log.warning("MPS daemon %s has %s", daemon.key, warning.removeprefix("gpuslice: "))
     return process
 
 
-def _spawned(command: Sequence[str], env: Mapping[str, str], console: Path) -> int:
+def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int:
     try:
         with console.open("wb") as output:
             child = subprocess.Popen(
@@ -177,7 +177,7 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
     until = time.monotonic() + START_S
     why = "its control socket did not appear"
     while (left := until - time.monotonic()) > 0:
-        # The socket's arrival wakes us; that somebody listens on it does not, hence the limit.
+        # The socket's arrival wakes us; that the daemon listens on it does not, so there is a limit.
         ready = wait(min(left, _REFUSED_S), watch.fileno(), process.pidfd.descriptor)
         if process.pidfd.descriptor in ready:
             lines = one_line(" ".join(_lines(console)[-3:]))
@@ -198,14 +198,14 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
 def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
     """What a former supervisor left in this folder: the daemon it was to be, and its process where that lives and answers.
 
-    DeviceError where the folder tells nothing, or tells of an earlier boot.
+    DeviceError where the folder names no daemon, or one of an earlier boot.
     """
     paths.own(key)  # or somebody else chooses which process we take for the daemon
     try:
         body = json.loads(paths.record(key).read_text(encoding="utf-8"))
         daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
     except (OSError, ValueError, LookupError, TypeError, DeviceError) as e:
-        raise DeviceError(f"{paths.record(key)} tells of no MPS daemon ({e}); its folder is removed") from e
+        raise DeviceError(f"{paths.record(key)} names no MPS daemon ({e}); its folder is removed") from e
     if left.boot != boot_id():
         raise DeviceError(f"{paths.record(key)} is of an earlier boot; its folder is removed")
     try:
@@ -229,7 +229,7 @@ def remember(paths: Paths, daemon: DaemonSpec, process: MpsDaemon) -> None:
     write_atomic(paths.record(daemon.key), json.dumps(body) + "\n")
 
 
-def _limited(control: Control, daemon: DaemonSpec) -> tuple[int | None, int | None]:
+def _limit(control: Control, daemon: DaemonSpec) -> tuple[int | None, int | None]:
     memory = control.limit_memory(daemon.device, daemon.memory_mib)
     return memory, control.limit_threads(daemon.threads_percent)
 

@@ -1,7 +1,7 @@
 """Give a daemon a /dev/shm of its own, then become it: `launch.py SHM COMMAND…`; the process id stays.
 
 MPS servers and clients meet in /dev/shm, and a container must see the same one as its daemon. So the daemon gets the
-folder that containers are given, in a mount namespace of its own. It imports next to nothing, for it runs at each start.
+folder that containers are given, in a mount namespace of its own. It imports next to nothing, because it runs at each start.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _MS_NOSUID, _MS_NODEV = 2, 4
 _CLONE_NEWNS = 0x20000  # linux/sched.h
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 0x2, 0x8  # sys/mount.h
 _MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000  # linux/mount.h
-NOTE = "gpuslice: no /dev/shm of its own"
+NO_SHM = "gpuslice: no /dev/shm of its own"
 
 
 def isolate(shm: str) -> None:
     """Bind `shm` over /dev/shm for this process and its children alone; OSError where that is not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(_CLONE_NEWNS))
-    # Slave, not private: what the node unmounts must not stay mounted, hence busy, for as long as the daemon lives.
+    # Slave, not private: what the node unmounts must not stay mounted, and so busy, while the daemon lives.
     _check(libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None))
     _check(libc.mount(os.fsencode(shm), b"/dev/shm", None, _MS_BIND, None))
 
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
         isolate(shm)
     except OSError as e:
         # Not the end: without the rights it is a machine for trying things out, where clients share our /dev/shm.
-        print(f"{NOTE} ({e.strerror}); run as root with CAP_SYS_ADMIN", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"{NO_SHM} ({e.strerror}); run as root with CAP_SYS_ADMIN", file=sys.stderr, flush=True)  # noqa: T201
     try:
         os.execvp(command[0], command)  # noqa: S606  to become it is the point
     except OSError as e:

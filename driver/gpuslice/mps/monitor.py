@@ -1,4 +1,4 @@
-"""One daemon kept as it shall be: a thread waits for its end, asks it now and then whether it is well, and restarts it."""
+"""Keeps one daemon as its spec says: a thread waits for its end, probes it now and then, and restarts it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class GoneError(DeviceError):
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """What readers see, replaced as a whole. Without a process the daemon is down and shall be started again."""
+class _Snapshot:
+    """What readers see, replaced as a whole. Without a process the daemon is down and is to be started again."""
 
     daemon: DaemonSpec
     process: MpsDaemon | None
     running: DaemonStatus
 
     def well(self, daemon: DaemonSpec) -> bool:
-        """Whether it runs, untroubled, as this daemon shall be."""
+        """Whether it runs, without a problem, as this spec says."""
         same = self.daemon == daemon and not self.running.problem
         return same and self.process is not None and not self.process.pidfd.ended()
 
@@ -51,7 +51,7 @@ class DaemonMonitor:
     def __init__(self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts) -> None:
         self._paths, self._key, self._command, self._timeouts = paths, key, command, timeouts
         self._turn = threading.Lock()
-        self._state: _State | None = None
+        self._state: _Snapshot | None = None
         self._failures = 0  # ends and failed starts since it was last found well
         self._why = ""  # it is not what it was: one clause of a sentence
         self._due = 0.0  # time.monotonic() of the next probe, or start
@@ -80,12 +80,12 @@ class DaemonMonitor:
             if self._retired.is_set():
                 raise GoneError(f"MPS daemon {self._key} is being stopped; try again")
             try:
-                return self._ensured(daemon)
+                return self._ensure(daemon)
             finally:
                 if self._state is None:
                     self._end_failed_start()
 
-    def _ensured(self, daemon: DaemonSpec) -> DaemonStatus:
+    def _ensure(self, daemon: DaemonSpec) -> DaemonStatus:
         state = self._state
         process = state.process if state else None
         restarts = state.running.restarts if state else 0
@@ -94,11 +94,11 @@ class DaemonMonitor:
         if state and process and not process.pidfd.ended() and state.daemon.device == daemon.device:
             self._limit(state, process, daemon)
         else:
-            process = self._replaced(state, daemon)
+            process = self._replace(state, daemon)
         self._failures, self._why = 0, ""
         return self._show(daemon, process, restarts, "")
 
-    def _limit(self, state: _State, process: MpsDaemon, daemon: DaemonSpec) -> None:
+    def _limit(self, state: _Snapshot, process: MpsDaemon, daemon: DaemonSpec) -> None:
         try:
             process.limit(daemon)
             daemons.remember(self._paths, daemon, process)
@@ -107,11 +107,11 @@ class DaemonMonitor:
             self._wakeup.set()
             raise
         except DriverError as e:
-            # Told, so that the next `ensure` does not find it well, whatever ceilings it has now.
+            # The status shows the problem, so that the next `ensure` does not take the daemon for well.
             self._show(state.daemon, process, state.running.restarts, str(e))
             raise
 
-    def _replaced(self, state: _State | None, daemon: DaemonSpec) -> MpsDaemon:
+    def _replace(self, state: _Snapshot | None, daemon: DaemonSpec) -> MpsDaemon:
         if state and state.process:
             how = state.process.stop()
             log.info("an MPS daemon %s and is replaced key=%s device=%s", how, self._key, daemon.device)
@@ -151,7 +151,7 @@ class DaemonMonitor:
                 daemons.remove(self._paths, self._key)
 
     def close(self) -> None:
-        """For the supervisor's own end: drain and end the daemon; its folder stays, for containers hold it."""
+        """For the supervisor's own end: drain and end the daemon; its folder stays, because containers hold it."""
         with self._turn:
             if not self._retired.is_set():
                 self._end()
@@ -164,7 +164,7 @@ class DaemonMonitor:
 
     def _end_failed_start(self) -> None:
         self._retire()
-        with suppress(DeviceError):  # what failed first is the news
+        with suppress(DeviceError):  # the first failure is the one to report
             daemons.remove(self._paths, self._key)
 
     def _retire(self) -> None:
@@ -174,36 +174,30 @@ class DaemonMonitor:
     # ------------------------------------------------------------ what readers see
 
     def _show(self, daemon: DaemonSpec, process: MpsDaemon, restarts: int, problem: str) -> DaemonStatus:
-        memory_mib, threads_percent = process.ceilings
-        running = DaemonStatus(
-            key=self._key,
-            device=daemon.device,
-            pid=process.pid,
-            memory_mib=memory_mib,
-            threads_percent=threads_percent,
-            restarts=restarts,
-            problem=problem,
-        )
-        self._set(_State(daemon, process, running), self._timeouts.probe_s)
+        running = self._status(daemon, process, restarts, problem)
+        self._set(_Snapshot(daemon, process, running), self._timeouts.probe_s)
         return running
 
     def _down(self, daemon: DaemonSpec, restarts: int, more: str) -> None:
         """Nothing runs; the next start is after a pause."""
         pause = pause_s(self._failures)
         problem = f"{self._why}{more}; it is started again in {pause:g} s"
-        running = DaemonStatus(
+        self._set(_Snapshot(daemon, None, self._status(daemon, None, restarts, problem)), pause)
+        log.error("an MPS daemon is down key=%s: %s", self._key, problem)
+
+    def _status(self, daemon: DaemonSpec, process: MpsDaemon | None, restarts: int, problem: str) -> DaemonStatus:
+        memory_mib, threads_percent = process.ceilings if process else (None, None)
+        return DaemonStatus(
             key=self._key,
             device=daemon.device,
-            pid=0,
-            memory_mib=None,
-            threads_percent=None,
+            pid=process.pid if process else 0,
+            memory_mib=memory_mib,
+            threads_percent=threads_percent,
             restarts=restarts,
             problem=problem,
         )
-        self._set(_State(daemon, None, running), pause)
-        log.error("an MPS daemon is down key=%s: %s", self._key, problem)
 
-    def _set(self, state: _State, due_s: float) -> None:
+    def _set(self, state: _Snapshot, due_s: float) -> None:
         self._due = time.monotonic() + due_s
         self._state = state
         if self._thread.ident is None:
@@ -222,17 +216,17 @@ class DaemonMonitor:
                 continue
             with self._turn:
                 if not self._retired.is_set() and self._state is state:
-                    self._looked_after(state)
+                    self._check_or_log(state)
 
-    def _looked_after(self, state: _State) -> None:
+    def _check_or_log(self, state: _Snapshot) -> None:
         try:
-            self._look_after(state)
+            self._check(state)
         except OSError:
             # No descriptors, no memory: a thread that ended of it would leave the daemon to itself.
             log.exception("an MPS daemon could not be looked after key=%s", self._key)
             self._retired.wait(_AGAIN_S)
 
-    def _look_after(self, state: _State) -> None:
+    def _check(self, state: _Snapshot) -> None:
         process, restarts = state.process, state.running.restarts
         if process is None:
             self._start_again(state.daemon, restarts)
@@ -261,7 +255,7 @@ class DaemonMonitor:
             return str(e), True
 
     def _start_again(self, daemon: DaemonSpec, restarts: int) -> None:
-        """At the same paths, for containers hold them."""
+        """At the same paths, because containers hold them."""
         self._failures += 1
         try:
             process = daemons.start(self._paths, daemon, self._command, self._timeouts.answer_s)

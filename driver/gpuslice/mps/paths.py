@@ -4,7 +4,7 @@ supervisor.sock  supervisor.lock
 <key>/pipe       CUDA_MPS_PIPE_DIRECTORY: control sockets and pid file, NVIDIA's names
 <key>/shm        /dev/shm of the daemon and of its clients
 <key>/log        CUDA_MPS_LOG_DIRECTORY, and "console": what the daemon prints
-<key>/daemon.json  what it shall be and which process it is, for the next supervisor
+<key>/daemon.json  what it is to be and which process it is, for the next supervisor
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class ProcessId:
     @classmethod
     def of(cls, pid: int) -> ProcessId:
         """ProcessLookupError where there is none."""
-        return cls(pid, _started(pid), boot_id())
+        return cls(pid, _start_ticks(pid), boot_id())
 
     def alive(self) -> bool:
         with contextlib.suppress(ProcessLookupError):
@@ -57,7 +57,7 @@ class PidfdProcess:
         return bool(wait(timeout_s, self.descriptor))
 
     def reap(self) -> str:
-        """How it ended, in words; a process that is not our child does not tell."""
+        """How it ended, as a clause; of a process that is not our child only "ended"."""
         try:
             _, status = os.waitpid(self.id.pid, os.WNOHANG)
         except ChildProcessError:
@@ -100,7 +100,7 @@ def kill_all(pipe: Path, timeout_s: float) -> int:
 
     By what they were started with, not by process group or a list from before: servers outlive a daemon that was killed,
     hold the card against the next one's, and a supervisor that has just started knows none of them. The name is looked
-    at as well, for clients have the same variable.
+    at as well, because clients have the same variable.
     """
     wanted = f"CUDA_MPS_PIPE_DIRECTORY={pipe}".encode()
     found = []
@@ -117,7 +117,7 @@ def kill_all(pipe: Path, timeout_s: float) -> int:
     return len(found)
 
 
-def _started(pid: int) -> int:
+def _start_ticks(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError) as e:

@@ -1,13 +1,13 @@
 """The process that owns the MPS daemons: `gpuslice mps-supervisor`. It speaks wire.py on `<root>/supervisor.sock`.
 
 One supervisor a root. A second one is refused and does not wait: a supervisor that waits without a word hides that two
-were configured, and whoever runs it (a kubelet, systemd) starts it again anyhow.
+were configured, and its manager (a kubelet, systemd) starts it again anyhow.
 
 SIGTERM drains and ends all daemons, but leaves their folders: containers hold them, and the next supervisor starts the
 daemons again in them. SIGKILL, or a crash, leaves the daemons as they are, where the container or unit does not take them
 along; the next supervisor adopts them, and their clients notice nothing.
 
-It must stay small, for it is resident on every node: no event loop, no gRPC, no Kubernetes, no Prometheus, no YAML.
+It must stay small, because it is resident on every node: no event loop, no gRPC, no Kubernetes, no Prometheus, no YAML.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from gpuslice import __version__
+from gpuslice.core.json import UncheckedBody
 from gpuslice.errors import DeviceError, DriverError
 from gpuslice.mps import daemon as daemons
 from gpuslice.mps import wire
@@ -64,7 +65,7 @@ class Supervisor:
         self._root_lock = lock
         self._adopt()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first: whoever sees the socket may connect to it.
+        # Bound under another name first: a program that sees the socket may connect to it.
         new = root / ".supervisor"
         new.unlink(missing_ok=True)
         self._listener.bind(str(new))
@@ -85,7 +86,7 @@ class Supervisor:
         os.close(self._root_lock)
 
     def _adopt(self) -> None:
-        """Before anybody can ask, for a daemon that is not yet adopted would look as if it were gone."""
+        """Before anybody can ask, because a daemon that is not yet adopted would look as if it were gone."""
         _at_once(partial(self._adopt_one, key) for key in self._paths.known())
 
     def _adopt_one(self, key: str) -> None:
@@ -154,7 +155,7 @@ class Supervisor:
                 connection.settimeout(_TALK_S)
                 threading.Thread(target=self._talk, args=(connection,), name="mps-talk", daemon=True).start()
             except (OSError, RuntimeError) as e:
-                # Out of descriptors or threads: whoever waits still does, so trying at once would only burn the processor.
+                # Out of descriptors or threads: the client still waits, so trying at once would only burn the processor.
                 if not self._closing.wait(_NO_ACCEPT_S):
                     log.error("the MPS supervisor cannot accept a connection: %s", e)
 
@@ -162,13 +163,13 @@ class Supervisor:
         """One greeting, one request. A thread of its own, so that a slow client keeps nobody waiting."""
         try:
             with connection, connection.makefile("rwb") as stream:
-                wire.write(stream, self._conversed(stream))
+                wire.write(stream, self._converse(stream))
         except TimeoutError:
-            log.warning("a client of the MPS supervisor said nothing for %g s", _TALK_S)
+            log.warning("a client of the MPS supervisor sent nothing for %g s", _TALK_S)
         except OSError as e:
             log.info("a client of the MPS supervisor went away: %s", e)
 
-    def _conversed(self, stream: wire.Stream) -> wire.Message:
+    def _converse(self, stream: wire.Stream) -> UncheckedBody:
         try:
             greeting = wire.read(stream) or {}
             if wire.GREETING not in greeting:
@@ -191,7 +192,7 @@ class Supervisor:
         except ValueError as e:
             return {"error": f"the MPS supervisor does not understand this ({e}); update the older one of both"}
 
-    def _answer(self, request: wire.Message) -> wire.Message:
+    def _answer(self, request: UncheckedBody) -> UncheckedBody:
         try:
             running = self._obey(request)
         except DriverError as e:
@@ -202,7 +203,7 @@ class Supervisor:
             return {"error": f"the MPS supervisor failed unexpectedly ({type(e).__name__}: {e}); see its log"}
         return {"running": [wire.running_body(one) for one in running]}
 
-    def _obey(self, request: wire.Message) -> Sequence[DaemonStatus]:
+    def _obey(self, request: UncheckedBody) -> Sequence[DaemonStatus]:
         match request.get("op"):
             case "hello":
                 return ()
@@ -215,7 +216,7 @@ class Supervisor:
                 return ()
             case other:
                 raise DeviceError(
-                    f"the MPS supervisor knows no {json.dumps(other)}; update it, for the driver is newer"
+                    f"the MPS supervisor knows no {json.dumps(other)}; update it, because the driver is newer"
                 )
 
 
@@ -223,7 +224,7 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
     """Serve until SIGTERM or SIGINT; the exit code of the process. `command` is the control program (control.py)."""
     _log_to_stderr(level)
     ended = threading.Event()
-    # Handlers and no blocked signals, for the daemons would inherit a mask.
+    # Handlers and no blocked signals, because the daemons would inherit a mask.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     supervisor = Supervisor(root, command)

@@ -1,4 +1,4 @@
-"""What driver and supervisor say to each other: one JSON object a line over a unix socket, one request a connection.
+"""The protocol of driver and supervisor: one JSON object a line over a unix socket, one request a connection.
 
     client  {"gpuslice-mps": [1]}                          versions it speaks, any order
     server  {"gpuslice-mps": [1], "version": 1, "incarnation": "…", "release": "0.1.0"}
@@ -13,10 +13,11 @@ Unknown keys are ignored, so that a version may grow.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Protocol
 
+from gpuslice.core.json import UncheckedBody
 from gpuslice.core.model import GpuUuid, MigUuid
 from gpuslice.errors import DeviceError
 from gpuslice.mps.api import DaemonSpec, DaemonStatus
@@ -24,8 +25,6 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 VERSIONS = (1,)
 GREETING = "gpuslice-mps"
 _LONGEST = 1 << 20  # bytes of a line; 128 daemons in trouble are 50 kB
-
-Message = Mapping[str, object]
 
 
 class Stream(Protocol):
@@ -36,12 +35,12 @@ class Stream(Protocol):
     def flush(self) -> None: ...
 
 
-def write(stream: Stream, message: Message) -> None:
+def write(stream: Stream, message: UncheckedBody) -> None:
     stream.write(json.dumps(message).encode() + b"\n")
     stream.flush()
 
 
-def read(stream: Stream) -> Message | None:
+def read(stream: Stream) -> UncheckedBody | None:
     """The next message; None at the end of the stream. ValueError for what is no message."""
     line = stream.readline(_LONGEST)
     if not line:
@@ -57,8 +56,8 @@ def read(stream: Stream) -> Message | None:
 
 def common(theirs: object, ours: Iterable[int] = VERSIONS) -> int | None:
     """The highest version that both speak."""
-    said = theirs if isinstance(theirs, list) else []
-    return max((version for version in ours if version in said), default=None)
+    versions = theirs if isinstance(theirs, list) else []
+    return max((version for version in ours if version in versions), default=None)
 
 
 def disagreement(theirs: object, release: str) -> str:
@@ -69,7 +68,7 @@ def disagreement(theirs: object, release: str) -> str:
     )
 
 
-def daemon_body(daemon: DaemonSpec) -> Message:
+def daemon_body(daemon: DaemonSpec) -> UncheckedBody:
     return asdict(daemon)
 
 
@@ -90,7 +89,7 @@ def daemon_of(body: object) -> DaemonSpec:
     return daemon
 
 
-def running_body(running: DaemonStatus) -> Message:
+def running_body(running: DaemonStatus) -> UncheckedBody:
     return asdict(running)
 
 
@@ -108,19 +107,19 @@ def running_of(body: object) -> DaemonStatus:
     )
 
 
-def _device(body: Message) -> GpuUuid | MigUuid:
+def _device(body: UncheckedBody) -> GpuUuid | MigUuid:
     uuid = _text(body, "device")
     return MigUuid(uuid) if uuid.startswith("MIG-") else GpuUuid(uuid)
 
 
-def _text(body: Message, key: str) -> str:
+def _text(body: UncheckedBody, key: str) -> str:
     value = body.get(key)
     if not isinstance(value, str):
         raise DeviceError(f"{key} of an MPS daemon is {value!r} and must be a text; update driver or supervisor")
     return value
 
 
-def _number(body: Message, key: str) -> int | None:
+def _number(body: UncheckedBody, key: str) -> int | None:
     value = body.get(key)
     if value is not None and type(value) is not int:
         raise DeviceError(

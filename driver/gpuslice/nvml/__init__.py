@@ -1,1 +1,1 @@
-"""The door to the GPUs: one small protocol (`api`), behind it NVIDIA's library (`real`) or a simulated node (`sim`)."""
+"""The interface to the GPUs: one small protocol (`api`), behind it NVIDIA's library (`real`) or a simulated node (`sim`)."""

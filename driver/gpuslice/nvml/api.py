@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
+from gpuslice.core.model import INTERVALS, Gpu, GpuUuid, LiveGpu, MigUuid, Placement
 
 
 class Code(IntEnum):
@@ -36,9 +36,10 @@ class Code(IntEnum):
     UNKNOWN = 999
 
 
-TIME_SLICES = (0, 1, 2, 3)  # nvidia-smi compute-policy --set-timeslice; milliseconds are not published
+TIME_SLICES = tuple(range(len(INTERVALS)))  # a level is an index of INTERVALS; milliseconds are not published
 
 
+XID_OFF_THE_BUS = 79
 MPS_SERVER = "nvidia-cuda-mps-server"  # as NVML's lists of processes show it
 
 
@@ -120,13 +121,13 @@ class Nvml(Protocol):
     def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None: ...
 
     def time_slice(self, gpu: GpuUuid) -> int:
-        """How long processes that share the card keep it in turn: 0 default, 1 short, 2 medium, 3 long; lost at reboot.
+        """How long processes that share the card keep it in turn, as an index of INTERVALS; lost at reboot.
 
         NOT_SUPPORTED on cards that cannot interrupt a kernel half-way, and while MIG mode is on.
         """
 
     def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
-        """INVALID_ARGUMENT for a level that is none of 0 … 3, NOT_SUPPORTED as above."""
+        """INVALID_ARGUMENT for a level that is none of TIME_SLICES, NOT_SUPPORTED as above."""
 
     def wait_event(self, timeout_s: float) -> XidEvent | None:
         """The next XID since the first call, or None after the timeout. One caller only."""

@@ -1,7 +1,7 @@
 """MIG by NVML, below the verbs of real.py: profiles, instances, compute instances. Raises pynvml's errors as they are.
 
 Traps that cost others days: placements go in by reference; profile enums are not profile ids; arrays are sized
-generously, for the A30 misreports its instance count; the device handle in a compute instance's info is the *MIG*
+generously, because the A30 misreports its instance count; the device handle in a compute instance's info is the *MIG*
 device's (the header says "parent device"), which saves a walk over all MIG devices.
 """
 
@@ -18,7 +18,7 @@ from gpuslice.nvml.api import Code, suffix
 
 Handle = object  # an opaque pointer of NVML's
 
-# Above the enums that this pynvml knows, for newer drivers add more; an unknown one is only refused.
+# Above the enums that this pynvml knows, because newer drivers add more; an unknown one is only refused.
 _PROFILE_ENUMS = range(max(0x20, pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT))
 _CI_ENUMS = [
     enum

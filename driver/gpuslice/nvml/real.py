@@ -1,17 +1,17 @@
 """NVML of a real node, through nvidia-ml-py. Everything is read from the hardware; there is no table of products here.
 
-One session for the life of the process, for opening one costs seconds where nothing else keeps the driver loaded; and
-cached handles, for finding a GPU by UUID is slow while other calls run (NVIDIA's DRA driver notes up to 10 s).
+One session for the life of the process, because opening one costs seconds where nothing else keeps the driver loaded;
+and cached handles, because finding a GPU by UUID is slow while other calls run (NVIDIA's DRA driver notes up to 10 s).
 An open session of ours can make somebody else's switch of MIG mode fail as "in use"; so can theirs make ours.
 
 A card whose profiles cannot be listed is found with `profiles=()` and a sentence in `notes()`: drivers around R535 list
-none while MIG is off. Who has seen them before may remember them; this door does not.
+none while MIG is off. Who has seen them before may remember them; this class does not. Where a card is on the machine,
+`Host.locate` knows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pynvml
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Placement
 from gpuslice.errors import DeviceError
 from gpuslice.nvml import mig
-from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, GpuProcess, Memory, XidEvent
+from gpuslice.nvml.api import TIME_SLICES, XID_OFF_THE_BUS, Code, ComputeMode, GpuProcess, Memory, XidEvent
 from gpuslice.nvml.library import asking, find, refusal, start
 from gpuslice.nvml.mig import Handle, tolerating
 from gpuslice.nvml.smi import Smi
@@ -37,8 +37,6 @@ _ARCHITECTURES = {
 }
 _WHOLE = 0xFFFFFFFF  # instead of an instance id: the whole GPU
 _XID = pynvml.nvmlEventTypeXidCriticalError
-_XID_OFF_THE_BUS = 79
-_PCI = Path("/sys/bus/pci/devices")
 _PROC = Path("/proc")
 
 
@@ -107,8 +105,6 @@ class RealNvml:
             cuda_version=self._cuda_version,
             profiles=self._profiles(uuid, device, label),
             resetless=_resetless(device, architecture),
-            numa_node=_numa_node(bus_id),
-            pcie_root=_pcie_root(bus_id),
         )
 
     def _profiles(self, uuid: GpuUuid, device: Handle, label: str) -> tuple[MigProfile, ...]:
@@ -225,7 +221,7 @@ class RealNvml:
     def wait_event(self, timeout_s: float) -> XidEvent | None:
         with self._waiting, asking("this node", "wait for events"):
             if self._events is None:
-                self._events = _subscribed()
+                self._events = _subscribe()
             if self._events is None:  # nobody to wait for; NVML would answer at once, again and again
                 self._closing.wait(timeout_s)
                 return None
@@ -234,9 +230,9 @@ class RealNvml:
             except pynvml.NVMLError_Timeout:
                 return None
             except pynvml.NVMLError_GpuIsLost:
-                # It would say so on every wait from now on: go on without the one that is gone.
+                # Every further wait would end so: go on without the lost GPU.
                 self._unsubscribe()
-                return XidEvent(gpu=None, xid=_XID_OFF_THE_BUS)
+                return XidEvent(gpu=None, xid=XID_OFF_THE_BUS)
             if event.eventType != _XID:
                 return None
             gpu = GpuUuid(pynvml.nvmlDeviceGetUUID(event.device))
@@ -273,7 +269,7 @@ class RealNvml:
         return self._slices[gpu]
 
 
-def _subscribed() -> Handle | None:
+def _subscribe() -> Handle | None:
     """One event set over all GPUs that can report XIDs; None where there is none."""
     events: Handle = pynvml.nvmlEventSetCreate()
     registered = 0
@@ -313,21 +309,6 @@ def _bus_id(text: str) -> str:
     """NVML's "00000000:3B:00.0" as the kernel writes it, "0000:3b:00.0"."""
     domain, _, rest = text.lower().partition(":")
     return f"{int(domain, 16):04x}:{rest}"
-
-
-def _numa_node(bus_id: str) -> int | None:
-    # Not nvmlDeviceGetNumaNodeId: that is the node of the GPU's own memory, on coherent systems only.
-    try:
-        node = int((_PCI / bus_id / "numa_node").read_text())
-    except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None
-
-
-def _pcie_root(bus_id: str) -> str | None:
-    """The PCI root above the card, from where sysfs keeps it: /sys/devices/pci0000:16/0000:16:01.0/…"""
-    root = re.search(r"/(pci[0-9a-f]{4,}:[0-9a-f]{2})/", str((_PCI / bus_id).resolve()))
-    return root[1] if root else None
 
 
 def _process(pid: int, gi: int, ci: int, used: int | None) -> GpuProcess:

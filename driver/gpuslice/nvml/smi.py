@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gpuslice.core.model import GpuUuid
+from gpuslice.core.model import INTERVALS, GpuUuid
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import Code
 from gpuslice.system import programs
 
-_LEVELS = ("default", "short", "medium", "long")
-_LEVEL = re.compile(r"time-?\s?slice\b[^a-z]*\b(default|short|medium|long)\b", re.IGNORECASE)
+_LEVEL = re.compile(rf"time-?\s?slice\b[^a-z]*\b({'|'.join(INTERVALS)})\b", re.IGNORECASE)
 _TIMEOUT_S = 20.0  # nvidia-smi opens a session of its own, which takes seconds where nothing keeps the driver loaded
 # What nvidia-smi prints, as what NVML would answer.
 _CODES = (
@@ -28,14 +27,14 @@ _CODES = (
 
 
 class Smi:
-    """`nvidia-smi compute-policy` of one driver root; `library` is the libnvidia-ml that it shall use (None: its own)."""
+    """`nvidia-smi compute-policy` of one driver root; `library` is the libnvidia-ml that it is to use (None: its own)."""
 
     def __init__(self, driver_root: Path | None, library: Path | None) -> None:
         self._root = driver_root or Path("/")
         self._env = {} if library is None or self._root == Path("/") else {"LD_PRELOAD": str(library)}
 
     def time_slice(self, gpu: GpuUuid, label: str) -> int:
-        """Level 0 … 3 that is set now."""
+        """The level that is set now, an index of INTERVALS."""
         text = self._policy(gpu, label, "read its time slice", "--list")
         if (level := _level(text)) is None:
             raise DeviceError(
@@ -47,10 +46,10 @@ class Smi:
         """Set the level and read it back. A list that we cannot read is no proof of a failure; another level is."""
         what = f"set time slice {level}"
         self._policy(gpu, label, what, f"--set-timeslice={level}")
-        told = _level(self._policy(gpu, label, what, "--list"))
-        if told not in (None, level):
+        shown = _level(self._policy(gpu, label, what, "--list"))
+        if shown not in (None, level):
             raise DeviceError(
-                f"{label}: nvidia-smi took time slice {_LEVELS[level]} and then shows {_LEVELS[told or 0]}; "
+                f"{label}: nvidia-smi took time slice {INTERVALS[level]} and then shows {INTERVALS[shown or 0]}; "
                 f"check for another program that sets it",
                 Code.UNKNOWN,
             )
@@ -63,8 +62,8 @@ class Smi:
         status, text = programs.run(
             [str(program), "compute-policy", "-i", gpu, option], timeout_s=_TIMEOUT_S, env=self._env
         )
-        code = next((code for words, code in _CODES if words in text.lower()), Code.UNKNOWN)
-        # What its exit status says is documented nowhere, so a refusal in words counts as well.
+        code = next((code for phrase, code in _CODES if phrase in text.lower()), Code.UNKNOWN)
+        # Its exit status is documented nowhere, so a printed refusal counts as well.
         if status or code == Code.NOT_SUPPORTED:
             raise DeviceError(
                 f"{label}: cannot {what}: {code.name}; nvidia-smi compute-policy says {_line(text)!r}", code
@@ -74,7 +73,7 @@ class Smi:
 
 def _level(text: str) -> int | None:
     match = _LEVEL.search(text)
-    return _LEVELS.index(match[1].lower()) if match else None
+    return INTERVALS.index(match[1].lower()) if match else None
 
 
 def _line(text: str) -> str:

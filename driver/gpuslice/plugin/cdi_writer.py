@@ -16,6 +16,9 @@ from gpuslice.mps.api import MpsDaemons
 from gpuslice.nvml.api import Nvml
 from gpuslice.system import files
 from gpuslice.system.host import Host
+from gpuslice.system.spares import Spares
+
+_MODE = 0o644
 
 
 class CdiWriter:
@@ -29,6 +32,8 @@ class CdiWriter:
         self._inventory = inventory
         self._folder = files.ensure_folder(folder, 0o755)
         self._kind = kind
+        # Readable by all: a runtime need not run as the user that the driver runs as.
+        self.spares = Spares(self._folder, _MODE)
 
     def inject(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> Record:
         """Write the claim's CDI file; the record as it is when the claim is ready."""
@@ -65,8 +70,8 @@ class CdiWriter:
             )
         ]
         body = cdi.spec(record.plan.ref.uid, self._kind, devices, self._host.common())
-        # Readable by all: a runtime need not run as the user that the driver runs as.
-        files.write_atomic(self._path(record.plan.ref.uid), json.dumps(body, separators=(",", ":")), 0o644)
+        text = json.dumps(body, separators=(",", ":"))
+        files.write_atomic(self._path(record.plan.ref.uid), text, _MODE, spares=self.spares)
 
     def _edits(
         self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
@@ -81,7 +86,7 @@ class CdiWriter:
             label,
             device=device.device,
             uuid=device.uuid,
-            enforcement=share.enforcement(grant),
+            enforcement=share.enforcement(grant.sharing),
             memory_mib=self._memory_mib(grant) if part is None else part.memory_mib,
             percent=0 if part is None else part.percent,
             profile=self._profile_name(grant),

@@ -179,9 +179,11 @@ class Workers:
     the new thread has had the interpreter.)
     """
 
-    def __init__(self, tickets: Tickets, limit_s: float = 15.0) -> None:
+    def __init__(self, tickets: Tickets, limit_s: float = 15.0, afterwards: Callable[[], None] = lambda: None) -> None:
+        """`afterwards` is called in the thread that has ended a job, when its answer is on its way."""
         self._tickets = tickets
         self._limit_s = limit_s
+        self._afterwards = afterwards
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting = 0  # threads that have no job
         self._working = 0
@@ -223,20 +225,19 @@ class Workers:
         return await answer
 
     def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
-        text = (
-            f"{name} has not come back for {self._limit_s:g} s, so GPU {', '.join(ticket.gpus)} counts as hung until it "
-            "does; look at the kernel log of the node, reset the GPU or restart the node if it stays so"
-        )
-        self._tickets.hang(ticket, text)
+        error = HungError.overdue(name, ticket.gpus, self._limit_s)
+        self._tickets.hang(ticket, str(error))
         if not answer.done():
-            answer.set_exception(HungError(text))
+            answer.set_exception(error)
 
     def _give(self, job: Callable[[], None]) -> None:
         """RuntimeError where no thread waits and none can be started."""
         if self._waiting:
             self._waiting -= 1
         else:
-            threading.Thread(target=_serve_jobs, args=(self._jobs,), name="worker", daemon=True).start()
+            threading.Thread(
+                target=_serve_jobs, args=(self._jobs, self._afterwards), name="worker", daemon=True
+            ).start()
         self._working += 1
         self._idle.clear()
         self._jobs.put(job)
@@ -263,11 +264,12 @@ class Workers:
         return self._idle.is_set()
 
 
-def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None], afterwards: Callable[[], None]) -> None:
     """A thread's life, until it is sent home."""
     while (job := jobs.get()) is not None:
         job()
         del job  # the claim's result, or its error with all its frames, hangs on it
+        afterwards()
 
 
 class Releases:

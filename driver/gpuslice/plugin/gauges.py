@@ -31,7 +31,7 @@ def register(
 
 def _held(checkpoint: Checkpoint, mode: str) -> int:
     records = checkpoint.records().values()
-    return sum(share.mode(grant) == mode for record in records for grant in record.plan.grants)
+    return sum(share.mode(grant.sharing, grant.slot) == mode for record in records for grant in record.plan.grants)
 
 
 def _unwell(mps: MpsDaemons) -> int:

@@ -28,6 +28,7 @@ from gpuslice.nvml.api import MPS_SERVER, Nvml
 from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.steps import StepExecutor
 from gpuslice.system import files
+from gpuslice.system.spares import Spares
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Preparer:
         self._steps = steps
         self._cdi_writer = cdi_writer
         self._locks = files.ensure_folder(locks)
+        self._lock_spares = Spares(self._locks, 0o600)
 
     # ------------------------------------------------------------ the kubelet's verbs
 
@@ -120,6 +122,11 @@ class Preparer:
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
             self._steps.ensure_daemons(shared.daemons_of(records, gpu), records)
+
+    def make_spares(self) -> None:
+        """Make the files of a claim to come. Called between claims."""
+        for spares in (self._lock_spares, self._checkpoint.spares, self._cdi_writer.spares):
+            spares.refill()
 
     # ------------------------------------------------------------ what others ask
 
@@ -270,7 +277,7 @@ class Preparer:
     @contextlib.contextmanager
     def _locked(self, uid: ClaimUid, scope: Scope) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(files.locked(self._locks / f"claim-{uid}.lock", unlink=True))
+            stack.enter_context(files.locked(self._locks / f"claim-{uid}.lock", unlink=True, spares=self._lock_spares))
             for gpu in scope.gpus:
                 stack.enter_context(files.locked(self._gpu_lock(gpu)))
             yield

@@ -63,7 +63,7 @@ class ClaimService:
         self._executor = executor
         self._queue = ClaimQueue()
         self.tickets = Tickets()
-        self.workers = Workers(self.tickets, hang_limit_s)
+        self.workers = Workers(self.tickets, hang_limit_s, preparer.make_spares)
         self._absent_since: dict[ClaimUid, float] = {}
         self._closed: DriverError | None = None
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from gpuslice.core.json import Body
 from gpuslice.core.pools import reconcile
 from gpuslice.core.pools.pool import Features
 from gpuslice.errors import ApiError
-from gpuslice.kube import Body, Kube
+from gpuslice.kube import Kube
 
 
 def probe(kube: Kube, driver: str, node: str) -> Features:
     """What the API server keeps of a ResourceSlice, found out by creates with dryRun=All; nothing is stored.
 
-    Before the first write, for a partition published without its counters is given out twice. ApiError: no answer, or
+    Before the first write, because a partition published without its counters is given out twice. ApiError: no answer, or
     one that says nothing about the fields.
     """
     kept = {

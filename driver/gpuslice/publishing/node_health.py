@@ -1,4 +1,4 @@
-"""One look at the whole node for what cannot be had now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
+"""One look at the whole node for what cannot be used now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gpuslice.nvml.api import Nvml
 log = logging.getLogger(__name__)
 
 
-# As the watch on prepares has it (`gate.py`): a look that takes longer counts as hung.
+# As for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
 _LIMIT_S = 15.0
 
-Answer = concurrent.futures.Future[LiveGpu]
+PendingLook = concurrent.futures.Future[LiveGpu]
 
 
 class HangGuard:
@@ -31,8 +31,8 @@ class HangGuard:
 
     def __init__(self, nvml: Nvml, limit_s: float = _LIMIT_S) -> None:
         self._nvml, self._limit_s = nvml, limit_s
-        self._questions: queue.SimpleQueue[tuple[GpuUuid, Answer]] | None = None
-        self._stuck: dict[GpuUuid, Answer] = {}
+        self._questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]] | None = None
+        self._stuck: dict[GpuUuid, PendingLook] = {}
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
         """DeviceError from NVML; HungError where no answer came in time, and from then on until one comes."""
@@ -43,27 +43,24 @@ class HangGuard:
         if self._questions is None:
             self._questions = queue.SimpleQueue()
             threading.Thread(target=self._answer, args=(self._questions,), name="look at the node", daemon=True).start()
-        answer = Answer()
-        self._questions.put((gpu, answer))
+        look = PendingLook()
+        self._questions.put((gpu, look))
         try:
-            return answer.result(self._limit_s)
+            return look.result(self._limit_s)
         except TimeoutError:
-            self._questions, self._stuck[gpu] = None, answer
+            self._questions, self._stuck[gpu] = None, look
             raise self._hung(gpu) from None
 
-    def _answer(self, questions: queue.SimpleQueue[tuple[GpuUuid, Answer]]) -> None:
+    def _answer(self, questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]]) -> None:
         while questions is self._questions or not questions.empty():
-            gpu, answer = questions.get()
+            gpu, look = questions.get()
             try:
-                answer.set_result(self._nvml.look(gpu))
-            except BaseException as e:  # noqa: BLE001 - handed to whoever asked
-                answer.set_exception(e)
+                look.set_result(self._nvml.look(gpu))
+            except BaseException as e:  # noqa: BLE001 - handed to the caller
+                look.set_exception(e)
 
     def _hung(self, gpu: GpuUuid) -> HungError:
-        return HungError(
-            f"a look at GPU {gpu} has not come back for {self._limit_s:g} s, so it counts as hung until it does; look at the "
-            "kernel log of the node, reset the GPU or restart the node if it stays so"
-        )
+        return HungError.overdue(f"a look at GPU {gpu}", [gpu], self._limit_s)
 
 
 class NodeHealth:
@@ -76,14 +73,14 @@ class NodeHealth:
         hung: Callable[[], Mapping[GpuUuid, str]],
         limit_s: float = _LIMIT_S,
     ) -> None:
-        self._looker = HangGuard(nvml, limit_s)
+        self._guard = HangGuard(nvml, limit_s)
         self._mps = mps
         self._checkpoint = checkpoint
         self._hung = hung
-        self._told: Taints = {}
+        self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
-        """Taints of all devices, with news of them logged. Blocks; a hung GPU is not asked."""
+        """Taints of all devices; those that come or go are logged. Blocks; a hung GPU is not asked."""
         hung = self._hung()
         unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
@@ -94,14 +91,14 @@ class NodeHealth:
             if uuid in unwell:
                 continue
             try:
-                live[uuid] = self._looker.look(uuid)
+                live[uuid] = self._guard.look(uuid)
             except HungError as e:
                 unwell[uuid] = Taint("gpu", "hung", reason=str(e))
             except DeviceError as e:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
         records |= self._checkpoint.records()
         taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
-        self._tell(taints)
+        self._log_changes(taints)
         return taints
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
@@ -113,12 +110,12 @@ class NodeHealth:
         except DeviceError as e:
             return {"": Taint("mps", "supervisor-away", reason=str(e))}
 
-    def _tell(self, taints: Taints) -> None:
+    def _log_changes(self, taints: Taints) -> None:
         def reasons(of: Taints) -> set[str]:
             return {taint.reason for here in of.values() for taint in here}
 
-        for reason in sorted(reasons(taints) - reasons(self._told)):
+        for reason in sorted(reasons(taints) - reasons(self._logged)):
             log.warning("tainted: %s", reason)
-        for reason in sorted(reasons(self._told) - reasons(taints)):
-            log.info("taint is over: %s", reason)
-        self._told = taints
+        for reason in sorted(reasons(self._logged) - reasons(taints)):
+            log.info("taint removed: %s", reason)
+        self._logged = taints

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import yaml
 
+from gpuslice.core.json import Body
 from gpuslice.standin import resource_slices, tls
 from gpuslice.standin.http import HttpRequest, Listener, ScriptedAnswer
 from gpuslice.standin.kinds import KINDS, RESOURCE_GROUP
-from gpuslice.standin.store import Body, Event, Key, RefusalError, Store, copied
+from gpuslice.standin.store import Event, Key, RefusalError, Store, copied
 
 TOKEN = "stand-in"
 

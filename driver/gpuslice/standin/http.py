@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from gpuslice.standin.store import Body, RefusalError
+from gpuslice.core.json import Body
+from gpuslice.standin.store import RefusalError
 
 
 @dataclass(slots=True)

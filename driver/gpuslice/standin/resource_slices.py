@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from gpuslice.standin.store import Body, now_text
+from gpuslice.core.json import Body
+from gpuslice.standin.store import now_text
 
 PARTITIONABLE = "DRAPartitionableDevices"
 CONSUMABLE = "DRAConsumableCapacity"

@@ -18,10 +18,10 @@ from decimal import ROUND_UP
 from functools import cache
 from typing import Any, NamedTuple
 
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.standin.resource_slices import amount, canonical
 
-Body = Mapping[str, Any]
-Where = Mapping[str, str | int | bool] | Callable[[Body], bool]
+Where = Mapping[str, str | int | bool] | Callable[[ReadOnlyBody], bool]
 
 
 class SelectorError(Exception):
@@ -43,7 +43,7 @@ class Request:
     count: int | None = 1
     capacity: Mapping[str, str] = field(default_factory=dict)
     admin: bool = False
-    tolerations: Sequence[Body] = ()
+    tolerations: Sequence[ReadOnlyBody] = ()
     alternatives: tuple[Request, ...] = ()
 
 
@@ -56,7 +56,7 @@ class DeviceId(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class _Device:
     id: DeviceId
-    body: Body
+    body: ReadOnlyBody
 
     @property
     def shared(self) -> bool:
@@ -78,7 +78,7 @@ class _Allocated:
     consumed: Mapping[DeviceId, Counter[str]]  # its keys are the shared devices
 
     @classmethod
-    def of(cls, claims: Iterable[Body]) -> _Allocated:
+    def of(cls, claims: Iterable[ReadOnlyBody]) -> _Allocated:
         exclusive: set[DeviceId] = set()
         consumed: dict[DeviceId, Counter[str]] = {}
         allocations = ((claim.get("status") or {}).get("allocation") or {} for claim in claims)
@@ -96,12 +96,12 @@ class _Allocated:
 
 
 def allocate(
-    slices: Iterable[Body],
-    claims: Iterable[Body],
+    slices: Iterable[ReadOnlyBody],
+    claims: Iterable[ReadOnlyBody],
     requests: Sequence[Request],
     *,
     node: str,
-    configs: Sequence[Body] = (),
+    configs: Sequence[ReadOnlyBody] = (),
     new_share_id: Callable[[], str] = lambda: str(uuid.uuid4()),
 ) -> dict[str, Any] | None:
     """`status.allocation` of a ResourceClaim (resource.k8s.io/v1) with these requests on this node; None if none fits.
@@ -140,16 +140,16 @@ class _Pool(NamedTuple):
     counters: Mapping[tuple[str, str], int]  # (counter set, counter) → value
 
 
-def _pools(slices: Iterable[Body], node: str) -> dict[tuple[str, str], _Pool]:
+def _pools(slices: Iterable[ReadOnlyBody], node: str) -> dict[tuple[str, str], _Pool]:
     """Complete and valid pools in the order in which the scheduler looks at them."""
-    by_name: defaultdict[tuple[str, str], list[Body]] = defaultdict(list)
+    by_name: defaultdict[tuple[str, str], list[ReadOnlyBody]] = defaultdict(list)
     for body in slices:
         by_name[body["spec"]["driver"], body["spec"]["pool"]["name"]].append(body)
     found = {name: _pool(name, by_name[name], node) for name in sorted(by_name)}
     return {name: pool for name, pool in found.items() if pool is not None}
 
 
-def _pool(name: tuple[str, str], slices: Sequence[Body], node: str) -> _Pool | None:
+def _pool(name: tuple[str, str], slices: Sequence[ReadOnlyBody], node: str) -> _Pool | None:
     newest = max(body["spec"]["pool"]["generation"] for body in slices)
     specs = [
         body["spec"]
@@ -270,7 +270,7 @@ class _Search:
 
     def _consumed(self, request: Request, device: _Device, beside: Sequence[_Pick]) -> dict[str, int] | None:
         """What this share takes of each capacity (nothing, on an exclusive device), None where there is not enough."""
-        capacity: Body = device.body.get("capacity", {})
+        capacity: ReadOnlyBody = device.body.get("capacity", {})
         wanted = {name: _whole(text) for name, text in request.capacity.items()}
         if wanted.keys() - capacity.keys():
             return None
@@ -288,9 +288,9 @@ class _Search:
         return consumed
 
 
-def _rounded(wanted: int | None, entry: Body) -> int | None:
+def _rounded(wanted: int | None, entry: ReadOnlyBody) -> int | None:
     """The amount that a share is charged by the capacity's policy; without a request or a policy, everything."""
-    policy: Body = entry.get("requestPolicy") or {}
+    policy: ReadOnlyBody = entry.get("requestPolicy") or {}
     if not policy:
         return _whole(entry["value"]) if wanted is None else wanted
     value = _whole(policy["default"]) if wanted is None else wanted
@@ -312,7 +312,7 @@ def _tainted(request: Request, device: _Device) -> bool:
     return any(not any(_tolerates(t, taint) for t in request.tolerations) for taint in taints)
 
 
-def _tolerates(toleration: Body, taint: Body) -> bool:
+def _tolerates(toleration: ReadOnlyBody, taint: ReadOnlyBody) -> bool:
     if toleration.get("effect") not in (None, "", taint["effect"]):
         return False
     if toleration.get("operator", "Equal") == "Exists":

@@ -13,9 +13,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-Body = dict[str, Any]
+from gpuslice.core.json import Body
+
 Predicate = Callable[[Body], bool]
 
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # of generated names (apimachinery, util/rand)

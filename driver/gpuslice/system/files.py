@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from gpuslice.errors import StateError
 from gpuslice.system import libc
+from gpuslice.system.spares import Spares
 
 _IN_DELETE, _IN_CREATE, _IN_MOVED_FROM, _IN_MOVED_TO = 0x200, 0x100, 0x40, 0x80
 _EVENT = struct.Struct("iIII")  # struct inotify_event without its name (inotify(7))
@@ -44,8 +45,12 @@ class Version(NamedTuple):
         return cls(stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
-def write_atomic(path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None) -> Version:
+def write_atomic(
+    path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None, spares: Spares | None = None
+) -> Version:
     """Make `path` hold `text`, or leave it as it was; readers see the old text or the new one, never a part.
+
+    With `spares`, which are of the same folder and mode, the file is not made here and now.
 
     The temporary file lies in the same folder: CDI runtimes notice a rename only from there (measured on
     containerd 1.7 and 2.1), and its name has no suffix that they would read. Plain system calls: Python's file objects
@@ -53,7 +58,9 @@ def write_atomic(path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | No
     """
     temporary = f"{path.parent}/.{path.name}.{_MINE}.tmp"
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        descriptor = spares.link(temporary) if spares else None
+        if descriptor is None:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:
             _write(descriptor, text)
             if mtime_ns is not None:
@@ -124,14 +131,16 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, unlink: bool = False) -> Iterator[None]:
+def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) -> Iterator[None]:
     """Hold an exclusive lock on `path` (flock(2): per open file, so threads and processes exclude each other alike).
 
     Waits as long as it takes. `unlink` removes the file while the lock is held, so that locks named by claims leave
-    nothing behind; never set it for a lock that lives as long as the node (a GPU's).
+    nothing behind; never set it for a lock that lives as long as the node (a GPU's). `spares` as in `write_atomic`.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = spares.link(str(path)) if spares else None
+        if descriptor is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not unlink or _same_file(descriptor, path):  # only a lock that is unlinked can be an old one

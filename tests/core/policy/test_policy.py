@@ -307,7 +307,7 @@ def test_a_document_of_another_kind_is_refused() -> None:
 def test_an_entry_that_an_earlier_one_covers_is_an_error(first: str, second: str) -> None:
     text = f"gpus: [{{match: {first}, modes: [gpu]}}, {{match: {second}, modes: [mig]}}]"
 
-    assert "gpus[1] is never reached, for gpus[0] matches the same GPUs first" in refusal(text)
+    assert "gpus[1] is never reached, because gpus[0] matches the same GPUs first" in refusal(text)
 
 
 @pytest.mark.parametrize(

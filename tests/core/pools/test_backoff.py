@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from gpuslice.core.pools.backoff import Backoff, BackoffConfig, Debounce
 
-PACE = BackoffConfig(quiet_s=1.0, quiet_most_s=4.0, retry_s=1.0, retry_most_s=5.0)
+CONFIG = BackoffConfig(quiet_s=1.0, quiet_most_s=4.0, retry_s=1.0, retry_most_s=5.0)
 
 
 def test_each_further_try_may_wait_twice_as_long_up_to_the_most() -> None:
-    retry = Backoff(PACE)
+    retry = Backoff(CONFIG)
 
     assert [retry.delay_s(1.0) for _ in range(5)] == [1.0, 2.0, 4.0, 5.0, 5.0]
     assert retry.delay_s(0.0) == 0.0
 
 
 def test_an_answer_waits_for_a_moment_of_quiet_but_not_for_ever() -> None:
-    patience = Debounce(PACE)
+    debounce = Debounce(CONFIG)
 
-    assert [patience.due(now) for now in (0.0, 0.5, 3.9, 4.5, 9.0)] == [1.0, 1.5, 4.9, 5.0, 5.0]
+    assert [debounce.due(now) for now in (0.0, 0.5, 3.9, 4.5, 9.0)] == [1.0, 1.5, 4.9, 5.0, 5.0]
 
 
 def test_the_quiet_doubles_while_our_answers_do_not_last() -> None:
-    patience, waits = Debounce(PACE), []
+    debounce, waits = Debounce(CONFIG), []
     for now in (0.0, 10.0, 20.0, 30.0):
-        waits.append(patience.due(now) - now)
-        patience.answered(now, wrote=True)
+        waits.append(debounce.due(now) - now)
+        debounce.record_answer(now, wrote=True)
 
     assert waits == [1.0, 2.0, 4.0, 4.0]
-    assert patience.due(1000.0) == 1001.0
+    assert debounce.due(1000.0) == 1001.0
 
 
 def test_a_change_that_needed_no_answer_costs_no_patience() -> None:
-    patience = Debounce(PACE)
+    debounce = Debounce(CONFIG)
     for now in (0.0, 10.0, 20.0):
-        assert patience.due(now) == now + 1.0
-        patience.answered(now, wrote=False)
+        assert debounce.due(now) == now + 1.0
+        debounce.record_answer(now, wrote=False)

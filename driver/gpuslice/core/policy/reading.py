@@ -45,7 +45,7 @@ def read(body: object) -> tuple[Section, tuple[Rule, ...]]:
         if before is not None:
             strict.fail(
                 rule.path,
-                f"is never reached, for {before.path} matches the same GPUs first; put the narrower one first",
+                f"is never reached, because {before.path} matches the same GPUs first; put the narrower one first",
             )
         rules.append(rule)
     return base, tuple(rules)
@@ -87,7 +87,7 @@ def _section(body: Mapping[str, object], path: str, base: Section) -> Section:
     """One section's settings. Each must have an effect with what is in force there."""
     mps = strict.mapping(body.get("mps", {}), f"{path}.mps", ("shares", "clients"))
     timeslice = strict.mapping(body.get("timeslice", {}), f"{path}.timeslice", ("shares", "interval"))
-    said = Section(
+    section = Section(
         modes=strict.optional(body, "modes", path, _modes),
         profiles=strict.optional(body, "profiles", path, _profiles),
         suffixes=strict.optional(body, "suffixes", path, _suffixes),
@@ -100,10 +100,11 @@ def _section(body: Mapping[str, object], path: str, base: Section) -> Section:
         static=strict.optional(body, "static", path, _static),
         keep=strict.optional(body, "keep", path, _keep),
     )
-    _effective(body, path, said, said.merged_over(base))
-    _consistent(body, path, said.merged_over(base))
-    _kept(path, said, said.merged_over(base))
-    return said
+    in_force = section.merged_over(base)
+    _check_effect(body, path, section, in_force)
+    _check_consistent(body, path, in_force)
+    _check_kept(path, section, in_force)
+    return section
 
 
 _NEEDED = {  # one of these modes, or the setting changes nothing
@@ -116,18 +117,18 @@ _NEEDED = {  # one of these modes, or the setting changes nothing
 }
 
 
-def _effective(body: Mapping[str, object], path: str, said: Section, in_force: Section) -> None:
-    """Refuse what this section says to no effect, given the modes that are in force for its cards."""
+def _check_effect(body: Mapping[str, object], path: str, section: Section, in_force: Section) -> None:
+    """Refuse what has no effect in this section, given the modes that are in force for its cards."""
     modes = set(in_force.modes or ALL_MODES)
     shared_partitions = set(in_force.shared_partitions or ()) if Mode.MIG in modes else set[Mode]()
-    needed = _NEEDED | {"static": (said.static.mode if isinstance(said.static, Parts) else Mode.MIG,)}
+    needed = _NEEDED | {"static": (section.static.mode if isinstance(section.static, Parts) else Mode.MIG,)}
     for key in [key for key in needed if key in body]:
         if not (modes | shared_partitions if key in SHARED else modes).intersection(needed[key]):
-            said_as = " or ".join(needed[key])
+            modes_text = " or ".join(needed[key])
             strict.fail(
-                f"{path}.{key}", f"has no effect without mode {said_as}; add it to {path}.modes or leave {key} out"
+                f"{path}.{key}", f"has no effect without mode {modes_text}; add it to {path}.modes or leave {key} out"
             )
-    if said.timeslice_interval is not None and Mode.TIMESLICE not in modes:
+    if section.timeslice_interval is not None and Mode.TIMESLICE not in modes:
         strict.fail(
             f"{path}.timeslice.interval",
             f"has no effect on partitions, only on whole cards; add timeslice to {path}.modes or leave it out",
@@ -137,22 +138,22 @@ def _effective(body: Mapping[str, object], path: str, said: Section, in_force: S
 _CHANGED_BY = {Setting.COMPUTE_MODE: (Mode.MPS,), Setting.TIME_SLICE: (Mode.GPU, Mode.TIMESLICE)}
 
 
-def _kept(path: str, said: Section, in_force: Section) -> None:
+def _check_kept(path: str, section: Section, in_force: Section) -> None:
     """Refuse to keep what nothing would change, and to change what is kept."""
     modes = set(in_force.modes or ALL_MODES)
-    for setting in said.keep or ():
+    for setting in section.keep or ():
         if not modes.intersection(_CHANGED_BY[setting]):
-            words = " or ".join(_CHANGED_BY[setting])
-            strict.fail(f"{path}.keep", f"names {setting} to no effect: only mode {words} changes it; leave it out")
+            changing = " or ".join(_CHANGED_BY[setting])
+            strict.fail(f"{path}.keep", f"names {setting} to no effect: only mode {changing} changes it; leave it out")
     interval = in_force.timeslice_interval or "default"
     if Setting.TIME_SLICE in (in_force.keep or ()) and interval != "default":
         strict.fail(
-            f"{path}.{'keep' if said.keep else 'timeslice.interval'}",
+            f"{path}.{'keep' if section.keep else 'timeslice.interval'}",
             f"contradicts itself: keep names timeSlice, and timeslice.interval is {interval}; drop one of them",
         )
 
 
-def _consistent(body: Mapping[str, object], path: str, in_force: Section) -> None:
+def _check_consistent(body: Mapping[str, object], path: str, in_force: Section) -> None:
     """Refuse what this section says in vain beside what it says too, or what is in force."""
     for key in SHARED:
         if key in body and not body[key]:
@@ -170,11 +171,11 @@ def _consistent(body: Mapping[str, object], path: str, in_force: Section) -> Non
 
 def _modes(value: object, path: str, known: Sequence[Mode] = ALL_MODES) -> tuple[Mode, ...]:
     entries = enumerate(strict.sequence(value, path))
-    words = strict.unique((strict.text(v, f"{path}[{i}]") for i, v in entries), path)
-    for word in words:
-        if word not in known:
-            strict.fail(path, f"names {word!r}, which it does not know; use {', '.join(known)}")
-    return tuple(mode for mode in known if mode in words)
+    names = strict.unique((strict.text(v, f"{path}[{i}]") for i, v in entries), path)
+    for name in names:
+        if name not in known:
+            strict.fail(path, f"names {name!r}, which it does not know; use {', '.join(known)}")
+    return tuple(mode for mode in known if mode in names)
 
 
 def _shared_partitions(value: object, path: str) -> tuple[Mode, ...]:
@@ -183,11 +184,11 @@ def _shared_partitions(value: object, path: str) -> tuple[Mode, ...]:
 
 def _keep(value: object, path: str) -> tuple[Setting, ...]:
     entries = enumerate(strict.sequence(value, path))
-    words = strict.unique((strict.text(v, f"{path}[{i}]") for i, v in entries), path)
-    for word in words:
-        if word not in list(Setting):
-            strict.fail(path, f"names {word!r}, which it does not know; use {', '.join(Setting)}")
-    return tuple(map(Setting, words))
+    names = strict.unique((strict.text(v, f"{path}[{i}]") for i, v in entries), path)
+    for name in names:
+        if name not in list(Setting):
+            strict.fail(path, f"names {name!r}, which it does not know; use {', '.join(Setting)}")
+    return tuple(map(Setting, names))
 
 
 def _interval(value: object, path: str) -> str:

@@ -2,10 +2,10 @@
 
 `default` speaks for every card, each entry of `gpus` for the cards that it matches, and overrides the default key by
 key. The **first** entry that matches a card counts, so that the order is read from top to bottom; an entry to which
-an earlier one leaves nothing is an error. So is any setting without an effect, for it shows that its author means
-another thing than the driver does.
-What only a node can tell (an entry for cards that this node does not have) is no error, for one policy serves a fleet:
-`Policy.unused` says it in sentences.
+an earlier one leaves nothing is an error. So is any setting without an effect, because its author means another thing
+than the driver does.
+An entry for cards that this node does not have is no error, because one policy serves a fleet: `Policy.unused` names
+such entries, one sentence each.
 """
 
 from __future__ import annotations
@@ -57,24 +57,24 @@ class Policy:
 
     def of(self, gpu: Gpu) -> GpuPolicy:
         """What this card may offer. ConfigError where the policy asks of it what it certainly cannot do."""
-        rule, said = self._rule(gpu), self._said(gpu)
+        rule, section = self._rule(gpu), self._section(gpu)
         if rule is not None and rule.match.certain():
             for missing in _missing(rule.section, [gpu]):
                 raise ConfigError(f"policy: {rule.path} {missing}; {_has(gpu)}")
-        modes = frozenset(said.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
+        modes = frozenset(section.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
         mig = Mode.MIG in modes
-        clients = min(said.mps_clients or client_limit(gpu), client_limit(gpu))
+        clients = min(section.mps_clients or client_limit(gpu), client_limit(gpu))
         return GpuPolicy(
             modes=modes,
-            profiles=tuple(profile for profile in gpu.profiles if mig and said.wants(profile)),
-            reserve_bytes=gpu.reserved_bytes if said.reserve_bytes is None else said.reserve_bytes,
-            mps_shares=min(said.mps_shares or SHARES, clients),
+            profiles=tuple(profile for profile in gpu.profiles if mig and section.wants(profile)),
+            reserve_bytes=gpu.reserved_bytes if section.reserve_bytes is None else section.reserve_bytes,
+            mps_shares=min(section.mps_shares or SHARES, clients),
             mps_clients=clients,
-            timeslice_shares=said.timeslice_shares or SHARES,
-            interval=said.timeslice_interval or "default",
-            shared_partitions=frozenset(said.shared_partitions or ()) if mig else frozenset(),
-            static=_static(said, gpu, modes),
-            keep=frozenset(said.keep or ()),
+            timeslice_shares=section.timeslice_shares or SHARES,
+            interval=section.timeslice_interval or "default",
+            shared_partitions=frozenset(section.shared_partitions or ()) if mig else frozenset(),
+            static=_static(section, gpu, modes),
+            keep=frozenset(section.keep or ()),
         )
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class Policy:
     def _rule(self, gpu: Gpu) -> Rule | None:
         return next((rule for rule in self.rules if gpu in rule.match), None)
 
-    def _said(self, gpu: Gpu) -> Section:
+    def _section(self, gpu: Gpu) -> Section:
         rule = self._rule(gpu)
         return self.base if rule is None else rule.section.merged_over(self.base)
 
@@ -98,35 +98,35 @@ class Policy:
         for missing in _missing(self.base, gpus):
             yield f"policy: default {missing}"
         for gpu in gpus:
-            mine, said = self.of(gpu), self._said(gpu)
+            mine, section = self.of(gpu), self._section(gpu)
             if not mine.modes.intersection((Mode.GPU, *SHARED)) and not mine.profiles:
-                allowed = ", ".join(said.modes or ALL_MODES)
+                allowed = ", ".join(section.modes or ALL_MODES)
                 yield f"policy: GPU {gpu.index} ({gpu.product}) offers nothing: of modes {allowed} it can do none"
-            yield from _excess(said, gpu)
+            yield from _excess(section, gpu)
 
 
-def _missing(said: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
-    """References of these section that none of the cards can follow. No card, no complaint."""
+def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
+    """References of this section that none of the cards can follow. No card, no complaint."""
     profiles = [profile for gpu in gpus for profile in gpu.profiles]
     if not gpus:
         return
-    for ref in said.profiles or ():
+    for ref in section.profiles or ():
         if not any(ref in (profile.id, profile.name) for profile in profiles):
             yield f"names profile {ref}, which its GPUs do not have"
-    for suffix in said.suffixes or ():
+    for suffix in section.suffixes or ():
         if not any(profile.suffix == suffix for profile in profiles):
             yield f"asks for suffix {suffix}, which no profile of its GPUs has"
-    if Mode.MPS in (said.modes or ()) and not any(map(_has_mps, gpus)):
+    if Mode.MPS in (section.modes or ()) and not any(map(_has_mps, gpus)):
         yield "asks for mode mps, for which its GPUs are too old; it needs compute capability 7.0"
-    for ref, _ in () if isinstance(said.static, Parts) else said.static or ():
+    for ref, _ in () if isinstance(section.static, Parts) else section.static or ():
         if not any(ref in (profile.id, profile.name) for profile in profiles):
             yield f"has profile {ref} in its static layout, which its GPUs do not have"
 
 
-def _excess(said: Section, gpu: Gpu) -> Iterator[str]:
-    """What this card's NVIDIA driver serves less of than these section ask for; another driver may serve it."""
+def _excess(section: Section, gpu: Gpu) -> Iterator[str]:
+    """What this card's NVIDIA driver serves less of than this section asks for; another driver may serve it."""
     most = client_limit(gpu)
-    for count, what in ((said.mps_clients, "clients"), (said.mps_shares, "shares")):
+    for count, what in ((section.mps_clients, "clients"), (section.mps_shares, "shares")):
         if count is not None and count > most and _has_mps(gpu):
             yield f"policy: mps.{what} is {count}, and GPU {gpu.index} has {most} with CUDA {gpu.cuda_version}"
 
@@ -147,14 +147,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)))
 
 
-def _static(said: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
+def _static(section: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
     """What this card is cut into; nothing where it cannot, or may not. ConfigError for an unknown profile."""
-    if isinstance(said.static, Parts):
-        return said.static if said.static.mode in modes else ()
+    if isinstance(section.static, Parts):
+        return section.static if section.static.mode in modes else ()
     if not gpu.profiles or Mode.MIG not in modes:
         return ()
     layout = []
-    for ref, count in said.static or ():
+    for ref, count in section.static or ():
         profile = next((profile for profile in gpu.profiles if ref in (profile.id, profile.name)), None)
         if profile is None:
             raise ConfigError(

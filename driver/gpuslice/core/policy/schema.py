@@ -87,11 +87,11 @@ class Section:
     keep: tuple[Setting, ...] | None = None
 
     def merged_over(self, base: Section) -> Section:
-        """These section where they say something, else the base's. `profiles` and `suffixes` are one question."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        """This section where it says something, else the base. `profiles` and `suffixes` are one question."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if self.profiles is not None or self.suffixes is not None:
             base = replace(base, profiles=None, suffixes=None)
-        return replace(base, **said)
+        return replace(base, **given)
 
     def wants(self, profile: MigProfile) -> bool:
         if self.profiles is not None:

@@ -25,21 +25,21 @@ DEFAULT_BACKOFF = BackoffConfig()
 class Backoff:
     """Full jitter, doubling: the delay before each further try."""
 
-    def __init__(self, pace: BackoffConfig) -> None:
-        self._pace, self._most_s = pace, pace.retry_s
+    def __init__(self, config: BackoffConfig) -> None:
+        self._config, self._most_s = config, config.retry_s
 
     def delay_s(self, chance: float) -> float:
         """chance: from 0 to 1, the caller's random number."""
         delay_s = chance * self._most_s
-        self._most_s = min(self._most_s * 2, self._pace.retry_most_s)
+        self._most_s = min(self._most_s * 2, self._config.retry_most_s)
         return delay_s
 
 
 class Debounce:
     """When to answer foreign changes: after a moment of quiet, which doubles each time that our answer does not last."""
 
-    def __init__(self, pace: BackoffConfig) -> None:
-        self._pace, self._quiet_s = pace, pace.quiet_s
+    def __init__(self, config: BackoffConfig) -> None:
+        self._config, self._quiet_s = config, config.quiet_s
         self._answered: float | None = None
         self._since: float | None = None
 
@@ -47,12 +47,13 @@ class Debounce:
         """The time to answer, given one more change now; a stream of changes cannot put it off for ever."""
         if self._answered is not None:
             lasted = now - self._answered > CALM_S
-            self._quiet_s = self._pace.quiet_s if lasted else min(self._quiet_s * 2, self._pace.quiet_most_s)
+            self._quiet_s = self._config.quiet_s if lasted else min(self._quiet_s * 2, self._config.quiet_most_s)
             self._answered = None
         self._since = now if self._since is None else self._since
         return min(now + self._quiet_s, self._since + 5 * self._quiet_s)
 
-    def answered(self, now: float, *, wrote: bool) -> None:
+    def record_answer(self, now: float, *, wrote: bool) -> None:
+        """The foreign changes up to now are answered; `wrote`: the answer changed something."""
         self._since = None
         if wrote:
             self._answered = now

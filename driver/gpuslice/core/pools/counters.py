@@ -4,7 +4,7 @@ A set of devices of one card must be refused when the hardware refuses it (`layo
 anything else, or when it holds two devices that share one place. Every counter offered here is a relaxation of one
 hardware rule (memory slices of an interval, one engine's total, one profile's instance count), so none of them forbids
 a legal set. What is left is to forbid every *minimal* illegal set with the cheapest choice of counters: a weighted set
-cover, cheap being the number of counter entries over all devices, for half of the scheduler's time goes into reading
+cover, cheap being the number of counter entries over all devices, because half of the scheduler's time goes into reading
 them again for each pod (measured, Kubernetes 1.37.1).
 """
 
@@ -51,15 +51,15 @@ class Counters:
 def minimal(
     profiles: tuple[MigProfile, ...], places: tuple[ProfilePlacement, ...], devices: tuple[int, ...], wholes: int
 ) -> Counters:
-    """Counters for a card with these `profiles` (all that it has: they tell its totals).
+    """Counters for a card with these `profiles` (all that it has, because its totals come from them).
 
     `devices[i]` is the number of devices at `places[i]`, `wholes` the number of those that take the whole card.
     """
     card = layout.totals(profiles)
     pool = list(candidates(card, places))
     rows = {_biters(pool, illegal) for illegal in layout.conflicts(card, places)}
-    for i, twins in enumerate(devices):
-        if twins > 1:
+    for i, count in enumerate(devices):
+        if count > 1:
             rows.add(_biters(pool, (i, i)))
         if wholes:  # together with the whole card, which consumes every counter fully
             rows.add(_mask(counter.taken[i] > 0 for counter in pool))
@@ -72,7 +72,7 @@ def minimal(
 
 def entries(counter: Counter, devices: Sequence[int]) -> int:
     """On how many devices this counter has to be written, whole cards apart."""
-    return sum(twins for twins, amount in zip(devices, counter.taken, strict=True) if amount)
+    return sum(count for count, amount in zip(devices, counter.taken, strict=True) if amount)
 
 
 def _mask(bits: Iterable[bool]) -> int:
@@ -134,7 +134,7 @@ def _cover(rows: Iterable[int], weights: Sequence[int]) -> int:
 
 
 def _hardest(rows: Iterable[int]) -> list[int]:
-    """Rows that no other row implies: whoever meets a subset meets the superset too."""
+    """Rows that no other row implies: a choice that meets a subset meets the superset too."""
     hardest: list[int] = []
     for row in sorted(set(rows), key=lambda row: (row.bit_count(), row)):
         if not any(kept & row == kept for kept in hardest):

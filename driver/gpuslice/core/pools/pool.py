@@ -1,16 +1,16 @@
 """Inventory and taints → the ResourceSlices of each pool, planned as a whole and the same byte for byte each time.
 
-Two rules make selectors safe, for one that names a missing key is a CEL error, and the scheduler fails the pod again
-and again: every device carries the same attribute keys of our domain ("" where one has no meaning) and the same
+Two rules make selectors safe, because one that names a missing key is a CEL error, and the scheduler fails the pod
+again and again: every device carries the same attribute keys of our domain ("" where one has no meaning) and the same
 capacity names ("0" where it has none, or where the hardware does not say).
 
 The set of devices is static. A device in use that vanishes frees its counters and is given out twice
-(kubernetes/kubernetes#140802), so what is not to be had now is tainted; and counters are computed from everything that
-the inventory offers, whatever of it is published at the moment.
+(kubernetes/kubernetes#140802), so what cannot be used now is tainted; and counters are computed from everything that the
+inventory offers, whatever of it is published at the moment.
 
-A shared device has a request policy for each capacity, for the first share takes all of one that has none. What cannot be
-had in shares (engines, or clients of a time slice) is shown with its value for selectors, and has a policy by which a
-share takes nothing and a request for any of it is refused.
+A shared device has a request policy for each capacity, because the first share takes all of one that has none. What
+cannot be had in shares (engines, or clients of a time slice) is shown with its value for selectors, and has a policy by
+which a share takes nothing and a request for any of it is refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-from gpuslice.core import layout, quantity
+from gpuslice.core import layout, quantity, share
 from gpuslice.core.inventory import Device, Inventory, Pool, sm_percent
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import (
     DeviceRef,
     Exclusive,
-    Gpu,
     MigProfile,
     MigSlice,
     Monitor,
@@ -42,8 +42,6 @@ from gpuslice.core.model import (
 from gpuslice.core.pools import counters
 from gpuslice.core.pools.counters import Counters
 from gpuslice.errors import StateError
-
-Body = Mapping[str, object]
 
 COUNTER_SET = "card"  # one per pool; unique in its pool, as it has to be
 DEVICES_PER_SLICE = 64  # with taints or counters; without them 128, but a first taint must not move devices about
@@ -70,7 +68,7 @@ class PoolSlices:
     """
 
     name: PoolName
-    specs: tuple[Body, ...]
+    specs: tuple[ReadOnlyBody, ...]
 
 
 def resource_slices(
@@ -85,8 +83,8 @@ def resource_slices(
 
     `held` are the devices that claims have now: they stay published whatever happens to them, while other tainted
     devices are left out where the API server knows no taints. Shared devices are left out where it knows no consumable
-    capacity, held or not, for what is left of one there is a whole card for a single claim. StateError where a pool needs
-    counters that the API server drops, for then it would give the same memory out twice.
+    capacity, held or not, because a single claim would get the whole card there. StateError where a pool needs counters
+    that the API server drops, because it would then give the same memory out twice.
     """
     return tuple(_pool(pool, taints, driver, features, held) for pool in inventory.pools)
 
@@ -110,13 +108,13 @@ def _pool(
         and (features.consumable or not _is_shared(d.offer.sharing))
     ]
     marks = taints if features.taints else {}
-    bodies = [_device(d, _face(d.offer, pool, needed), marks.get(d.ref, ()), driver) for d in usable]
-    specs: list[Body] = [{"sharedCounters": [_counter_set(needed)]}] if needed.chosen else []
+    bodies = [_device(d, _published(d.offer, pool, needed), marks.get(d.ref, ()), driver) for d in usable]
+    specs: list[ReadOnlyBody] = [{"sharedCounters": [_counter_set(needed)]}] if needed.chosen else []
     specs += [{"devices": chunk} for chunk in _chunks(bodies)] or [{"devices": []}]
     return PoolSlices(pool.name, tuple(specs))
 
 
-def _chunks(bodies: Sequence[Body]) -> Iterator[Sequence[Body]]:
+def _chunks(bodies: Sequence[ReadOnlyBody]) -> Iterator[Sequence[ReadOnlyBody]]:
     for start in range(0, len(bodies), DEVICES_PER_SLICE):
         yield bodies[start : start + DEVICES_PER_SLICE]
 
@@ -150,11 +148,11 @@ def _is_shared(sharing: Sharing) -> bool:
     return isinstance(sharing, Mps | TimeSlicing) and sharing.part is None
 
 
-def _counter_set(needed: Counters) -> Body:
+def _counter_set(needed: Counters) -> ReadOnlyBody:
     return {"name": COUNTER_SET, "counters": _values(needed.whole())}
 
 
-def _values(amounts: Mapping[str, int]) -> dict[str, Body]:
+def _values(amounts: Mapping[str, int]) -> dict[str, ReadOnlyBody]:
     return {name: {"value": str(amount)} for name, amount in amounts.items()}
 
 
@@ -165,10 +163,8 @@ def _values(amounts: Mapping[str, int]) -> dict[str, Body]:
 class PublishedDevice:
     """What a device shows of itself that depends on what it is: one of these for each kind of offer."""
 
-    type: str
     uuid: str = ""
     profile: str = ""
-    enforcement: str  # what keeps a claim within its memory
     interval: str = ""
     memory_mib: int
     sm_percent: int = 0
@@ -176,13 +172,15 @@ class PublishedDevice:
     shares: int = 0
     engines: MigProfile | None = None  # the profile whose engine counts the device has
     consumed: Mapping[str, int]
-    policies: Mapping[str, Body] | None = None  # of the capacities that a share takes; None: an exclusive device
+    policies: Mapping[str, ReadOnlyBody] | None = (
+        None  # of the capacities that a share takes; None: an exclusive device
+    )
 
 
-def _face(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
+def _published(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
     match offer.sharing:
         case Monitor():  # admin access is charged for counters too (kubernetes/kubernetes#140729), so it has none
-            return PublishedDevice(type="monitor", uuid=offer.gpu.uuid, enforcement="none", memory_mib=0, consumed={})
+            return PublishedDevice(uuid=offer.gpu.uuid, memory_mib=0, consumed={})
         case Exclusive():
             return _exclusive(offer.slice_, pool, needed)
         case Mps() as mps:
@@ -197,9 +195,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
     match slice_:
         case WholeGpu(gpu):
             return PublishedDevice(
-                type="gpu",
                 uuid=gpu.uuid,
-                enforcement="hardware",
                 memory_mib=pool.memory_mib,
                 sm_percent=sm_percent(slice_),
                 engines=layout.full(gpu.profiles),
@@ -207,9 +203,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
             )
         case MigSlice(_, profile, placement):  # it has a UUID only while it exists
             return PublishedDevice(
-                type="mig",
                 profile=profile.name,
-                enforcement="hardware",
                 memory_mib=profile.memory_mib,
                 sm_percent=sm_percent(slice_),
                 engines=profile,
@@ -222,13 +216,11 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
 def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
     """The same hardware, shared; a fixed part has its part of all that can be divided.
 
-    `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, for so does MPS count them
+    `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, because MPS counts them so
     (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE).
     """
     shared = replace(
         alone,
-        type="mps",
-        enforcement="mps" if mps.enforced else "none",
         memory_mib=mps.memory_mib,
         sm_percent=_ALL_SMS,
         clients=mps.clients,
@@ -246,8 +238,6 @@ def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
 def _timeslice(sharing: TimeSlicing, alone: PublishedDevice) -> PublishedDevice:
     shared = replace(
         alone,
-        type="timeslice",
-        enforcement="none",
         interval="" if alone.profile else sharing.interval,  # of partitions it cannot be set
         memory_mib=sharing.memory_mib,
         sm_percent=0,  # turns have no ceiling
@@ -262,50 +252,51 @@ def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevic
     return replace(whole, memory_mib=sharing.memory_mib // sharing.shares, consumed={})
 
 
-def _memory_policy(sharing: Mps | TimeSlicing) -> Body:
+def _memory_policy(sharing: Mps | TimeSlicing) -> ReadOnlyBody:
     """Whole MiB, and an equal part by default."""
     default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
     return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
 
 
-def _policy(default: int, least: int, value: int) -> Body:
-    """Whole numbers from `least` on; where there is but one, by name, for the API wants room for a step in a range."""
+def _policy(default: int, least: int, value: int) -> ReadOnlyBody:
+    """Whole numbers from `least` on; where there is only one, by name, because the API wants room for a step in a range."""
     if value <= least:
         return {"default": str(value), "validValues": [str(value)]}
     return {"default": str(default), "validRange": {"min": str(least), "step": "1"}}
 
 
-def _device(device: Device, face: PublishedDevice, taints: Iterable[Taint], driver: str) -> Body:
+def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], driver: str) -> ReadOnlyBody:
     body: dict[str, object] = {
         "name": device.ref.device,
-        "attributes": _attributes(device.offer.gpu, face),
-        "capacity": _capacity(face),
+        "attributes": _attributes(device.offer, shown),
+        "capacity": _capacity(shown),
     }
-    if face.policies is not None:
+    if shown.policies is not None:
         body["allowMultipleAllocations"] = True
-    if face.consumed:
-        body["consumesCounters"] = [{"counterSet": COUNTER_SET, "counters": _values(face.consumed)}]
+    if shown.consumed:
+        body["consumesCounters"] = [{"counterSet": COUNTER_SET, "counters": _values(shown.consumed)}]
     marks = [{"key": f"{driver}/{taint.key}", "value": taint.value, "effect": taint.effect} for taint in sorted(taints)]
     if marks:
         body["taints"] = marks
     return body
 
 
-def _attributes(gpu: Gpu, face: PublishedDevice) -> Body:
-    """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it tells what lies together."""
-    found: dict[str, Body] = {
+def _attributes(offer: Offer, shown: PublishedDevice) -> ReadOnlyBody:
+    """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it shows what lies together."""
+    gpu = offer.gpu
+    found: dict[str, ReadOnlyBody] = {
         "architecture": _text(gpu.architecture),
         "cudaComputeCapability": _version(gpu.compute_capability),
         "cudaDriverVersion": _version(gpu.cuda_version),
         "driverVersion": _version(gpu.driver_version),
         "index": {"int": gpu.index},
-        "memoryEnforcement": _text(face.enforcement),
+        "memoryEnforcement": _text(share.enforcement(offer.sharing)),
         "parentUUID": _text(gpu.uuid),
         "productName": _text(gpu.product),
-        "profile": _text(face.profile),
-        "timeSliceInterval": _text(face.interval),
-        "type": _text(face.type),
-        "uuid": _text(face.uuid),
+        "profile": _text(shown.profile),
+        "timeSliceInterval": _text(shown.interval),
+        "type": _text(share.mode(offer.sharing, offer.slot)),
+        "uuid": _text(shown.uuid),
         "resource.kubernetes.io/pciBusID": _text(gpu.bus_id),
     }
     if gpu.pcie_root is not None:
@@ -315,32 +306,32 @@ def _attributes(gpu: Gpu, face: PublishedDevice) -> Body:
     return found
 
 
-def _capacity(face: PublishedDevice) -> Body:
+def _capacity(shown: PublishedDevice) -> ReadOnlyBody:
     """Memory, what shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
-    engines = face.engines
-    found = {"memory": {"value": quantity.mebibytes(face.memory_mib)}} | _values(
+    engines = shown.engines
+    found = {"memory": {"value": quantity.mebibytes(shown.memory_mib)}} | _values(
         {
-            "clients": face.clients,
+            "clients": shown.clients,
             "copyEngines": engines.copy_engines if engines else 0,
             "decoders": engines.decoders if engines else 0,
             "encoders": engines.encoders if engines else 0,
             "jpegEngines": engines.jpegs if engines else 0,
             "multiprocessors": engines.multiprocessors if engines else 0,
             "ofaEngines": engines.ofas if engines else 0,
-            "shares": face.shares,
-            "smPercent": face.sm_percent,
+            "shares": shown.shares,
+            "smPercent": shown.sm_percent,
         }
     )
-    if face.policies is None:
+    if shown.policies is None:
         return found
-    return {name: {**value, "requestPolicy": face.policies.get(name, _NOTHING)} for name, value in found.items()}
+    return {name: {**value, "requestPolicy": shown.policies.get(name, _NOTHING)} for name, value in found.items()}
 
 
-def _text(value: str) -> Body:
+def _text(value: str) -> ReadOnlyBody:
     return {"string": value[:_TEXT]}
 
 
-def _version(value: str) -> Body:
+def _version(value: str) -> ReadOnlyBody:
     """Strict semver of three numbers: the API refuses "580.65.06" for its leading zero."""
     numbers = [str(int(part)) for part in re.findall(r"\d+", value)]
     return {"version": ".".join([*numbers, "0", "0", "0"][:3])}

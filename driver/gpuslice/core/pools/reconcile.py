@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpuslice.core import quantity
-from gpuslice.core.model import PoolName
+from gpuslice.core.json import Body, ReadOnlyBody
+from gpuslice.core.model import RESOURCE_API, PoolName
 from gpuslice.core.pools.pool import PoolSlices
-
-Body = dict[str, Any]
 
 PARTITIONABLE = "DRAPartitionableDevices"
 CONSUMABLE = "DRAConsumableCapacity"
@@ -26,7 +25,6 @@ PROBED = ("sharedCounters", "consumesCounters", "allowMultipleAllocations", "req
 
 _CONTENT = ("devices", "sharedCounters")
 _QUANTITIES = frozenset({"value", "default", "min", "max", "step", "validValues"})
-_PLAIN = frozenset({"attributes", "taints"})  # their "value" and "min" would be no quantities
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class Create:
 Change = Delete | Update | Create
 
 
-def bodies(pool: PoolSlices) -> tuple[Mapping[str, Any], ...]:
+def bodies(pool: PoolSlices) -> tuple[ReadOnlyBody, ...]:
     """At least one: a pool without devices is published as an empty slice, which says "the driver is up"."""
     return pool.specs or ({},)
 
@@ -140,7 +138,7 @@ def _spec(wanted: PoolSlices, index: int, generation: int, owner: Owner) -> Body
 
 
 def _object(metadata: Body, spec: Body) -> Body:
-    return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
+    return {"apiVersion": RESOURCE_API, "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
 
 
 def _differs(body: Body, wanted: PoolSlices, index: int, owner: Owner) -> bool:
@@ -182,7 +180,7 @@ def _taint(taint: Body) -> tuple[str, str, str]:
 # ---------------------------------------------------------------- comparing with what a server made of it
 
 
-def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same(one: ReadOnlyBody, other: ReadOnlyBody) -> bool:
     """Whether devices and counters are the same, as the API means it.
 
     The order of lists counts. The spelling of quantities does not (a server answers 2Gi to 2048Mi), nor empty fields,
@@ -192,7 +190,7 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) or _plain(one.get(key)) == _plain(other.get(key)) for key in _CONTENT)
 
 
-def sharing(sent: Mapping[str, Any], returned: Body) -> Body:
+def sharing(sent: ReadOnlyBody, returned: Body) -> Body:
     """The returned body with what came back to the letter replaced by the very objects that were sent.
 
     Keeping both costs a megabyte for eight cards (measured).
@@ -220,7 +218,7 @@ def _plain(node: Any, key: str = "") -> Any:
     return node
 
 
-def dropped(sent: Mapping[str, Any], returned: Mapping[str, Any]) -> frozenset[str]:
+def dropped(sent: ReadOnlyBody, returned: ReadOnlyBody) -> frozenset[str]:
     """The gates that are off in the server, seen by what it left out of a slice's spec; empty if it kept all."""
     if same(sent, returned):
         return frozenset()
@@ -235,7 +233,7 @@ def dropped(sent: Mapping[str, Any], returned: Mapping[str, Any]) -> frozenset[s
     return frozenset(name for name, is_lost in lost.items() if is_lost) or frozenset({UNKNOWN})
 
 
-def _shared(device: Mapping[str, Any]) -> bool:
+def _shared(device: ReadOnlyBody) -> bool:
     policies = ["requestPolicy" in capacity for capacity in (device.get("capacity") or {}).values()]
     return bool(device.get("allowMultipleAllocations")) and (not policies or any(policies))
 

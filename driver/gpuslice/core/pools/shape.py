@@ -7,13 +7,12 @@ its shape only when nobody holds anything of it; attributes, taints and further 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.model import PoolName
 from gpuslice.core.pools.pool import PoolSlices
-
-Json = Mapping[str, Any]
 
 TAINT = "shape-change"
 _COST = ("consumesCounters", "allowMultipleAllocations")
@@ -41,12 +40,12 @@ def cordoned(kept: PoolSlices, driver: str) -> PoolSlices:
             {**spec, "devices": [{**device, "taints": [taint]} for device in spec["devices"]]}
             if "devices" in spec
             else spec
-            for spec in _specs(kept)
+            for spec in kept.specs
         ),
     )
 
 
-def pools_of(claims: Iterable[Json], driver: str) -> Iterator[PoolName]:
+def pools_of(claims: Iterable[ReadOnlyBody], driver: str) -> Iterator[PoolName]:
     """Pools of this driver from which any of these ResourceClaims holds a device."""
     for claim in claims:
         allocation = (claim.get("status") or {}).get("allocation") or {}
@@ -55,9 +54,9 @@ def pools_of(claims: Iterable[Json], driver: str) -> Iterator[PoolName]:
                 yield PoolName(result["pool"])
 
 
-def published(bodies: Iterable[Json]) -> dict[PoolName, PoolSlices]:
+def published(bodies: Iterable[ReadOnlyBody]) -> dict[PoolName, PoolSlices]:
     """The pools that these ResourceSlices are, the newest generation of each."""
-    found: dict[PoolName, tuple[int, list[Json]]] = {}
+    found: dict[PoolName, tuple[int, list[ReadOnlyBody]]] = {}
     for body in bodies:
         spec = body["spec"]
         name, generation = PoolName(spec["pool"]["name"]), spec["pool"].get("generation", 0)
@@ -79,22 +78,18 @@ def decode(body: Any) -> dict[PoolName, PoolSlices]:
     return {PoolName(name): PoolSlices(PoolName(name), tuple(specs)) for name, specs in body["pools"].items()}
 
 
-def _specs(pool: PoolSlices) -> Sequence[Json]:
-    return pool.specs
-
-
-def _devices(pool: PoolSlices) -> Iterator[Json]:
-    for spec in _specs(pool):
+def _devices(pool: PoolSlices) -> Iterator[ReadOnlyBody]:
+    for spec in pool.specs:
         yield from spec.get("devices", ())
 
 
 def _counters(pool: PoolSlices) -> list[Any]:
-    return [counters for spec in _specs(pool) for counters in spec.get("sharedCounters", ())]
+    return [counters for spec in pool.specs for counters in spec.get("sharedCounters", ())]
 
 
 def _costs(pool: PoolSlices) -> dict[str, list[Any]]:
     return {device["name"]: _cost(device) for device in _devices(pool)}
 
 
-def _cost(device: Json) -> list[Any]:
+def _cost(device: ReadOnlyBody) -> list[Any]:
     return [device.get(key) for key in _COST]

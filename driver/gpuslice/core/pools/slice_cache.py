@@ -1,15 +1,14 @@
-"""What the API has of ours, as far as we know: its news and our own writes in one picture."""
+"""What the API has of ours, as far as we know: the events of the watch and our own writes together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-Body = dict[str, Any]
+from gpuslice.core.json import Body
 
 
 class SliceCache:
-    """Our slices as the API has them; what we wrote counts at once, long before the watch tells of it.
+    """Our slices as the API has them; what we wrote counts at once, long before the watch shows it.
 
     Without that, a watch that lags makes a writer create everything twice (the DRA contract, statement 60). Resource
     versions are compared as numbers, which Kubernetes promises since KEP-5504 and has always kept. Not for several
@@ -18,20 +17,20 @@ class SliceCache:
 
     def __init__(self) -> None:
         self._bodies: dict[str, Body] = {}
-        self._deleted: set[str] = set()  # UIDs that must not come back with late news
+        self._deleted: set[str] = set()  # UIDs that must not come back with late events
         self._unexplained: dict[str, int] = {}  # UID → version that we did not write, or not yet know to have written
 
     def bodies(self) -> list[Body]:
         return list(self._bodies.values())
 
-    def listed(self, bodies: Sequence[Body], version: str) -> None:
+    def replace(self, bodies: Sequence[Body], version: str) -> None:
         """Take a list in, except for what we wrote after it was made."""
         alive = {b["metadata"]["name"]: b for b in bodies if b["metadata"]["uid"] not in self._deleted}
         newer = {name: body for name, body in self._bodies.items() if _version(body) > int(version)}
         self._bodies = alive | newer
         self._deleted &= {b["metadata"]["uid"] for b in bodies}
 
-    def observed(self, kind: str, body: Body) -> None:
+    def observe(self, kind: str, body: Body) -> None:
         """Take an event of the watch in: ADDED, MODIFIED or DELETED."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         known = self._bodies.get(name)
@@ -43,7 +42,7 @@ class SliceCache:
         elif known is not None and known["metadata"]["uid"] == uid:
             del self._bodies[name]
 
-    def mutated(self, body: Body) -> None:
+    def mutate(self, body: Body) -> None:
         """Take in what a create or an update of ours was answered."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         if self._unexplained.get(uid) == _version(body):
@@ -52,8 +51,8 @@ class SliceCache:
             return  # the watch is ahead of us: somebody has already changed or deleted it
         self._bodies[name] = body
 
-    def removed(self, body: Body) -> None:
-        """Note that we deleted it, or found it gone."""
+    def remove(self, body: Body) -> None:
+        """We deleted it, or found it gone."""
         self._deleted.add(body["metadata"]["uid"])
         self._unexplained.pop(body["metadata"]["uid"], None)
         self._bodies.pop(body["metadata"]["name"], None)
@@ -61,7 +60,7 @@ class SliceCache:
     def foreign(self) -> bool:
         """Whether somebody else changed something since the last time this was asked.
 
-        To be asked when no write is under way: the watch may tell of our own write before its answer is here.
+        To be asked when no write is under way: the watch may show our own write before its answer is here.
         """
         found, self._unexplained = bool(self._unexplained), {}
         return found

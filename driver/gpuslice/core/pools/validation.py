@@ -1,21 +1,19 @@
 """What the API refuses, or worse accepts and the scheduler then ignores, looked for before anything is sent.
 
-A pool is checked over all its slices, which no API server does: a device named twice, or a counter that no slice of
-the pool has, costs the whole pool its devices without a word to anybody. Figures: resource.k8s.io/v1 types and
-validation, Kubernetes 1.37 (the DRA contract 4.1, statements 55, 61, 62).
+A pool is checked over all its slices, which no API server does. Where a device is named twice, or draws on a counter
+that no slice of the pool has, the scheduler ignores the whole pool, and no event or log says so. Figures:
+resource.k8s.io/v1 types and validation, Kubernetes 1.37 (the DRA contract 4.1, statements 55, 61, 62).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from gpuslice.core import quantity
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.pools.pool import PoolSlices
-
-Body = Mapping[str, Any]
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _POOL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?([./][a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
@@ -47,7 +45,7 @@ def _faults(pool: PoolSlices) -> Iterator[str]:
             yield f"device {device['name']} draws on {'/'.join(used)}, which no slice of the pool has"
 
 
-def _slice_faults(at: str, spec: Body) -> Iterator[str]:
+def _slice_faults(at: str, spec: ReadOnlyBody) -> Iterator[str]:
     devices, sets = _list(spec, "devices"), _list(spec, "sharedCounters")
     if devices and sets:
         yield f"{at} has both devices and counters; put them into slices of their own"
@@ -60,12 +58,12 @@ def _slice_faults(at: str, spec: Body) -> Iterator[str]:
         yield from _counter_faults(f"counter set {counter_set['name']}", counter_set["name"], counter_set["counters"])
 
 
-def _is_costly(device: Body) -> bool:
+def _is_costly(device: ReadOnlyBody) -> bool:
     lists = any(_LISTS & set(value) for value in (device.get("attributes") or {}).values())
     return bool(device.get("taints") or device.get("consumesCounters") or lists)
 
 
-def _device_faults(device: Body) -> Iterator[str]:
+def _device_faults(device: ReadOnlyBody) -> Iterator[str]:
     if not _LABEL.fullmatch(device["name"]):
         yield "its name is no DNS label of at most 63 characters"
     attributes, capacity = device.get("attributes") or {}, device.get("capacity") or {}
@@ -92,7 +90,7 @@ def _device_faults(device: Body) -> Iterator[str]:
     yield from _taint_faults(_list(device, "taints"))
 
 
-def _capacity_faults(capacity: Body, device: Body) -> Iterator[str]:
+def _capacity_faults(capacity: ReadOnlyBody, device: ReadOnlyBody) -> Iterator[str]:
     value, policy = _amount(capacity.get("value")), capacity.get("requestPolicy")
     if value is None:
         yield f"{capacity.get('value')!r} is no quantity"
@@ -107,7 +105,7 @@ def _capacity_faults(capacity: Body, device: Body) -> Iterator[str]:
         yield from _policy_faults(policy, value)
 
 
-def _policy_faults(policy: Body, value: int) -> Iterator[str]:
+def _policy_faults(policy: ReadOnlyBody, value: int) -> Iterator[str]:
     default, bounds = _amount(policy.get("default")), policy.get("validRange")
     if default is None:
         yield "its request policy needs a default"
@@ -129,7 +127,7 @@ def _policy_faults(policy: Body, value: int) -> Iterator[str]:
             yield "its request policy needs at most 10 valid values, ascending up to the value, the default among them"
 
 
-def _use_faults(uses: list[Body]) -> Iterator[str]:
+def _use_faults(uses: list[ReadOnlyBody]) -> Iterator[str]:
     if len(uses) > 2:
         yield f"it draws on {len(uses)} counter sets, at most 2 are allowed"
     yield from (f"it names counter set {name} {n} times" for name, n in _repeated(use["counterSet"] for use in uses))
@@ -137,7 +135,7 @@ def _use_faults(uses: list[Body]) -> Iterator[str]:
         yield from _counter_faults(f"counter set {use['counterSet']}", use["counterSet"], use["counters"])
 
 
-def _counter_faults(at: str, name: str, counters: Body) -> Iterator[str]:
+def _counter_faults(at: str, name: str, counters: ReadOnlyBody) -> Iterator[str]:
     if not 0 < len(counters) <= 32:
         yield f"{at} has {len(counters)} counters, 1 to 32 are allowed"
     wrong = [text for text in (name, *counters) if not _LABEL.fullmatch(text)]
@@ -147,7 +145,7 @@ def _counter_faults(at: str, name: str, counters: Body) -> Iterator[str]:
     )
 
 
-def _taint_faults(taints: list[Body]) -> Iterator[str]:
+def _taint_faults(taints: list[ReadOnlyBody]) -> Iterator[str]:
     if len(taints) > 16:
         yield f"{len(taints)} taints, at most 16 are allowed"
     for taint in taints:
@@ -157,15 +155,15 @@ def _taint_faults(taints: list[Body]) -> Iterator[str]:
             yield f"taint {taint['key']} has the unknown effect {taint['effect']}"
 
 
-def _consumed(device: Body) -> set[tuple[str, str]]:
+def _consumed(device: ReadOnlyBody) -> set[tuple[str, str]]:
     return {(use["counterSet"], counter) for use in _list(device, "consumesCounters") for counter in use["counters"]}
 
 
-def _list(body: Body, key: str) -> list[Body]:
+def _list(body: ReadOnlyBody, key: str) -> list[ReadOnlyBody]:
     return list(body.get(key) or ())
 
 
-def _values(attribute: Body) -> list[object]:
+def _values(attribute: ReadOnlyBody) -> list[object]:
     return [v for value in attribute.values() for v in (value if isinstance(value, list | tuple) else [value])]
 
 

@@ -35,8 +35,8 @@ def _command(path: str) -> int:
         connection.connect(path)
         connection.sendall(commands + b"\n")
         connection.shutdown(_socket.SHUT_WR)
-        while said := connection.recv(65536):
-            os.write(1, said)
+        while answer := connection.recv(65536):
+            os.write(1, answer)
     except OSError:
         return _fail("Cannot find MPS control daemon process")
     return 0

@@ -1,11 +1,11 @@
 """The daemon of the simulated `nvidia-cuda-mps-control`: one thread, one loop, servers as processes of their own.
 
-What it refuses and what it takes without a word follows NVIDIA's documentation of MPS: a device of a limit is not
+What it refuses and what it takes silently follows NVIDIA's documentation of MPS: a device of a limit is not
 validated, defaults hold for servers that start afterwards, a server's own limits for clients that connect afterwards.
-The words of its answers are ours where NVIDIA documents none.
+Where NVIDIA documents no text of an answer, the text is ours.
 
-Whoever connects to `control` says lines. Commands are answered when the writer has shut down its side. A simulated
-client says one line first, and is a client for as long as it stays connected:
+A program that connects to `control` writes lines. Commands are answered when the writer has shut down its side. A
+simulated client writes one line first, and is a client for as long as it stays connected:
 
     client  client PID UID
     daemon  server PID memory MIB|none threads PERCENT     at once, or when the clients of another uid have gone
@@ -48,11 +48,11 @@ class SimDaemon:
         self._defaults = Ceilings()
         self._servers: dict[int, Server] = {}
         self._waiting: list[Client] = []
-        self._asking: dict[int, tuple[socket.socket, bytes]] = {}  # by descriptor: who has not said all yet
+        self._requests: dict[int, tuple[socket.socket, bytes]] = {}  # by descriptor: requests that are not complete yet
         self._leave_at: float | None = None  # time.monotonic(); inf: when the last client has gone
         self._poll = select.poll()
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first: whoever sees "control" may connect to it.
+        # Bound under another name first: a program that sees "control" may connect to it.
         self._control.bind(f"{pipe}/.control")
         os.chmod(f"{pipe}/.control", 0o777)  # noqa: PTH101, S103  clients have uids of their own
         self._control.listen(128)
@@ -62,7 +62,7 @@ class SimDaemon:
 
     def serve(self) -> None:
         """Until `quit`."""
-        while not self._left():
+        while not self._is_done():
             wait = None if self._leave_at in (None, float("inf")) else max(0.0, self._leave_at - time.monotonic()) * 1e3
             for descriptor, _ in self._poll.poll(wait):
                 self._turn(descriptor)
@@ -70,7 +70,7 @@ class SimDaemon:
             self._end(server, "terminated")
         os.unlink(self._path)  # noqa: PTH108
 
-    def _left(self) -> bool:
+    def _is_done(self) -> bool:
         if self._leave_at is None:
             return False
         return time.monotonic() >= self._leave_at or not any(s.clients for s in self._servers.values())
@@ -78,31 +78,31 @@ class SimDaemon:
     def _turn(self, descriptor: int) -> None:
         if descriptor == self._control.fileno():
             connection, _ = self._control.accept()
-            self._asking[connection.fileno()] = (connection, b"")
+            self._requests[connection.fileno()] = (connection, b"")
             self._poll.register(connection, select.POLLIN)
-        elif descriptor in self._asking:
-            self._asked(descriptor)
+        elif descriptor in self._requests:
+            self._serve_request(descriptor)
         elif server := next((s for s in self._servers.values() if s.descriptor == descriptor), None):
             self._end(server, "its server ended")
         elif client := next((c for c in self._clients() if c.connection.fileno() == descriptor), None):
-            self._heard(client)
+            self._serve_client(client)
 
     def _clients(self) -> list[Client]:
         return [*(client for server in self._servers.values() for client in server.clients), *self._waiting]
 
-    def _asked(self, descriptor: int) -> None:
-        connection, before = self._asking[descriptor]
-        said = _receive(connection)
-        text = before + said
+    def _serve_request(self, descriptor: int) -> None:
+        connection, before = self._requests[descriptor]
+        more = _receive(connection)
+        text = before + more
         if text.startswith(b"client ") and b"\n" in text:
-            del self._asking[descriptor]
+            del self._requests[descriptor]
             self._admit(connection, text.split(b"\n")[0].decode().split())
-        elif said:
-            self._asking[descriptor] = (connection, text)
+        elif more:
+            self._requests[descriptor] = (connection, text)
         elif self._cued("hang"):
-            self._poll.unregister(connection)  # it stays connected, and hears nothing
+            self._poll.unregister(connection)  # it stays connected and gets no answer
         else:
-            del self._asking[descriptor]
+            del self._requests[descriptor]
             answers = [self._answer(line.split()) for line in text.decode().splitlines() if line.strip()]
             _say(connection, "".join(f"{answer}\n" for answer in answers if answer))
             self._hang_up(connection)
@@ -139,12 +139,12 @@ class SimDaemon:
                 self._log(f"client pid={client.pid} uid={client.uid} server={server.pid}")
                 _say(client.connection, f"server {server.pid} memory {memory} threads {threads}\n")
 
-    def _heard(self, client: Client) -> None:
-        said = _receive(client.connection)
-        if not said:
+    def _serve_client(self, client: Client) -> None:
+        more = _receive(client.connection)
+        if not more:
             self._drop(client, "")
             return
-        *lines, client.said = (client.said + said).split(b"\n")
+        *lines, client.received = (client.received + more).split(b"\n")
         for line in lines:
             verb, _, figure = line.decode().partition(" ")
             most = client.ceilings.memory_mib.get(0)

@@ -1,6 +1,6 @@
 """Which devices of the simulated node a daemon sees: CUDA_VISIBLE_DEVICES against the node's files (nvml/sim/state.py).
 
-Read here and not by that module, for the daemon starts without what is installed, YAML for one.
+Read here and not by that module, because the daemon starts without installed packages such as YAML.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class VisibleError(Exception):
-    """What CUDA_VISIBLE_DEVICES names is not there, in the words that the daemon ends with."""
+    """What CUDA_VISIBLE_DEVICES names is not there; the text is what the daemon ends with."""
 
 
 def visible(node: Path, names: str | None) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ class Client:
     pid: int
     uid: int
     ceilings: Ceilings
-    said: bytes = b""
+    received: bytes = b""
 
 
 class Server:

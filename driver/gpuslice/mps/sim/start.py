@@ -25,23 +25,23 @@ def run(pipe: str, *, background: bool, multiuser: bool) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in ("control.log", "server.log"):
             os.close(os.open(f"{logs}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
-        if why := _refused(node, devices, multiuser):
-            return _ended(why)
-        if background and not _continued_in_background():
+        if why := _refusal(node, devices, multiuser):
+            return _fail(why)
+        if background and not _continue_in_background():
             return 0
         name_myself(_CONTROL)
         Path(pipe, f"{_CONTROL}.pid").write_text(f"{os.getpid()}\n", encoding="ascii")
         daemon = SimDaemon(node, pipe, devices, multiuser=multiuser, log=lambda line: _log(logs, line))
     except BlockingIOError:
-        return _ended("An instance of this daemon is already running")
+        return _fail("An instance of this daemon is already running")
     except (OSError, VisibleError) as e:
-        return _ended(str(e))
+        return _fail(str(e))
     daemon.serve()
     os.unlink(f"{pipe}/{_CONTROL}.pid")  # noqa: PTH108
     return 0
 
 
-def _refused(node: str, devices: tuple[str, ...], multiuser: bool) -> str:
+def _refusal(node: str, devices: tuple[str, ...], multiuser: bool) -> str:
     here = Path(node, "mps")
     cues = {path.name for path in here.iterdir()} if here.is_dir() else set()
     if not devices:
@@ -55,7 +55,7 @@ def _refused(node: str, devices: tuple[str, ...], multiuser: bool) -> str:
     return ""
 
 
-def _continued_in_background() -> bool:
+def _continue_in_background() -> bool:
     """False in the process that was started, once the other one is on its way."""
     if os.fork():
         return False
@@ -63,7 +63,7 @@ def _continued_in_background() -> bool:
     return True
 
 
-def _ended(why: str) -> int:
+def _fail(why: str) -> int:
     os.write(2, f"{why}\n".encode())
     return 1
 

@@ -2,7 +2,7 @@
 
 cues/<id>.json      what to do to which call; removing the file withdraws it and ends its hang
 cues/<id>.<n>.hung  a call hangs on this cue; there as long as it does
-events/<n>.json     the XIDs raised, in order; a reboot keeps them, for nobody is told what came before he asked
+events/<n>.json     the XIDs raised, in order; a reboot keeps them; a reader gets only those that come after its first call
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _ANYWHERE = frozenset({Code.UNINITIALIZED, Code.INVALID_ARGUMENT, Code.NOT_SUPPO
 _CHANGE = _ANYWHERE | {Code.NO_PERMISSION, Code.IN_USE}
 _INSTANCE = _CHANGE | {Code.NOT_FOUND}
 
-# What nvml.h documents for the functions behind each verb; a cue with another code is refused, for code that copes with
-# it would cope with nothing real.
+# What nvml.h documents for the functions behind each verb; a cue with another code is refused, because code that copes
+# with it would cope with nothing real.
 CODES: Mapping[str, frozenset[Code]] = {
     "gpus": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND, Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH},
     "look": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND, Code.INSUFFICIENT_SIZE},
@@ -115,7 +115,9 @@ class Cues:
         if added_at == self._none_at:
             return {}
         found = self._found()
-        self._none_at = None if found else added_at  # from before the folder was read: what came in between is news
+        self._none_at = (
+            None if found else added_at
+        )  # from before the folder was read, so that a cue added meanwhile is seen
         return found
 
     def _added_at(self) -> int:

@@ -81,7 +81,9 @@ def product(key: str, own: Mapping[str, Mapping[str, object]] | None = None) -> 
         )
     if missing := body.get("missing"):
         what = "; ".join(cast("list[str]", missing))
-        raise ConfigError(f"{key} cannot be simulated, for nobody has published its {what}; describe it in a node file")
+        raise ConfigError(
+            f"{key} cannot be simulated, because nobody has published its {what}; describe it in a node file"
+        )
     _check(f"product {key!r}", body, (*_CARD_FIELDS, "profiles"), ("inferred",))
     profiles = cast("list[Mapping[str, object]]", body["profiles"])
     inferred = [*cast("list[str]", body.get("inferred", []))]

@@ -13,13 +13,11 @@ from pathlib import Path
 
 from gpuslice.core.model import MIB, Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Partition
 from gpuslice.errors import DeviceError
-from gpuslice.nvml.api import MPS_SERVER, Code, ComputeMode, GpuProcess, XidEvent
+from gpuslice.nvml.api import MPS_SERVER, XID_OFF_THE_BUS, Code, ComputeMode, GpuProcess, XidEvent
 from gpuslice.nvml.sim.faults import Cue, Cues, Effect, Events
 from gpuslice.nvml.sim.models import Product
 from gpuslice.nvml.sim.spec import parse
 from gpuslice.nvml.sim.state import GpuState, StateFolder
-
-XID_OFF_THE_BUS = 79
 
 
 class SimNode:

@@ -113,7 +113,7 @@ class SimNvml(SimNode):
 
     def set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
         index = self.index(gpu)
-        state = self._change("set_mig_mode", gpu, lambda state: self._switched(index, state, on))
+        state = self._change("set_mig_mode", gpu, lambda state: self._with_mig_mode(index, state, on))
         if state.live.mig == on:
             return
         if busy := _busy(state):
@@ -122,7 +122,7 @@ class SimNvml(SimNode):
             )
         raise self._refusal(index, Code.RESET_REQUIRED, "MIG mode is pending; reset the GPU or reboot the node")
 
-    def _switched(self, index: int, state: GpuState, on: bool) -> GpuState:
+    def _with_mig_mode(self, index: int, state: GpuState, on: bool) -> GpuState:
         gpu = self.cards[index]
         if not gpu.profiles:
             raise self._refusal(index, Code.NOT_SUPPORTED, f"{gpu.product} has no MIG; use another GPU")
@@ -183,7 +183,7 @@ class SimNvml(SimNode):
                     f"GPU instance {gi} already has compute instance {partition.ci} over its full width; use that one"
                 )
                 raise self._refusal(index, Code.INSUFFICIENT_RESOURCES, text)
-            return _replaced(state, replace(partition, ci=0, uuid=MigUuid(f"MIG-{uuid.uuid4()}")))
+            return _with_partition(state, replace(partition, ci=0, uuid=MigUuid(f"MIG-{uuid.uuid4()}")))
 
         made = self._change("create_compute_instance", gpu, create).partition(gi)
         assert made is not None and made.ci is not None and made.uuid is not None
@@ -201,7 +201,7 @@ class SimNvml(SimNode):
             if pids := [p.pid for p in state.processes if (p.gi, p.ci) == (gi, ci)]:
                 text = f"pids {', '.join(map(str, pids))} run on partition {partition.uuid}; end them first"
                 raise self._refusal(index, Code.IN_USE, text)
-            return _replaced(state, replace(partition, ci=None, uuid=None))
+            return _with_partition(state, replace(partition, ci=None, uuid=None))
 
         self._change("destroy_compute_instance", gpu, destroy)
 
@@ -239,16 +239,18 @@ class SimNvml(SimNode):
         self._change("set_compute_mode", gpu, switch)
 
     def time_slice(self, gpu: GpuUuid) -> int:
-        return self._sliced(self.index(gpu), self._read("time_slice", gpu)).time_slice
+        return self._require_time_slice(self.index(gpu), self._read("time_slice", gpu)).time_slice
 
     def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
         index = self.index(gpu)
         if level not in TIME_SLICES:
             text = f"there is no time slice {level}; use one of 0 (default) to 3 (long)"
             raise self._refusal(index, Code.INVALID_ARGUMENT, text)
-        self._change("set_time_slice", gpu, lambda state: replace(self._sliced(index, state), time_slice=level))
+        self._change(
+            "set_time_slice", gpu, lambda state: replace(self._require_time_slice(index, state), time_slice=level)
+        )
 
-    def _sliced(self, index: int, state: GpuState) -> GpuState:
+    def _require_time_slice(self, index: int, state: GpuState) -> GpuState:
         gpu = self.cards[index]
         if state.live.mig:
             raise self._refusal(
@@ -330,6 +332,6 @@ def _busy(state: GpuState) -> str:
     return ", ".join(f"pid {p.pid} ({p.name}) uses it" for p in state.processes)
 
 
-def _replaced(state: GpuState, partition: Partition) -> GpuState:
+def _with_partition(state: GpuState, partition: Partition) -> GpuState:
     others = tuple(p for p in state.live.partitions if p.gi != partition.gi)
     return state.with_partitions((*others, partition))

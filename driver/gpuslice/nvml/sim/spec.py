@@ -12,7 +12,6 @@ file    driverVersion: "580.65.06"        optional
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,7 +137,3 @@ def _read(path: Path) -> object:
         raise ConfigError(f"cannot read node file {path}: {e.strerror}; check its path") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"node file {path} is not YAML: {' '.join(str(e).split())}; see docs/simulator.md") from e
-
-
-def stored(spec: NodeSpec) -> str:
-    return json.dumps(spec.json(), indent=1)

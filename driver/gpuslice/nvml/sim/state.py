@@ -77,7 +77,7 @@ class StateFolder:
             live = LiveGpu(mig=card.mig, mig_pending=card.mig)
             write_atomic(self._file(index), _encode(GpuState(live=live)))
         write_atomic(self.path / "boot_id", f"{uuid.uuid4()}\n", mode=0o644)
-        # Last, for its presence says that the node is complete.
+        # Last, because its presence says that the node is complete.
         body = {"format": 1, "seed": str(uuid.uuid4()), "node": spec.json()}
         write_atomic(self.path / "node.json", json.dumps(body, indent=1) + "\n")
 
@@ -93,7 +93,7 @@ class StateFolder:
         return self._part(f"gpu{index}.json")
 
     def _part(self, name: str) -> Path:
-        """A file of the folder. Kept, for each call on a GPU asks for some, and a Path costs as much as its use."""
+        """A file of the folder. Kept, because each call on a GPU asks for some, and a Path costs as much as its use."""
         path = self._parts.get(name)
         if path is None:
             path = self._parts[name] = self.path / name

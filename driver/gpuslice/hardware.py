@@ -1,0 +1,38 @@
+"""Real or simulated: the one place that chooses. Only what is chosen is loaded, because NVML's bindings are 2 MB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from gpuslice.config import Config
+
+if TYPE_CHECKING:
+    from gpuslice.nvml.api import Nvml
+    from gpuslice.nvml.sim.nvml import Latency
+    from gpuslice.system.host import Host
+
+
+def open_node(config: Config) -> tuple[Nvml, Host]:
+    """The GPUs and the machine around them. DeviceError where NVML does not start; ConfigError for a wrong simulated node."""
+    from gpuslice.system.host import RealHost, SimHost
+
+    if config.simulate:
+        from gpuslice.nvml.sim.nvml import SimNvml
+        from gpuslice.system import files
+
+        folder = files.ensure_folder(config.simulated_node)
+        return SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency)), SimHost(folder)
+    from gpuslice.nvml.real import RealNvml
+
+    host = RealHost(
+        config.driver_root_ctr_path, host_root=config.nvidia_driver_root, cdi_hook=config.nvidia_cdi_hook_path
+    )
+    return RealNvml(config.driver_root_ctr_path), host
+
+
+def mps_control(config: Config) -> Sequence[str]:
+    """The command that is MPS' control program. DeviceError where the driver root has none."""
+    from gpuslice.mps import control
+
+    return control.stand_in(config.simulated_node) if config.simulate else control.program(config.driver_root_ctr_path)

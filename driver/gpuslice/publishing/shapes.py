@@ -1,0 +1,87 @@
+"""The shapes of the published pools: a pool changes its shape only when no claim holds a device of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpuslice.core.model import PoolName
+from gpuslice.core.pools import shape
+from gpuslice.core.pools.pool import PoolSlices
+from gpuslice.core.record import Record
+from gpuslice.kube import Kube
+from gpuslice.system import files
+from gpuslice.system.files import Version
+
+log = logging.getLogger(__name__)
+
+
+class Shapes:
+    """The shapes that were last published, on disk: they outlive the kubelet's wipe and a new version of the driver.
+
+    Two instances of a rolling update take turns, and each reads what the other has left: neither may forget a shape of
+    which claims hold devices.
+    """
+
+    def __init__(self, path: Path, kube: Kube, driver: str, node: str) -> None:
+        self._path, self._kube, self._driver, self._node = path, kube, driver, node
+        self._kept: dict[PoolName, PoolSlices] = {}
+        self._version: Version | None = None  # of the file that `_kept` is
+        self._cordoned: set[PoolName] = set()
+        self.only_taints_awaited = False  # a pool could change its shape as soon as its taints are in force
+
+    def admit(
+        self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool
+    ) -> tuple[PoolSlices, ...]:
+        """What may be published now: each pool as wanted, or still its old shape, cordoned, while claims hold it.
+
+        `published` says that what was admitted last is in force: only then do taints keep the scheduler away. Blocks
+        on the API server while a change waits (ApiError where it does not answer).
+        """
+        with files.locked(self._path.with_suffix(".lock")):
+            self._read()
+            new = {p.name: p for p in wanted}
+            waiting = [kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))]
+            self._cordoned &= {kept.name for kept in waiting}
+            held = self._held(records) if waiting else set()
+            admitted = dict(new)
+            for kept in waiting:
+                if kept.name in held or (taints and not (published and kept.name in self._cordoned)):
+                    admitted[kept.name] = shape.cordoned(kept, self._driver) if taints else kept
+                    if kept.name not in self._cordoned:
+                        log.warning("pool keeps its old shape until its claims have left pool=%s", kept.name)
+                    self._cordoned.add(kept.name)
+                else:
+                    self._cordoned.discard(kept.name)
+            self.only_taints_awaited = bool(self._cordoned - held)
+            self._keep({name: self._kept[name] if name in self._cordoned else p for name, p in admitted.items()})
+            return tuple(admitted[name] for name in sorted(admitted))
+
+    def _held(self, records: Sequence[Record]) -> set[PoolName]:
+        ours = {grant.allocation.device.pool for record in records for grant in record.plan.grants}
+        return ours | set(shape.pools_of(self._kube.claims(), self._driver))
+
+    def _read(self) -> None:
+        """Read the file if it has changed; where it is lost or torn, take the shapes that the API server has."""
+        try:
+            version = Version.of(self._path.stat())
+            if version == self._version:
+                return
+            self._kept, self._version = shape.decode(json.loads(self._path.read_bytes())), version
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            if not isinstance(e, FileNotFoundError):
+                log.warning("%s cannot be read (%s); what is published counts instead", self._path, e)
+            bodies, _ = self._kube.resource_slices(self._driver, self._node)
+            self._kept = shape.published(bodies)
+            self._write()
+
+    def _keep(self, kept: dict[PoolName, PoolSlices]) -> None:
+        same = kept.keys() == self._kept.keys() and all(shape.same(kept[name], self._kept[name]) for name in kept)
+        self._kept = kept  # also where it is equal: the same objects compare at once the next time
+        if not same:
+            self._write()
+
+    def _write(self) -> None:
+        self._version = files.write_atomic(self._path, json.dumps(shape.encode(tuple(self._kept.values()))))

@@ -1,0 +1,51 @@
+"""How publishing stands: for readiness, metrics and logs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    error: str = ""  # why the API does not show what is wanted; it is tried again
+    rejected: tuple[str, ...] = ()  # pools with faults of our own making: not sent, not tried again until they change
+    dropped: frozenset[str] = frozenset()  # gates the API server turned out not to have: plan again without them
+
+
+class StatusReporter:
+    """The status as it is now. Each new one is logged and passed on, from the thread that reports it."""
+
+    def __init__(self, changed: Callable[[Status], None]) -> None:
+        self.status = Status()
+        self._changed = changed
+        self._lock = threading.Lock()
+
+    def report(
+        self,
+        *,
+        error: str | None = None,
+        rejected: tuple[str, ...] | None = None,
+        dropped: frozenset[str] = frozenset(),
+    ) -> None:
+        """Replace the given parts; gates that were dropped stay dropped."""
+        with self._lock:
+            old = self.status
+            new = Status(
+                error=old.error if error is None else error,
+                rejected=old.rejected if rejected is None else rejected,
+                dropped=old.dropped | dropped,
+            )
+            self.status = new
+        if new == old:
+            return
+        if new.error and new.error != old.error:
+            log.warning("publishing: %s", new.error)
+        for fault in new.rejected:
+            if fault not in old.rejected:
+                log.error("not published: %s", fault)
+        self._changed(new)
