@@ -61,8 +61,6 @@ class Sheet:
             f'viewBox="0 0 {width} {height}" role="img" font-family="{_FONT}">',
             f"<title>{escape(title)}</title>",
             f"<desc>{escape(description)}</desc>",
-            '<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
-            f'orient="auto"><path d="M0 0 L10 5 L0 10 z" fill="{_SOFT}"/></marker></defs>',
             f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         ]
 
@@ -95,13 +93,22 @@ class Sheet:
             self.text((at[0], at[1] + number * _LINE), line, soft=soft)
 
     def arrow(self, *points: Point, dashed: bool = False, both: bool = False) -> None:
-        """A line through these points with a tip at its end; `both` puts one at its beginning too."""
+        """A line through these points, each part level or upright, with a tip at its end; `both`: at its beginning too."""
+        path = " ".join(f"{x},{y}" for x, y in points)
         dash = ' stroke-dasharray="4 3"' if dashed else ""
-        for way in (points, points[::-1]) if both else (points,):
-            path = " ".join(f"{x},{y}" for x, y in way)
-            self._parts.append(
-                f'<polyline points="{path}" fill="none" stroke="{_SOFT}" stroke-width="1.3"{dash} marker-end="url(#tip)"/>'
-            )
+        self._parts.append(f'<polyline points="{path}" fill="none" stroke="{_SOFT}" stroke-width="1.3"{dash}/>')
+        self._tip(points[-2], points[-1])
+        if both:
+            self._tip(points[1], points[0])
+
+    def _tip(self, before: Point, end: Point) -> None:
+        """Drawn as a triangle, because not every renderer turns an SVG marker."""
+        along = [(e > b) - (e < b) for b, e in zip(before, end, strict=True)]
+        x, y = end[0] - 9 * along[0], end[1] - 9 * along[1]
+        aside = 4 * along[1], 4 * along[0]
+        corners = (end, (x + aside[0], y + aside[1]), (x - aside[0], y - aside[1]))
+        path = " ".join(f"{x},{y}" for x, y in corners)
+        self._parts.append(f'<polygon points="{path}" fill="{_SOFT}"/>')
 
     def frame(self, box: Box, title: str, at: int) -> None:
         """A dashed frame around what belongs together; its title stands at the top and begins `at` this x."""
