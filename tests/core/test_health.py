@@ -24,6 +24,19 @@ def test_a_card_that_is_well_has_no_taints() -> None:
     assert tainted(a_gpu("h100", 0), ON) == tainted(a_gpu("h100", 0), OFF) == tainted(a_gpu("l4", 0), OFF) == {}
 
 
+def test_a_foreign_partition_without_a_compute_instance_is_named_by_its_place() -> None:
+    foreign = Partition(profile=19, placement=Placement(2, 1), gi=3)
+    live = LiveGpu(mig=True, mig_pending=True, partitions=(foreign,))
+
+    inventory = Inventory.of([a_gpu("h100", 0)], Policy.default(), "n")
+    found = health.taints(inventory, {a_gpu("h100", 0).uuid: live}, {}, (), {})
+
+    assert {taint.reason for taints in found.values() for taint in taints} == {
+        "GPU 0 has partition of profile 19 at 2 (no compute instance), which gpuslice did not make; destroy it to free "
+        "its place"
+    }
+
+
 def test_an_ampere_card_offers_only_what_its_mig_mode_allows() -> None:
     off, on = tainted(a_gpu("a100-40g", 0), OFF), tainted(a_gpu("a100-40g", 0), ON)
 

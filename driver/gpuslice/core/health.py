@@ -73,8 +73,7 @@ def _foreign(offer: Offer, gpu: Gpu, foreign: tuple[Partition, ...]) -> Iterator
             yield Taint(
                 "foreign-partition",
                 f"profile-{partition.profile}-at-{partition.placement.start}",
-                reason=f"GPU {gpu.index} has partition {partition.uuid or slot}, which gpuslice did not make; destroy it "
-                "to free its place",
+                reason=f"GPU {gpu.index} has {partition}, which gpuslice did not make; destroy it to free its place",
             )
 
 

@@ -107,6 +107,11 @@ class Partition:
     ci: int | None = None
     uuid: MigUuid | None = None
 
+    def __str__(self) -> str:
+        """As a sentence names it: by its UUID, or by profile and place while it has none."""
+        without = f"of profile {self.profile} at {self.placement.start} (no compute instance)"
+        return f"partition {self.uuid or without}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveGpu:

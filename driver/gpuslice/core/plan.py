@@ -270,7 +270,7 @@ def _time_slice(gpu: Gpu, interval: str | None) -> Iterator[Step]:
 def _whole(grant: Grant, gpu: Gpu, live: LiveGpu, foreign: Sequence[Partition]) -> Iterator[Step]:
     if foreign:
         raise DeviceError(
-            f"{grant.allocation.device} has {_named(foreign)}, which gpuslice did not make; destroy it to free the card"
+            f"{grant.allocation.device} has {_listed(foreign)}, which gpuslice did not make; destroy it to free the card"
         )
     yield from _mode(gpu, live, on=False)
 
@@ -279,7 +279,7 @@ def _partition(grant: Grant, slot: MigSlot, gpu: Gpu, live: LiveGpu, foreign: Se
     blockers = [p for p in foreign if not layout.coexist(gpu, slot, MigSlot(gpu.uuid, p.profile, p.placement))]
     if blockers:
         raise DeviceError(
-            f"the place of {grant.allocation.device} is taken by {_named(blockers)}, which gpuslice did not make; "
+            f"the place of {grant.allocation.device} is taken by {_listed(blockers)}, which gpuslice did not make; "
             "destroy it to free the place"
         )
     yield from _mode(gpu, live, on=True)
@@ -308,10 +308,8 @@ def mode_advice(gpu: Gpu, live: LiveGpu, *, on: bool) -> str:
     )
 
 
-def _named(partitions: Sequence[Partition]) -> str:
-    return "partition " + ", ".join(
-        str(p.uuid or f"{p.profile} at {p.placement.start} (no compute instance)") for p in partitions
-    )
+def _listed(partitions: Sequence[Partition]) -> str:
+    return ", ".join(map(str, partitions))
 
 
 def _undo_step(step: Step, done: Sequence[Done], kept: Set[Step]) -> Iterator[Undo]:
