@@ -138,7 +138,7 @@ def test_a_command_line_is_one_that_its_program_takes(place: str, command: str) 
         "hack/test --cluster=1.2.3",
         "sudo hack/cluster up --gpu h100",
         "hack/cluster kubectl apply -f deploy/nothing.yaml",
-        "kubectl aply -f deploy",
+        "kubectl bake -f deploy",
         "helm install gpuslice deploy",
         "helm install gpuslice deploy/chart --set image.name=mine",
     ],
