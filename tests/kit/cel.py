@@ -1,7 +1,7 @@
 """The corner of CEL that our selectors use, as Kubernetes evaluates it for a device; whatever else is refused.
 
-An expression becomes Python after a few replacements. What CEL would refuse is an error here too: another type on the other
-side of an operator, and a name that the device does not have.
+An expression becomes Python after a few replacements. A name that the device does not have is an error, as in CEL; so is
+a comparison of two types, of which CEL says that it is never true.
 """
 
 from __future__ import annotations

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
-from gpuslice import cli
+from gpuslice import cli, config
+from gpuslice.nvml.sim import spec
 
 from hack.lib.bench import __main__ as bench
 from hack.lib.cluster import __main__ as cluster
+from hack.lib.cluster.layout import REAL
 from hack.lib.cluster.versions import VERSIONS
 from hack.lib.gpu import __main__ as gpu
 from hack.lib.scale import __main__ as scale
@@ -83,14 +85,22 @@ def _parsed(parse: Callable[[Words], object]) -> Callable[[Words], None]:
 
 
 def _gpuslice(arguments: Words) -> None:
-    cli.parser().parse_args(arguments or ["--help"])
+    parsed = cli.parser().parse_args(arguments or ["--help"])
+    config.read(parsed, {})  # ConfigError: a value that no start would take
+    _cards(parsed.simulate)
 
 
 def _cluster(arguments: Words) -> None:
     if arguments[:1] == ["kubectl"]:
         _kubectl(arguments[1:])
     elif arguments:
-        cluster.parser().parse_args(arguments)
+        _cards(getattr(cluster.parser().parse_args(arguments), "gpus", ""))
+
+
+def _cards(node: str | None) -> None:
+    """ConfigError where there are no such cards to simulate."""
+    if node and not node.isupper() and node != REAL:
+        spec.parse(node)
 
 
 def _gpu(arguments: Words) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from gpuslice.config import DRIVER_NAME
@@ -26,17 +26,15 @@ class Word(NamedTuple):
 ATTRIBUTES = {
     "architecture": Word("NVIDIA's name of the card's generation", f"{_OURS}.architecture in ['Hopper', 'Blackwell']"),
     "cudaComputeCapability": Word(
-        "compute capability of the card", f"{_OURS}.cudaComputeCapability.compareTo(semver('9.0.0')) >= 0", "version"
+        "compute capability of the card", f"{_OURS}.cudaComputeCapability.compareTo(semver('9.0.0')) >= 0"
     ),
     "cudaDriverVersion": Word(
         "newest CUDA version that the NVIDIA driver serves",
         f"{_OURS}.cudaDriverVersion.isGreaterThan(semver('12.8.0'))",
-        "version",
     ),
     "driverVersion": Word(
         "version of the NVIDIA driver; leading zeros are dropped, because the API refuses them",
         f"{_OURS}.driverVersion.isLessThan(semver('580.0.0'))",
-        "version",
     ),
     "index": Word("NVML's index of the card on its node, as `nvidia-smi -L` shows it", f"{_OURS}.index == 0"),
     "memoryEnforcement": Word(
@@ -101,8 +99,8 @@ def attributes() -> str:
     rows = []
     for name, word in paired("attributes", names, ATTRIBUTES):
         (kind,) = {kind for device in found for kind in device["attributes"].get(name, ())}
-        rows.append([code(name), kind, _attribute_holders(name), word.meaning, code(word.example)])
-    return table(["attribute", "type", "has a value on", "meaning", "CEL"], rows)
+        rows.append([code(name), kind, _attribute_holders(name), word.meaning])
+    return table(["attribute", "type", "has a value on", "meaning"], rows)
 
 
 def capacities() -> str:
@@ -111,9 +109,22 @@ def capacities() -> str:
     rows = []
     for name, word in paired("capacities", names, CAPACITIES):
         holders = devices.types(device for device in found if device["capacity"][name]["value"] != "0")
-        rows.append([code(name), word.unit, holders, _shares(name), word.meaning, code(word.example)])
-    head = ["capacity", "unit", "more than 0 on", "asked of a share of", "meaning", "CEL"]
-    return table(head, rows)
+        rows.append([code(name), word.unit, holders, _shares(name), word.meaning])
+    return table(["capacity", "unit", "more than 0 on", "asked of a share of", "meaning"], rows)
+
+
+def attributes_in_cel() -> str:
+    return _lines(ATTRIBUTES)
+
+
+def capacities_in_cel() -> str:
+    return _lines(CAPACITIES)
+
+
+def _lines(words: Mapping[str, Word]) -> str:
+    """One expression a line, in the order of the table."""
+    names = sorted(words, key=lambda name: ("/" in name, name != "memory", name))
+    return "```cel\n" + "".join(f"{words[name].example}\n" for name in names) + "```\n"
 
 
 def _attribute_holders(name: str) -> str:

@@ -8,7 +8,9 @@ PAGES = source.ROOT / "docs/reference"
 
 TABLES = {
     "attributes": attributes.attributes,
+    "attributes-cel": attributes.attributes_in_cel,
     "capacities": attributes.capacities,
+    "capacities-cel": attributes.capacities_in_cel,
     "classes": classes.classes,
     "commands": flags.synopsis,
     "container": container.environment,
