@@ -29,16 +29,38 @@ _VERBS = {"annotate", "apply", "cordon", "create", "delete", "describe", "drain"
           "label", "logs", "port-forward", "rollout", "scale", "taint", "uncordon", "version", "wait"}  # fmt: skip
 _NOTE = re.compile(r"( {3,}[^-\s].*|\s#\s.*)$")  # what a page says of a line, behind it
 
+_LEFT_OUT = re.compile("arguments are required: |expected one argument")
+
 Words = Sequence[str]
 
 
 def commands(text: str) -> Iterator[str]:
     """The command lines of a block of code that are for one of our programs, kubectl or helm."""
+    yield from (command for command in _parts(text) if OURS.match(command))
+
+
+def others(text: str) -> Iterator[str]:
+    """The other command lines of a block that has one of those; what an empty line divides from them is output."""
+    parts = [*_parts(text.partition("\n\n")[0])]
+    if any(map(OURS.match, parts)):
+        yield from (command for command in parts if not OURS.match(command))
+
+
+def _parts(text: str) -> Iterator[str]:
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         for part in re.split(r"&&|;|\|", _NOTE.sub("", line)):
             command = part.removeprefix("$ ").strip().removesuffix("&").strip()
-            if OURS.match(command):
+            if command and not command.startswith("#"):
                 yield command
+
+
+def mention(command: str) -> None:
+    """As `check`, for a command that a sentence names: what it takes beside may be left out."""
+    try:
+        check(command)
+    except AssertionError as e:
+        if not _LEFT_OUT.search(str(e)):
+            raise
 
 
 def check(command: str) -> None:
@@ -53,7 +75,7 @@ def check(command: str) -> None:
     elif program.startswith("hack/"):
         path = ROOT / program
         assert path.is_file(), f"there is no {program}"
-        assert os.access(path, os.X_OK), f"{program} is no program"
+        assert os.access(path, os.X_OK) or not arguments, f"{program} is no program"
     if program in _CHECKS and "…" not in command:
         _CHECKS[program](arguments)
 
@@ -120,11 +142,15 @@ def _nothing(arguments: Words) -> None:
 
 
 def _kubectl(arguments: Words) -> None:
-    verb = next((word for word in arguments if not word.startswith("-")), "")
+    pairs = [*itertools.pairwise(("kubectl", *arguments))]
+    verb = next((word for flag, word in pairs if not word.startswith("-") and flag not in ("-n", "--namespace")), "")
     assert not verb or verb in _VERBS, f"kubectl {verb} is not known to this test"
-    for flag, path in itertools.pairwise(arguments):
+    for flag, path in pairs:
         if flag in ("-f", "--filename"):
-            assert path == "-" or path.isupper() or (ROOT / path).exists(), f"there is no {path}"
+            assert path in ("-", "-n") or path.isupper() or (ROOT / path).exists(), f"there is no {path}"
+    if "--" in arguments:
+        for command in commands(shlex.join(arguments[arguments.index("--") + 1 :])):
+            check(command)
 
 
 def _helm(arguments: Words) -> None:
