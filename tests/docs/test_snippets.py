@@ -20,7 +20,7 @@ from gpuslice.nvml.sim import spec
 from hack.lib.docs import devices
 from tests.kit import commands, markdown
 from tests.kit.cel import selected
-from tests.kit.markdown import PAGES, ROOT, Block
+from tests.kit.markdown import PAGES, ROOT, CodeBlock
 
 Body = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ NOT_CHECKED = {
 }
 
 
-def documents(block: Block) -> list[Any]:
+def documents(block: CodeBlock) -> list[Any]:
     """What a block is as YAML: none where it is something else."""
     if block.language not in ("", "yaml") or block.text.startswith((*NOT_YAML, *SHORTENED)):
         return []
@@ -63,7 +63,7 @@ YAML = [(block, number, body) for block in BLOCKS for number, body in enumerate(
 
 
 @pytest.mark.parametrize(("block", "number", "body"), YAML, ids=[f"{block}-{number}" for block, number, _ in YAML])
-def test_yaml_is_what_its_reader_takes(block: Block, number: int, body: Any) -> None:
+def test_yaml_is_what_its_reader_takes(block: CodeBlock, number: int, body: Any) -> None:
     assert isinstance(body, dict), "a list by itself; show the object that it belongs to"
     match body.get("apiVersion"), body.get("kind"):
         case None, None if body.keys() == {"requests"}:  # a part of a claim

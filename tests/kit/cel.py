@@ -28,7 +28,7 @@ _KNOWN = re.compile(
 )
 
 
-class Text(str):
+class CelText(str):
     __slots__ = ()
     __hash__ = str.__hash__
 
@@ -39,7 +39,7 @@ class Text(str):
         return self.startswith(other)
 
 
-class Number(int):
+class CelNumber(int):
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
@@ -83,7 +83,7 @@ def semver(text: str) -> Comparable:
     return Comparable(tuple(map(int, text.split("."))), "version")
 
 
-_MAKE: Mapping[str, Callable[[Any], object]] = {"string": Text, "int": Number, "bool": bool, "version": semver}
+_MAKE: Mapping[str, Callable[[Any], object]] = {"string": CelText, "int": CelNumber, "bool": bool, "version": semver}
 
 
 def selected(expression: str) -> Callable[[Body], bool]:
@@ -98,7 +98,7 @@ def selected(expression: str) -> Callable[[Body], bool]:
         names = {
             "attributes": lambda domain: _domain(device["attributes"], domain, _attribute),
             "capacity": lambda domain: _domain(device["capacity"], domain, lambda body: quantity(body["value"])),
-            "driver": Text(DRIVER_NAME),
+            "driver": CelText(DRIVER_NAME),
             "quantity": quantity,
             "semver": semver,
         }

@@ -17,7 +17,7 @@ _NAMED = re.compile(r"<a (?:id|name)=\"([^\"]+)\"")
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CodeBlock:
     """A block of code; `language` is "" where it is indented or names none."""
 
     page: str
@@ -30,7 +30,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PageLine:
     number: int
     text: str
     fence: str | None  # the language of the fenced block that it is in
@@ -41,7 +41,7 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def lines(page: Path) -> Iterator[Line]:
+def lines(page: Path) -> Iterator[PageLine]:
     """The lines of a page, without the fences themselves. An indented block begins after an empty line."""
     fence: str | None = None
     may_begin, indented = True, False
@@ -52,13 +52,13 @@ def lines(page: Path) -> Iterator[Line]:
             continue
         if text.strip():
             indented = fence is None and text.startswith("    ") and (indented or may_begin)
-        yield Line(number, text, fence, indented)
+        yield PageLine(number, text, fence, indented)
         may_begin = not text.strip()
 
 
-def blocks(page: Path) -> Iterator[Block]:
+def blocks(page: Path) -> Iterator[CodeBlock]:
     """The blocks of code of a page, in order."""
-    kept: list[Line] = []
+    kept: list[PageLine] = []
     for line in lines(page):
         inside = line.fence is not None or line.indented
         if kept and not (inside and line.fence == kept[-1].fence and line.number == kept[-1].number + 1):
@@ -70,8 +70,8 @@ def blocks(page: Path) -> Iterator[Block]:
         yield _block(page, kept)
 
 
-def _block(page: Path, kept: list[Line]) -> Block:
-    return Block(name(page), kept[0].number, kept[0].fence or "", _dedented([line.text for line in kept]))
+def _block(page: Path, kept: list[PageLine]) -> CodeBlock:
+    return CodeBlock(name(page), kept[0].number, kept[0].fence or "", _dedented([line.text for line in kept]))
 
 
 def _dedented(kept: list[str]) -> str:

@@ -17,75 +17,83 @@ _CAPACITY = f"device.capacity['{DRIVER_NAME}']"
 _NOT_SHARED = {"default": "0", "validValues": ["0"]}
 
 
-class Word(NamedTuple):
+class AttributeText(NamedTuple):
     meaning: str
     example: str  # a CEL expression
     unit: str = ""
 
 
 ATTRIBUTES = {
-    "architecture": Word("NVIDIA's name of the card's generation", f"{_OURS}.architecture in ['Hopper', 'Blackwell']"),
-    "cudaComputeCapability": Word(
+    "architecture": AttributeText(
+        "NVIDIA's name of the card's generation", f"{_OURS}.architecture in ['Hopper', 'Blackwell']"
+    ),
+    "cudaComputeCapability": AttributeText(
         "compute capability of the card", f"{_OURS}.cudaComputeCapability.compareTo(semver('9.0.0')) >= 0"
     ),
-    "cudaDriverVersion": Word(
+    "cudaDriverVersion": AttributeText(
         "newest CUDA version that the NVIDIA driver serves",
         f"{_OURS}.cudaDriverVersion.isGreaterThan(semver('12.8.0'))",
     ),
-    "driverVersion": Word(
+    "driverVersion": AttributeText(
         "version of the NVIDIA driver; leading zeros are dropped, because the API refuses them",
         f"{_OURS}.driverVersion.isLessThan(semver('580.0.0'))",
     ),
-    "index": Word("NVML's index of the card on its node, as `nvidia-smi -L` shows it", f"{_OURS}.index == 0"),
-    "memoryEnforcement": Word(
+    "index": AttributeText("NVML's index of the card on its node, as `nvidia-smi -L` shows it", f"{_OURS}.index == 0"),
+    "memoryEnforcement": AttributeText(
         "by which means a claim is kept within its memory: `hardware`, `mps` or `none`",
         f"{_OURS}.memoryEnforcement == 'hardware'",
     ),
-    "parentUUID": Word(
+    "parentUUID": AttributeText(
         "UUID of the card on which the device is; on a whole card its own. In `matchAttribute` and `distinctAttribute` "
         "it says: the same card, different cards",
         f"{_OURS}.parentUUID == '{NOWHERE}'",
     ),
-    "productName": Word("product name, as `nvidia-smi -L` shows it", f"{_OURS}.productName.startsWith('NVIDIA H100')"),
-    "profile": Word("MIG profile of the partition", f"{_OURS}.profile == '1g.10gb'"),
-    "timeSliceInterval": Word(
+    "productName": AttributeText(
+        "product name, as `nvidia-smi -L` shows it", f"{_OURS}.productName.startsWith('NVIDIA H100')"
+    ),
+    "profile": AttributeText("MIG profile of the partition", f"{_OURS}.profile == '1g.10gb'"),
+    "timeSliceInterval": AttributeText(
         "the interval that the policy sets for time-slicing on the card", f"{_OURS}.timeSliceInterval == 'long'"
     ),
-    "type": Word("which kind of device it is: see above", f"{_OURS}.type == 'mig'"),
-    "uuid": Word("NVML's UUID of the card; a partition has one only while it exists", f"{_OURS}.uuid == '{NOWHERE}'"),
-    "resource.kubernetes.io/pciBusID": Word(
+    "type": AttributeText("which kind of device it is: see above", f"{_OURS}.type == 'mig'"),
+    "uuid": AttributeText(
+        "NVML's UUID of the card; a partition has one only while it exists", f"{_OURS}.uuid == '{NOWHERE}'"
+    ),
+    "resource.kubernetes.io/pciBusID": AttributeText(
         "place of the card on the PCI bus", f"{_STANDARD}.pciBusID == '0000:0a:00.0'"
     ),
-    "resource.kubernetes.io/pcieRoot": Word(
+    "resource.kubernetes.io/pcieRoot": AttributeText(
         "PCIe root of the card, for `matchAttribute` with a network card",
         f"'pcieRoot' in {_STANDARD} && {_STANDARD}.pcieRoot == 'pci0000:08'",
     ),
-    "resource.kubernetes.io/numaNode": Word(
+    "resource.kubernetes.io/numaNode": AttributeText(
         "NUMA node of the card", f"'numaNode' in {_STANDARD} && {_STANDARD}.numaNode == 0"
     ),
 }
 
 CAPACITIES = {
-    "memory": Word(
+    "memory": AttributeText(
         "memory of a card without its reserve, or of a partition; of a shared device, what all shares have together",
         f"{_CAPACITY}.memory.compareTo(quantity('40Gi')) >= 0",
         "bytes",
     ),
-    "clients": Word(
+    "clients": AttributeText(
         "CUDA contexts that the MPS daemon serves", f"{_CAPACITY}.clients.compareTo(quantity('24')) >= 0", "count"
     ),
-    "copyEngines": Word("copy engines", f"{_CAPACITY}.copyEngines.compareTo(quantity('2')) >= 0", "count"),
-    "decoders": Word("video decoders (NVDEC)", f"{_CAPACITY}.decoders.compareTo(quantity('1')) >= 0", "count"),
-    "encoders": Word("video encoders (NVENC)", f"{_CAPACITY}.encoders.compareTo(quantity('1')) >= 0", "count"),
-    "jpegEngines": Word("JPEG engines", f"{_CAPACITY}.jpegEngines.compareTo(quantity('1')) >= 0", "count"),
-    "multiprocessors": Word(
+    "copyEngines": AttributeText("copy engines", f"{_CAPACITY}.copyEngines.compareTo(quantity('2')) >= 0", "count"),
+    "decoders": AttributeText("video decoders (NVDEC)", f"{_CAPACITY}.decoders.compareTo(quantity('1')) >= 0", "count"),
+    "encoders": AttributeText("video encoders (NVENC)", f"{_CAPACITY}.encoders.compareTo(quantity('1')) >= 0", "count"),
+    "jpegEngines": AttributeText("JPEG engines", f"{_CAPACITY}.jpegEngines.compareTo(quantity('1')) >= 0", "count"),
+    "multiprocessors": AttributeText(
         "multiprocessors (SMs)", f"{_CAPACITY}.multiprocessors.compareTo(quantity('60')) >= 0", "count"
     ),
-    "ofaEngines": Word("optical flow engines", f"{_CAPACITY}.ofaEngines.compareTo(quantity('1')) >= 0", "count"),
-    "shares": Word(
+    "ofaEngines": AttributeText(
+        "optical flow engines", f"{_CAPACITY}.ofaEngines.compareTo(quantity('1')) >= 0", "count"
+    ),
+    "shares": AttributeText(
         "shares of the device that time-slicing serves", f"{_CAPACITY}.shares.compareTo(quantity('2')) >= 0", "count"
     ),
-    "smPercent": Word(
+    "smPercent": AttributeText(
         "part of the card's multiprocessors; of a device that is shared by MPS, what all ceilings together may be",
         f"{_CAPACITY}.smPercent.compareTo(quantity('25')) >= 0",
         "percent",
@@ -121,7 +129,7 @@ def capacities_in_cel() -> str:
     return _lines(CAPACITIES)
 
 
-def _lines(words: Mapping[str, Word]) -> str:
+def _lines(words: Mapping[str, AttributeText]) -> str:
     """One expression a line, in the order of the table."""
     names = sorted(words, key=lambda name: ("/" in name, name != "memory", name))
     return "```cel\n" + "".join(f"{words[name].example}\n" for name in names) + "```\n"

@@ -29,7 +29,7 @@ SUFFIXES = ["+me", "-me", "+gfx", "+me.all"]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CardPlan:
     """One way to plan a card."""
 
     default: Mapping[str, object]  # of the policy
@@ -37,12 +37,12 @@ class Plan:
 
 
 PLANS = (
-    Plan({}),
-    Plan({"modes": ["mig"], "suffixes": SUFFIXES, "sharedPartitions": ["mps", "timeslice"]}),
-    Plan({"modes": ["mps", "timeslice"], "timeslice": {"interval": "long"}, "keep": ["computeMode"]}),
-    Plan({}, static=True),
-    Plan({"static": {"mps": 4}}, static=True),
-    Plan({"static": {"timeslice": 4}}, static=True),
+    CardPlan({}),
+    CardPlan({"modes": ["mig"], "suffixes": SUFFIXES, "sharedPartitions": ["mps", "timeslice"]}),
+    CardPlan({"modes": ["mps", "timeslice"], "timeslice": {"interval": "long"}, "keep": ["computeMode"]}),
+    CardPlan({}, static=True),
+    CardPlan({"static": {"mps": 4}}, static=True),
+    CardPlan({"static": {"timeslice": 4}}, static=True),
 )
 
 
@@ -84,7 +84,7 @@ def _of_product(folder: Path, key: str) -> Iterator[Gpu]:
     nvml.close()
 
 
-def _devices(cards: Iterable[Gpu], plan: Plan) -> Iterator[Body]:
+def _devices(cards: Iterable[Gpu], plan: CardPlan) -> Iterator[Body]:
     policy = Policy.parse({"apiVersion": API_VERSION, "kind": KIND, "default": plan.default})
     for number, card in enumerate(cards):  # a node for each, because they stand in the same place
         inventory = Inventory.of([card], policy, f"node-{number}", static=plan.static)

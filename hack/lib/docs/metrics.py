@@ -15,22 +15,24 @@ from prometheus_client import Metric
 from hack.lib.docs.text import code, codes, paired, table
 
 
-class Word(NamedTuple):
+class MetricText(NamedTuple):
     unit: str
     meaning: str
 
 
 METRICS = {
-    "gpuslice_published": Word(
+    "gpuslice_published": MetricText(
         "0 or 1", "1 while the ResourceSlices in the API show what the node offers; `/readyz` says why not"
     ),
-    "gpuslice_prepared_claims": Word("claims", "claims with a record on this node"),
-    "gpuslice_prepared_devices": Word("devices", "devices that these claims hold, by kind of device"),
-    "gpuslice_hung_gpus": Word("cards", "cards with an NVML call that has not come back for 15 s"),
-    "gpuslice_mps_daemons_unwell": Word("daemons", "MPS daemons with a problem; -1 while no MPS supervisor answers"),
-    "gpuslice_requests_total": Word("claims", "claims of the kubelet's requests that are done, by outcome"),
-    "gpuslice_request_duration_seconds": Word("seconds", "time for one claim, with the wait for its cards"),
-    "gpuslice_requests_inflight": Word("claims", "claims of the kubelet's requests that are under way"),
+    "gpuslice_prepared_claims": MetricText("claims", "claims with a record on this node"),
+    "gpuslice_prepared_devices": MetricText("devices", "devices that these claims hold, by kind of device"),
+    "gpuslice_hung_gpus": MetricText("cards", "cards with an NVML call that has not come back for 15 s"),
+    "gpuslice_mps_daemons_unwell": MetricText(
+        "daemons", "MPS daemons with a problem; -1 while no MPS supervisor answers"
+    ),
+    "gpuslice_requests_total": MetricText("claims", "claims of the kubelet's requests that are done, by outcome"),
+    "gpuslice_request_duration_seconds": MetricText("seconds", "time for one claim, with the wait for its cards"),
+    "gpuslice_requests_inflight": MetricText("claims", "claims of the kubelet's requests that are under way"),
 }
 
 LABELS = {

@@ -16,20 +16,20 @@ from hack.lib.docs import devices
 from hack.lib.docs.text import code, codes, paired, table
 
 
-class Key(NamedTuple):
+class SettingText(NamedTuple):
     path: str
     values: tuple[str, ...]
     meaning: str
 
 
 KEYS = {
-    "enforcement": Key(
+    "enforcement": SettingText(
         "enforcement",
         ("required", "preferred"),
         "`required`: the claim must have a memory limit that hardware enforces. `preferred`: any means will do, which "
         "is also what counts without this setting",
     ),
-    "interval": Key(
+    "interval": SettingText(
         "timeSlicing.interval",
         INTERVALS,
         "how long each of the claim's own containers computes before the next one does. NVIDIA publishes no "

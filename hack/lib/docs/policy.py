@@ -17,7 +17,7 @@ from hack.lib.docs.text import code, codes, paired, table
 _CARD_CLIENTS = client_limit(devices.a_card())
 
 
-class Key(NamedTuple):
+class KeyText(NamedTuple):
     values: str
     default: str
     meaning: str
@@ -25,24 +25,24 @@ class Key(NamedTuple):
 
 
 SECTION = {
-    "modes": Key(f"a list of {codes(ALL_MODES)}", "all", "how claims may use the card", ()),
-    "profiles": Key(
+    "modes": KeyText(f"a list of {codes(ALL_MODES)}", "all", "how claims may use the card", ()),
+    "profiles": KeyText(
         "a list of names (`1g.10gb`) and ids (`19`)", "all without a suffix", "only these MIG profiles", ([19],)
     ),
-    "suffixes": Key('a list, such as `"+me"`', "none", "MIG profiles with these suffixes too", (["+me"],)),
-    "reserve": Key(
+    "suffixes": KeyText('a list, such as `"+me"`', "none", "MIG profiles with these suffixes too", (["+me"],)),
+    "reserve": KeyText(
         "a quantity of bytes, such as `512Mi`", "what NVML reserves", "memory that no claim gets", ("512Mi",)
     ),
-    "mps": Key("`shares`, `clients`: below", "", "how MPS divides the card", ({"shares": 2},)),
-    "timeslice": Key("`shares`, `interval`: below", "", "how time-slicing divides the card", ({"shares": 2},)),
-    "sharedPartitions": Key(f"a list of {codes(SHARED)}", "none", "claims may share a partition too", (["mps"],)),
-    "static": Key(
+    "mps": KeyText("`shares`, `clients`: below", "", "how MPS divides the card", ({"shares": 2},)),
+    "timeslice": KeyText("`shares`, `interval`: below", "", "how time-slicing divides the card", ({"shares": 2},)),
+    "sharedPartitions": KeyText(f"a list of {codes(SHARED)}", "none", "claims may share a partition too", (["mps"],)),
+    "static": KeyText(
         "`{1g.10gb: 4}`, `{mps: 4}` or `{timeslice: 4}`",
         "none",
         "the fixed parts of the card on Kubernetes 1.34 and 1.35",
         ({19: 1}, {"mps": 4}, {"timeslice": 4}),
     ),
-    "keep": Key(
+    "keep": KeyText(
         f"a list of {codes(Setting)}",
         "none",
         "settings of the card that the driver leaves alone",
@@ -51,24 +51,24 @@ SECTION = {
 }
 
 SHARED_KEYS = {
-    "mps.shares": Key(
+    "mps.shares": KeyText(
         "a number from 1 on", str(SHARES), "a claim that names no memory gets one of so many parts", (2,)
     ),
-    "mps.clients": Key(
+    "mps.clients": KeyText(
         "a number from 1 on", f"what MPS serves, {_CARD_CLIENTS} or more", "CUDA contexts of the whole card", (40,)
     ),
-    "timeslice.shares": Key(
+    "timeslice.shares": KeyText(
         "a number from 1 on", str(SHARES), "so many shares at most; without a request, one of so many parts", (2,)
     ),
-    "timeslice.interval": Key(
+    "timeslice.interval": KeyText(
         f"one of {codes(INTERVALS)}", "`default`", "how long a share computes at a time", ("long",)
     ),
 }
 
 MATCH = {
-    "index": Key("a number, or a list", "any card", "NVML's index of the card on its node", (0,)),
-    "uuid": Key("a UUID, or a list", "any card", "UUID of the card", (devices.NOWHERE,)),
-    "product": Key(
+    "index": KeyText("a number, or a list", "any card", "NVML's index of the card on its node", (0,)),
+    "uuid": KeyText("a UUID, or a list", "any card", "UUID of the card", (devices.NOWHERE,)),
+    "product": KeyText(
         "a text, or a list; `*` is any text", "any card", "product name, upper and lower case are the same", ("*H100*",)
     ),
 }
@@ -101,7 +101,7 @@ def shared() -> str:
     return table(head, (_row(name, key) for name, key in SHARED_KEYS.items()))
 
 
-def _row(name: str, key: Key) -> list[str]:
+def _row(name: str, key: KeyText) -> list[str]:
     return [code(name), key.values, key.default, _modes(name, key.examples), key.meaning]
 
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-_PRODUCT = ROOT / "driver/gpuslice"
+PRODUCT = ROOT / "driver/gpuslice"
 _NOT_THE_DRIVER = ("standin", "demo", "sim", "pb")
 
 
 def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
     """Every call of this name in the driver, without stand-ins and simulators; in the order of the files."""
-    for path in sorted(_PRODUCT.rglob("*.py")):
-        if set(path.relative_to(_PRODUCT).parts).isdisjoint(_NOT_THE_DRIVER):
+    for path in sorted(PRODUCT.rglob("*.py")):
+        if set(path.relative_to(PRODUCT).parts).isdisjoint(_NOT_THE_DRIVER):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
             yield from ((path, call) for call in sorted(found, key=lambda call: call.lineno))
+
+
+def returned(function: Callable[..., str]) -> list[str]:
+    """The texts that this function returns, without the one of nothing."""
+    nodes = ast.walk(ast.parse(inspect.getsource(function)))
+    values = [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
+    return [text for value in values for text in texts(value) if text]
 
 
 def texts(node: ast.expr) -> list[str]:
