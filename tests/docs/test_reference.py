@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 from gpuslice import cli
+from gpuslice.core.params import parse
 from gpuslice.core.policy.rules import Policy
 from gpuslice.core.policy.schema import SHARES
 from gpuslice.core.share import MODES
-from gpuslice.errors import DriverError
+from gpuslice.errors import ClaimError, ConfigError, DriverError
 from gpuslice.standin.cluster import StandInCluster
 from gpuslice.system.host import RealHost
 
-from hack.lib.docs import attributes, container, devices, flags, metrics, taints
+from hack.lib.docs import attributes, container, devices, flags, metrics, params, policy, taints
 from hack.lib.docs.errors import DocsError
 from hack.lib.docs.pages import PAGES, TABLES
 from hack.lib.docs.text import filled, paired, places
@@ -133,6 +134,17 @@ def test_the_defaults_of_the_policy_page_are_those_of_the_driver() -> None:
     assert not mine.keep
     assert mine.profiles
     assert {profile.suffix for profile in mine.profiles} == {""}
+
+
+def test_the_policy_page_has_every_key_of_the_document() -> None:
+    with pytest.raises(ConfigError, match=f"known keys: {', '.join(policy.DOCUMENT)}$"):
+        Policy.parse({"colour": "red"})
+
+
+@pytest.mark.parametrize("key", params.KEYS.values(), ids=lambda key: key.path)
+def test_the_parameters_page_has_every_value(key: params.SettingText) -> None:
+    with pytest.raises(ClaimError, match=f"one of: {', '.join(key.values)}$"):
+        parse(params.body(key.path, "other"), "parameters")
 
 
 def all_errors(base: type[DriverError] = DriverError) -> Iterator[type[DriverError]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpuslice.checkpoint import Checkpoint
+from gpuslice.core.share import MODES
 from gpuslice.mps.client import MpsClient
 from gpuslice.plugin import gauges
 from gpuslice.telemetry import Telemetry
@@ -38,7 +39,7 @@ METRICS = {
 LABELS = {
     "operation": ("prepare", "unprepare"),
     "result": ("ok", "error"),
-    "type": ("gpu", "mig", "mps", "timeslice", "monitor"),
+    "type": MODES,
 }
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from gpuslice.core.model import API_VERSION, INTERVALS, Setting
 from gpuslice.core.policy import reading
 from gpuslice.core.policy.rules import Policy, client_limit
-from gpuslice.core.policy.schema import ALL_MODES, KEYS, SHARED, SHARES, Match
+from gpuslice.core.policy.schema import ALL_MODES, KEYS, SHARED, SHARES, Match, Section
 from gpuslice.errors import ConfigError
 
 from hack.lib.docs import devices
@@ -98,7 +98,8 @@ def section() -> str:
 
 def shared() -> str:
     head = ["key", "values", "without the key", "has an effect with mode", "meaning"]
-    return table(head, (_row(name, key) for name, key in SHARED_KEYS.items()))
+    found = (name.replace("_", ".", 1) for name in Section.__dataclass_fields__ if name.startswith((*SHARED,)))
+    return table(head, (_row(name, key) for name, key in paired("keys of shares", found, SHARED_KEYS)))
 
 
 def _row(name: str, key: KeyText) -> list[str]:
