@@ -19,13 +19,13 @@ TAINTS = {
     ),
     ("gpu", "hung"): ("every device of the card", "an NVML call has not come back for 15 s"),
     ("mig-mode", "on"): (
-        "what needs MIG mode off",
+        "gpu, and mps and timeslice of the card",
         "MIG mode is on, and only a reset of the card switches it (A100, A30)",
     ),
     ("mig-mode", "off"): ("partitions", "MIG mode is off, and only a reset of the card switches it (A100, A30)"),
     ("mig-mode", "pending"): ("every device but monitor", "a change of MIG mode waits for a reset of the card"),
     ("foreign-partition", "profile-…-at-…"): (
-        "the whole card, and partitions that overlap",
+        "gpu, mps and timeslice of the card, and partitions that overlap",
         "a partition that the driver did not make is on the card. The value names its profile id and its first memory slice",
     ),
     ("mps", "fault"): ("devices of this MPS daemon", "the MPS daemon has a problem"),
