@@ -200,9 +200,8 @@ class App:
     def _serve_http(
         self, server: PluginServer, controller: SliceController, service: ClaimService
     ) -> Callable[[], None]:
-        gauges.register(self._telemetry, self._checkpoint, self._mps, service.tickets.hung)
-        self._telemetry.gauge(
-            "gpuslice_published", "1 while the API shows what the node offers.", lambda: not controller.problem()
+        gauges.register(
+            self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
         )
         if not self._config.http_endpoint:
             return lambda: None

@@ -14,13 +14,14 @@ from typing import NoReturn
 from gpuslice import __version__, config
 from gpuslice.errors import ApiError, ConfigError, DriverError
 
-_EXIT = """\
+EXIT_CODES = """\
 exit codes:
   0  done, or ended by SIGTERM / SIGINT
   1  it ran and failed; the last line on standard error says at what
   2  wrong usage: a flag, an environment variable, a policy file
   3  the node is not ready: GPUs, NVIDIA driver, folders, records
   4  the API server refused or did not answer
+  130  ended by Ctrl-C before it was done (demo, devices, claims)
 """
 
 _ABOUT = """\
@@ -66,12 +67,12 @@ Give the same folders (and --simulate) as to `run`; nothing is changed.
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit; every error is one sentence on standard error."""
-    parsed = _parser().parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     try:
         code = parsed.command(parsed)
     except DriverError as e:
         print(f"gpuslice: {e}", file=sys.stderr)
-        code = 2 if isinstance(e, ConfigError) else 4 if isinstance(e, ApiError) else 3
+        code = exit_code(e)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -81,10 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _command_parser(argparse.ArgumentParser, prog="gpuslice", about=_ABOUT)
-    parser.add_argument("--version", action="version", version=f"gpuslice {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def exit_code(error: DriverError) -> int:
+    """The exit code of a command that ends with this error."""
+    return 2 if isinstance(error, ConfigError) else 4 if isinstance(error, ApiError) else 3
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes; docs/reference/ is made of it too."""
+    gpuslice = _command_parser(argparse.ArgumentParser, prog="gpuslice", about=_ABOUT)
+    gpuslice.add_argument("--version", action="version", version=f"gpuslice {__version__}")
+    commands = gpuslice.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run = _add(commands, "run", "run the kubelet plugin", _RUN, _run)
     config.add_flags(run)
     supervisor = _add(commands, "mps-supervisor", "own the MPS daemons of this node", _SUPERVISOR, _supervise)
@@ -99,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "claims", "list what is prepared on this node", "List what is prepared on this node.", _claims
     )
     config.add_flags(claims, *config.NODE_FLAGS)
-    return parser
+    return gpuslice
 
 
 def _add(
@@ -109,9 +116,9 @@ def _add(
     about: str,
     command: Callable[[argparse.Namespace], int],
 ) -> argparse.ArgumentParser:
-    parser = _command_parser(commands.add_parser, name, about=about, help=short)
-    parser.set_defaults(command=command)
-    return parser
+    made = _command_parser(commands.add_parser, name, about=about, help=short)
+    made.set_defaults(command=command)
+    return made
 
 
 def _command_parser(
@@ -120,7 +127,7 @@ def _command_parser(
     return make(
         *names,
         description=about,
-        epilog=_EXIT,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         **more,

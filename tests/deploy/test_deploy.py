@@ -19,10 +19,10 @@ from gpuslice.core.pools import pool
 from gpuslice.core.pools.pool import Features
 from gpuslice.mps import control
 from gpuslice.standin import scheduler
-from gpuslice.standin.resource_slices import amount
 from gpuslice.standin.scheduler import Request
 
 from tests.kit.builders import a_policy
+from tests.kit.cel import selected
 from tests.kit.rig import NODE, Rig
 from tests.plugin.test_mps_shares import a_supervisor
 
@@ -194,34 +194,6 @@ def test_the_policy_that_is_shipped_is_the_default() -> None:
 
 
 # ---------------------------------------------------------------- classes and examples
-
-# Our selectors use a corner of CEL that reads as Python after three replacements; whatever else is in them is refused.
-_CEL = (
-    (re.compile(r"device\.attributes\['gpuslice\.dev'\]\.(\w+)"), r"attributes['\1']"),
-    (re.compile(r"device\.capacity\['gpuslice\.dev'\]\.(\w+)\.compareTo\(quantity\('(\w+)'\)\)"), r"over('\1', '\2')"),
-    (re.compile(r"device\.driver"), "driver"),
-)
-_KNOWN = re.compile(r"(attributes\['\w+'\]|over\('\w+', '\w+'\)|driver|'[\w.-]*'|==|>=|\[|\]|,|\bin\b|\band\b|0|\s)*")
-
-
-def selected(expression: str) -> Callable[[Body], bool]:
-    """A CEL selector as a function of one device of ours. KeyError where it names a key that the device lacks."""
-    text = expression.replace("&&", " and ")
-    for pattern, replacement in _CEL:
-        text = pattern.sub(replacement, text)
-    assert _KNOWN.fullmatch(text), f"this test cannot read {expression!r}"
-
-    def check(device: Body) -> bool:
-        def over(name: str, least: str) -> int:
-            have, want = amount(device["capacity"][name]["value"]), amount(least)
-            assert have is not None
-            assert want is not None
-            return int(have >= want) - int(have < want)
-
-        attributes = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
-        return bool(eval(text, {"attributes": attributes, "driver": DRIVER, "over": over}))
-
-    return check
 
 
 @functools.cache

@@ -85,9 +85,9 @@ def a_config(
 @pytest.mark.contract(23)
 async def test_a_wrong_config_reaches_the_pod_as_one_sentence_and_a_foreign_one_is_ignored(world: World) -> None:
     head = {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "SliceConfig"}
-    wrong = a_config("FromClaim", head | {"enforcment": "required"})
+    wrong = a_config("FromClaim", head | {"enforce": "required"})
     answer = await world.prepare(world.claim("wrong", world.device("gpu"), config=[wrong]))
-    assert "config[0].opaque.parameters has the unknown key enforcment; known keys" in answer.error
+    assert "config[0].opaque.parameters has the unknown key enforce; known keys" in answer.error
 
     foreign = a_config("FromClass", {"any": "thing"}, driver="other.example.com")
     await world.must_prepare(world.claim("fine", world.device("gpu"), config=[foreign]))

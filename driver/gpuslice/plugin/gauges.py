@@ -13,9 +13,15 @@ from gpuslice.telemetry import Telemetry
 
 
 def register(
-    telemetry: Telemetry, checkpoint: Checkpoint, mps: MpsDaemons, hung: Callable[[], Collection[object]]
+    telemetry: Telemetry,
+    checkpoint: Checkpoint,
+    mps: MpsDaemons,
+    *,
+    hung: Callable[[], Collection[object]],
+    problem: Callable[[], str | None],
 ) -> None:
-    """Add the gauges; `hung` lists the GPUs with a call that does not come back."""
+    """Add the gauges; `hung` lists the GPUs with a call that does not come back, `problem` says what is not published."""
+    telemetry.gauge("gpuslice_published", "1 while the API shows what the node offers.", lambda: not problem())
     telemetry.gauge("gpuslice_prepared_claims", "Claims with a record.", lambda: len(checkpoint.records()))
     telemetry.gauge("gpuslice_hung_gpus", "GPUs with a call that does not come back.", lambda: len(hung()))
     telemetry.gauges(

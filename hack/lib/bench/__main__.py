@@ -15,7 +15,7 @@ from hack.lib.bench.table import table
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 once everything was measured, targets reached or not; 1 with a sentence where it could not be."""
-    options = _options(arguments)
+    options = options_of(arguments)
     signal.signal(signal.SIGTERM, _stop)
     try:
         _check(options)
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hack/bench", description="Measure the driver: driver overhead, simulated.", allow_abbrev=False
     )

@@ -43,7 +43,7 @@ Try:
 def main() -> int:
     if sys.argv[1:2] == ["kubectl"]:
         return _kubectl(sys.argv[2:])
-    parsed = _parser().parse_args()
+    parsed = parser().parse_args()
     if parsed.command == "up":
         return _up(_facts(parsed), parsed.foreground)
     if parsed.command == "build":
@@ -67,7 +67,7 @@ def main() -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hack/cluster",
         description=_ABOUT,

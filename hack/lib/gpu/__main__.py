@@ -23,7 +23,7 @@ Prove on a real GPU what can be proven without changing a setting of the card.
 
 
 def main(arguments: list[str]) -> int:
-    parsed = _parser().parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     if parsed.command == "pack":
         return _pack(parsed)
     if parsed.command == "run":
@@ -49,7 +49,7 @@ def _pack(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hack/gpu",
         description=_ABOUT,

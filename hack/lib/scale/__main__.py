@@ -31,7 +31,7 @@ _WHOLE_ONLY = {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 once all was measured, targets reached or not; 1 with a sentence where it could not be."""
-    options = _options(arguments)
+    options = options_of(arguments)
     try:
         gpus = cards()
         plans = {
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hack/scale",
         description="Pods a second that the real scheduler places on nodes with our slices, without kubelets.",

@@ -1,0 +1,5 @@
+"""What stops the generator."""
+
+
+class DocsError(Exception):
+    """The code and the sentences about it do not have the same names, or a page names no table."""

@@ -1,0 +1,68 @@
+"""Taints of devices: keys and values as the source has them."""
+
+from __future__ import annotations
+
+import ast
+
+from gpuslice.config import DRIVER_NAME
+from gpuslice.core.model import PoolName, Taint
+from gpuslice.core.pools import shape
+from gpuslice.core.pools.pool import PoolSlices
+
+from hack.lib.docs import source
+from hack.lib.docs.text import code, paired, table
+
+TAINTS = {
+    ("gpu", "lost"): (
+        "every device of the card",
+        "the card does not answer NVML: it fell off the bus. Reset the card, or restart the node",
+    ),
+    ("gpu", "hung"): ("every device of the card", "an NVML call has not come back for 15 s"),
+    ("mig-mode", "on"): (
+        "gpu, and mps and timeslice of the card",
+        "MIG mode is on, and only a reset of the card switches it (A100, A30)",
+    ),
+    ("mig-mode", "off"): ("partitions", "MIG mode is off, and only a reset of the card switches it (A100, A30)"),
+    ("mig-mode", "pending"): ("every device but monitor", "a change of MIG mode waits for a reset of the card"),
+    ("foreign-partition", "profile-…-at-…"): (
+        "gpu, mps and timeslice of the card, and partitions that overlap",
+        "a partition that the driver did not make is on the card. The value names its profile id and its first memory slice",
+    ),
+    ("mps", "fault"): ("devices of this MPS daemon", "the MPS daemon has a problem"),
+    ("mps", "supervisor-away"): ("every device of type mps", "no MPS supervisor answers on the node"),
+    (shape.TAINT, "pending"): (
+        "every device of the card",
+        "the policy or the Kubernetes release changed what the card offers, and the change waits until no claim has it",
+    ),
+}
+
+
+def found() -> list[tuple[str, str]]:
+    """(key, value) of every taint that the driver can publish."""
+    pairs = []
+    for path, call in source.calls("Taint"):
+        keys, values = (source.texts(argument) for argument in call.args[:2])
+        if not keys or not values:
+            raise ValueError(f"{path}:{call.lineno} makes a taint whose key or value is no text: {ast.unparse(call)}")
+        pairs += [(key, value) for key in keys for value in values]
+    return list(dict.fromkeys([*pairs, *_of_a_cordoned_pool()]))
+
+
+def effects() -> set[str]:
+    return {Taint("", "").effect}
+
+
+def _of_a_cordoned_pool() -> list[tuple[str, str]]:
+    cordoned = shape.cordoned(PoolSlices(PoolName("n/p"), ({"devices": [{"name": "gpu"}]},)), DRIVER_NAME)
+    devices = cordoned.specs[0]["devices"]
+    assert isinstance(devices, list)
+    return [(taint["key"].rpartition("/")[2], taint["value"]) for taint in devices[0]["taints"]]
+
+
+def taints() -> str:
+    said = {f"{key}={value}": words for (key, value), words in TAINTS.items()}
+    rows = []
+    for pair, (devices, meaning) in paired("taints", (f"{key}={value}" for key, value in found()), said):
+        key, _, value = pair.partition("=")
+        rows.append([code(f"{DRIVER_NAME}/{key}"), code(value), devices, meaning])
+    return table(["key", "value", "on", "meaning"], sorted(rows))

@@ -1,0 +1,55 @@
+"""Markdown: tables, and the places of a page that are generated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from hack.lib.docs.errors import DocsError
+
+_PLACE = re.compile(r"(<!-- hack/docs: ([\w-]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_T = TypeVar("_T")
+
+
+def filled(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """The page with each of its generated places written anew."""
+
+    def write(place: re.Match[str]) -> str:
+        if place[2] not in tables:
+            raise DocsError(f"there is no table {place[2]!r}; known tables: {', '.join(sorted(tables))}")
+        return f"{place[1]}\n{tables[place[2]]()}\n{place[3]}"
+
+    return _PLACE.sub(write, page)
+
+
+def places(page: str) -> list[str]:
+    """The names of the generated places of a page, in order."""
+    return [place[2] for place in _PLACE.finditer(page)]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(_cell(cell) for cell in line)} |\n" for line in (head, *rows)]
+    return "".join((lines[0], f"{'|---' * len(head)}|\n", *lines[1:]))
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def codes(texts: Iterable[str]) -> str:
+    return ", ".join(map(code, texts))
+
+
+def paired(what: str, found: Iterable[str], said: Mapping[str, _T]) -> list[tuple[str, _T]]:
+    """Each name that the code has, with what is said of it. DocsError where the names are not the same ones."""
+    names = list(dict.fromkeys(found))
+    if missing := sorted(set(names) - set(said)):
+        raise DocsError(f"{what} without a sentence in hack/lib/docs: {', '.join(missing)}; add it")
+    if gone := sorted(set(said) - set(names)):
+        raise DocsError(f"{what} that the code does not have (any more): {', '.join(gone)}; remove the sentence")
+    return [(name, said[name]) for name in names]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,175 @@
+"""Command lines that our pages name, checked without running them: by the parsers of our commands, and by what they name."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import yaml
+from gpuslice import cli, config
+from gpuslice.nvml.sim import spec
+
+from hack.lib.bench import __main__ as bench
+from hack.lib.cluster import __main__ as cluster
+from hack.lib.cluster.layout import REAL
+from hack.lib.cluster.versions import VERSIONS
+from hack.lib.gpu import __main__ as gpu
+from hack.lib.scale import __main__ as scale
+from tests.kit.markdown import ROOT
+
+OURS = re.compile(r"((sudo|\w+=\S*) +)*(\.venv/bin/)?(hack/\w+|gpuslice|python3? -m \S+|kubectl|helm)( |$)")
+_VERBS = {"annotate", "apply", "cordon", "create", "delete", "describe", "drain", "events", "exec", "explain", "get",
+          "label", "logs", "port-forward", "rollout", "scale", "taint", "uncordon", "version", "wait"}  # fmt: skip
+_NOTE = re.compile(r"( {3,}[^-\s].*|\s#\s.*)$")  # what a page says of a line, behind it
+
+_LEFT_OUT = re.compile("arguments are required: |expected one argument")
+
+Words = Sequence[str]
+
+
+def commands(text: str) -> Iterator[str]:
+    """The command lines of a block of code that are for one of our programs, kubectl or helm."""
+    yield from (command for command in _parts(text) if OURS.match(command))
+
+
+def others(text: str) -> Iterator[str]:
+    """The other command lines of a block that has one of those; what an empty line divides from them is output."""
+    parts = [*_parts(text.partition("\n\n")[0])]
+    if any(map(OURS.match, parts)):
+        yield from (command for command in parts if not OURS.match(command))
+
+
+def _parts(text: str) -> Iterator[str]:
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        for part in re.split(r"&&|;|\|", _NOTE.sub("", line)):
+            command = part.removeprefix("$ ").strip().removesuffix("&").strip()
+            if command and not command.startswith("#"):
+                yield command
+
+
+def mention(command: str) -> None:
+    """As `check`, for a command that a sentence names: what it takes beside may be left out."""
+    try:
+        check(command)
+    except AssertionError as e:
+        if not _LEFT_OUT.search(str(e)):
+            raise
+
+
+def check(command: str) -> None:
+    """AssertionError says what is wrong with a command line. Behind … anything may stand."""
+    words = [word for word in shlex.split(command.partition("…")[0]) if word not in ("sudo", "[", "]")]
+    while words and "=" in words[0]:
+        words.pop(0)  # of its environment
+    program, *arguments = words
+    if re.fullmatch(r"(\.venv/bin/)?python3?", program):
+        program, arguments = arguments[1], arguments[2:]
+        assert importlib.util.find_spec(program), f"there is no module {program}"
+    elif program.startswith("hack/"):
+        path = ROOT / program
+        assert path.is_file(), f"there is no {program}"
+        assert os.access(path, os.X_OK) or not arguments, f"{program} is no program"
+    if program in _CHECKS and "…" not in command:
+        _CHECKS[program](arguments)
+
+
+def set_values(arguments: Words) -> None:
+    """`--set a.b=c` names a value of the chart."""
+    values = yaml.safe_load((ROOT / "deploy/chart/values.yaml").read_text(encoding="utf-8"))
+    for flag, text in itertools.pairwise(arguments):
+        if flag in ("--set", "--set-file", "--set-string"):
+            inner: Any = values
+            for key in text.partition("=")[0].split("."):
+                assert isinstance(inner, dict), f"{text}: the chart has no such value"
+                assert key in inner, f"{text}: the chart has no such value"
+                inner = inner[key]
+
+
+def _parsed(parse: Callable[[Words], object]) -> Callable[[Words], None]:
+    """What a parser refuses is wrong."""
+
+    def check(arguments: Words) -> None:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            try:
+                parse(arguments)
+            except SystemExit as e:
+                assert e.code == 0, said.getvalue().strip().splitlines()[-1]
+
+    return check
+
+
+def _gpuslice(arguments: Words) -> None:
+    parsed = cli.parser().parse_args(arguments or ["--help"])
+    config.read(parsed, {})  # ConfigError: a value that no start would take
+    _cards(parsed.simulate)
+
+
+def _cluster(arguments: Words) -> None:
+    if arguments[:1] == ["kubectl"]:
+        _kubectl(arguments[1:])
+    elif arguments:
+        _cards(getattr(cluster.parser().parse_args(arguments), "gpus", ""))
+
+
+def _cards(node: str | None) -> None:
+    """ConfigError where there are no such cards to simulate."""
+    if node and not node.isupper() and node != REAL:
+        spec.parse(node)
+
+
+def _gpu(arguments: Words) -> None:
+    if arguments and arguments[0] != "test":
+        gpu.parser().parse_args(arguments)
+
+
+def _test(arguments: Words) -> None:
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        if flag == "--cluster":
+            assert value in ("", "all", *VERSIONS), f"hack/test knows no release {value}"
+
+
+def _nothing(arguments: Words) -> None:
+    assert not arguments, f"it takes no arguments: {arguments}"
+
+
+def _kubectl(arguments: Words) -> None:
+    pairs = [*itertools.pairwise(("kubectl", *arguments))]
+    verb = next((word for flag, word in pairs if not word.startswith("-") and flag not in ("-n", "--namespace")), "")
+    assert not verb or verb in _VERBS, f"kubectl {verb} is not known to this test"
+    for flag, path in pairs:
+        if flag in ("-f", "--filename"):
+            assert path in ("-", "-n") or path.isupper() or (ROOT / path).exists(), f"there is no {path}"
+    if "--" in arguments:
+        for command in commands(shlex.join(arguments[arguments.index("--") + 1 :])):
+            check(command)
+
+
+def _helm(arguments: Words) -> None:
+    verb, *rest = arguments or ["version"]
+    assert verb in ("install", "upgrade", "uninstall", "version", "template"), f"helm {verb} is not known to this test"
+    if verb in ("install", "upgrade", "template") and rest:
+        assert any((ROOT / word / "Chart.yaml").is_file() for word in rest), f"none of {rest} is a chart"
+    set_values(rest)
+
+
+_CHECKS: dict[str, Callable[[Words], None]] = {
+    "gpuslice": _parsed(_gpuslice),
+    "hack/bench": _parsed(bench.options_of),
+    "hack/cluster": _parsed(_cluster),
+    "hack/demo": _parsed(lambda arguments: _gpuslice(["demo", *arguments])),
+    "hack/docs": _nothing,
+    "hack/gpu": _parsed(_gpu),
+    "hack/scale": _parsed(scale.options_of),
+    "hack/test": _test,
+    "kubectl": _kubectl,
+    "helm": _helm,
+}
