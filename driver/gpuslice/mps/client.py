@@ -30,7 +30,7 @@ class MpsClient:
         what = f"ensure the MPS daemon of {daemon.device}"
         for running in self._list(what, message, _CHANGE_S):
             return running
-        raise DeviceError(f"cannot {what}: the MPS supervisor did not say what runs; see its log")
+        raise DeviceError(f"cannot {what}: the MPS supervisor answered without a daemon; see its log")
 
     def stop(self, key: str) -> None:
         """Also succeeds without a supervisor where the daemon's folder is not there: it is made before any daemon starts.
@@ -85,7 +85,9 @@ class MpsClient:
                 f"cannot {what}: no MPS supervisor answers at {path} ({e}); start it: gpuslice mps-supervisor"
             ) from e
         if answer is None:
-            raise DeviceError(f"cannot {what}: the MPS supervisor at {path} hung up; see its log")
+            raise DeviceError(
+                f"cannot {what}: the MPS supervisor at {path} closed the connection without an answer; see its log"
+            )
         if "error" in answer:
             raise DeviceError(str(answer["error"]))
         return greeting, answer

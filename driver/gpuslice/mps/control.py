@@ -102,8 +102,8 @@ class Control:
                 return memory_mib
         here = "no ceiling" if reported[0] is None else f"{reported[0]} MiB"
         raise DeviceError(
-            f"the MPS daemon of {device} did not take its memory ceiling of {memory_mib or 'no'} MiB and says {here}, "
-            f"by UUID and by index; update the NVIDIA driver, or share this card by other means"
+            f"the MPS daemon of {device} did not accept the memory ceiling of {memory_mib or 'no'} MiB and reports {here}, "
+            f"by UUID and by index; update the NVIDIA driver, or use MIG or time-slicing on this card"
         )
 
     def _try(self, *commands: str) -> None:
@@ -113,7 +113,7 @@ class Control:
         except HungError:
             raise
         except DeviceError as e:
-            log.debug("an MPS daemon did not obey: %s", e)
+            log.debug("an MPS daemon refused a command command=%r: %s", commands[0], e)
 
     def memory(self, device: GpuUuid | MigUuid) -> int | None:
         """The memory ceiling as it is: by UUID where there is one, else by index."""
@@ -132,8 +132,8 @@ class Control:
         reported = [self.threads(), *(self._threads(f"get_active_thread_percentage {server}") for server in servers)]
         if any(figure != percent for figure in reported):
             raise DeviceError(
-                f"the MPS daemon did not take its ceiling of {wanted} % of the multiprocessors and says "
-                f"{reported[0] or 100} %; update the NVIDIA driver, or share this card by other means"
+                f"the MPS daemon did not accept the ceiling of {wanted} % of the multiprocessors and reports "
+                f"{reported[0] or 100} %; update the NVIDIA driver, or use MIG or time-slicing on this card"
             )
         return percent
 

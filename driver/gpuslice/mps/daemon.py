@@ -82,11 +82,11 @@ class MpsDaemon:
             if drain and not self.pidfd.ended():
                 # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
                 ended = self.control.terminate_clients()
-                log.info("MPS clients were terminated pid=%d clients=%d", self.pid, ended)
+                log.info("terminated the clients of an MPS daemon before its end pid=%d clients=%d", self.pid, ended)
                 self.control.run(f"quit -t {DRAIN_S:.0f}")
                 self.pidfd.ended(DRAIN_S)
         except DeviceError as e:
-            log.warning("an MPS daemon could not be drained and is killed pid=%d: %s", self.pid, e)
+            log.warning("an MPS daemon could not be drained, so it is killed pid=%d: %s", self.pid, e)
         self.pidfd.kill()
         # Its servers go with it: they would hold the card against the next daemon's.
         kill_all(self._pipe, DRAIN_S)
@@ -106,7 +106,9 @@ def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: fl
             why = e
     process = _start(paths, daemon, command, answer_s, last)
     if first:
-        log.warning("MPS daemon %s serves one uid at a time; with more it fails: %s", daemon.key, why)
+        log.warning(
+            "an MPS daemon serves only one uid at a time key=%s: with -multiuser-server it fails: %s", daemon.key, why
+        )
     return process
 
 
@@ -125,7 +127,9 @@ def _give_shm(paths: Paths, key: str) -> None:
         why = "mounts do not propagate from here"
     except OSError as e:
         why = e.strerror or str(e)
-    log.warning("programs of MPS daemon %s fill %s with their shared memory: %s", key, paths.root, why)
+    log.warning(
+        "shared memory of MPS clients fills the root folder key=%s root=%s: no tmpfs, because %s", key, paths.root, why
+    )
 
 
 class _EndedError(DeviceError):
@@ -150,7 +154,7 @@ def _start(
             process.stop(drain=False)
             raise
     if warning := next((line for line in _lines(console) if line.startswith(launch.NO_SHM)), ""):
-        log.warning("MPS daemon %s has %s", daemon.key, warning.removeprefix("gpuslice: "))
+        log.warning("an MPS daemon has %s key=%s", warning.removeprefix("gpuslice: "), daemon.key)
     return process
 
 
@@ -167,7 +171,9 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int
                 start_new_session=True,  # a terminal's ctrl-C is ours, not its
             )
     except OSError as e:
-        raise DeviceError(f"cannot start an MPS daemon: {e.strerror} ({e.filename}); see to that first") from e
+        raise DeviceError(
+            f"cannot start an MPS daemon: {e.strerror} ({e.filename}); check that file and its rights"
+        ) from e
     child.returncode = 0  # we reap it ourselves, like those that are not our children
     return child.pid
 
@@ -192,7 +198,10 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
             return
         except DeviceError as e:
             why = str(e)
-    raise DeviceError(f"the MPS daemon of {device} took no command within {START_S:g} s after its start: {why}")
+    raise DeviceError(
+        f"the MPS daemon of {device} took no command within {START_S:g} s after its start: {why}; see the logs in "
+        f"{console.parent}"
+    )
 
 
 def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
@@ -217,7 +226,7 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
     try:
         process.ceilings = (process.control.memory(daemon.device), process.control.threads())
     except DeviceError as e:
-        log.warning("a former supervisor's MPS daemon does not answer and is killed key=%s: %s", key, e)
+        log.warning("an MPS daemon of a former supervisor does not answer, so it is killed key=%s: %s", key, e)
         process.stop(drain=False)
         return daemon, None
     return daemon, process

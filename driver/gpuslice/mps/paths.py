@@ -53,7 +53,7 @@ class Paths:
     def check(self, key: str) -> None:
         """DeviceError where no daemon can have this key here."""
         if not _KEY.fullmatch(key):
-            raise DeviceError(f"{key!r} names no MPS daemon; use at most 24 of a-z, 0-9 and dashes")
+            raise DeviceError(f"{key!r} is not the key of an MPS daemon; a key has 1 to 24 of a-z, 0-9 and dashes")
         _check_length(self.pipe(key) / _LONGEST_SOCKET)
 
     def check_socket(self) -> None:
@@ -86,7 +86,9 @@ class Paths:
         try:
             _own(self.folder(key))
         except OSError as e:
-            raise DeviceError(f"cannot look at folder {self.folder(key)} of an MPS daemon: {e.strerror}") from e
+            raise DeviceError(
+                f"cannot look at folder {self.folder(key)} of an MPS daemon: {e.strerror}; check its rights"
+            ) from e
 
     def remove(self, key: str) -> None:
         """Remove the daemon's folder with what is in it; gone is fine."""
@@ -105,7 +107,7 @@ class Paths:
 def _check_length(path: Path) -> None:
     if (length := len(os.fsencode(path))) > _SOCKET_PATH:
         raise DeviceError(
-            f"socket path {path} has {length} bytes, more than the {_SOCKET_PATH} that Linux takes; "
+            f"socket path {path} has {length} bytes, more than the {_SOCKET_PATH} that Linux accepts; "
             f"start the MPS supervisor with a shorter root folder"
         )
 
@@ -114,7 +116,9 @@ def _own(folder: Path) -> None:
     """Never run a daemon where somebody else could replace its sockets, nor remove what is somebody else's."""
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode):
-        raise DeviceError(f"{folder} is no folder of ours; remove it, or start the MPS supervisor with another root")
+        raise DeviceError(
+            f"{folder} is not a folder of gpuslice; remove it, or start the MPS supervisor with another root"
+        )
     if there.st_uid != os.geteuid():
         raise DeviceError(
             f"folder {folder} belongs to uid {there.st_uid}, and the MPS supervisor runs as {os.geteuid()}; "
