@@ -166,8 +166,8 @@ def _bus(bus_id: str) -> str:
 def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
     if policy.reserve_bytes >= gpu.memory_bytes:
         raise ConfigError(
-            f"policy: the reserve of GPU {gpu.index} is {policy.reserve_bytes} bytes, and the card has"
-            f" {gpu.memory_bytes}; reserve less"
+            f"policy: the reserve of GPU {gpu.index} is {policy.reserve_bytes} bytes, but the card has only"
+            f" {gpu.memory_bytes}; write a smaller reserve"
         )
     name = _pool_name(node, gpu)
     offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
@@ -182,9 +182,12 @@ def _sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
 def _pool_name(node: str, gpu: Gpu) -> PoolName:
     name = f"{node}/{_bus(gpu.bus_id)}"
     if any(_SUBDOMAIN.fullmatch(part) is None for part in name.split("/")):
-        raise ConfigError(f"{name!r} cannot name a pool; the node's name must be the one that Kubernetes knows it by")
+        raise ConfigError(f"{name!r} cannot be the name of a pool; --node-name must be the name of the Node object")
     if len(name) > _POOL_NAME:
-        raise ConfigError(f"the name of node {node} leaves no room for a pool name of {_POOL_NAME} bytes; shorten it")
+        raise ConfigError(
+            f"the name of node {node} is too long, because pool names contain it and have at most {_POOL_NAME} bytes; "
+            "shorten it"
+        )
     return PoolName(name)
 
 
@@ -252,8 +255,8 @@ def _parted(parts: Parts, gpu: Gpu, policy: GpuPolicy) -> Mps | TimeSlicing:
     sharing = _sharing(parts.mode, WholeGpu(gpu), wanted)
     if sharing.shares < parts.count:
         raise ConfigError(
-            f"policy: static.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts, and it has"
-            f" {policy.mps_clients} MPS clients, of which each part needs one; make fewer parts"
+            f"policy: static.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts, but the card has only"
+            f" {policy.mps_clients} MPS clients, and each part needs one; make fewer parts"
         )
     return sharing
 

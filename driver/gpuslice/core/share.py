@@ -122,7 +122,7 @@ def excess(wanted: Grant, others: Sequence[Grant]) -> str:
     for name, limit in _limits(wanted):
         total = getattr(mine, name) + sum(getattr(share, name) for share in shares)
         if total > limit:
-            return f"{total} {_DESCRIPTIONS[name]} of {limit}"
+            return f"{total} of {limit} {_DESCRIPTIONS[name]}"
     return ""
 
 
