@@ -84,7 +84,7 @@ class ClaimQueue:
             if not job.task.cancelled():
                 raise  # it is the caller who went away
             raise ClaimError(
-                f"{job.kind} of claim {uid} was called off before it began; it is asked for again if needed"
+                f"{job.kind} of claim {uid} was cancelled before it began; the kubelet asks again if a pod needs the claim"
             ) from None
         finally:
             job.job.listeners -= 1

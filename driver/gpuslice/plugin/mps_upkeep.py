@@ -37,7 +37,7 @@ class MpsUpkeep:
             now = await asyncio.to_thread(self._read_state)
             if now != known:
                 for problem in sorted(now[1] - known[1]):
-                    log.warning("MPS: %s", problem)
+                    log.warning("an MPS daemon has a problem: %s", problem)
                 self._changed()
                 pause_s, due = _PERIOD_S, 0.0
             pending = pending or now[0] != known[0] or bool(now[1])
@@ -51,7 +51,7 @@ class MpsUpkeep:
         try:
             await self._ensure_daemons()
         except DriverError as e:  # the daemon's own problem is logged and tainted
-            log.debug("the MPS daemons cannot be ensured yet: %s", e)
+            log.debug("cannot start the MPS daemons of all claims yet; the driver tries again: %s", e)
             return False
         return True
 

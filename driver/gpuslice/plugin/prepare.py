@@ -112,7 +112,7 @@ class Preparer:
             if record != scope.record:
                 return self.scope(uid)
             if record is not None and record.prepared is None:
-                log.warning("undoing what was left incomplete claim=%s", record.plan.ref)
+                log.warning("undoing a prepare that did not end claim=%s", record.plan.ref)
                 self._undo(record)
             return None
 
@@ -213,9 +213,9 @@ class Preparer:
         left = {gpu: plan.leftover(record, gpu) for gpu in refused}
         for gpu, leftover in left.items():
             log.warning(
-                "unprepared, except for what is left on GPU %s; it is undone when the GPU is back claim=%s: %s",
-                gpu,
+                "unprepared a claim except on a lost GPU; the rest is undone when the GPU is back claim=%s gpu=%s: %s",
                 record.plan.ref,
+                gpu,
                 refused[gpu],
             )
             self._checkpoint.put(leftover)
@@ -229,7 +229,7 @@ class Preparer:
             if record is not None:
                 self._undo(record)
         except DriverError as e:
-            log.error("cannot undo a failed prepare yet claim=%s: %s", uid, e)
+            log.error("cannot undo a failed prepare; the next call for the claim tries again claim=%s: %s", uid, e)
 
     def _undo_steps(self, record: Record) -> dict[GpuUuid, DeviceError]:
         """Undo a record's steps; the first error of each card that refuses.

@@ -162,7 +162,7 @@ class RegistrationService:
             type="DRAPlugin", name=driver, endpoint=str(endpoint), supported_versions=list(VERSIONS)
         )
         self.refusal: str | None = (
-            "the kubelet has not asked yet; check that its plugin registry folder is the one we use"
+            "the kubelet has not called the driver yet; check that --kubelet-registrar-directory-path is the kubelet's folder"
         )
 
     async def GetInfo(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
@@ -170,10 +170,10 @@ class RegistrationService:
 
     async def NotifyRegistrationStatus(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
         if request.plugin_registered:
-            log.info("registered with the kubelet as %s", self._info.name)
+            log.info("registered with the kubelet driver=%s", self._info.name)
             self.refusal = None
             return registration_v1_pb2.RegistrationStatusResponse()
-        self.refusal = f"the kubelet refused to register {self._info.name}: {request.error}"
+        self.refusal = f"the kubelet refused to register driver {self._info.name}: {request.error}"
         log.error("%s", self.refusal)
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
         raise AssertionError("abort raises")
@@ -198,8 +198,9 @@ class PluginServer:
     ) -> None:
         if pod_uid and registration_socket:
             raise ConfigError(
-                "a registration socket name and a pod UID exclude each other: a rolling update needs a name per pod; drop "
-                "--registration-socket or --pod-uid"
+                "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket "
+                "name for each "
+                "pod; leave one of the two out"
             )
         self.endpoint = plugin_folder / dra_name(plugin_folder, pod_uid)
         name = _fitting(registry, [registration_socket]) if registration_socket else ""
@@ -223,7 +224,7 @@ class PluginServer:
             _bind(server, path)
             await server.start()
             self._servers.append(server)
-            log.info("serving on %s", path)
+            log.info("serving the kubelet on %s", path)
 
     async def lost(self) -> str:
         """Wait until a server ends or a socket is taken from us, which only a restart mends; says which."""
@@ -244,7 +245,8 @@ class PluginServer:
                 gone = [str(p) for p in (self.endpoint, self.registration) if not p.is_socket()]
                 if gone or any(end.done() for end in ends):
                     return (
-                        f"the server on {', '.join(gone) or 'a socket'} is gone; the process ends to be started again"
+                        f"the server on {', '.join(gone) or 'a socket'} is gone; the process ends, so that the kubelet "
+                        "starts a new one"
                     )
         finally:
             for watch in watches:
@@ -268,7 +270,7 @@ class PluginServer:
                     call: Any = channel.unary_unary(method)
                     call(b"", timeout=timeout_s)  # an empty message is the same in every type
             except grpc.RpcError as e:
-                return f"{path} does not answer ({e}); the process should be restarted"
+                return f"socket {path} does not answer ({e}); restart the driver"
         return None
 
 
@@ -284,7 +286,7 @@ def _exclusive(folder: Path, socket: Path) -> int:
 def _bind(server: grpc.aio.Server, path: Path) -> None:
     """Bind with rights for root only; a stale socket of a killed process is replaced, anything else is refused."""
     if path.exists() and not path.is_socket():
-        raise ConfigError(f"{path} exists and is no socket; remove it to let the driver listen there")
+        raise ConfigError(f"{path} exists and is not a socket; remove it to let the driver listen there")
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     before = os.umask(0o077)
