@@ -115,7 +115,7 @@ class NodeHealth:
             return {taint.reason for here in of.values() for taint in here}
 
         for reason in sorted(reasons(taints) - reasons(self._logged)):
-            log.warning("tainted: %s", reason)
+            log.warning("tainted devices: %s", reason)
         for reason in sorted(reasons(self._logged) - reasons(taints)):
-            log.info("taint removed: %s", reason)
+            log.info("removed the taint of devices, because this is over: %s", reason)
         self._logged = taints

@@ -44,8 +44,8 @@ class StatusReporter:
         if new == old:
             return
         if new.error and new.error != old.error:
-            log.warning("publishing: %s", new.error)
+            log.warning("cannot publish ResourceSlices; the driver tries again: %s", new.error)
         for fault in new.rejected:
             if fault not in old.rejected:
-                log.error("not published: %s", fault)
+                log.error("did not publish a pool, because it has a fault: %s", fault)
         self._changed(new)
