@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from gpuslice.nvml.api import Nvml
     from gpuslice.nvml.sim.nvml import Latency
     from gpuslice.system.host import Host
+
+log = logging.getLogger(__name__)
 
 
 def open_node(config: Config) -> tuple[Nvml, Host]:
@@ -22,7 +25,10 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
         from gpuslice.system import files
 
         folder = files.ensure_folder(config.simulated_node)
-        return SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency)), SimHost(folder)
+        nvml = SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency))
+        for sentence in nvml.inferred():
+            log.info("%s", sentence)
+        return nvml, SimHost(folder)
     from gpuslice.nvml.real import RealNvml
 
     host = RealHost(

@@ -69,13 +69,15 @@ class Cue:
     def check(self) -> None:
         """ConfigError where no call could ever be hit so."""
         if self.call != "*" and self.call not in CODES:
-            raise ConfigError(f"{self.call!r} is no call of the simulated NVML; use one of {', '.join(CODES)}, or *")
+            raise ConfigError(f"{self.call!r} is not a call of the simulated NVML; use one of {', '.join(CODES)}, or *")
         codes = _ANYWHERE if self.call == "*" else CODES[self.call]
         if self.effect == "fail" and self.code not in codes:
             names = ", ".join(code.name for code in sorted(codes))
             raise ConfigError(f"NVML does not document code {self.code} for {self.call}; use one of {names}")
         if (self.times is not None and self.times < 1) or self.skip < 0:
-            raise ConfigError(f"a cue hits at least 1 call after at least 0, not {self.times} after {self.skip}")
+            raise ConfigError(
+                f"a cue skips 0 or more calls and then hits 1 or more, not {self.skip} and {self.times}; change skip or times"
+            )
 
     def meets(self, call: str, gpu: GpuUuid | None, done: bool) -> bool:
         return self.call in ("*", call) and self.gpu in (None, gpu) and self.done == done

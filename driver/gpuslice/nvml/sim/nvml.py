@@ -77,6 +77,9 @@ class SimNvml(SimNode):
     def lost(self) -> tuple[str, ...]:
         return self._lost
 
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
     def look(self, gpu: GpuUuid) -> LiveGpu:
         return self._read("look", gpu).live
 
