@@ -62,7 +62,9 @@ class App:
     def __init__(self, config: Config) -> None:
         """Build all that needs no event loop. ConfigError, StateError or DeviceError where the node is not ready for us."""
         if not config.node_name:
-            raise ConfigError("the node has no name; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)")
+            raise ConfigError(
+                "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
+            )
         self._config = config
         self.hanging = False
         kind = cdi.kind_of(config.driver_name)
@@ -208,7 +210,7 @@ class App:
             return lambda: None
         ready: Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
         http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=server.probe, ready=ready)
-        log.info("metrics and probes on %s", http.address)
+        log.info("serving metrics and probes on %s", http.address)
         return http.close
 
     async def _collect(self, service: ClaimService) -> str:
@@ -241,8 +243,12 @@ async def _guarded(job: Coroutine[None, None, str | None], stop: asyncio.Future[
     try:
         reason = await job
     except Exception as e:  # a bug: better a new process than half a driver
-        log.exception("a background job failed")
-        reason = f"a background job failed ({type(e).__name__}: {e}); the process ends to be started again"
+        name = getattr(job, "__qualname__", "unnamed")
+        log.exception("a background job of the driver failed unexpectedly job=%s", name)
+        reason = (
+            f"background job {name} of the driver failed ({type(e).__name__}: {e}); "
+            "the process ends, so that the kubelet starts a new one"
+        )
     if reason:
         _end(stop, reason)
 

@@ -295,7 +295,9 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
         case 410:
             return ExpiredError(f"{what}: {text}", status)
         case 401:
-            return ApiError(f"the API server does not know who we are ({what}: {text}); check the token", status)
+            return ApiError(
+                f"the API server refused the driver's credentials ({what}: {text}); check the token", status
+            )
         case 403:
             group = "" if call.resource == "nodes" else "resource.k8s.io"
             return ApiError(
@@ -304,11 +306,11 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
                 status,
             )
         case 429:
-            return ApiError(f"the API server is too busy for {what}: {text}; it will be tried again", status)
+            return ApiError(f"the API server is too busy for {what}: {text}; the driver tries again", status)
         case _:
-            return ApiError(f"{what} was answered {status}: {text}", status)
+            return ApiError(f"the API server answered {what} with status {status}: {text}", status)
 
 
 def _unreachable(server: str, error: Exception) -> ApiError:
     reason = getattr(error, "reason", None) or error
-    return ApiError(f"no answer from the API server at {server} ({reason}); it will be tried again")
+    return ApiError(f"no answer from the API server at {server} ({reason}); the driver tries again")

@@ -117,7 +117,9 @@ def _as_running(config: Config) -> Config:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise StateError(f"{path} cannot be read ({e}); give --node-name, and --simulate if it is simulated") from e
+        raise StateError(
+            f"{path} cannot be read ({e}); give --node-name, and --simulate if the node is simulated"
+        ) from e
     return replace(
         config,
         node_name=settings["node_name"],

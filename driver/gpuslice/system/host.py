@@ -215,7 +215,7 @@ def _boot_id(path: Path) -> str:
     text = _text(path).strip()
     if not text:
         raise StateError(
-            f"no boot id in {path}; without it records of an earlier boot look like those of today; mount /proc"
+            f"no boot id in {path}; without it the driver cannot tell records of an earlier boot from new ones; mount /proc"
         )
     return text
 
