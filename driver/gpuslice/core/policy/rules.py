@@ -92,7 +92,7 @@ class Policy:
         for rule in self.rules:
             here = [gpu for gpu in gpus if self._rule(gpu) == rule]
             if not here:
-                yield f"policy: {rule.path} matches no GPU of this node; {_cards(gpus)}"
+                yield f"policy: {rule.path} matches no GPU of this node, so it has no effect here; {_cards(gpus)}"
             for missing in _missing(rule.section, here):
                 yield f"policy: {rule.path} {missing}"
         for missing in _missing(self.base, gpus):
@@ -101,7 +101,10 @@ class Policy:
             mine, section = self.of(gpu), self._section(gpu)
             if not mine.modes.intersection((Mode.GPU, *SHARED)) and not mine.profiles:
                 allowed = ", ".join(section.modes or ALL_MODES)
-                yield f"policy: GPU {gpu.index} ({gpu.product}) offers nothing: of modes {allowed} it can do none"
+                yield (
+                    f"policy: GPU {gpu.index} ({gpu.product}) offers nothing, because it supports none of the modes "
+                    f"{allowed}"
+                )
             yield from _excess(section, gpu)
 
 
@@ -128,7 +131,7 @@ def _excess(section: Section, gpu: Gpu) -> Iterator[str]:
     most = client_limit(gpu)
     for count, what in ((section.mps_clients, "clients"), (section.mps_shares, "shares")):
         if count is not None and count > most and _has_mps(gpu):
-            yield f"policy: mps.{what} is {count}, and GPU {gpu.index} has {most} with CUDA {gpu.cuda_version}"
+            yield f"policy: mps.{what} is {count}, but GPU {gpu.index} serves at most {most} with CUDA {gpu.cuda_version}"
 
 
 def client_limit(gpu: Gpu) -> int:
@@ -171,4 +174,4 @@ def _has(gpu: Gpu) -> str:
 
 
 def _cards(gpus: Iterable[Gpu]) -> str:
-    return "it has " + (", ".join(sorted({gpu.product for gpu in gpus})) or "no GPU")
+    return "the node has " + (", ".join(sorted({gpu.product for gpu in gpus})) or "no GPU")
