@@ -1,4 +1,4 @@
-"""`Config`: what an operator chose, checked once. It stops at `app.py`; the rest takes the few values it needs.
+"""`Config`: the settings of the operator, checked once. Only `app.py` and the commands read it; other modules get values.
 
 Order: defaults → environment → flags. Every flag --some-name has the environment variable SOME_NAME, so that a
 DaemonSet's downward API (NODE_NAME, POD_UID) fits without a script. Names follow NVIDIA's driver where they mean the same.
@@ -59,7 +59,7 @@ class Config:
 
     @property
     def plugin_folder(self) -> Path:
-        """Where sockets, locks and records live: the kubelet's folder for this driver."""
+        """The kubelet's folder for this driver, with its sockets, locks and records."""
         return self.kubelet_plugins_directory_path / self.driver_name
 
     @property
@@ -127,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:
-    """Build the checked config. ConfigError names the flag."""
+    """Build the checked config from flags and environment. ConfigError names the flag."""
     values: dict[str, object] = {}
     for field in fields(Config):
         text = getattr(arguments, field.name, None)

@@ -15,7 +15,7 @@ from gpuslice.errors import ClaimError
 
 
 def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
-    """The claim that `ref` asks for. ClaimError where it is another one, is not allocated, or its config is wrong."""
+    """The claim that `ref` names. ClaimError if the UID differs, it is not allocated, or its config is wrong."""
     uid = _text(_object(body, "metadata", ref), "uid", ref)
     if uid != ref.uid:
         raise ClaimError(

@@ -62,7 +62,7 @@ class Pool:
 
     @property
     def memory_mib(self) -> int:
-        """What a claim for the whole card gets."""
+        """The memory that a claim for the whole card gets."""
         return _sellable_mib(self.gpu, self.reserve_bytes)
 
 
@@ -82,7 +82,7 @@ class Inventory:
 
     @staticmethod
     def of(gpus: Iterable[Gpu], policy: Policy, node: str, *, static: bool = False) -> Inventory:
-        """What this node offers under this policy. ConfigError where the policy cannot be followed.
+        """What these cards offer under this policy. ConfigError if the policy asks for what a card cannot do.
 
         `static` is for clusters that know no partitionable devices (Kubernetes 1.34 and 1.35): then devices exclude
         each other by nothing, so a card is either whole, or cut as the policy's `static` says: into a MIG layout, or into
@@ -92,7 +92,7 @@ class Inventory:
         return Inventory(tuple(_pool(gpu, policy.of(gpu), node, static=static) for gpu in in_bus_order))
 
     def knowing(self, other: Inventory) -> Inventory:
-        """The same pools, of which `offer` also finds the devices of `other`; its own where both have one of a name.
+        """The same pools; `offer` finds the devices of `other` too. If both have a name, the own device counts.
 
         So a claim is served that was made under another plan, before the API server was upgraded.
         """
@@ -105,7 +105,7 @@ class Inventory:
         return self._pools.get(uuid)
 
     def kept(self, uuid: GpuUuid) -> frozenset[Setting]:
-        """The settings of this card that are not changed."""
+        """The settings of this card that the driver must not change."""
         pool = self._pools.get(uuid)
         return frozenset() if pool is None else pool.keep
 

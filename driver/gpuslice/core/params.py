@@ -52,7 +52,7 @@ def merge(layers: Iterable[Settings]) -> Settings:
 
 
 def check(settings: Settings, offer: Offer, device: object, kept: Set[Setting] = frozenset()) -> None:
-    """Refuse a setting that this device would ignore or may not change (`kept`), and a demand that it cannot meet."""
+    """Refuse a setting that has no effect on this device or that the policy keeps, and a demand that it cannot meet."""
     match offer.sharing:
         case Exclusive():  # a card or a partition of one's own: the hardware enforces it, whatever was demanded
             if settings.interval is not None and not isinstance(offer.slice_, WholeGpu):

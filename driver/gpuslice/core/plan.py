@@ -59,7 +59,7 @@ Live = Mapping[GpuUuid, LiveGpu]
 def make(
     ref: ClaimRef, wanted: tuple[Grant, ...], inventory: Inventory, records: Iterable[Record], live: Live
 ) -> Plan | Busy:
-    """The plan for a claim of which no record stands, or the claims that block it.
+    """The plan for a claim without a valid record, or the claims that block it.
 
     `wanted` are its `grants`, `records` all others on this node, `live` a look at each GPU of the claim taken under its
     lock. ClaimError where only the author or the scheduler can help, DeviceError where the node has to change first.
@@ -101,7 +101,7 @@ def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
 
 
 def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
-    """Claims of which at least one has to leave before `wanted` can be had: it holds the same, or the shares are too many."""
+    """Claims that block `wanted`: each holds the same device, or there are too many shares. At least one has to go."""
     held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
     found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
     for grant in wanted:
@@ -118,12 +118,12 @@ def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
 
 
 def serves(record: Record, claim: Claim) -> bool:
-    """Whether a record is finished and for this very allocation; then the inventory of today is not asked any more."""
+    """Whether a record is finished and for this very allocation. Then the inventory of now does not matter."""
     return record.prepared is not None and tuple(g.allocation for g in record.plan.grants) == claim.allocations
 
 
 def stands(record: Record, live: Live) -> bool:
-    """Whether the hardware is still what was made for a finished record."""
+    """Whether the hardware of a finished record still exists as it was made."""
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
     return {done.uuid for done in record.done if done.uuid is not None} <= there
 

@@ -30,7 +30,7 @@ _ASK_S = 30.0
 
 
 def run(simulate: str) -> int:
-    """Tell the whole story on this node; 0, or 1 with a sentence where it did not end as it must.
+    """Run all steps of the demo on this node. Returns 0, or 1 with a sentence if a step did not end as it must.
 
     ConfigError: there is no such node.
     """

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """`probe_s` from one question to the next; `answer_s` for the control program, more and the daemon is wedged."""
+    """`probe_s`: time between two checks. `answer_s`: a control program that takes longer means that the daemon hangs."""
 
     probe_s: float = 15.0
     answer_s: float = 5.0
@@ -57,7 +57,7 @@ class MpsDaemon:
         return self.pidfd.id.pid
 
     def limit(self, daemon: DaemonSpec) -> None:
-        """Give it these ceilings; where it does not take them, it keeps those it has. HungError where it is wedged."""
+        """Set these ceilings. If the daemon refuses them, it keeps its old ones. HungError if the daemon hangs."""
         before = self.ceilings
         try:
             self.ceilings = _limit(self.control, daemon)
@@ -70,14 +70,14 @@ class MpsDaemon:
             raise
 
     def probe(self) -> str:
-        """What is wrong with it, "" when well. HungError where it does not answer."""
+        """The problem of the daemon, or "". HungError if the daemon does not answer."""
         for server in self.control.servers():
             if "FAULT" in self.control.status(server).upper():
                 return f"MPS server {server} is in FAULT after a fatal error of one client"
         return ""
 
     def stop(self, *, drain: bool = True) -> str:
-        """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, as a clause."""
+        """Terminate the clients, then the daemon, and kill what does not end. Returns how the daemon ended, as a clause."""
         try:
             if drain and not self.pidfd.ended():
                 # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
@@ -95,7 +95,7 @@ class MpsDaemon:
 
 
 def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float) -> MpsDaemon:
-    """Start a daemon in its folder and give it its ceilings. DeviceError where it fails, and then nothing runs."""
+    """Start a daemon in its folder and set its ceilings. After a DeviceError, no process of it runs."""
     paths.make(daemon.key)
     _give_shm(paths, daemon.key)
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
@@ -113,7 +113,7 @@ def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: fl
 
 
 def remove(paths: Paths, key: str) -> None:
-    """Remove the daemon's folder, with the tmpfs on it; gone is fine. DeviceError where it is somebody else's."""
+    """Remove the folder of a daemon, and the tmpfs on it. DeviceError if the folder belongs to another user."""
     if paths.folder(key).exists():
         paths.own(key)
         launch.take_tmpfs(str(paths.shm(key)))
@@ -205,7 +205,7 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
 
 
 def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
-    """What a former supervisor left in this folder: the daemon it was to be, and its process where that lives and answers.
+    """Read what a former supervisor left in this folder: the spec of the daemon, and its process if it runs and answers.
 
     DeviceError where the folder names no daemon, or one of an earlier boot.
     """

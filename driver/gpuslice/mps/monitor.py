@@ -1,4 +1,4 @@
-"""Keeps one daemon as its spec says: a thread waits for its end, probes it now and then, and restarts it."""
+"""Keep one daemon as its spec says: a thread waits for the end of the process, checks it regularly, and restarts it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AGAIN_S = 1.0
 
 
 class GoneError(DeviceError):
-    """The monitor has been stopped meanwhile; another one may be made."""
+    """The monitor was stopped in the meantime; the caller may make a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def pause_s(failures: int) -> float:
 
 
 class DaemonMonitor:
-    """`running` is read without waiting, whatever goes on; changes take turns."""
+    """Keeps one daemon running. Reading `running` never waits; only one change runs at a time."""
 
     def __init__(self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts) -> None:
         self._paths, self._key, self._command, self._timeouts = paths, key, command, timeouts
@@ -72,7 +72,7 @@ class DaemonMonitor:
         return self._retired.is_set()
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
-        """At once where it is so already. Where the first start fails, the monitor is gone with all that it made."""
+        """Make the daemon run as this spec says; returns at once if it does. If the first start fails, nothing is left."""
         state = self._state
         if state and state.well(daemon):
             return state.running
@@ -127,7 +127,7 @@ class DaemonMonitor:
         return process
 
     def adopt(self) -> None:
-        """Take over what a former supervisor left: as it runs, or started again. DeviceError where it left nothing."""
+        """Adopt the daemon of a former supervisor; start it again if it ended. DeviceError if there is none to adopt."""
         with self._turn:
             daemon, process = daemons.adopt(self._paths, self._key, self._command, self._timeouts.answer_s)
             if process is None:
@@ -153,7 +153,7 @@ class DaemonMonitor:
                 daemons.remove(self._paths, self._key)
 
     def close(self) -> None:
-        """For the supervisor's own end: drain and end the daemon; its folder stays, because containers hold it."""
+        """Drain and end the daemon because the supervisor ends. Its folder stays, because containers have it mounted."""
         with self._turn:
             if not self._retired.is_set():
                 self._end()

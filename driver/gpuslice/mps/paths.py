@@ -51,17 +51,17 @@ class Paths:
         return tuple(sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name)))
 
     def check(self, key: str) -> None:
-        """DeviceError where no daemon can have this key here."""
+        """Check a key: DeviceError if no daemon can have it below this root."""
         if not _KEY.fullmatch(key):
             raise DeviceError(f"{key!r} is not the key of an MPS daemon; a key has 1 to 24 of a-z, 0-9 and dashes")
         _check_length(self.pipe(key) / _LONGEST_SOCKET)
 
     def check_socket(self) -> None:
-        """DeviceError where the supervisor's own socket cannot be here."""
+        """Check the path of the supervisor's socket: DeviceError if it is too long."""
         _check_length(self.socket)
 
     def make(self, key: str) -> None:
-        """The daemon's folders, empty of sockets of an earlier one; DeviceError where they are somebody else's."""
+        """Make the folders of a daemon and remove old sockets. DeviceError if they belong to another user."""
         self.check(key)
         folder = self.folder(key)
         try:
@@ -82,7 +82,7 @@ class Paths:
             ) from e
 
     def own(self, key: str) -> None:
-        """DeviceError where the daemon's folder is not ours, or gone."""
+        """Check the folder of a daemon: DeviceError if it is missing or belongs to another user."""
         try:
             _own(self.folder(key))
         except OSError as e:
@@ -91,7 +91,7 @@ class Paths:
             ) from e
 
     def remove(self, key: str) -> None:
-        """Remove the daemon's folder with what is in it; gone is fine."""
+        """Remove the folder of a daemon with its content, if it exists."""
         folder = self.folder(key)
         try:
             _own(folder)

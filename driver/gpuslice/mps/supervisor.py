@@ -55,7 +55,7 @@ class Supervisor:
         self._closing = threading.Event()
 
     def open(self) -> None:
-        """DriverError where the root cannot be served, or another supervisor does it already."""
+        """Adopt the daemons that run, then listen. DriverError if the root is unusable or another supervisor serves it."""
         root = self._paths.root
         self._paths.check_socket()
         files.ensure_folder(root, 0o711)

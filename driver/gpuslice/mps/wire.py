@@ -41,7 +41,7 @@ def write(stream: Stream, message: UncheckedBody) -> None:
 
 
 def read(stream: Stream) -> UncheckedBody | None:
-    """The next message; None at the end of the stream. ValueError for what is no message."""
+    """The next message, or None at the end of the stream. ValueError if a line is not a message."""
     line = stream.readline(_LONGEST)
     if not line:
         return None
@@ -61,7 +61,7 @@ def common(theirs: object, ours: Iterable[int] = VERSIONS) -> int | None:
 
 
 def disagreement(theirs: object, release: str) -> str:
-    """One sentence for two that share no version; `release` is the other side's."""
+    """The error text for two sides without a common version; `release` is the one of the other side."""
     return (
         f"gpuslice {release} speaks versions {theirs} of the MPS supervisor's protocol, and this side "
         f"{list(VERSIONS)}; update the older one of driver and supervisor"
@@ -73,7 +73,7 @@ def daemon_body(daemon: DaemonSpec) -> UncheckedBody:
 
 
 def daemon_of(body: object) -> DaemonSpec:
-    """A daemon from a message or a file of ours; DeviceError where a field is missing or senseless."""
+    """A daemon from a message or a file of ours; DeviceError if a field is missing or has a wrong value."""
     if not isinstance(body, dict):
         raise DeviceError(f"{body!r} describes no MPS daemon; update the older one of driver and supervisor")
     daemon = DaemonSpec(

@@ -1,4 +1,4 @@
-"""The MPS daemons of this node, looked after while the driver runs."""
+"""Keeps the MPS daemons of this node running while the driver runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _AWAY: _State = ("", frozenset())
 
 
 class MpsUpkeep:
-    """Where a daemon was lost, or the whole supervisor is another process than before, the daemons are ensured again from
-    the records. What is wrong meanwhile is logged here, and tainted by the node's health."""
+    """Starts the MPS daemons of all records again when one of them or the supervisor was lost. In the meantime it logs each
+    problem, and NodeHealth taints the devices."""
 
     def __init__(
         self, mps: MpsDaemons, ensure_daemons: Callable[[], Awaitable[None]], changed: Callable[[], object]

@@ -155,7 +155,7 @@ class DraService:
 
 
 class RegistrationService:
-    """Answers the kubelet's plugin watcher: who we are. Its answer says whether it registered us."""
+    """Answers the kubelet's plugin watcher, which asks who the driver is and then tells whether it registered the driver."""
 
     def __init__(self, driver: str, endpoint: Path) -> None:
         self._info = registration_v1_pb2.PluginInfo(
@@ -183,7 +183,7 @@ class RegistrationService:
 
 
 class PluginServer:
-    """Both servers and their sockets. `lost` ends with a sentence when one of them is gone while we run."""
+    """Both servers and their sockets. `lost` returns a sentence when one of them is gone while the driver runs."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class PluginServer:
             log.info("serving the kubelet on %s", path)
 
     async def lost(self) -> str:
-        """Wait until a server ends or a socket is taken from us, which only a restart mends; says which."""
+        """Wait until a server ends or a socket is removed, which only a restart repairs. Returns a sentence that names it."""
         loop = asyncio.get_running_loop()
         watches = [files.FolderWatch(path.parent, arrivals=True) for path in (self.endpoint, self.registration)]
         changed = asyncio.Event()
@@ -254,13 +254,13 @@ class PluginServer:
                 watch.close()
 
     async def close(self, grace_s: float) -> None:
-        """Stop taking calls, registration first so that the kubelet turns to our successor, and unlink both sockets."""
+        """Stop both servers and unlink their sockets; registration first, so that the kubelet calls the next instance."""
         for server in reversed(self._servers):
             await server.stop(grace_s)
         self._servers.clear()
 
     def probe(self, timeout_s: float = 1.0) -> str | None:
-        """Call both of our own sockets as the kubelet would; None when they answer. Blocks; for /healthz."""
+        """Call both sockets of the driver as the kubelet does. None if both answer. Blocks; for /healthz."""
         for path, method in (
             (self.registration, "/pluginregistration.Registration/GetInfo"),
             (self.endpoint, "/k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin/NodePrepareResources"),

@@ -40,7 +40,7 @@ ORPHAN_AGE_S = 600.0
 
 
 class ClaimReader(Protocol):
-    """What this module asks of the API server. It blocks."""
+    """The call that this module makes to the API server. It blocks."""
 
     def claim(self, namespace: str, name: str) -> dict[str, object]: ...
 
@@ -73,7 +73,7 @@ class ClaimService:
         return await self._queue.run(ref.uid, "prepare", lambda job: self._prepare(ref, deadline, job))
 
     async def unprepare(self, uid: ClaimUid) -> None:
-        """Undo what the claim holds; success when nothing is left, needs no API server."""
+        """Undo all that the claim holds. Succeeds if nothing is left; needs no API server."""
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
@@ -84,7 +84,7 @@ class ClaimService:
         await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
 
     async def ensure_daemons(self) -> None:
-        """Have the MPS daemons of all records running, each card in its job; the first error, after all were tried."""
+        """Make the MPS daemons of all records run, one job for each card. It tries all, and then raises the first error."""
         records = await self._in_pool(self._preparer.records)
         gpus = {step.gpu for step in shared.daemons_of(records.values())}
         errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
@@ -144,7 +144,7 @@ class ClaimService:
             return True
 
     async def close(self, timeout_s: float) -> bool:
-        """Refuse and wake whoever waits, let running work end; False when something hangs."""
+        """Refuse all jobs that wait, and let running work end. False if some work hangs."""
         self._closed = ClaimError("the driver is shutting down; the kubelet asks the next instance")
         self._releases.stop(self._closed)
         return await self.workers.drained(timeout_s)

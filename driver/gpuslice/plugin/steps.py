@@ -70,8 +70,8 @@ class StepExecutor:
         return record
 
     def ensure_daemons(self, steps: Sequence[StartMps], records: Sequence[Record]) -> None:
-        """Have these MPS daemons running, which may have ended without us; at once where it is so. All are tried, and the
-        first error is raised."""
+        """Make these MPS daemons run, because one may have ended by itself; returns at once if all run. It tries all, and
+        then raises the first error."""
         errors = []
         for step in steps:
             try:

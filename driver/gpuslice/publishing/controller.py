@@ -79,13 +79,13 @@ class SliceController:
         self._thread.join(1.0)  # it may be in a call to a hung GPU; it is a daemon and holds nothing
 
     def nudge(self) -> None:
-        """Something changed on the node: plan again now."""
+        """Plan again now, because something on the node has changed."""
         with self._wake:
             self._nudged = True
             self._wake.notify_all()
 
     def problem(self) -> str | None:
-        """Why the API does not show what this node offers, or None when it does."""
+        """Why the API server does not have what this node offers, or None if it has."""
         if self._failed:
             return self._failed
         return None if self._publisher.published.is_set() else self._publisher.status.error or self._problem

@@ -35,7 +35,7 @@ class HangGuard:
         self._stuck: dict[GpuUuid, PendingLook] = {}
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
-        """DeviceError from NVML; HungError where no answer came in time, and from then on until one comes."""
+        """Look at one GPU. DeviceError from NVML; HungError if no answer comes in time, and then until an answer comes."""
         stuck = self._stuck.get(gpu)
         if stuck is not None and not stuck.done():
             raise self._hung(gpu)

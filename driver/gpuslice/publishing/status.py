@@ -1,4 +1,4 @@
-"""How publishing stands: for readiness, metrics and logs."""
+"""The state of publishing, for readiness, metrics and logs."""
 
 from __future__ import annotations
 

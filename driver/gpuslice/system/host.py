@@ -41,7 +41,7 @@ class Host(Protocol):
         """The same card with its NUMA node and PCIe root, None where sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
-        """What every container with any GPU needs; `DeviceError` where the NVIDIA driver cannot be found."""
+        """What every container with a GPU needs. DeviceError if there is no NVIDIA driver."""
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
         """Nodes of the card /dev/nvidia<minor>, or of one partition of it: the card and its two capabilities.
@@ -50,7 +50,7 @@ class Host(Protocol):
         """
 
     def advice(self) -> tuple[str, ...]:
-        """One sentence for each thing that works, but would work better if the node had it. For start-up logs."""
+        """One sentence for each program that the node lacks and that would help. The driver logs them at its start."""
 
 
 class RealHost:
