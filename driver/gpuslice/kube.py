@@ -306,11 +306,13 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
                 status,
             )
         case 429:
-            return ApiError(f"the API server is too busy for {what}: {text}; the driver tries again", status)
+            return ApiError(f"the API server is too busy for {what}: {text}; the next try may succeed", status)
         case _:
             return ApiError(f"the API server answered {what} with status {status}: {text}", status)
 
 
 def _unreachable(server: str, error: Exception) -> ApiError:
     reason = getattr(error, "reason", None) or error
-    return ApiError(f"no answer from the API server at {server} ({reason}); the driver tries again")
+    return ApiError(
+        f"no answer from the API server at {server} ({reason}); check that it runs and that this node can reach it"
+    )

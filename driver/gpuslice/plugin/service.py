@@ -237,7 +237,7 @@ class ClaimService:
         still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
         if still:
             raise ClaimError(
-                f"claim {claim.ref} was allocated devices that {', '.join(map(str, still))} holds; this is a double "
+                f"claim {claim.ref} was allocated devices that are held by {', '.join(map(str, still))}; this is a double "
                 "allocation: "
                 "delete this pod to have it scheduled again, and update the scheduler if it is older than 1.36.2"
             )

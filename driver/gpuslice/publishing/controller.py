@@ -125,9 +125,12 @@ class SliceController:
                 self._pause(_RETRY_S)
                 continue
             log.info(
-                "found out what the API server keeps of a ResourceSlice version=%s features=%s",
+                "found out which fields of ResourceSlices the API server keeps version=%s partitionable=%s "
+                "consumable=%s taints=%s",
                 self._kube.version(),
-                features,
+                features.partitionable,
+                features.consumable,
+                features.taints,
             )
             return features
         return None

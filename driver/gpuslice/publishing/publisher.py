@@ -120,7 +120,10 @@ class Publisher:
                 if event["type"] != "BOOKMARK":
                     self._state.take_event(event["type"], event["object"])
             if time.monotonic() - began < timeout_s / 2 and not stopped.is_set():
-                raise ApiError(f"the API server at {self._kube.server} ended a watch too early; the driver tries again")
+                raise ApiError(
+                    f"the API server at {self._kube.server} ended a watch too early; check the API server and the "
+                    "proxies before it"
+                )
 
     # ------------------------------------------------------------ the writer
 
