@@ -33,7 +33,7 @@ class Stage:
 
     @property
     def mps(self) -> MpsClient:
-        """As the driver sees the supervisor."""
+        """The MPS daemons, as the driver asks for them."""
         return MpsClient(self.cluster.mps)
 
     @property

@@ -1,4 +1,4 @@
-"""One look at the whole node for what cannot be used now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
+"""One look at the node for what is unavailable now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class NodeHealth:
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
-        """Taints of all devices; those that come or go are logged. Blocks; a hung GPU is not asked."""
+        """Taints of all devices; logs taints that come or go. Blocks, but does not look at a hung GPU."""
         hung = self._hung()
         unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.

@@ -56,7 +56,7 @@ class Policy:
         return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
-        """What this card may offer. ConfigError where the policy asks of it what it certainly cannot do."""
+        """What this card may offer. ConfigError if the policy asks for what this card certainly cannot do."""
         rule, section = self._rule(gpu), self._section(gpu)
         if rule is not None and rule.match.certain():
             for missing in _missing(rule.section, [gpu]):
@@ -78,7 +78,7 @@ class Policy:
         )
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
-        """What this policy says that has no effect on these cards, one sentence each."""
+        """The settings of this policy without an effect on these cards, one sentence each."""
         return tuple(self._unused(tuple(gpus)))
 
     def _rule(self, gpu: Gpu) -> Rule | None:

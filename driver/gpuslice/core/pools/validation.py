@@ -25,7 +25,7 @@ _LISTS = frozenset({"ints", "bools", "strings", "versions"})
 
 
 def problems(pool: PoolSlices) -> tuple[str, ...]:
-    """Everything that is wrong with a pool's slices, a sentence each; empty if it may be sent."""
+    """Every fault of the slices of a pool, one sentence each. Empty if the pool may be sent."""
     return tuple(f"pool {pool.name}: {fault}" for fault in _faults(pool))
 
 

@@ -197,7 +197,7 @@ class SimNode:
             )
 
     def end_process(self, pid: int) -> None:
-        """End a process wherever it runs; NOT_FOUND where no card has it."""
+        """End a process on any card. NOT_FOUND if no card has it."""
         for index in range(len(self._gpus)):
             if any(p.pid == pid for p in self._state.read(index).processes):
                 self._state.change(
@@ -231,7 +231,7 @@ class SimNode:
         self._state.new_boot()
 
     def close(self) -> None:
-        """Let go of the folder; hung calls of this process fail as uninitialized. The node stays."""
+        """Close the folder. Hung calls of this process fail as uninitialized; the node itself stays."""
         self._cues.close()
         self._events.close()
 
