@@ -107,7 +107,7 @@ def test_a_busy_server_is_told_at_once_and_not_waited_for(server: StandInApiServ
 def test_a_server_that_is_away_is_told_with_its_address(server: StandInApiServer, kube: Kube) -> None:
     server.away()
 
-    with pytest.raises(ApiError, match=rf"127\.0\.0\.1:{server.port} .*tried again") as refused:
+    with pytest.raises(ApiError, match=rf"127\.0\.0\.1:{server.port} .*check that it runs") as refused:
         kube.claim("ns", "c")
     assert refused.value.status == 0
 

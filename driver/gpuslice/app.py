@@ -1,4 +1,4 @@
-"""The wiring: everything is chosen and built here, once; below there are no modes and no "if simulated"."""
+"""The wiring: this module chooses and builds every part once. The other modules have no modes and no "if simulated"."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _FETCHES_AT_ONCE = 8
 
 
 def run(config: Config) -> int:
-    """Run the kubelet plugin until SIGTERM or SIGINT, or until it is of no use any more; the exit code."""
+    """Run the kubelet plugin until SIGTERM or SIGINT, or until a part of it fails for good; returns the exit code."""
     setup_logging(config.log_level)
     libc.use_one_arena()
     app = App(config)
@@ -60,9 +60,11 @@ class App:
     """One driver process, built but not yet running."""
 
     def __init__(self, config: Config) -> None:
-        """Build all that needs no event loop. ConfigError, StateError or DeviceError where the node is not ready for us."""
+        """Build all parts that need no event loop. ConfigError, StateError or DeviceError if the node is not ready."""
         if not config.node_name:
-            raise ConfigError("the node has no name; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)")
+            raise ConfigError(
+                "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
+            )
         self._config = config
         self.hanging = False
         kind = cdi.kind_of(config.driver_name)
@@ -181,8 +183,8 @@ class App:
         )
 
     def _watch_records(self, loop: asyncio.AbstractEventLoop, controller: SliceController) -> Callable[[], None]:
-        """Tell waiting claims, and pools that wait to change, which records were dropped, by whichever instance; returns
-        how to stop that."""
+        """Tell waiting claims and waiting pools which records were dropped, by this instance or another one. Returns a
+        function that stops this."""
         watch = files.FolderWatch(self._checkpoint.folder)
 
         def read_news() -> None:
@@ -207,24 +209,24 @@ class App:
             return lambda: None
         ready: Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
         http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=server.probe, ready=ready)
-        log.info("metrics and probes on %s", http.address)
+        log.info("serving metrics and probes on %s", http.address)
         return http.close
 
     async def _collect(self, service: ClaimService) -> str:
-        """Give back what vanished claims hold, and what lost cards kept, once a minute."""
+        """Once a minute, unprepare claims that were deleted, and undo what was left on lost cards."""
         while True:
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """From another thread, which may outlive the loop."""
+    """Set the event from another thread, which may run longer than the loop."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(event.set)
 
 
 async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:
-    """Finish what lost cards kept, each time that the taints of a card have changed."""
+    """Undo what was left on lost cards, each time that the taints of a card have changed."""
     while True:
         await changed.wait()
         changed.clear()
@@ -236,12 +238,16 @@ async def _lost(server: PluginServer) -> str:
 
 
 async def _guarded(job: Coroutine[None, None, str | None], stop: asyncio.Future[str]) -> None:
-    """A background job that ends with a reason, or fails, ends the process; a finished one does not."""
+    """Run a background job. The process ends if the job fails or returns a reason, but not if it just finishes."""
     try:
         reason = await job
     except Exception as e:  # a bug: better a new process than half a driver
-        log.exception("a background job failed")
-        reason = f"a background job failed ({type(e).__name__}: {e}); the process ends to be started again"
+        name = getattr(job, "__qualname__", "unnamed")
+        log.exception("a background job of the driver failed unexpectedly job=%s", name)
+        reason = (
+            f"background job {name} of the driver failed ({type(e).__name__}: {e}); "
+            "the process ends, so that the kubelet starts a new one"
+        )
     if reason:
         _end(stop, reason)
 

@@ -39,7 +39,7 @@ class Checkpoint:
         self.spares = Spares(self.folder, 0o600)
 
     def get(self, uid: ClaimUid) -> Record | None:
-        """The claim's record, None where there is none; StateError where it cannot be read."""
+        """The record of the claim, or None. StateError if the record cannot be read."""
         name = f"{uid}.json"
         try:
             stat = os.stat(f"{self.folder}/{name}")  # noqa: PTH116 - several a claim; a Path costs more than the call

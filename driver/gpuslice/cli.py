@@ -1,4 +1,4 @@
-"""The command `gpuslice`: what an operator and a newcomer type.
+"""The command `gpuslice`: its subcommands, their flags and exit codes.
 
 Imports of the driver proper happen inside the commands: `--help` and a wrong flag answer at once.
 """
@@ -16,57 +16,65 @@ from gpuslice.errors import ApiError, ConfigError, DriverError
 
 EXIT_CODES = """\
 exit codes:
-  0  done, or ended by SIGTERM / SIGINT
-  1  it ran and failed; the last line on standard error says at what
-  2  wrong usage: a flag, an environment variable, a policy file
-  3  the node is not ready: GPUs, NVIDIA driver, folders, records
-  4  the API server refused or did not answer
-  130  ended by Ctrl-C before it was done (demo, devices, claims)
+  0  the command succeeded, or SIGTERM or SIGINT ended it
+  1  the command started and then failed; the last line on standard error says why
+  2  a flag, an environment variable or the policy file is wrong
+  3  the node is not ready: GPUs, NVIDIA driver, folders or records
+  4  the API server refused a request or did not answer it
+  130  Ctrl-C ended the command before it was done (demo, devices, claims)
 """
 
 _ABOUT = """\
 A Kubernetes DRA driver for NVIDIA GPU slices: whole cards, MIG, MPS and time-slicing from the same card,
 chosen by each claim.
 
-  gpuslice demo                          see it all on a simulated node: no GPU, no cluster, half a minute
-  gpuslice run --simulate h100x2         the kubelet plugin, on simulated cards, beside a kubelet
-  gpuslice run                           the same on a GPU node
-  gpuslice mps-supervisor                beside it: owns the MPS daemons
-  gpuslice devices                       what each GPU offers and who holds what, with a map of its memory
-  gpuslice claims                        what is prepared on this node
+  gpuslice demo                          show every feature on a simulated node: no GPU, no cluster, half a minute
+  gpuslice run --simulate h100x2         run the kubelet plugin on a node with simulated cards
+  gpuslice run                           run the kubelet plugin on a GPU node
+  gpuslice mps-supervisor                run the MPS daemons of the node, in a process beside the plugin
+  gpuslice devices                       show what each GPU offers, which claims hold it, and a map of its memory
+  gpuslice claims                        list the prepared claims of this node
 """
 
 _RUN = """\
 Run the kubelet plugin: publish the node's GPUs as ResourceSlices, and prepare the claims that the kubelet asks for.
 
-It needs a Node name, an API server (a service account in a pod, else --kubeconfig), the kubelet's two plugin folders and
-the container runtime's CDI folder. It keeps its records below the plugin folder and may be killed at any moment: the
-next start puts node, records and CDI files in agreement.
+The plugin needs the name of its Node, an API server (by the service account of its pod, or --kubeconfig), the two plugin
+folders of the kubelet, and the CDI folder of the container runtime. It keeps its records below the plugin folder. You may
+kill it at any moment: the next start makes node, records and CDI files agree.
 """
 
 _SUPERVISOR = """\
-Own the MPS daemons of this node, one for each card or partition that is shared by MPS.
+Run the MPS daemons of this node: one daemon for each card or partition that claims share by MPS.
 
-A process of its own, beside `run` and with the same --mps-root, so that restarting or upgrading the driver leaves MPS
-clients running. It runs nvidia-cuda-mps-control from the driver root, or with --simulate a stand-in for it.
+Start the supervisor beside `gpuslice run`, with the same --mps-root. It is a process of its own, so MPS clients keep running
+when you restart or upgrade the driver. It runs nvidia-cuda-mps-control from the driver root; with --simulate, it runs a
+stand-in for that program.
 """
 
 _DEMO = """\
-See it all on this machine, without a GPU and without a cluster.
+Show every feature on this machine, without a GPU and without a cluster.
 
-It starts the real driver as a process on a simulated node, beside a stand-in API server and kubelet, hands out claims for
-whole cards and MIG partitions, shows what each one got and the map of the cards after each step, and cleans up.
+The demo starts the real driver as a process on a simulated node, with stand-ins for API server, scheduler and kubelet. It
+makes claims for whole cards, MIG partitions, MPS and time-slicing. After each step it shows what each claim got and a map of
+the cards. At the end it removes everything.
 """
 
 _DEVICES = """\
-Show each GPU of this node: a map of its memory slices, what it offers, who holds what, and what cannot be used and why.
+Show each GPU of this node: a map of its memory slices, what it offers, which claims hold it, and what is unavailable and why.
 
-Give the same folders (and --simulate) as to `run`; nothing is changed.
+If you gave folders or --simulate to `gpuslice run`, give the same ones here. The command changes nothing.
+"""
+
+_CLAIMS = """\
+List the prepared claims of this node, with the devices and the share of each.
+
+If you gave folders or --simulate to `gpuslice run`, give the same ones here. The command changes nothing.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit; every error is one sentence on standard error."""
+    """Run one command and exit; an error is one sentence on standard error."""
     parsed = parser().parse_args(arguments)
     try:
         code = parsed.command(parsed)
@@ -94,17 +102,18 @@ def parser() -> argparse.ArgumentParser:
     commands = gpuslice.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run = _add(commands, "run", "run the kubelet plugin", _RUN, _run)
     config.add_flags(run)
-    supervisor = _add(commands, "mps-supervisor", "own the MPS daemons of this node", _SUPERVISOR, _supervise)
+    supervisor = _add(commands, "mps-supervisor", "run the MPS daemons of this node", _SUPERVISOR, _supervise)
     config.add_flags(supervisor, *config.SUPERVISOR_FLAGS)
-    demo = _add(commands, "demo", "see it all on a simulated node", _DEMO, _demo)
+    demo = _add(commands, "demo", "show every feature on a simulated node", _DEMO, _demo)
     demo.add_argument(
-        "--simulate", default="h100x2", metavar="NODE", help="cards of the simulated node; default h100x2"
+        "--simulate",
+        default="h100x2",
+        metavar="NODE",
+        help="cards of the simulated node, e.g. a100-40gx2+l4; default h100x2",
     )
-    devices = _add(commands, "devices", "show each GPU, its offers and holders", _DEVICES, _devices)
+    devices = _add(commands, "devices", "show each GPU, its offers and its claims", _DEVICES, _devices)
     config.add_flags(devices, *config.NODE_FLAGS)
-    claims = _add(
-        commands, "claims", "list what is prepared on this node", "List what is prepared on this node.", _claims
-    )
+    claims = _add(commands, "claims", "list the prepared claims of this node", _CLAIMS, _claims)
     config.add_flags(claims, *config.NODE_FLAGS)
     return gpuslice
 

@@ -1,4 +1,4 @@
-"""`Config`: what an operator chose, checked once. It stops at `app.py`; the rest takes the few values it needs.
+"""`Config`: the settings of the operator, checked once. Only `app.py` and the commands read it; other modules get values.
 
 Order: defaults → environment → flags. Every flag --some-name has the environment variable SOME_NAME, so that a
 DaemonSet's downward API (NODE_NAME, POD_UID) fits without a script. Names follow NVIDIA's driver where they mean the same.
@@ -48,18 +48,18 @@ class Config:
         if len(self.driver_name) > _LONGEST_DRIVER_NAME or not _DNS.fullmatch(self.driver_name):
             raise ConfigError(
                 f"driver name {self.driver_name!r} must be a lower-case DNS name of at most {_LONGEST_DRIVER_NAME} "
-                "characters, because it is part of socket paths; choose a shorter one"
+                "characters, because it is part of socket paths; choose another --driver-name"
             )
         _one_of("log level", self.log_level, LEVELS)
         _one_of("simulated latency", self.simulate_latency, LATENCIES)
         if not self.simulate and self.simulate_folder is not None:
             raise ConfigError(
-                "--simulate-folder has no effect without --simulate; name the cards to simulate or drop it"
+                "--simulate-folder has no effect without --simulate; add --simulate with the cards, or leave it out"
             )
 
     @property
     def plugin_folder(self) -> Path:
-        """Where sockets, locks and records live: the kubelet's folder for this driver."""
+        """The kubelet's folder for this driver, with its sockets, locks and records."""
         return self.kubelet_plugins_directory_path / self.driver_name
 
     @property
@@ -91,24 +91,24 @@ NODE_FLAGS = (
 )
 
 _HELP = {
-    "driver_name": "name of the DRA driver, also the domain of its attributes",
-    "node_name": "name of the Node object this runs on; in a pod, from the downward API",
-    "pod_uid": "UID of the driver's own pod: makes socket names unique for rolling updates",
-    "kubeconfig": "kubeconfig file; in a pod the service account is used",
-    "kubelet_registrar_directory_path": "where the kubelet looks for registration sockets",
-    "kubelet_plugins_directory_path": "folder of the kubelet's plugins; ours is <it>/<driver name>",
-    "registration_socket": "fixed name of the registration socket (excludes --pod-uid)",
-    "cdi_root": "where the container runtime looks for CDI specs",
+    "driver_name": "name of the DRA driver, and the domain of its attributes",
+    "node_name": "name of the Node object of this node; a pod gets it by fieldRef spec.nodeName",
+    "pod_uid": "UID of the driver's own pod; it makes socket names unique, so that rolling updates work",
+    "kubeconfig": "kubeconfig file; without one, the service account of the pod",
+    "kubelet_registrar_directory_path": "folder where the kubelet looks for registration sockets",
+    "kubelet_plugins_directory_path": "folder of the kubelet's plugins; the driver uses <this folder>/<driver name>",
+    "registration_socket": "fixed name of the registration socket; not together with --pod-uid",
+    "cdi_root": "folder where the container runtime looks for CDI specs",
     "nvidia_driver_root": "root of the NVIDIA driver as the host sees it",
-    "driver_root_ctr_path": "the same folder as this process sees it",
-    "nvidia_cdi_hook_path": "nvidia-cdi-hook, a host path; found in the usual places if not given",
+    "driver_root_ctr_path": "root of the NVIDIA driver as this process sees it",
+    "nvidia_cdi_hook_path": "path of nvidia-cdi-hook on the host; without it, the driver searches the usual places",
     "policy": "policy file: what each GPU may offer (docs/policy.md)",
     "mps_root": "folder of the MPS supervisor and its daemons; the same path on the host and in every container",
-    "http_endpoint": "host:port for /metrics, /healthz, /readyz; none if empty",
-    "log_level": f"one of {', '.join(LEVELS)}",
-    "simulate": "no GPU: simulate this node, e.g. h100x8 or a100-40gx2+l4, or a file (docs/simulator.md)",
-    "simulate_folder": "where the simulated node lives; opened again it is as it was left",
-    "simulate_latency": f"one of {', '.join(LATENCIES)}",
+    "http_endpoint": "host:port for /metrics, /healthz and /readyz; empty: no HTTP server",
+    "log_level": f"least level of log lines: one of {', '.join(LEVELS)}",
+    "simulate": "simulate these cards, e.g. h100x8 or a100-40gx2+l4, or those of a file (docs/simulator.md)",
+    "simulate_folder": "folder of the simulated node, which keeps its state from one start to the next",
+    "simulate_latency": f"how long simulated calls take: one of {', '.join(LATENCIES)}",
 }
 
 
@@ -127,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:
-    """Build the checked config. ConfigError names the flag."""
+    """Build the checked config from flags and environment. ConfigError names the flag."""
     values: dict[str, object] = {}
     for field in fields(Config):
         text = getattr(arguments, field.name, None)

@@ -1,6 +1,6 @@
 """Who is at fault: one small tree of errors, raised where the fact is known, caught where it can be answered.
 
-Every text is one sentence that names the thing, the limit and the remedy, for it reaches a pod's events as it is.
+Every text is one sentence that names the thing, the limit and the remedy, because users read it in the events of a pod.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class DriverError(Exception):
-    """Anything this driver refuses or fails at with a sentence for a person."""
+    """The driver refuses something, or fails at it; the text is one sentence for a person."""
 
 
 class ClaimError(DriverError):
@@ -21,7 +21,7 @@ class ConfigError(DriverError):
 
 
 class DeviceError(DriverError):
-    """The hardware said no; `code` keeps the NVML return value (nvml.h, `nvmlReturn_t`), 0 where NVML was not asked."""
+    """The hardware refused a call; `code` keeps the NVML return value (nvml.h, `nvmlReturn_t`), 0 where NVML was not asked."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)
@@ -29,19 +29,19 @@ class DeviceError(DriverError):
 
 
 class HungError(DeviceError):
-    """A call on this GPU has not come back for so long that nobody else should wait for it."""
+    """A call on this GPU takes so long that the GPU counts as hung; no other job waits for it."""
 
     @classmethod
     def overdue(cls, call: str, gpus: Sequence[str], limit_s: float) -> HungError:
-        """`call` begins the sentence."""
+        """The error for a call that is over its time limit; `call` begins the sentence."""
         return cls(
             f"{call} has not come back for {limit_s:g} s, so GPU {', '.join(gpus)} counts as hung until it does; look at the "
-            "kernel log of the node, reset the GPU or restart the node if it stays so"
+            "kernel log of the node, and reset the GPU or restart the node if it stays hung"
         )
 
 
 class ApiError(DriverError):
-    """The API server said no, or nothing; `status` is the HTTP status, 0 where there was no answer."""
+    """The API server refused a request or did not answer it; `status` is the HTTP status, 0 where there was no answer."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -49,11 +49,11 @@ class ApiError(DriverError):
 
 
 class NotFoundError(ApiError):
-    """HTTP 404: the object is not there."""
+    """HTTP 404: the object does not exist."""
 
 
 class ConflictError(ApiError):
-    """HTTP 409: somebody else wrote first, or the object already exists."""
+    """HTTP 409: another program changed the object first, or the object already exists."""
 
 
 class ExpiredError(ApiError):
@@ -61,4 +61,4 @@ class ExpiredError(ApiError):
 
 
 class StateError(DriverError):
-    """A record of ours is unreadable or contradicts the node; never guessed at."""
+    """A record of the driver is unreadable or contradicts the node; the driver never guesses what it meant."""

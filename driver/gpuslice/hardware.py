@@ -1,7 +1,8 @@
-"""Real or simulated: the one place that chooses. Only what is chosen is loaded, because NVML's bindings are 2 MB."""
+"""The only place that chooses between real and simulated GPUs. It loads only one, because the bindings of NVML take 2 MB."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
     from gpuslice.nvml.sim.nvml import Latency
     from gpuslice.system.host import Host
 
+log = logging.getLogger(__name__)
+
 
 def open_node(config: Config) -> tuple[Nvml, Host]:
-    """The GPUs and the machine around them. DeviceError where NVML does not start; ConfigError for a wrong simulated node."""
+    """The GPUs and the node around them. DeviceError if NVML does not start; ConfigError for a wrong simulated node."""
     from gpuslice.system.host import RealHost, SimHost
 
     if config.simulate:
@@ -22,7 +25,10 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
         from gpuslice.system import files
 
         folder = files.ensure_folder(config.simulated_node)
-        return SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency)), SimHost(folder)
+        nvml = SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency))
+        for sentence in nvml.inferred():
+            log.info("%s", sentence)
+        return nvml, SimHost(folder)
     from gpuslice.nvml.real import RealNvml
 
     host = RealHost(
@@ -32,7 +38,7 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
 
 
 def mps_control(config: Config) -> Sequence[str]:
-    """The command that is MPS' control program. DeviceError where the driver root has none."""
+    """The command of the MPS control program. DeviceError if the driver root does not have the program."""
     from gpuslice.mps import control
 
     return control.stand_in(config.simulated_node) if config.simulate else control.program(config.driver_root_ctr_path)

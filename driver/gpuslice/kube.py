@@ -1,4 +1,4 @@
-"""The only way to the API server: a dozen blocking verbs, dicts in, dicts out, every failure an `ApiError`.
+"""The only way to the API server: a dozen blocking verbs that take and return dicts. Every failure is an `ApiError`.
 
 Bodies stay dicts on purpose. A typed client drops fields that a newer API server added, so what it read may never be
 written back; and `kubernetes`' model modules cost 0.1 to 0.7 s at start (measured). So nothing above `ApiClient` is
@@ -54,7 +54,7 @@ class _Call:
 
     @property
     def collection(self) -> bool:
-        """Whether a 404 can only mean that the resource is not served."""
+        """Whether a 404 can only mean that the server does not know the resource."""
         return self.verb in ("list", "watch", "create")
 
 
@@ -95,7 +95,7 @@ class Watch:
 
 
 class Kube:
-    """The API server of a kubeconfig, or with None that of the pod we run in.
+    """The API server of a kubeconfig, or with None the one of the cluster that this pod runs in.
 
     Reads the configuration and connects to nothing yet (a few ms). ConfigError: the configuration is unusable.
     Every verb raises ApiError (NotFoundError, ConflictError, ExpiredError); none waits longer than about 20 s.
@@ -137,7 +137,7 @@ class Kube:
         return self._all(_Call("list", "resourceslices", f"{_GROUP}/resourceslices"), {"fieldSelector": selector})
 
     def watch_resource_slices(self, driver: str, node: str, resource_version: str, timeout_s: int) -> Watch:
-        """What happens to them after a version, with bookmarks, for at most `timeout_s`."""
+        """Watch the ResourceSlices of a driver on a node after a resource version, for at most `timeout_s`."""
         call = _Call("watch", "resourceslices", f"{_GROUP}/resourceslices")
         query = {
             "fieldSelector": _selector(driver, node),
@@ -152,7 +152,7 @@ class Kube:
         return Watch(call, response, self.server)
 
     def create_resource_slice(self, body: Mapping[str, Any], *, dry_run: bool = False) -> Body:
-        """Create; what the server made of it comes back. `dry_run`: it is checked and answered, but not stored."""
+        """Create a ResourceSlice and return it as the server stored it. `dry_run`: the server only checks it."""
         call = _Call("create", "resourceslices", f"{_GROUP}/resourceslices")
         return self._ask(call, {"dryRun": "All"} if dry_run else {}, body)
 
@@ -163,7 +163,7 @@ class Kube:
         return self._ask(call, {"dryRun": "All"} if dry_run else {}, body)
 
     def delete_resource_slice(self, name: str, *, uid: str, resource_version: str) -> None:
-        """Delete exactly this state of it; NotFoundError where it is gone, ConflictError where it has changed."""
+        """Delete this state of a ResourceSlice. NotFoundError if it does not exist, ConflictError if it has changed."""
         call = _Call("delete", "resourceslices", f"{_GROUP}/resourceslices/{quote(name)}")
         self._ask(call, body={"preconditions": {"uid": uid, "resourceVersion": resource_version}})
 
@@ -295,7 +295,9 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
         case 410:
             return ExpiredError(f"{what}: {text}", status)
         case 401:
-            return ApiError(f"the API server does not know who we are ({what}: {text}); check the token", status)
+            return ApiError(
+                f"the API server refused the driver's credentials ({what}: {text}); check the token", status
+            )
         case 403:
             group = "" if call.resource == "nodes" else "resource.k8s.io"
             return ApiError(
@@ -304,11 +306,13 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
                 status,
             )
         case 429:
-            return ApiError(f"the API server is too busy for {what}: {text}; it will be tried again", status)
+            return ApiError(f"the API server is too busy for {what}: {text}; the next try may succeed", status)
         case _:
-            return ApiError(f"{what} was answered {status}: {text}", status)
+            return ApiError(f"the API server answered {what} with status {status}: {text}", status)
 
 
 def _unreachable(server: str, error: Exception) -> ApiError:
     reason = getattr(error, "reason", None) or error
-    return ApiError(f"no answer from the API server at {server} ({reason}); it will be tried again")
+    return ApiError(
+        f"no answer from the API server at {server} ({reason}); check that it runs and that this node can reach it"
+    )

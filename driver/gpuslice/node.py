@@ -1,4 +1,4 @@
-"""The node that a command works on: its GPUs, its policy, what was last seen of it, and one look at it from outside."""
+"""The node that a command works on: its GPUs, its policy, the inventory of the last start, and one look from outside."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_policy(path: Path | None) -> Policy:
 
 
 def known_gpus(nvml: Nvml, host: Host, path: Path) -> tuple[Gpu, ...]:
-    """The node's cards in bus order; one that cannot be read now is as it was when last seen, so that its pool stays."""
+    """The cards in bus order. A card that cannot be read now has its values of the last start, and keeps its pool."""
     seen = tuple(host.locate(gpu) for gpu in nvml.gpus())
     lost = nvml.lost()
     for sentence in (*lost, *nvml.notes()):
@@ -71,7 +71,7 @@ def _last_seen(path: Path) -> tuple[Gpu, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What `devices` and `claims` show."""
+    """What the commands `devices` and `claims` show of a node."""
 
     inventory: Inventory
     live: Mapping[GpuUuid, LiveGpu]
@@ -81,7 +81,7 @@ class Node:
 
 @contextlib.contextmanager
 def snapshot(config: Config) -> Iterator[Node]:
-    """One look at the node beside a driver that may run; changes nothing. A setting that is not given is as `run` had it."""
+    """One look at the node, while a driver may run; changes nothing. Settings that are not given are those of `run`."""
     config = _as_running(config)
     nvml, host = hardware.open_node(config)
     try:
@@ -99,7 +99,7 @@ def snapshot(config: Config) -> Iterator[Node]:
 
 
 def save_settings(config: Config) -> None:
-    """Write down what `devices` and `claims` need, so that they take no flags on the node of a running driver."""
+    """Save the settings, so that `devices` and `claims` need no flags on the node of a running driver."""
     settings = {
         "node_name": config.node_name,
         "policy": str(config.policy or ""),
@@ -117,7 +117,9 @@ def _as_running(config: Config) -> Config:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise StateError(f"{path} cannot be read ({e}); give --node-name, and --simulate if it is simulated") from e
+        raise StateError(
+            f"{path} cannot be read ({e}); give --node-name, and --simulate if the node is simulated"
+        ) from e
     return replace(
         config,
         node_name=settings["node_name"],

@@ -1,4 +1,4 @@
-"""What a person sees of a node: each GPU with a map of its memory slices, what is free, who holds what. Text only."""
+"""What a person sees of a node: each GPU with a map of its memory slices, its claims, and what is free. Text only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gpuslice.core.model import (
 from gpuslice.core.record import Grant, Record
 
 _CELL = 9
-_SHARED = {Exclusive: "", Monitor: "", Mps: " by MPS", TimeSlicing: " by time"}
+_SHARED = {Exclusive: "", Monitor: "", Mps: " by MPS", TimeSlicing: " by time-slicing"}
 
 
 def node(
@@ -42,14 +42,14 @@ def node(
 
 def gpu_report(pool: Pool, live: LiveGpu | None, records: Sequence[Record], taints: Taints) -> str:
     gpu = pool.gpu
-    mode = "not readable now" if live is None else f"MIG {'on' if live.mig else 'off'}" if gpu.profiles else "no MIG"
+    mode = "unreadable now" if live is None else f"MIG {'on' if live.mig else 'off'}" if gpu.profiles else "no MIG"
     lines = [f"GPU {gpu.index}  {gpu.product}  {gpu.memory_bytes // MIB} MiB  {gpu.bus_id}  {mode}  {gpu.uuid}"]
     grants = [(record, grant) for record in records for grant in record.plan.grants if grant.gpu == gpu.uuid]
     lines += memory_map(pool, live, [grant for _, grant in grants], records)
     lines.append(f"  offers  {_offers(pool)}")
-    lines += [f"  {_holding(record, grant)}" for record, grant in grants] or ["  not held"]
+    lines += [f"  {_holding(record, grant)}" for record, grant in grants] or ["  free"]
     lines += [
-        f"  cannot be used now: {reason}"
+        f"  unavailable now: {reason}"
         for reason in sorted({t.reason for d in pool.devices for t in taints.get(d.ref, ())})
     ]
     return "\n".join(lines)
@@ -102,7 +102,7 @@ def claims(records: Mapping[ClaimUid, Record]) -> str:
             )
         if not record.plan.grants:
             rows.append((f"{ref.namespace}/{ref.name}", uid, state, "-", "-", "-", "-"))
-    return table(rows) if len(rows) > 1 else "no claims are prepared on this node"
+    return table(rows) if len(rows) > 1 else "no claim is prepared on this node"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -133,7 +133,7 @@ def _offers(pool: Pool) -> str:
 
 
 def _holding(record: Record, grant: Grant) -> str:
-    verb = "watched by" if isinstance(grant.sharing, Monitor) else "held by"
+    verb = "monitored by" if isinstance(grant.sharing, Monitor) else "held by"
     state = "" if record.prepared else " (incomplete)"
     what = f"{grant.allocation.device.device}{state}"
     return f"{verb} {record.plan.ref.namespace}/{record.plan.ref.name} as {what} {share.describe(grant)}".rstrip()

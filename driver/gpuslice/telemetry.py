@@ -1,6 +1,6 @@
-"""What the driver shows of itself: logs with one `op=` id per request, metrics, /healthz and /readyz.
+"""What an operator sees of the driver: logs with one `op=` id for each request, metrics, /healthz and /readyz.
 
-Logs are a plain sentence with key=value behind it. Warning: someone should look soon. Error: something was refused or lost.
+A log line is a plain sentence followed by key=value. Warning: someone should look soon. Error: something was refused or lost.
 Metric names begin with `gpuslice_`; the `dra_` family belongs to the kubelet.
 """
 
@@ -67,7 +67,7 @@ class Telemetry:
         )
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A figure that is looked up when somebody asks."""
+        """A metric whose value is read at each scrape."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
     def gauges(self, name: str, text: str, label: str, values: Mapping[str, Callable[[], float]]) -> None:

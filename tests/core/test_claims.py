@@ -56,13 +56,13 @@ def test_shares_and_consumed_capacity_are_kept_in_whole_units() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"metadata": {"uid": "uid-2"}}, "has UID uid-2, not uid-1: it was replaced"),
+        ({"metadata": {"uid": "uid-2"}}, "has UID uid-2, but the pod asks for UID uid-1"),
         ({"status": {}}, "is not allocated"),
         ({"status": {"allocation": {"devices": {"results": "x"}}}}, "not a list of objects"),
-        ({"status": {"allocation": {"devices": {"results": [{"driver": DRIVER}]}}}}, "misses request"),
+        ({"status": {"allocation": {"devices": {"results": [{"driver": DRIVER}]}}}}, "has no request"),
         (
             {"status": {"allocation": {"devices": {"results": [a_result(consumedCapacity={"memory": "9GB"})]}}}},
-            "no quantity",
+            "not a quantity",
         ),
         ({"metadata": "x"}, "not an object"),
     ],
@@ -104,8 +104,8 @@ def test_a_config_applies_to_the_requests_it_names_by_full_or_base_name(
     ("parameters", "says"),
     [
         ("x", r"config\[0\].opaque.parameters must be an object of kind SliceConfig .*not str"),
-        ({}, "must say apiVersion: gpuslice.dev/v1alpha1 and kind: SliceConfig"),
-        ({**HEAD, "kind": "GpuConfig"}, "must say apiVersion"),
+        ({}, "must have apiVersion: gpuslice.dev/v1alpha1 and kind: SliceConfig"),
+        ({**HEAD, "kind": "GpuConfig"}, "must have apiVersion"),
         ({**HEAD, "enforcement": "maybe"}, r"enforcement is 'maybe' and must be one of: required, preferred"),
         ({**HEAD, "enforcement": True}, "enforcement is True"),
         ({**HEAD, "sharing": {}}, "unknown key sharing; known keys"),

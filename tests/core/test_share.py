@@ -72,15 +72,15 @@ def test_only_shares_of_one_kind_on_one_slice_stand_beside_each_other(one: Grant
     ("wanted", "others", "says"),
     [
         (a_grant(MPS, memory=2000 * MIB), [a_grant(MPS, memory=6000 * MIB)], ""),
-        (a_grant(MPS, memory=2001 * MIB), [a_grant(MPS, memory=6000 * MIB)], "8001 MiB of memory of 8000"),
+        (a_grant(MPS, memory=2001 * MIB), [a_grant(MPS, memory=6000 * MIB)], "8001 of 8000 MiB of memory"),
         (
             a_grant(MPS, memory=MIB, smPercent=60),
             [a_grant(MPS, memory=MIB, smPercent=50)],
-            "110 percent of the SMs of 100",
+            "110 of 100 percent of the SMs",
         ),
-        (a_grant(MPS, memory=MIB, clients=31), [a_grant(MPS, memory=MIB, clients=30)], "61 MPS clients of 60"),
+        (a_grant(MPS, memory=MIB, clients=31), [a_grant(MPS, memory=MIB, clients=30)], "61 of 60 MPS clients"),
         (a_grant(TURNS, memory=MIB), [a_grant(TURNS, memory=MIB)] * 3, ""),
-        (a_grant(TURNS, memory=MIB), [a_grant(TURNS, memory=MIB)] * 4, "5 shares of 4"),
+        (a_grant(TURNS, memory=MIB), [a_grant(TURNS, memory=MIB)] * 4, "5 of 4 shares"),
         (a_grant(Exclusive()), [], ""),
     ],
 )

@@ -207,7 +207,7 @@ def test_the_defaults_are_those_of_the_driver() -> None:
         ({"resources": {"request": {}}}, "'/resources'"),
         ({"deviceClasses": {"migProfiles": ["1g.10gb+me"]}}, "'/deviceClasses/migProfiles/0'"),
         ({"simulate": "cards.yaml"}, "'/simulate'"),
-        ({"policy": "gpus: ["}, "policy is no YAML document"),
+        ({"policy": "gpus: ["}, "policy is not a YAML document"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )

@@ -75,7 +75,7 @@ def test_fifty_rounds_of_rough_treatment_leave_nothing(cluster: Cluster) -> None
     assert cluster.get("resourceclaims") == []
     errors = [line for line in log(cluster)[before:] if " ERROR " in line or "Traceback" in line]
     # Of pods that were deleted by force the kubelet learns late, and still wants their claims prepared.
-    taken_away = ("does not exist (any more)", "is not allocated")
+    taken_away = ("does not exist in the API server", "is not allocated")
     assert [line for line in errors if not any(words in line for words in taken_away)] == []
 
 

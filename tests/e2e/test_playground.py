@@ -50,7 +50,7 @@ def test_a_missing_program_is_named_with_the_package_that_has_it(elsewhere: dict
 def test_without_go_nothing_can_be_built(elsewhere: dict[str, str]) -> None:
     _put(elsewhere, "runc", "openssl", "unshare", "mount", "busybox")
 
-    assert "needs Go 1.26 or later, and there is no go on PATH; install it" in _refused(elsewhere, "up")
+    assert "needs Go 1.26 or later, but there is no go on PATH; install Go" in _refused(elsewhere, "up")
 
 
 def test_an_unknown_card_is_refused_before_anything_is_built(elsewhere: dict[str, str]) -> None:

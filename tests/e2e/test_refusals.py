@@ -127,7 +127,7 @@ def test_more_than_a_card_has_is_found_nowhere(cluster: Cluster, class_: str, ca
         ("mig", {"timeSlicing": {"interval": "long"}}, "remove the setting"),
         ("mps", {"enforcement": "required"}, "ask for a MIG partition or a whole card"),
         ("timeslice", {"timeSlicing": {"interval": "long"}}, "or select by the attribute timeSliceInterval"),
-        ("gpu", {"kind": "GpuConfig"}, "must say apiVersion: gpuslice.dev/v1alpha1 and kind: SliceConfig"),
+        ("gpu", {"kind": "GpuConfig"}, "must have apiVersion: gpuslice.dev/v1alpha1 and kind: SliceConfig"),
     ],
     ids=["unknown-key", "unknown-value", "on-a-partition", "unmet-demand", "on-a-share", "foreign-kind"],
 )

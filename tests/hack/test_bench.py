@@ -82,10 +82,10 @@ def test_a_revision_that_cannot_be_measured_is_an_error_of_one_sentence() -> Non
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--cluster", "--vs", "HEAD"), "--vs is about stand-ins"),
-        (("--cluster", "--calls", "3"), "--calls is about stand-ins"),
-        (("--cluster", "--only", "mig"), "here there are pods, successors, churn, rest"),
-        (("--only", "churn"), "--only churn belongs to the other kind of run"),
+        (("--cluster", "--vs", "HEAD"), "--vs is only for runs with stand-ins"),
+        (("--cluster", "--calls", "3"), "--calls is only for runs with stand-ins"),
+        (("--cluster", "--only", "mig"), "this kind has pods, successors, churn, rest"),
+        (("--only", "churn"), "--only churn is a measure of the other kind of run"),
         (("--cluster-version", "1.36.3"), "add --cluster"),
     ],
 )

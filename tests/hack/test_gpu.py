@@ -54,7 +54,7 @@ def test_a_folder_that_is_no_pack_is_refused_in_one_sentence(tmp_path: Path) -> 
 
     assert done.returncode == 1
     assert done.stderr == (
-        f"hack/gpu: {tmp_path} has no pack.json, so it is no packed folder or an incomplete one; make it again with "
+        f"hack/gpu: {tmp_path} has no pack.json, so it is not a packed folder, or an incomplete one; make it again with "
         "hack/gpu pack\n"
     )
 

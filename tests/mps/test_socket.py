@@ -74,16 +74,19 @@ def test_what_is_no_greeting_is_answered_in_one_sentence(node: MpsNode, line: by
 
     (answer,) = _talk(node, line)
 
-    assert str(answer["error"]).startswith("the MPS supervisor does not understand this (")
+    assert str(answer["error"]).startswith("the MPS supervisor does not understand the request (")
 
 
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        (b'{"op": "fly"}', 'the MPS supervisor knows no "fly"; update it, because the driver is newer'),
+        (
+            b'{"op": "fly"}',
+            'the MPS supervisor does not know operation "fly"; update the supervisor, because the driver is newer',
+        ),
         (b'{"op": "ensure"}', "None describes no MPS daemon; update the older one of driver and supervisor"),
         (b'{"op": "ensure", "daemon": {"key": 1}}', "key of an MPS daemon is 1 and must be a text"),
-        (b'{"op": "stop", "key": "../etc"}', "'../etc' names no MPS daemon"),
+        (b'{"op": "stop", "key": "../etc"}', "'../etc' is not the key of an MPS daemon"),
         (
             b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "memory_mib": 0}}',
             "a memory ceiling of 0 MiB lets no client run; use at least 1, or none",

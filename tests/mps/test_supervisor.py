@@ -122,7 +122,7 @@ def test_a_limit_that_was_not_taken_is_told_and_nothing_is_left(node: MpsNode) -
     node.cue("ignore-limits")
     node.supervise()
 
-    with pytest.raises(DeviceError, match="did not take its memory ceiling of 10240 MiB and says no ceiling"):
+    with pytest.raises(DeviceError, match="did not accept the memory ceiling of 10240 MiB and reports no ceiling"):
         node.client.ensure(node.daemon())
 
     assert node.client.statuses() == ()
@@ -133,14 +133,14 @@ def test_a_change_that_was_not_taken_is_a_problem_until_it_is(node: MpsNode) -> 
     node.supervise()
     node.client.ensure(node.daemon())
     ignored = node.cue("ignore-limits")
-    with pytest.raises(DeviceError, match="did not take"):
+    with pytest.raises(DeviceError, match="did not accept"):
         node.client.ensure(node.daemon(memory_mib=20480))
     (troubled,) = node.client.statuses()
 
     ignored.unlink()
     well = node.client.ensure(node.daemon())
 
-    assert "did not take" in troubled.problem
+    assert "did not accept" in troubled.problem
     assert (well.pid, well.memory_mib, well.problem) == (troubled.pid, 10240, "")
 
 
@@ -248,7 +248,7 @@ def test_with_an_older_driver_one_user_waits_for_the_other(node: MpsNode) -> Non
     first.got()
     second = node.program(uid=1001)
 
-    assert "serves one uid at a time" in node.logged.wait("serves one uid")
+    assert "serves only one uid at a time" in node.logged.wait("serves only one uid")
     assert second.quiet()
     assert first.end() == 0
     assert second.got() == ("10240", "40")
@@ -300,7 +300,7 @@ def test_what_an_earlier_boot_left_is_removed(node: MpsNode) -> None:
     node.supervise()
 
     assert not folder.exists()
-    assert "of an earlier boot" in node.logged.wait("nothing is adopted")
+    assert "of an earlier boot" in node.logged.wait("cannot adopt the MPS daemon")
 
 
 def test_a_folder_that_tells_nothing_is_removed_and_what_is_no_daemons_stays(node: MpsNode) -> None:
@@ -330,21 +330,21 @@ def test_a_link_in_place_of_a_folder_is_refused(node: MpsNode) -> None:
     node.supervise()
     (node.root / "gpu-0").symlink_to(node.folder)
 
-    with pytest.raises(DeviceError, match="is no folder of ours"):
+    with pytest.raises(DeviceError, match="is not a folder of gpuslice"):
         node.client.ensure(node.daemon())
 
 
 def test_a_key_that_would_leave_the_root_is_refused(node: MpsNode) -> None:
     node.supervise()
 
-    with pytest.raises(DeviceError, match="names no MPS daemon"):
+    with pytest.raises(DeviceError, match="is not the key of an MPS daemon"):
         node.client.ensure(DaemonSpec(key="../up", device=node.uuid(), memory_mib=None, threads_percent=None))
 
 
 def test_a_root_that_is_too_long_for_sockets_is_refused(node: MpsNode) -> None:
     root = node.folder / ("x" * 60) / ("y" * 40)
 
-    with pytest.raises(DeviceError, match="bytes, more than the 107 that Linux takes; start the MPS supervisor with"):
+    with pytest.raises(DeviceError, match="bytes, more than the 107 that Linux accepts; start the MPS supervisor with"):
         Supervisor(root, node.command).open()
 
 
@@ -364,5 +364,5 @@ def test_a_control_program_that_cannot_be_run_is_told(node: MpsNode) -> None:
 def test_a_second_supervisor_of_a_root_is_refused(node: MpsNode) -> None:
     node.supervise()
 
-    with pytest.raises(DeviceError, match=f"another MPS supervisor serves {node.root}; end that one first"):
+    with pytest.raises(DeviceError, match=f"another MPS supervisor serves {node.root}; stop that one first"):
         Supervisor(node.root, node.command).open()

@@ -291,4 +291,4 @@ def test_a_second_supervisor_process_says_why_it_ends(node: MpsNode) -> None:
     )
 
     assert second.returncode == 1
-    assert f"another MPS supervisor serves {node.root}; end that one first, or use another root" in second.stderr
+    assert f"another MPS supervisor serves {node.root}; stop that one first, or use another root" in second.stderr

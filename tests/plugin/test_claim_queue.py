@@ -87,7 +87,7 @@ async def test_an_unprepare_calls_off_a_prepare_that_waits() -> None:
     await waits.begun.wait()
 
     assert await gate.run(UID, "unprepare", _nothing, calls_off="prepare") == "at once"
-    with pytest.raises(ClaimError, match="called off"):
+    with pytest.raises(ClaimError, match="was cancelled"):
         await prepare
 
 

@@ -168,7 +168,7 @@ def test_a_daemon_that_takes_no_limit_leaves_nothing_half_made(rig: Rig) -> None
     cue = rig.folder / "node" / "mps"
     cue.mkdir(exist_ok=True)
     (cue / "ignore-limits").touch()
-    with pytest.raises(DeviceError, match="did not take its memory ceiling of 10240 MiB"):
+    with pytest.raises(DeviceError, match="did not accept the memory ceiling of 10240 MiB"):
         rig.ask(by_mps(rig, "one"))
     assert rig.mps.statuses() == ()
     rig.assert_empty()
@@ -228,7 +228,9 @@ def test_several_mps_shares_in_one_request_are_refused_for_a_program_can_use_one
     (first,) = by_mps(rig, "one").allocations
     (second,) = by_mps(rig, "two").allocations
 
-    with pytest.raises(ClaimError, match=r"request gpu-0 of claim .* has 2 MPS shares, and a program can use one"):
+    with pytest.raises(
+        ClaimError, match=r"request gpu-0 of claim .* has 2 MPS shares, but a container can use only one"
+    ):
         rig.ask(Claim(a_ref("both"), (first, second)))
     rig.assert_empty()
 

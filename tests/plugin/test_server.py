@@ -133,7 +133,7 @@ async def test_a_file_in_the_place_of_a_socket_is_refused_with_a_sentence(short:
     ours = server(short)
     ours.endpoint.write_text("mine")
 
-    with pytest.raises(ConfigError, match="is no socket; remove it"):
+    with pytest.raises(ConfigError, match="is not a socket; remove it"):
         await ours.open()
     assert ours.endpoint.read_text() == "mine"
 

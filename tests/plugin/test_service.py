@@ -57,7 +57,7 @@ async def test_every_claim_of_a_batch_has_its_own_entry_and_its_own_error(world:
     assert set(answers) == {ref.uid for ref in batch}
     assert answers[good.uid].devices and not answers[good.uid].error
     assert "does not exist" in answers[missing.uid].error
-    assert "was replaced" in answers[replaced.uid].error
+    assert "has replaced it" in answers[replaced.uid].error
     assert "is not allocated" in answers[unallocated.uid].error
     assert all(not answers[ref.uid].devices for ref in batch[1:])
     assert await world.kubelet.unprepare(batch) == {ref.uid: "" for ref in batch}
@@ -268,7 +268,7 @@ async def test_a_successor_that_is_deleted_while_it_waits_leaves_nothing(world: 
 
     await world.unprepare(successor)
 
-    assert "called off" in (await waits).error
+    assert "was cancelled" in (await waits).error
     await world.unprepare(holder)
     world.rig.assert_empty()
 

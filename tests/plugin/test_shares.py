@@ -108,7 +108,7 @@ def test_one_claim_that_was_given_too_much_of_a_device_is_told_so(rig: Rig) -> N
     (first,) = a_turn(rig, "one", gib=60).allocations
     (second,) = a_turn(rig, "two", gib=60).allocations
 
-    with pytest.raises(ClaimError, match=r"122880 MiB of memory of 81152.*delete the pod"):
+    with pytest.raises(ClaimError, match=r"122880 of 81152 MiB of memory.*delete the pod"):
         rig.ask(Claim(a_ref("both"), (first, second)))
     assert rig.records() == set()
 

@@ -2,7 +2,7 @@
 
 {{- define "gpuslice.image" -}}
 image: {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
-{{- if eq .Values.image.repository "gpuslice" }} # put your registry before it{{ end }}
+{{- if eq .Values.image.repository "gpuslice" }} # put your registry before the name{{ end }}
 {{- with .Values.image.pullPolicy }}
 imagePullPolicy: {{ . }}
 {{- end }}

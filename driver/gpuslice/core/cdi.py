@@ -169,7 +169,7 @@ def limit_env(
     percent: int = 0,
     profile: str = "",
 ) -> dict[str, str]:
-    """Environment that shows a program what it was given; `label` from `labels`, `profile` empty for a whole GPU.
+    """Environment variables that tell a program what it got; `label` from `labels`, `profile` empty for a whole GPU.
 
     `enforcement` is by which means the memory limit holds, `percent` a ceiling on SMs (0: none). The runtime merges the
     environment of all devices of a container, so every name carries the label. Two claims that use the same request name
@@ -205,7 +205,7 @@ def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> Contain
 
 
 def spec(uid: str, kind: str, devices: Sequence[CdiDevice], common: ContainerEdits) -> dict[str, object]:
-    """The claim's CDI file. The same arguments give the same text; `StateError` for what no runtime would take."""
+    """The claim's CDI file. The same arguments give the same text; `StateError` for content that every runtime refuses."""
     names = [device.name for device in devices]
     if len(set(names)) != len(names) or not all(name.startswith(f"{_checked_uid(uid)}-") for name in names):
         raise StateError(

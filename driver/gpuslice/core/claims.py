@@ -15,16 +15,18 @@ from gpuslice.errors import ClaimError
 
 
 def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
-    """The claim that `ref` asks for. ClaimError where it is another one, is not allocated, or its config is wrong."""
+    """The claim that `ref` names. ClaimError if the UID differs, it is not allocated, or its config is wrong."""
     uid = _text(_object(body, "metadata", ref), "uid", ref)
     if uid != ref.uid:
         raise ClaimError(
-            f"claim {ref.namespace}/{ref.name} has UID {uid}, not {ref.uid}: it was replaced; the pod that asks needs "
-            "its own claim back or has to be deleted"
+            f"claim {ref.namespace}/{ref.name} has UID {uid}, but the pod asks for UID {ref.uid}, so another "
+            "claim has replaced it; delete the pod"
         )
     allocation = _object(body, "status", ref).get("allocation")
     if not isinstance(allocation, Mapping):
-        raise ClaimError(f"claim {ref} is not allocated; the scheduler must allocate it before a pod can use it")
+        raise ClaimError(
+            f"claim {ref} is not allocated, so no pod can use it; delete the pod to have it scheduled again"
+        )
     devices = _object(allocation, "devices", ref)
     results = [result for result in _objects(devices, "results", ref) if result.get("driver") == driver]
     layers = _layers(devices, ref, driver)
@@ -84,7 +86,7 @@ def _whole(text: str, ref: ClaimRef) -> int:
     try:
         return quantity.parse(text)
     except ValueError as e:
-        raise ClaimError(f"claim {ref} has a consumedCapacity that is no quantity: {e}") from e
+        raise ClaimError(f"claim {ref} has a consumedCapacity that is not a quantity: {e}") from e
 
 
 def _object(body: UncheckedBody, key: str, ref: ClaimRef) -> UncheckedBody:
@@ -92,19 +94,23 @@ def _object(body: UncheckedBody, key: str, ref: ClaimRef) -> UncheckedBody:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ClaimError(f"claim {ref} has a {key} that is not an object; the API server or a proxy is broken")
+        raise ClaimError(
+            f"claim {ref} has a {key} that is not an object; the API server or a proxy before it is broken"
+        )
     return value
 
 
 def _objects(body: UncheckedBody, key: str, ref: ClaimRef) -> list[UncheckedBody]:
     value = body.get(key) or ()
     if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
-        raise ClaimError(f"claim {ref} has a {key} that is not a list of objects; the API server or a proxy is broken")
+        raise ClaimError(
+            f"claim {ref} has a {key} that is not a list of objects; the API server or a proxy before it is broken"
+        )
     return list(value)
 
 
 def _text(body: UncheckedBody, key: str, ref: ClaimRef) -> str:
     value = body.get(key)
     if not isinstance(value, str) or not value:
-        raise ClaimError(f"claim {ref} misses {key}; the API server or a proxy is broken")
+        raise ClaimError(f"claim {ref} has no {key}; the API server or a proxy before it is broken")
     return value

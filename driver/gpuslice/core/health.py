@@ -1,4 +1,4 @@
-"""What cannot be used now, and why: taints by device, from one look at the node.
+"""What is unavailable now, and why: taints by device, from one look at the node.
 
 The set of published devices is static, because a device that vanishes while it is allocated frees its counters and is
 given out twice (kubernetes/kubernetes#140802). So whatever cannot be used at the moment stays published and is tainted.

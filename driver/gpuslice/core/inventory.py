@@ -62,7 +62,7 @@ class Pool:
 
     @property
     def memory_mib(self) -> int:
-        """What a claim for the whole card gets."""
+        """The memory that a claim for the whole card gets."""
         return _sellable_mib(self.gpu, self.reserve_bytes)
 
 
@@ -82,7 +82,7 @@ class Inventory:
 
     @staticmethod
     def of(gpus: Iterable[Gpu], policy: Policy, node: str, *, static: bool = False) -> Inventory:
-        """What this node offers under this policy. ConfigError where the policy cannot be followed.
+        """What these cards offer under this policy. ConfigError if the policy asks for what a card cannot do.
 
         `static` is for clusters that know no partitionable devices (Kubernetes 1.34 and 1.35): then devices exclude
         each other by nothing, so a card is either whole, or cut as the policy's `static` says: into a MIG layout, or into
@@ -92,7 +92,7 @@ class Inventory:
         return Inventory(tuple(_pool(gpu, policy.of(gpu), node, static=static) for gpu in in_bus_order))
 
     def knowing(self, other: Inventory) -> Inventory:
-        """The same pools, of which `offer` also finds the devices of `other`; its own where both have one of a name.
+        """The same pools; `offer` finds the devices of `other` too. If both have a name, the own device counts.
 
         So a claim is served that was made under another plan, before the API server was upgraded.
         """
@@ -105,7 +105,7 @@ class Inventory:
         return self._pools.get(uuid)
 
     def kept(self, uuid: GpuUuid) -> frozenset[Setting]:
-        """The settings of this card that are not changed."""
+        """The settings of this card that the driver must not change."""
         pool = self._pools.get(uuid)
         return frozenset() if pool is None else pool.keep
 
@@ -166,8 +166,8 @@ def _bus(bus_id: str) -> str:
 def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
     if policy.reserve_bytes >= gpu.memory_bytes:
         raise ConfigError(
-            f"policy: the reserve of GPU {gpu.index} is {policy.reserve_bytes} bytes, and the card has"
-            f" {gpu.memory_bytes}; reserve less"
+            f"policy: the reserve of GPU {gpu.index} is {policy.reserve_bytes} bytes, but the card has only"
+            f" {gpu.memory_bytes}; write a smaller reserve"
         )
     name = _pool_name(node, gpu)
     offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
@@ -182,9 +182,12 @@ def _sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
 def _pool_name(node: str, gpu: Gpu) -> PoolName:
     name = f"{node}/{_bus(gpu.bus_id)}"
     if any(_SUBDOMAIN.fullmatch(part) is None for part in name.split("/")):
-        raise ConfigError(f"{name!r} cannot name a pool; the node's name must be the one that Kubernetes knows it by")
+        raise ConfigError(f"{name!r} cannot be the name of a pool; --node-name must be the name of the Node object")
     if len(name) > _POOL_NAME:
-        raise ConfigError(f"the name of node {node} leaves no room for a pool name of {_POOL_NAME} bytes; shorten it")
+        raise ConfigError(
+            f"the name of node {node} is too long, because pool names contain it and have at most {_POOL_NAME} bytes; "
+            "shorten it"
+        )
     return PoolName(name)
 
 
@@ -252,8 +255,8 @@ def _parted(parts: Parts, gpu: Gpu, policy: GpuPolicy) -> Mps | TimeSlicing:
     sharing = _sharing(parts.mode, WholeGpu(gpu), wanted)
     if sharing.shares < parts.count:
         raise ConfigError(
-            f"policy: static.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts, and it has"
-            f" {policy.mps_clients} MPS clients, of which each part needs one; make fewer parts"
+            f"policy: static.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts, but the card has only"
+            f" {policy.mps_clients} MPS clients, and each part needs one; make fewer parts"
         )
     return sharing
 

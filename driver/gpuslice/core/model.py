@@ -148,7 +148,7 @@ class WholeGpu:
 
 @dataclass(frozen=True, slots=True)
 class MigSlice:
-    """A partition that could exist; whether it does is the hardware's business."""
+    """A partition that may exist; only a look at the card tells whether it does."""
 
     gpu: Gpu
     profile: MigProfile
@@ -169,12 +169,12 @@ class Exclusive:
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """Admin access to a whole card while others use it; takes nothing."""
+    """Admin access to a whole card while other claims use it. It takes nothing of the card."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSlicing:
-    """Up to `shares` claims take turns on the slice. `memory_mib` is what can be sold in all; nothing enforces it.
+    """Up to `shares` claims use the slice by time-slicing. `memory_mib` is their budget in all; nothing enforces it.
 
     `interval` is the level that the policy fixes for the card. `part` numbers the fixed parts of a static plan, which are
     plain exclusive devices of 1/`shares` each; None for the one device that many claims share.
@@ -256,7 +256,7 @@ class ClaimRef:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What opaque config asks of one allocation; None where it says nothing."""
+    """The settings of the opaque config for one allocation; None for each key that it does not have."""
 
     enforcement: str | None = None  # "required" or "preferred"
     interval: str | None = None  # time slice of an exclusive card whose containers share it, one of `INTERVALS`

@@ -35,7 +35,7 @@ def parse(parameters: object, where: str) -> Settings:
         raise ClaimError(f"{where} must be an object of kind {KIND} ({API_VERSION}), not {type(parameters).__name__}")
     body = dict(parameters)
     if (body.pop("apiVersion", None), body.pop("kind", None)) != (API_VERSION, KIND):
-        raise ClaimError(f"{where} must say apiVersion: {API_VERSION} and kind: {KIND}")
+        raise ClaimError(f"{where} must have apiVersion: {API_VERSION} and kind: {KIND}")
     enforcement = _one_of(body.pop("enforcement", None), f"{where}.enforcement", _ENFORCEMENT)
     interval = _interval(body.pop("timeSlicing", None), f"{where}.timeSlicing")
     _nothing_left(body, where, "apiVersion, kind, enforcement, timeSlicing")
@@ -52,7 +52,7 @@ def merge(layers: Iterable[Settings]) -> Settings:
 
 
 def check(settings: Settings, offer: Offer, device: object, kept: Set[Setting] = frozenset()) -> None:
-    """Refuse a setting that this device would ignore or may not change (`kept`), and a demand that it cannot meet."""
+    """Refuse a setting that has no effect on this device or that the policy keeps, and a demand that it cannot meet."""
     match offer.sharing:
         case Exclusive():  # a card or a partition of one's own: the hardware enforces it, whatever was demanded
             if settings.interval is not None and not isinstance(offer.slice_, WholeGpu):
@@ -60,7 +60,7 @@ def check(settings: Settings, offer: Offer, device: object, kept: Set[Setting] =
             if settings.interval not in (None, "default") and Setting.TIME_SLICE in kept:
                 raise ClaimError(
                     f"{device} cannot have the time-slice interval {settings.interval!r}, because this node's policy keeps "
-                    "the card's own (keep: [timeSlice]); ask for 'default', or remove the setting"
+                    "that of the card (keep: [timeSlice]); ask for 'default', or remove the setting"
                 )
         case TimeSlicing() | Mps():
             if settings.interval is not None:
@@ -70,12 +70,14 @@ def check(settings: Settings, offer: Offer, device: object, kept: Set[Setting] =
                 )
             if settings.enforcement == "required":
                 raise ClaimError(
-                    f"enforcement: required asks for a memory limit by hardware, which {device} has not; ask for a MIG "
-                    "partition or a whole card, or say enforcement: preferred"
+                    f"enforcement: required asks for a memory limit by hardware, which {device} does not have; ask for a MIG "
+                    "partition or a whole card, or write enforcement: preferred"
                 )
         case Monitor():
             if settings != Settings():
-                raise ClaimError(f"opaque config has no effect on {device}, which only watches its GPU; remove it")
+                raise ClaimError(
+                    f"opaque config has no effect on {device}, because a monitor only shows its GPU; remove the config"
+                )
         case _:
             assert_never(offer.sharing)
 
@@ -90,7 +92,7 @@ def _interval(body: object, where: str) -> str | None:
     _nothing_left(rest, where, "interval")
     if interval is None:
         raise ClaimError(
-            f"{where} has no interval, so it has no effect; say one of {', '.join(INTERVALS)}, or remove it"
+            f"{where} has no interval, so it has no effect; write one of {', '.join(INTERVALS)}, or remove it"
         )
     return interval
 

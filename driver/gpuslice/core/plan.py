@@ -59,7 +59,7 @@ Live = Mapping[GpuUuid, LiveGpu]
 def make(
     ref: ClaimRef, wanted: tuple[Grant, ...], inventory: Inventory, records: Iterable[Record], live: Live
 ) -> Plan | Busy:
-    """The plan for a claim of which no record stands, or the claims that block it.
+    """The plan for a claim without a valid record, or the claims that block it.
 
     `wanted` are its `grants`, `records` all others on this node, `live` a look at each GPU of the claim taken under its
     lock. ClaimError where only the author or the scheduler can help, DeviceError where the node has to change first.
@@ -68,7 +68,7 @@ def make(
     for one, two in combinations(wanted, 2):
         if _exclude(one, two, inventory):
             raise ClaimError(
-                f"claim {ref} was given {one.allocation.device} and {two.allocation.device}, which cannot exist "
+                f"claim {ref} was allocated {one.allocation.device} and {two.allocation.device}, which cannot exist "
                 "together; delete the pod to have it scheduled again"
             )
     _refuse_several_daemons(ref, wanted)
@@ -76,7 +76,7 @@ def make(
         too_much = share.excess(grant, [other for other in wanted[:number] if share.coexists(grant, other)])
         if too_much:
             raise ClaimError(
-                f"claim {ref} was given {too_much} on {grant.allocation.device}; delete the pod to have it "
+                f"claim {ref} was allocated {too_much} on {grant.allocation.device}; delete the pod to have it "
                 "scheduled again"
             )
     holders = blockers(wanted, others, inventory)
@@ -94,13 +94,14 @@ def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
     for request in requests:
         if requests.count(request) > 1:
             raise ClaimError(
-                f"request {request} of claim {ref} has {requests.count(request)} MPS shares, and a program can use one; ask "
+                f"request {request} of claim {ref} has {requests.count(request)} MPS shares, but a container can use "
+                "only one; ask "
                 "for one share of the size that it needs"
             )
 
 
 def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
-    """Claims of which at least one has to leave before `wanted` can be had: it holds the same, or the shares are too many."""
+    """Claims that block `wanted`: each holds the same device, or there are too many shares. At least one has to go."""
     held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
     found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
     for grant in wanted:
@@ -117,12 +118,12 @@ def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
 
 
 def serves(record: Record, claim: Claim) -> bool:
-    """Whether a record is finished and for this very allocation; then the inventory of today is not asked any more."""
+    """Whether a record is finished and for this very allocation. Then the inventory of now does not matter."""
     return record.prepared is not None and tuple(g.allocation for g in record.plan.grants) == claim.allocations
 
 
 def stands(record: Record, live: Live) -> bool:
-    """Whether the hardware is still what was made for a finished record."""
+    """Whether the hardware of a finished record still exists as it was made."""
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
     return {done.uuid for done in record.done if done.uuid is not None} <= there
 
@@ -150,7 +151,9 @@ def _uuid(grant: Grant, live: LiveGpu) -> GpuUuid | MigUuid:
         return grant.gpu
     there = live.at(grant.slot)
     if there is None or there.uuid is None:
-        raise DeviceError(f"the partition of {grant.allocation.device} vanished while it was being prepared; try again")
+        raise DeviceError(
+            f"the partition of {grant.allocation.device} vanished while the claim was prepared; the kubelet tries again"
+        )
     return there.uuid
 
 
@@ -204,13 +207,14 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
     offer = inventory.offer(device)
     if offer is None:
         raise ClaimError(
-            f"claim {ref} was given {device}, which this node does not offer (any more); delete the pod to have it "
+            f"claim {ref} was allocated {device}, which this node does not offer now; delete the pod to have it "
             "scheduled again"
         )
     params.check(allocation.settings, offer, device, inventory.kept(offer.gpu.uuid))
     if isinstance(offer.sharing, Monitor) and not allocation.admin:
         raise ClaimError(
-            f"{device} is for admin access only; set adminAccess: true on the request, in a namespace for it"
+            f"{device} is for admin access only; set adminAccess: true on the request, in a namespace with the label "
+            'resource.kubernetes.io/admin-access: "true"'
         )
     # What an administrator is given is only watched: it takes nothing from its holders (KEP-5018).
     sharing = Monitor() if allocation.admin else offer.sharing
@@ -247,7 +251,7 @@ def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: 
         case Monitor():
             if grant.slot is not None and now.at(grant.slot) is None:
                 raise ClaimError(
-                    f"{grant.allocation.device} does not exist now, so there is nothing to watch; ask for monitor"
+                    f"{grant.allocation.device} does not exist now, so admin access shows nothing; ask for the device monitor"
                 )
         case Exclusive():
             yield from _time_slice(gpu, grant.allocation.settings.interval)
@@ -298,10 +302,13 @@ def _mode(gpu: Gpu, live: LiveGpu, *, on: bool) -> Iterator[Step]:
 
 
 def mode_advice(gpu: Gpu, live: LiveGpu, *, on: bool) -> str:
-    """Why this GPU cannot be used with MIG mode `on` now, and what an operator can do."""
+    """Why this GPU is unavailable with MIG mode `on` now, and what an operator can do."""
     word, now = ("on", "off") if on else ("off", "on")
     if live.mig_pending != live.mig:
-        return f"GPU {gpu.index} ({gpu.uuid}) waits for a reset to finish a change of MIG mode; drain the node and reset it"
+        return (
+            f"GPU {gpu.index} ({gpu.uuid}) waits for a reset to finish a change of MIG mode; drain the node and reset "
+            "the GPU"
+        )
     return (
         f"GPU {gpu.index} ({gpu.product}) has MIG mode {now} and cannot switch it without a reset; drain the node, run "
         f"nvidia-smi -i {gpu.bus_id} -mig {int(on)} and reset the GPU to turn it {word}"

@@ -74,7 +74,7 @@ def describe(grant: Grant) -> str:
 
 
 def usage(grants: Sequence[Grant]) -> str:
-    """What the shares of one slice amount to, short enough for a map: "mps 20480 of 81152 MiB"."""
+    """The memory of all shares of one slice, short enough for a map: "mps 20480 of 81152 MiB"."""
     used = sum(mine.memory_mib for mine in map(of, grants) if mine is not None)
     for grant in grants:
         match grant.sharing:
@@ -114,7 +114,7 @@ def coexists(one: Grant, two: Grant) -> bool:
 
 
 def excess(wanted: Grant, others: Sequence[Grant]) -> str:
-    """What there would be too much of if `wanted` joined the `others` on its slice; "" where it fits."""
+    """What the slice has too little of for `wanted` together with the `others`; "" if all of them fit."""
     mine = of(wanted)
     if mine is None:
         return ""
@@ -122,7 +122,7 @@ def excess(wanted: Grant, others: Sequence[Grant]) -> str:
     for name, limit in _limits(wanted):
         total = getattr(mine, name) + sum(getattr(share, name) for share in shares)
         if total > limit:
-            return f"{total} {_DESCRIPTIONS[name]} of {limit}"
+            return f"{total} of {limit} {_DESCRIPTIONS[name]}"
     return ""
 
 

@@ -1,1 +1,1 @@
-"""`gpuslice demo`: the whole story on a simulated node, step by step."""
+"""`gpuslice demo`: every feature on a simulated node, step by step."""

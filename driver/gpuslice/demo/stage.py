@@ -33,7 +33,7 @@ class Stage:
 
     @property
     def mps(self) -> MpsClient:
-        """As the driver sees the supervisor."""
+        """The MPS daemons, as the driver asks for them."""
         return MpsClient(self.cluster.mps)
 
     @property
@@ -57,7 +57,7 @@ class Stage:
         try:
             ref = self.cluster.claim(name, *requests)
         except UnschedulableError:
-            print("    the scheduler: nothing fits; the pod stays Pending until something does")
+            print("    the scheduler: no device fits, so the pod stays Pending")
             return None
         return ref
 
@@ -101,7 +101,9 @@ class Stage:
 
     def must(self, so: bool, what: str) -> None:
         if not so:
-            raise BrokenPromiseError(f"this should never be seen: {what}; please report it with the log above")
+            raise BrokenPromiseError(
+                f"the demo found a state that must never happen: {what}; please report it with the log above"
+            )
         print(f"  checked: {what}")
 
 
@@ -127,5 +129,5 @@ def a_card(name: str = "gpu") -> Request:
 
 
 def a_share(manner: str, name: str = "gpu", **capacity: str) -> Request:
-    """A share of a whole card by MPS or by time; `capacity`: what the claim asks for; defaults decide the rest."""
+    """A share of a whole card by MPS or time-slicing; `capacity`: what the claim asks for; defaults decide the rest."""
     return Request(name=name, driver=DRIVER, where={"type": manner, "profile": ""}, capacity=capacity)

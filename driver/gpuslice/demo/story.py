@@ -30,7 +30,7 @@ _ASK_S = 30.0
 
 
 def run(simulate: str) -> int:
-    """Tell the whole story on this node; 0, or 1 with a sentence where it did not end as it must.
+    """Run all steps of the demo on this node. Returns 0, or 1 with a sentence if a step did not end as it must.
 
     ConfigError: there is no such node.
     """
@@ -55,7 +55,7 @@ async def _tell(simulate: str) -> None:
                 except Exception:
                     print(stage.log(), file=sys.stderr)
                     raise
-    print(f"\nAll of it took {time.monotonic() - begin:.0f} s; nothing is left on this machine.")
+    print(f"\nThe demo took {time.monotonic() - begin:.0f} s; nothing is left on this machine.")
 
 
 def _short_folder() -> str | None:
@@ -66,7 +66,7 @@ def _short_folder() -> str | None:
 
 
 async def start(stage: Stage) -> None:
-    """The driver starts on a simulated node, and the MPS supervisor beside it; API server and kubelet are stand-ins.
+    """The driver and the MPS supervisor start on a simulated node; API server and kubelet are stand-ins.
 
     No latency is simulated at first, so that times are the driver's own.
     """
@@ -97,7 +97,7 @@ def _kind(device: Mapping[str, Any]) -> str:
 
 
 async def by_profile(stage: Stage) -> None:
-    """A claim names a MIG profile. No card was partitioned before: the driver makes the partition."""
+    """A claim names a MIG profile. No card has partitions yet, so the driver makes one."""
     profiles = (device["attributes"]["profile"]["string"] for device in stage.devices().values())
     smallest = next(filter(None, profiles), "1g.10gb")
     await stage.take("small", f"a partition with profile {smallest}", a_partition(profile=smallest))
@@ -105,21 +105,21 @@ async def by_profile(stage: Stage) -> None:
 
 
 async def by_memory(stage: Stage) -> None:
-    """Two claims only say how much memory they need, and get the smallest partition that has it."""
+    """Two claims name only the memory that they need. Each gets the smallest partition with that memory."""
     await stage.take("nine", "a partition with at least 9Gi", a_partition(memory=">=9Gi"))
     await stage.take("thirty", "a partition with at least 30Gi", a_partition(memory=">=30Gi"))
     stage.show_map()
 
 
 async def whole_card(stage: Stage) -> None:
-    """A whole card: the scheduler's counters lead it to one that nobody partitions. A second one has to wait."""
+    """A claim for a whole card gets one without partitions, because the counters say so. A second claim waits."""
     await stage.take("train", "a whole card", a_card())
     await stage.take("late", "another whole card", a_card())
     stage.show_map()
 
 
 async def double_allocation(stage: Stage) -> None:
-    """A scheduler that gives a partitioned card away as a whole is refused by name, at once."""
+    """A faulty scheduler allocates a partitioned card as a whole. The driver refuses at once and names the holder."""
     holder = stage.held.get("small")
     if holder is None:
         print("  (no card of this node was partitioned)")
@@ -129,20 +129,20 @@ async def double_allocation(stage: Stage) -> None:
     ref = stage.cluster.create_allocated("wrong", {"devices": {"results": [result]}})
     error = (await stage.cluster.kubelet.prepare([ref]))[ref.uid].error
     print(f"    the driver: {error}")
-    stage.must(bool(error), "one card is never handed out twice")
+    stage.must(bool(error), "the driver never gives one card to two claims")
     await stage.cluster.end(ref)
 
 
 async def several_cards(stage: Stage) -> None:
-    """One claim over two cards: a whole one and a partition of the other."""
+    """One claim takes two cards: a whole one and a partition of the other."""
     await stage.release("train")
     smaller = a_partition("helper")
-    await stage.take("pair", "a whole card, and beside it any partition", a_card("main"), smaller)
+    await stage.take("pair", "a whole card, and any partition of another card", a_card("main"), smaller)
     stage.show_map()
 
 
 async def mps_shares(stage: Stage) -> None:
-    """The other card is free again and is shared by MPS: two programs run at once, each with its own budget."""
+    """Two claims share the free card by MPS: their programs run at once, each with its own memory limit."""
     await stage.release("pair")
     await stage.take("infer", "an MPS share: 20Gi, a quarter of the SMs", a_share("mps", memory="20Gi", smPercent="25"))
     await stage.take("embed", "an MPS share: 10Gi", a_share("mps", memory="10Gi"))
@@ -153,7 +153,7 @@ async def mps_shares(stage: Stage) -> None:
 def _daemons(stage: Stage) -> None:
     for daemon in stage.mps.statuses():
         memory = "none" if daemon.memory_mib is None else f"{daemon.memory_mib} MiB"
-        print(f"  MPS daemon of {daemon.device}, process {daemon.pid}: ceiling of every client {memory}")
+        print(f"  MPS daemon of {daemon.device}, process {daemon.pid}: memory ceiling of every client {memory}")
 
 
 async def container_view(stage: Stage) -> None:
@@ -173,19 +173,19 @@ async def container_view(stage: Stage) -> None:
 
 
 async def time_slices(stage: Stage) -> None:
-    """A card has one mode at a time: shares by time wait until the last MPS share is released."""
-    await stage.take("notebook", "a share by time: 16Gi", a_share("timeslice", memory="16Gi"))
+    """A card has one mode at a time: time-slicing shares wait until the last MPS share is released."""
+    await stage.take("notebook", "a time-slicing share: 16Gi", a_share("timeslice", memory="16Gi"))
     shared = [name for name in ("infer", "embed") if name in stage.held]
     for name in shared:
         await stage.release(name)
     stage.must(not stage.mps.statuses(), "no MPS daemon is left")
-    await stage.take("notebook", "the same again", a_share("timeslice", memory="16Gi"))
-    await stage.take("shell", "another share by time, of the default size", a_share("timeslice"))
+    await stage.take("notebook", "the same claim again", a_share("timeslice", memory="16Gi"))
+    await stage.take("shell", "another time-slicing share, of the default size", a_share("timeslice"))
     stage.show_map()
 
 
 async def back_again(stage: Stage) -> None:
-    """And back: the same card as a whole, then partitioned, then by MPS. Nobody switched anything."""
+    """The same card serves as a whole, then as partitions, then by MPS. The driver switches the modes by itself."""
     for name in ("notebook", "shell"):
         await stage.release(name)
     for name, words, request in (
@@ -200,7 +200,7 @@ async def back_again(stage: Stage) -> None:
 
 
 async def killed(stage: Stage) -> None:
-    """The driver is killed in the middle of a prepare: a GPU instance exists, and nothing in it yet."""
+    """SIGKILL ends the driver in the middle of a prepare: a GPU instance exists, but no compute instance."""
     await stage.release("thirty")
     ref = stage.claim("unlucky", "a partition with at least 30Gi", a_partition(memory=">=30Gi"))
     if ref is not None:
@@ -208,7 +208,7 @@ async def killed(stage: Stage) -> None:
         stage.held["unlucky"] = ref
     await stage.driver.kill()
     SimNode(stage.cluster.node_folder).withdraw()
-    print(f"  SIGKILL to process {stage.driver.pid}; partitions and MPS shares of other claims go on without it")
+    print(f"  SIGKILL to process {stage.driver.pid}; partitions and MPS shares of other claims keep running")
     stage.show_map()
 
 
@@ -217,24 +217,24 @@ async def _hang(stage: Stage, ref: ClaimRef) -> None:
     node = SimNode(stage.cluster.node_folder)
     cue = node.cue("hang", "create_compute_instance")
     stage.calls.append(asyncio.create_task(stage.cluster.kubelet.prepare([ref])))
-    stage.must(await asyncio.to_thread(node.wait_hung, cue, _ASK_S), "the prepare hangs inside NVML, on cue")
+    stage.must(await asyncio.to_thread(node.wait_hung, cue, _ASK_S), "the prepare hangs in NVML, as the demo ordered")
     node.close()
 
 
 async def again(stage: Stage) -> None:
-    """The driver starts again and undoes what its records show as begun; then the kubelet tries again.
+    """The driver starts again and undoes the prepare that did not end. Then the kubelet tries again.
 
     From here on the simulated GPU takes the time of a real one (orders of magnitude, not measurements).
     """
     await asyncio.gather(*stage.calls, return_exceptions=True)
     driver = await stage.cluster.start("--simulate-latency", "realistic")
-    print(f"  process {driver.pid} is registered, and the slices are as they were")
+    print(f"  process {driver.pid} is registered; its ResourceSlices have not changed")
     beside = stage.claim(
         "beside", "an MPS share of the other card: 10Gi, at the same moment", a_share("mps", memory="10Gi")
     )
     begin = time.monotonic()
     await asyncio.gather(*(stage.use(ref) for ref in (stage.held.get("unlucky"), beside) if ref is not None))
-    print(f"  all of it took {time.monotonic() - begin:.1f} s: no card waits for another")
+    print(f"  both took {time.monotonic() - begin:.1f} s together, because no card waits for another")
     stage.show_map()
     _check(stage)
 
@@ -245,9 +245,12 @@ def _check(stage: Stage) -> None:
     made = {device.uuid for r in records.values() if r.prepared for device in r.prepared.devices}
     there = stage.look(lambda node: {p.uuid for live in node.live.values() for p in live.partitions})
     named = {f"{DRIVER}-claim_{uid}.json" for uid in records}
-    stage.must(all(r.prepared for r in records.values()), f"{len(records)} records, each of them finished")
-    stage.must(there <= made, f"{len(there)} partitions, each of them in a record")
-    stage.must(named == {path.name for path in stage.cluster.cdi.iterdir()}, "a CDI file for each, and no other")
+    stage.must(all(r.prepared for r in records.values()), f"{len(records)} records, and each of them is finished")
+    stage.must(there <= made, f"{len(there)} partitions, and each of them has a record")
+    stage.must(
+        named == {path.name for path in stage.cluster.cdi.iterdir()},
+        "each record has a CDI file, and there is no other CDI file",
+    )
 
 
 async def whole_report(stage: Stage) -> None:
@@ -258,7 +261,7 @@ async def whole_report(stage: Stage) -> None:
 
 
 async def the_end(stage: Stage) -> None:
-    """Every claim is released, the driver ends, and the node is as empty as before."""
+    """All claims are released, the driver ends, and the node is as empty as before."""
     for name in list(stage.held):
         await stage.release(name)
     code = await stage.driver.terminate()

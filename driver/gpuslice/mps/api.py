@@ -1,4 +1,4 @@
-"""What the driver asks of MPS: one daemon for each card or partition that is shared so."""
+"""What the driver asks of MPS: one daemon for each card or partition that claims share by MPS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpuslice.core.model import GpuUuid, MigUuid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonSpec:
-    """A daemon as it is to be. The ceilings hold for every client alike; None: no ceiling.
+    """A daemon as it has to be. The ceilings are the same for every client; None: no ceiling.
 
     `key` names its folder (a DNS label of at most 24 characters), so that socket paths stay below 108 bytes (unix(7)).
     `threads_percent` is a ceiling on multiprocessors, 1 … 100, no reservation.
@@ -25,7 +25,7 @@ class DaemonSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonStatus:
-    """A daemon as it is. The ceilings are those that it reports, not those that it was given.
+    """A daemon as it is. The ceilings are those that the daemon reports, not those that the driver asked for.
 
     `restarts` counts since the supervisor first started it; `problem` is one sentence about the last thing that went
     wrong, "" once the daemon was ensured again.
@@ -44,25 +44,25 @@ class MpsDaemons(Protocol):
     """Every verb blocks, may be called from several threads, and raises `DeviceError` with one sentence."""
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
-        """Have this daemon running with these ceilings; at once where it is so already. Nothing stays incomplete.
+        """Make this daemon run with these ceilings; returns at once if it does already. After an error, nothing is left of it.
 
         Ceilings that changed hold for new clients; those that are connected keep theirs.
         """
 
     def stop(self, key: str) -> None:
-        """Terminate its clients through MPS, then the daemon, and remove its folder; gone is success."""
+        """Terminate the clients by MPS, then the daemon, and remove its folder. No daemon of this key is no error."""
 
     def statuses(self) -> tuple[DaemonStatus, ...]:
-        """All daemons, by key, those in trouble included."""
+        """The status of every daemon, sorted by key; also of those with a problem."""
 
     def incarnation(self) -> str:
-        """Another one each time that the supervisor process was replaced: then ensure everything from the records."""
+        """The identity of the supervisor process. When it changes, the driver ensures all daemons from the records."""
 
     def pipe(self, key: str) -> Path:
-        """CUDA_MPS_PIPE_DIRECTORY of this daemon's clients; a path only, whether it exists or not."""
+        """CUDA_MPS_PIPE_DIRECTORY for the clients of this daemon. The folder need not exist."""
 
     def shm(self, key: str) -> Path:
-        """What its clients need as /dev/shm."""
+        """The folder that the clients of this daemon need as /dev/shm."""
 
     def log(self, key: str) -> Path:
-        """Where the daemon and its servers write their logs."""
+        """The folder where the daemon and its servers write their logs."""

@@ -19,7 +19,7 @@ _CHANGE_S = 25.0  # for what does: a daemon's start, or a drain that ends in a k
 
 
 class MpsClient:
-    """`Mps` over `<root>/supervisor.sock`. Stateless; any number of threads may use it."""
+    """`MpsDaemons` over `<root>/supervisor.sock`. It has no state; any number of threads may use it."""
 
     def __init__(self, root: Path) -> None:
         self._paths = Paths(root)
@@ -30,10 +30,10 @@ class MpsClient:
         what = f"ensure the MPS daemon of {daemon.device}"
         for running in self._list(what, message, _CHANGE_S):
             return running
-        raise DeviceError(f"cannot {what}: the MPS supervisor did not say what runs; see its log")
+        raise DeviceError(f"cannot {what}: the MPS supervisor answered without a daemon; see its log")
 
     def stop(self, key: str) -> None:
-        """Also succeeds without a supervisor where the daemon's folder is not there: it is made before any daemon starts.
+        """Stop a daemon. Without its folder there is no daemon, so this succeeds even if no supervisor runs.
 
         So a claim that never got its daemon is given back while the supervisor is away.
         """
@@ -85,7 +85,9 @@ class MpsClient:
                 f"cannot {what}: no MPS supervisor answers at {path} ({e}); start it: gpuslice mps-supervisor"
             ) from e
         if answer is None:
-            raise DeviceError(f"cannot {what}: the MPS supervisor at {path} hung up; see its log")
+            raise DeviceError(
+                f"cannot {what}: the MPS supervisor at {path} closed the connection without an answer; see its log"
+            )
         if "error" in answer:
             raise DeviceError(str(answer["error"]))
         return greeting, answer

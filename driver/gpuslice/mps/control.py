@@ -48,7 +48,7 @@ def stand_in(simulated_node: Path) -> Sequence[str]:
 
 
 class Control:
-    """The control program of one daemon. Every verb raises DeviceError, HungError where no answer came in time."""
+    """The control program of one daemon. Every method raises DeviceError, or HungError if no answer comes in time."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> None:
         self._command, self._env, self._timeout_s = command, env, timeout_s
@@ -62,18 +62,18 @@ class Control:
         return printed
 
     def servers(self) -> tuple[int, ...]:
-        """Pids of the servers; none until the first client came."""
+        """Process ids of the servers; empty until the first client connects."""
         return tuple(int(pid) for pid in _PIDS.findall(self.run("get_server_list")))
 
     def status(self, server: int) -> str:
-        """INITIALIZING, ACTIVE or FAULT."""
+        """The status of a server: INITIALIZING, ACTIVE or FAULT."""
         return one_line(self.run(f"get_server_status {server}"))
 
     def clients(self, server: int) -> tuple[int, ...]:
         return tuple(int(pid) for pid in _PIDS.findall(self.run(f"get_client_list {server}")))
 
     def terminate_clients(self) -> int:
-        """End the work of every client by MPS' own means, which a kill is not: how many there were."""
+        """End the work of every client by a command of MPS, because a kill can hang the card. Returns their number."""
         found = [(server, client) for server in self.servers() for client in self.clients(server)]
         if found:
             self.run(*(f"terminate_client {server} {client}" for server, client in found))
@@ -82,7 +82,7 @@ class Control:
     # ------------------------------------------------------------ ceilings
 
     def limit_memory(self, device: GpuUuid | MigUuid, memory_mib: int | None) -> int | None:
-        """Set the memory ceiling of clients to come, of the servers that run as well, and read it back.
+        """Set the memory ceiling for new clients and for the servers that run, and read it back.
 
         Always by UUID and by index, since NVIDIA's device plugin found limits by UUID ignored, and a name that is not
         validated may well read back. The daemon sees one device only, so its index is 0. One that reads back is enough.
@@ -102,8 +102,8 @@ class Control:
                 return memory_mib
         here = "no ceiling" if reported[0] is None else f"{reported[0]} MiB"
         raise DeviceError(
-            f"the MPS daemon of {device} did not take its memory ceiling of {memory_mib or 'no'} MiB and says {here}, "
-            f"by UUID and by index; update the NVIDIA driver, or share this card by other means"
+            f"the MPS daemon of {device} did not accept the memory ceiling of {memory_mib or 'no'} MiB and reports {here}, "
+            f"by UUID and by index; update the NVIDIA driver, or use MIG or time-slicing on this card"
         )
 
     def _try(self, *commands: str) -> None:
@@ -113,10 +113,10 @@ class Control:
         except HungError:
             raise
         except DeviceError as e:
-            log.debug("an MPS daemon did not obey: %s", e)
+            log.debug("an MPS daemon refused a command command=%r: %s", commands[0], e)
 
     def memory(self, device: GpuUuid | MigUuid) -> int | None:
-        """The memory ceiling as it is: by UUID where there is one, else by index."""
+        """The memory ceiling that the daemon reports: by UUID if it has one there, else by index."""
         by_uuid = self._memory("get_default_device_pinned_mem_limit", device, None)
         return self._memory("get_default_device_pinned_mem_limit", "0", None) if by_uuid is None else by_uuid
 
@@ -124,7 +124,7 @@ class Control:
         return mebibytes(self.run(f"{command} {device}"), wanted)
 
     def limit_threads(self, percent: int | None) -> int | None:
-        """The same for the share of multiprocessors; 100 is no ceiling."""
+        """Set the ceiling of multiprocessors in percent, and read it back. None or 100: no ceiling."""
         wanted = percent or 100
         self._try(f"set_default_active_thread_percentage {wanted}")
         if servers := self.servers():
@@ -132,8 +132,8 @@ class Control:
         reported = [self.threads(), *(self._threads(f"get_active_thread_percentage {server}") for server in servers)]
         if any(figure != percent for figure in reported):
             raise DeviceError(
-                f"the MPS daemon did not take its ceiling of {wanted} % of the multiprocessors and says "
-                f"{reported[0] or 100} %; update the NVIDIA driver, or share this card by other means"
+                f"the MPS daemon did not accept the ceiling of {wanted} % of the multiprocessors and reports "
+                f"{reported[0] or 100} %; update the NVIDIA driver, or use MIG or time-slicing on this card"
             )
         return percent
 
@@ -161,5 +161,5 @@ def mebibytes(text: str, wanted: int | None) -> int | None:
 
 
 def one_line(text: str) -> str:
-    """What a program printed, for a sentence."""
+    """The output of a program on one line, cut to the length of a sentence."""
     return " ".join(text.split())[:200] or "nothing"

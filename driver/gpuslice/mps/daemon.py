@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """`probe_s` from one question to the next; `answer_s` for the control program, more and the daemon is wedged."""
+    """`probe_s`: time between two checks. `answer_s`: a control program that takes longer means that the daemon hangs."""
 
     probe_s: float = 15.0
     answer_s: float = 5.0
@@ -57,7 +57,7 @@ class MpsDaemon:
         return self.pidfd.id.pid
 
     def limit(self, daemon: DaemonSpec) -> None:
-        """Give it these ceilings; where it does not take them, it keeps those it has. HungError where it is wedged."""
+        """Set these ceilings. If the daemon refuses them, it keeps its old ones. HungError if the daemon hangs."""
         before = self.ceilings
         try:
             self.ceilings = _limit(self.control, daemon)
@@ -70,23 +70,23 @@ class MpsDaemon:
             raise
 
     def probe(self) -> str:
-        """What is wrong with it, "" when well. HungError where it does not answer."""
+        """The problem of the daemon, or "". HungError if the daemon does not answer."""
         for server in self.control.servers():
             if "FAULT" in self.control.status(server).upper():
                 return f"MPS server {server} is in FAULT after a fatal error of one client"
         return ""
 
     def stop(self, *, drain: bool = True) -> str:
-        """Terminate the clients, then the daemon; what does not end by itself is killed. How it ended, as a clause."""
+        """Terminate the clients, then the daemon, and kill what does not end. Returns how the daemon ended, as a clause."""
         try:
             if drain and not self.pidfd.ended():
                 # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
                 ended = self.control.terminate_clients()
-                log.info("MPS clients were terminated pid=%d clients=%d", self.pid, ended)
+                log.info("terminated the clients of an MPS daemon before its end pid=%d clients=%d", self.pid, ended)
                 self.control.run(f"quit -t {DRAIN_S:.0f}")
                 self.pidfd.ended(DRAIN_S)
         except DeviceError as e:
-            log.warning("an MPS daemon could not be drained and is killed pid=%d: %s", self.pid, e)
+            log.warning("an MPS daemon could not be drained, so it is killed pid=%d: %s", self.pid, e)
         self.pidfd.kill()
         # Its servers go with it: they would hold the card against the next daemon's.
         kill_all(self._pipe, DRAIN_S)
@@ -95,7 +95,7 @@ class MpsDaemon:
 
 
 def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float) -> MpsDaemon:
-    """Start a daemon in its folder and give it its ceilings. DeviceError where it fails, and then nothing runs."""
+    """Start a daemon in its folder and set its ceilings. After a DeviceError, no process of it runs."""
     paths.make(daemon.key)
     _give_shm(paths, daemon.key)
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
@@ -106,12 +106,14 @@ def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: fl
             why = e
     process = _start(paths, daemon, command, answer_s, last)
     if first:
-        log.warning("MPS daemon %s serves one uid at a time; with more it fails: %s", daemon.key, why)
+        log.warning(
+            "an MPS daemon serves only one uid at a time key=%s: with -multiuser-server it fails: %s", daemon.key, why
+        )
     return process
 
 
 def remove(paths: Paths, key: str) -> None:
-    """Remove the daemon's folder, with the tmpfs on it; gone is fine. DeviceError where it is somebody else's."""
+    """Remove the folder of a daemon, and the tmpfs on it. DeviceError if the folder belongs to another user."""
     if paths.folder(key).exists():
         paths.own(key)
         launch.take_tmpfs(str(paths.shm(key)))
@@ -125,7 +127,9 @@ def _give_shm(paths: Paths, key: str) -> None:
         why = "mounts do not propagate from here"
     except OSError as e:
         why = e.strerror or str(e)
-    log.warning("programs of MPS daemon %s fill %s with their shared memory: %s", key, paths.root, why)
+    log.warning(
+        "shared memory of MPS clients fills the root folder key=%s root=%s: no tmpfs, because %s", key, paths.root, why
+    )
 
 
 class _EndedError(DeviceError):
@@ -150,7 +154,7 @@ def _start(
             process.stop(drain=False)
             raise
     if warning := next((line for line in _lines(console) if line.startswith(launch.NO_SHM)), ""):
-        log.warning("MPS daemon %s has %s", daemon.key, warning.removeprefix("gpuslice: "))
+        log.warning("an MPS daemon has %s key=%s", warning.removeprefix("gpuslice: "), daemon.key)
     return process
 
 
@@ -167,7 +171,9 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int
                 start_new_session=True,  # a terminal's ctrl-C is ours, not its
             )
     except OSError as e:
-        raise DeviceError(f"cannot start an MPS daemon: {e.strerror} ({e.filename}); see to that first") from e
+        raise DeviceError(
+            f"cannot start an MPS daemon: {e.strerror} ({e.filename}); check that file and its rights"
+        ) from e
     child.returncode = 0  # we reap it ourselves, like those that are not our children
     return child.pid
 
@@ -192,11 +198,14 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
             return
         except DeviceError as e:
             why = str(e)
-    raise DeviceError(f"the MPS daemon of {device} took no command within {START_S:g} s after its start: {why}")
+    raise DeviceError(
+        f"the MPS daemon of {device} took no command within {START_S:g} s after its start: {why}; see the logs in "
+        f"{console.parent}"
+    )
 
 
 def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
-    """What a former supervisor left in this folder: the daemon it was to be, and its process where that lives and answers.
+    """Read what a former supervisor left in this folder: the spec of the daemon, and its process if it runs and answers.
 
     DeviceError where the folder names no daemon, or one of an earlier boot.
     """
@@ -217,7 +226,7 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
     try:
         process.ceilings = (process.control.memory(daemon.device), process.control.threads())
     except DeviceError as e:
-        log.warning("a former supervisor's MPS daemon does not answer and is killed key=%s: %s", key, e)
+        log.warning("an MPS daemon of a former supervisor does not answer, so it is killed key=%s: %s", key, e)
         process.stop(drain=False)
         return daemon, None
     return daemon, process

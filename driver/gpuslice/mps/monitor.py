@@ -1,4 +1,4 @@
-"""Keeps one daemon as its spec says: a thread waits for its end, probes it now and then, and restarts it."""
+"""Keep one daemon as its spec says: a thread waits for the end of the process, checks it regularly, and restarts it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AGAIN_S = 1.0
 
 
 class GoneError(DeviceError):
-    """The monitor has been stopped meanwhile; another one may be made."""
+    """The monitor was stopped in the meantime; the caller may make a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def pause_s(failures: int) -> float:
 
 
 class DaemonMonitor:
-    """`running` is read without waiting, whatever goes on; changes take turns."""
+    """Keeps one daemon running. Reading `running` never waits; only one change runs at a time."""
 
     def __init__(self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts) -> None:
         self._paths, self._key, self._command, self._timeouts = paths, key, command, timeouts
@@ -72,13 +72,13 @@ class DaemonMonitor:
         return self._retired.is_set()
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
-        """At once where it is so already. Where the first start fails, the monitor is gone with all that it made."""
+        """Make the daemon run as this spec says; returns at once if it does. If the first start fails, nothing is left."""
         state = self._state
         if state and state.well(daemon):
             return state.running
         with self._turn:
             if self._retired.is_set():
-                raise GoneError(f"MPS daemon {self._key} is being stopped; try again")
+                raise GoneError(f"MPS daemon {self._key} is stopping; try again")
             try:
                 return self._ensure(daemon)
             finally:
@@ -114,7 +114,7 @@ class DaemonMonitor:
     def _replace(self, state: _Snapshot | None, daemon: DaemonSpec) -> MpsDaemon:
         if state and state.process:
             how = state.process.stop()
-            log.info("an MPS daemon %s and is replaced key=%s device=%s", how, self._key, daemon.device)
+            log.info("an MPS daemon %s, and a new one replaces it key=%s device=%s", how, self._key, daemon.device)
         self._failures += 1
         try:
             process = daemons.start(self._paths, daemon, self._command, self._timeouts.answer_s)
@@ -123,11 +123,11 @@ class DaemonMonitor:
                 self._why = f"the MPS daemon of {daemon.device} cannot be started"
                 self._down(daemon, state.running.restarts, f": {e}")
             raise
-        log.info("an MPS daemon runs key=%s device=%s pid=%d", self._key, daemon.device, process.pid)
+        log.info("started an MPS daemon key=%s device=%s pid=%d", self._key, daemon.device, process.pid)
         return process
 
     def adopt(self) -> None:
-        """Take over what a former supervisor left: as it runs, or started again. DeviceError where it left nothing."""
+        """Adopt the daemon of a former supervisor; start it again if it ended. DeviceError if there is none to adopt."""
         with self._turn:
             daemon, process = daemons.adopt(self._paths, self._key, self._command, self._timeouts.answer_s)
             if process is None:
@@ -141,7 +141,9 @@ class DaemonMonitor:
             except DeviceError as e:
                 problem = str(e)
             self._show(daemon, process, 0, problem)
-            log.info("an MPS daemon of a former supervisor is kept key=%s pid=%d %s", self._key, process.pid, problem)
+            log.info(
+                "adopted an MPS daemon of a former supervisor key=%s pid=%d problem=%r", self._key, process.pid, problem
+            )
 
     def stop(self) -> None:
         """Drain and end the daemon, and remove its folder."""
@@ -151,7 +153,7 @@ class DaemonMonitor:
                 daemons.remove(self._paths, self._key)
 
     def close(self) -> None:
-        """For the supervisor's own end: drain and end the daemon; its folder stays, because containers hold it."""
+        """Drain and end the daemon because the supervisor ends. Its folder stays, because containers have it mounted."""
         with self._turn:
             if not self._retired.is_set():
                 self._end()
@@ -160,7 +162,7 @@ class DaemonMonitor:
         self._retire()
         if self._state and self._state.process:
             how = self._state.process.stop()
-            log.info("an MPS daemon is stopped key=%s: it %s", self._key, how)
+            log.info("stopped an MPS daemon key=%s: it %s", self._key, how)
 
     def _end_failed_start(self) -> None:
         self._retire()
@@ -223,7 +225,7 @@ class DaemonMonitor:
             self._check(state)
         except OSError:
             # No descriptors, no memory: a thread that ended of it would leave the daemon to itself.
-            log.exception("an MPS daemon could not be looked after key=%s", self._key)
+            log.exception("the check of an MPS daemon failed; the next try is in %g s key=%s", _AGAIN_S, self._key)
             self._retired.wait(_AGAIN_S)
 
     def _check(self, state: _Snapshot) -> None:
@@ -239,7 +241,7 @@ class DaemonMonitor:
             return
         how = process.stop(drain=not hung)
         self._why = f"the MPS daemon of {state.daemon.device} {how}" if ended else wrong
-        log.warning("an MPS daemon is replaced key=%s pid=%d: %s", self._key, process.pid, self._why)
+        log.warning("an MPS daemon failed and is replaced key=%s pid=%d: %s", self._key, process.pid, self._why)
         if self._failures:
             self._down(state.daemon, restarts, "")
         else:

@@ -51,17 +51,17 @@ class Paths:
         return tuple(sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name)))
 
     def check(self, key: str) -> None:
-        """DeviceError where no daemon can have this key here."""
+        """Check a key: DeviceError if no daemon can have it below this root."""
         if not _KEY.fullmatch(key):
-            raise DeviceError(f"{key!r} names no MPS daemon; use at most 24 of a-z, 0-9 and dashes")
+            raise DeviceError(f"{key!r} is not the key of an MPS daemon; a key has 1 to 24 of a-z, 0-9 and dashes")
         _check_length(self.pipe(key) / _LONGEST_SOCKET)
 
     def check_socket(self) -> None:
-        """DeviceError where the supervisor's own socket cannot be here."""
+        """Check the path of the supervisor's socket: DeviceError if it is too long."""
         _check_length(self.socket)
 
     def make(self, key: str) -> None:
-        """The daemon's folders, empty of sockets of an earlier one; DeviceError where they are somebody else's."""
+        """Make the folders of a daemon and remove old sockets. DeviceError if they belong to another user."""
         self.check(key)
         folder = self.folder(key)
         try:
@@ -82,14 +82,16 @@ class Paths:
             ) from e
 
     def own(self, key: str) -> None:
-        """DeviceError where the daemon's folder is not ours, or gone."""
+        """Check the folder of a daemon: DeviceError if it is missing or belongs to another user."""
         try:
             _own(self.folder(key))
         except OSError as e:
-            raise DeviceError(f"cannot look at folder {self.folder(key)} of an MPS daemon: {e.strerror}") from e
+            raise DeviceError(
+                f"cannot look at folder {self.folder(key)} of an MPS daemon: {e.strerror}; check its rights"
+            ) from e
 
     def remove(self, key: str) -> None:
-        """Remove the daemon's folder with what is in it; gone is fine."""
+        """Remove the folder of a daemon with its content, if it exists."""
         folder = self.folder(key)
         try:
             _own(folder)
@@ -105,7 +107,7 @@ class Paths:
 def _check_length(path: Path) -> None:
     if (length := len(os.fsencode(path))) > _SOCKET_PATH:
         raise DeviceError(
-            f"socket path {path} has {length} bytes, more than the {_SOCKET_PATH} that Linux takes; "
+            f"socket path {path} has {length} bytes, more than the {_SOCKET_PATH} that Linux accepts; "
             f"start the MPS supervisor with a shorter root folder"
         )
 
@@ -114,7 +116,9 @@ def _own(folder: Path) -> None:
     """Never run a daemon where somebody else could replace its sockets, nor remove what is somebody else's."""
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode):
-        raise DeviceError(f"{folder} is no folder of ours; remove it, or start the MPS supervisor with another root")
+        raise DeviceError(
+            f"{folder} is not a folder of gpuslice; remove it, or start the MPS supervisor with another root"
+        )
     if there.st_uid != os.geteuid():
         raise DeviceError(
             f"folder {folder} belongs to uid {there.st_uid}, and the MPS supervisor runs as {os.geteuid()}; "

@@ -55,13 +55,13 @@ class Supervisor:
         self._closing = threading.Event()
 
     def open(self) -> None:
-        """DriverError where the root cannot be served, or another supervisor does it already."""
+        """Adopt the daemons that run, then listen. DriverError if the root is unusable or another supervisor serves it."""
         root = self._paths.root
         self._paths.check_socket()
         files.ensure_folder(root, 0o711)
         lock = files.try_lock(root / "supervisor.lock")
         if lock is None:
-            raise DeviceError(f"another MPS supervisor serves {root}; end that one first, or use another root")
+            raise DeviceError(f"another MPS supervisor serves {root}; stop that one first, or use another root")
         self._root_lock = lock
         self._adopt()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -95,11 +95,11 @@ class Supervisor:
             monitor.adopt()
         except DriverError as e:
             self._forget(key, monitor)
-            log.warning("nothing is adopted key=%s: %s", key, e)
+            log.warning("cannot adopt the MPS daemon of a former supervisor key=%s: %s", key, e)
             try:
                 daemons.remove(self._paths, key)
             except DriverError as error:
-                log.warning("a folder stays key=%s: %s", key, error)
+                log.warning("cannot remove the folder of an MPS daemon key=%s: %s", key, error)
 
     def _monitor(self, key: str) -> DaemonMonitor:
         with self._lock:
@@ -157,7 +157,7 @@ class Supervisor:
             except (OSError, RuntimeError) as e:
                 # Out of descriptors or threads: the client still waits, so trying at once would only burn the processor.
                 if not self._closing.wait(_NO_ACCEPT_S):
-                    log.error("the MPS supervisor cannot accept a connection: %s", e)
+                    log.error("the MPS supervisor cannot accept a connection socket=%s: %s", self._paths.socket, e)
 
     def _talk(self, connection: socket.socket) -> None:
         """One greeting, one request. A thread of its own, so that a slow client keeps nobody waiting."""
@@ -165,9 +165,9 @@ class Supervisor:
             with connection, connection.makefile("rwb") as stream:
                 wire.write(stream, self._converse(stream))
         except TimeoutError:
-            log.warning("a client of the MPS supervisor sent nothing for %g s", _TALK_S)
+            log.warning("a client connected to the MPS supervisor and sent no request within %g s", _TALK_S)
         except OSError as e:
-            log.info("a client of the MPS supervisor went away: %s", e)
+            log.info("a client of the MPS supervisor closed its connection before the answer: %s", e)
 
     def _converse(self, stream: wire.Stream) -> UncheckedBody:
         try:
@@ -190,16 +190,21 @@ class Supervisor:
             request = wire.read(stream)
             return {} if request is None else self._answer(request)
         except ValueError as e:
-            return {"error": f"the MPS supervisor does not understand this ({e}); update the older one of both"}
+            return {
+                "error": (
+                    f"the MPS supervisor does not understand the request ({e}); update the older one of driver and "
+                    "supervisor"
+                )
+            }
 
     def _answer(self, request: UncheckedBody) -> UncheckedBody:
         try:
             running = self._obey(request)
         except DriverError as e:
-            log.error("refused op=%s: %s", request.get("op"), e)
+            log.error("refused a request to the MPS supervisor op=%s: %s", request.get("op"), e)
             return {"error": str(e)}
         except Exception as e:
-            log.exception("failed op=%s", request.get("op"))
+            log.exception("a request to the MPS supervisor failed unexpectedly op=%s", request.get("op"))
             return {"error": f"the MPS supervisor failed unexpectedly ({type(e).__name__}: {e}); see its log"}
         return {"running": [wire.running_body(one) for one in running]}
 
@@ -216,7 +221,8 @@ class Supervisor:
                 return ()
             case other:
                 raise DeviceError(
-                    f"the MPS supervisor knows no {json.dumps(other)}; update it, because the driver is newer"
+                    f"the MPS supervisor does not know operation {json.dumps(other)}; update the supervisor, because "
+                    "the driver is newer"
                 )
 
 
@@ -233,9 +239,9 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
     except DriverError as e:
         log.error("%s", e)
         return _FAILED
-    log.info("the MPS supervisor serves root=%s incarnation=%s", root, supervisor.incarnation)
+    log.info("the MPS supervisor serves requests root=%s incarnation=%s", root, supervisor.incarnation)
     ended.wait()
-    log.info("the MPS supervisor ends, and its daemons with it")
+    log.info("the MPS supervisor ends all its daemons and then itself root=%s", root)
     supervisor.close()
     return 0
 

@@ -41,7 +41,7 @@ def write(stream: Stream, message: UncheckedBody) -> None:
 
 
 def read(stream: Stream) -> UncheckedBody | None:
-    """The next message; None at the end of the stream. ValueError for what is no message."""
+    """The next message, or None at the end of the stream. ValueError if a line is not a message."""
     line = stream.readline(_LONGEST)
     if not line:
         return None
@@ -61,7 +61,7 @@ def common(theirs: object, ours: Iterable[int] = VERSIONS) -> int | None:
 
 
 def disagreement(theirs: object, release: str) -> str:
-    """One sentence for two that share no version; `release` is the other side's."""
+    """The error text for two sides without a common version; `release` is the one of the other side."""
     return (
         f"gpuslice {release} speaks versions {theirs} of the MPS supervisor's protocol, and this side "
         f"{list(VERSIONS)}; update the older one of driver and supervisor"
@@ -73,7 +73,7 @@ def daemon_body(daemon: DaemonSpec) -> UncheckedBody:
 
 
 def daemon_of(body: object) -> DaemonSpec:
-    """A daemon from a message or a file of ours; DeviceError where a field is missing or senseless."""
+    """A daemon from a message or a file of ours; DeviceError if a field is missing or has a wrong value."""
     if not isinstance(body, dict):
         raise DeviceError(f"{body!r} describes no MPS daemon; update the older one of driver and supervisor")
     daemon = DaemonSpec(
@@ -85,7 +85,9 @@ def daemon_of(body: object) -> DaemonSpec:
     if daemon.memory_mib is not None and daemon.memory_mib < 1:
         raise DeviceError(f"a memory ceiling of {daemon.memory_mib} MiB lets no client run; use at least 1, or none")
     if daemon.threads_percent is not None and not 1 <= daemon.threads_percent <= 100:
-        raise DeviceError(f"{daemon.threads_percent} % of the multiprocessors is no ceiling; use 1 to 100, or none")
+        raise DeviceError(
+            f"{daemon.threads_percent} % of the multiprocessors is not a valid ceiling; use 1 to 100, or none"
+        )
     return daemon
 
 
@@ -115,7 +117,9 @@ def _device(body: UncheckedBody) -> GpuUuid | MigUuid:
 def _text(body: UncheckedBody, key: str) -> str:
     value = body.get(key)
     if not isinstance(value, str):
-        raise DeviceError(f"{key} of an MPS daemon is {value!r} and must be a text; update driver or supervisor")
+        raise DeviceError(
+            f"{key} of an MPS daemon is {value!r} and must be a text; update the older one of driver and supervisor"
+        )
     return value
 
 
@@ -123,6 +127,6 @@ def _number(body: UncheckedBody, key: str) -> int | None:
     value = body.get(key)
     if value is not None and type(value) is not int:
         raise DeviceError(
-            f"{key} of an MPS daemon is {value!r} and must be a whole number; update driver or supervisor"
+            f"{key} of an MPS daemon is {value!r} and must be a whole number; update the older one of driver and supervisor"
         )
     return value

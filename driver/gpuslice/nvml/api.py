@@ -86,7 +86,7 @@ class Nvml(Protocol):
         """One sentence for each card that the last `gpus` could not read."""
 
     def notes(self) -> tuple[str, ...]:
-        """One sentence for each thing that the last `gpus` could not learn, or had to take on trust."""
+        """One sentence for each value that the last `gpus` could not read or had to assume."""
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
         """MIG mode and partitions as they are now; a GPU without MIG shows `mig=False` and no partitions."""
@@ -105,10 +105,10 @@ class Nvml(Protocol):
         """Id and UUID of a compute instance as wide as its GPU instance."""
 
     def destroy_compute_instance(self, gpu: GpuUuid, gi: int, ci: int) -> None:
-        """NOT_FOUND where it is gone, IN_USE while a process runs on it."""
+        """Destroy a compute instance. NOT_FOUND if it does not exist, IN_USE while a process runs on it."""
 
     def destroy_gpu_instance(self, gpu: GpuUuid, gi: int) -> None:
-        """NOT_FOUND where it is gone, IN_USE while it has a compute instance."""
+        """Destroy a GPU instance. NOT_FOUND if it does not exist, IN_USE while it has a compute instance."""
 
     def processes(self, gpu: GpuUuid) -> tuple[GpuProcess, ...]:
         """Compute and graphics processes on the card and its partitions, once each."""

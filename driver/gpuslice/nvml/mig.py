@@ -136,7 +136,7 @@ def _identity(compute_instance: Handle) -> tuple[int, MigUuid]:
     uuid = str(pynvml.nvmlDeviceGetUUID(info.device))
     if not uuid.startswith("MIG-"):
         raise DeviceError(
-            f"NVML gives compute instance {info.id} the UUID {uuid}, which is no MIG device's; report this"
+            f"NVML gives compute instance {info.id} the UUID {uuid}, which no MIG device has; please report this"
         )
     return int(info.id), MigUuid(uuid)
 

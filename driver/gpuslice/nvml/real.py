@@ -246,7 +246,7 @@ class RealNvml:
         self._events = None
 
     def close(self) -> None:
-        """End the session; once is enough, and more does no harm (NVML counts its sessions, we have one)."""
+        """End the session of this process. A second call does nothing."""
         if not self._closing.is_set():
             self._closing.set()
             # A wait cannot be cancelled, and the library must not go away below it.

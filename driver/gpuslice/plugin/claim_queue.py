@@ -1,4 +1,4 @@
-"""Who waits where: one line of jobs per claim, tickets per GPU, worker threads with a watch on them.
+"""How jobs wait: one line of jobs for each claim, tickets for each GPU, and worker threads with a time limit.
 
 All of it lives on the event loop; only the work itself runs in threads. Two things that went wrong in other shapes, both
 tried: locks taken inside worker threads let the queue of one hung GPU eat the whole executor, and a lock that a cancelled
@@ -27,7 +27,7 @@ _MOST_WAITING = 8  # threads kept for the next work; a burst may use more
 
 
 class Job:
-    """A job's own view of its place: whether it may still be called off, and whether anybody still listens."""
+    """What a job knows of its place: whether it can still be cancelled, and whether a caller still waits for it."""
 
     def __init__(self) -> None:
         self.listeners = 0
@@ -50,8 +50,8 @@ class ClaimQueue:
     async def run(self, uid: ClaimUid, kind: str, work: Callable[[Job], Awaitable[T]], *, calls_off: str = "") -> T:
         """Run `work` when all earlier jobs of this claim have ended.
 
-        A call of the same kind as the last one in line joins it. `calls_off` names a kind of which those that still wait
-        are called off: their callers get a ClaimError. A job that nobody listens to any more is called off likewise.
+        A call of the same kind as the last job in line joins that job. `calls_off` names a kind: jobs of that kind that
+        still wait are cancelled, and their callers get a ClaimError. A job without callers is cancelled as well.
         """
         line = self._lines.setdefault(uid, [])
         for job in line:
@@ -84,7 +84,7 @@ class ClaimQueue:
             if not job.task.cancelled():
                 raise  # it is the caller who went away
             raise ClaimError(
-                f"{job.kind} of claim {uid} was called off before it began; it is asked for again if needed"
+                f"{job.kind} of claim {uid} was cancelled before it began; the kubelet asks again if a pod needs the claim"
             ) from None
         finally:
             job.job.listeners -= 1
@@ -119,12 +119,12 @@ class Tickets:
         self._arrivals = 0
 
     def arrive(self) -> int:
-        """A number that keeps one's place over several tries."""
+        """A number that keeps the place of a claim over several tries."""
         self._arrivals += 1
         return self._arrivals
 
     async def take(self, gpus: Sequence[GpuUuid], arrival: int) -> Ticket:
-        """Wait for the job on all these GPUs. HungError at once where one of them hangs, or begins to."""
+        """Wait until it is this claim's turn on all these GPUs. HungError at once if one of them hangs."""
         ticket = Ticket(gpus, arrival)
         for gpu in gpus:
             if gpu in self._hung:
@@ -149,7 +149,7 @@ class Tickets:
         self._grant()
 
     def hang(self, ticket: Ticket, text: str) -> None:
-        """The work under this ticket does not come back: answer everybody who waits for its GPUs, now and later."""
+        """The work under this ticket hangs: refuse all jobs that wait for its GPUs, now and later."""
         for gpu in ticket.gpus:
             self._hung[gpu] = text
         for waiting in [t for t in self._waiting if set(t.gpus) & set(ticket.gpus)]:
@@ -172,7 +172,7 @@ class Tickets:
 
 
 class Workers:
-    """Runs blocking work in threads, under tickets, and says when it does not come back.
+    """Runs blocking work in threads, under tickets, and reports work that hangs.
 
     A thread that has ended its work waits for the next; a thread is started where none waits, so hung ones are never
     counted on, however many they are. (Starting one costs more than a whole-card prepare's own work: the loop waits until
@@ -273,7 +273,7 @@ def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None], afterwards: 
 
 
 class Releases:
-    """News of records that were dropped, by this instance or another: what a waiting claim waits for."""
+    """News of dropped records, by this instance or another one. Claims that wait for a holder wait for this news."""
 
     def __init__(self) -> None:
         self._waiters: set[_Waiter] = set()

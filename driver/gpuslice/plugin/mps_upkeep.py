@@ -1,4 +1,4 @@
-"""The MPS daemons of this node, looked after while the driver runs."""
+"""Keeps the MPS daemons of this node running while the driver runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _AWAY: _State = ("", frozenset())
 
 
 class MpsUpkeep:
-    """Where a daemon was lost, or the whole supervisor is another process than before, the daemons are ensured again from
-    the records. What is wrong meanwhile is logged here, and tainted by the node's health."""
+    """Starts the MPS daemons of all records again when one of them or the supervisor was lost. In the meantime it logs each
+    problem, and NodeHealth taints the devices."""
 
     def __init__(
         self, mps: MpsDaemons, ensure_daemons: Callable[[], Awaitable[None]], changed: Callable[[], object]
@@ -37,7 +37,7 @@ class MpsUpkeep:
             now = await asyncio.to_thread(self._read_state)
             if now != known:
                 for problem in sorted(now[1] - known[1]):
-                    log.warning("MPS: %s", problem)
+                    log.warning("an MPS daemon has a problem: %s", problem)
                 self._changed()
                 pause_s, due = _PERIOD_S, 0.0
             pending = pending or now[0] != known[0] or bool(now[1])
@@ -51,7 +51,7 @@ class MpsUpkeep:
         try:
             await self._ensure_daemons()
         except DriverError as e:  # the daemon's own problem is logged and tainted
-            log.debug("the MPS daemons cannot be ensured yet: %s", e)
+            log.debug("cannot start the MPS daemons of all claims yet; the driver tries again: %s", e)
             return False
         return True
 

@@ -78,7 +78,7 @@ class Preparer:
         return self._wanted(claim, record)
 
     def prepare(self, claim: Claim, scope: Scope) -> PreparedClaim | Busy | Scope:
-        """What the claim was given, the same as last time if it stands; or who has to leave first."""
+        """Prepare the claim. Returns its devices, the same as last time if they still exist, or the claims that block it."""
         uid = claim.ref.uid
         with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
@@ -94,7 +94,7 @@ class Preparer:
             return self._make(claim, wanted.grants)
 
     def unprepare(self, uid: ClaimUid, scope: Scope) -> Scope | None:
-        """Undo what the claim holds; success where it holds nothing."""
+        """Undo all that the claim holds. A claim that holds nothing is no error."""
         with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
             if record != scope.record:
@@ -106,25 +106,25 @@ class Preparer:
             return None
 
     def recover(self, uid: ClaimUid, scope: Scope) -> Scope | None:
-        """Undo a claim that a killed process left unfinished; leaves one alone that another instance has finished."""
+        """Undo a claim that a killed process left unfinished, unless another instance has finished it."""
         with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
             if record != scope.record:
                 return self.scope(uid)
             if record is not None and record.prepared is None:
-                log.warning("undoing what was left incomplete claim=%s", record.plan.ref)
+                log.warning("undoing a prepare that did not end claim=%s", record.plan.ref)
                 self._undo(record)
             return None
 
     def ensure_daemons(self, gpu: GpuUuid) -> None:
-        """Have the MPS daemons of a card as its records want them, because the supervisor may have lost some. All are tried,
-        and the first error is raised."""
+        """Make the MPS daemons of a card run as its records say, because the supervisor may have lost some. It tries all,
+        and then raises the first error."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
             self._steps.ensure_daemons(shared.daemons_of(records, gpu), records)
 
     def make_spares(self) -> None:
-        """Make the files of a claim to come. Called between claims."""
+        """Make files for the next claim in advance. Called between claims."""
         for spares in (self._lock_spares, self._checkpoint.spares, self._cdi_writer.spares):
             spares.refill()
 
@@ -137,7 +137,7 @@ class Preparer:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
 
     def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
-        """Claims that would still hold what this one needs if those in `gone` had left."""
+        """Claims that hold what this claim needs, apart from those in `gone`."""
         others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
         return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
 
@@ -213,9 +213,9 @@ class Preparer:
         left = {gpu: plan.leftover(record, gpu) for gpu in refused}
         for gpu, leftover in left.items():
             log.warning(
-                "unprepared, except for what is left on GPU %s; it is undone when the GPU is back claim=%s: %s",
-                gpu,
+                "unprepared a claim except on a lost GPU; the rest is undone when the GPU is back claim=%s gpu=%s: %s",
                 record.plan.ref,
+                gpu,
                 refused[gpu],
             )
             self._checkpoint.put(leftover)
@@ -229,7 +229,7 @@ class Preparer:
             if record is not None:
                 self._undo(record)
         except DriverError as e:
-            log.error("cannot undo a failed prepare yet claim=%s: %s", uid, e)
+            log.error("cannot undo a failed prepare; the next call for the claim tries again claim=%s: %s", uid, e)
 
     def _undo_steps(self, record: Record) -> dict[GpuUuid, DeviceError]:
         """Undo a record's steps; the first error of each card that refuses.

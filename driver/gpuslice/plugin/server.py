@@ -155,14 +155,14 @@ class DraService:
 
 
 class RegistrationService:
-    """Answers the kubelet's plugin watcher: who we are. Its answer says whether it registered us."""
+    """Answers the kubelet's plugin watcher, which asks who the driver is and then tells whether it registered the driver."""
 
     def __init__(self, driver: str, endpoint: Path) -> None:
         self._info = registration_v1_pb2.PluginInfo(
             type="DRAPlugin", name=driver, endpoint=str(endpoint), supported_versions=list(VERSIONS)
         )
         self.refusal: str | None = (
-            "the kubelet has not asked yet; check that its plugin registry folder is the one we use"
+            "the kubelet has not called the driver yet; check that --kubelet-registrar-directory-path is the kubelet's folder"
         )
 
     async def GetInfo(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
@@ -170,10 +170,10 @@ class RegistrationService:
 
     async def NotifyRegistrationStatus(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
         if request.plugin_registered:
-            log.info("registered with the kubelet as %s", self._info.name)
+            log.info("registered with the kubelet driver=%s", self._info.name)
             self.refusal = None
             return registration_v1_pb2.RegistrationStatusResponse()
-        self.refusal = f"the kubelet refused to register {self._info.name}: {request.error}"
+        self.refusal = f"the kubelet refused to register driver {self._info.name}: {request.error}"
         log.error("%s", self.refusal)
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
         raise AssertionError("abort raises")
@@ -183,7 +183,7 @@ class RegistrationService:
 
 
 class PluginServer:
-    """Both servers and their sockets. `lost` ends with a sentence when one of them is gone while we run."""
+    """Both servers and their sockets. `lost` returns a sentence when one of them is gone while the driver runs."""
 
     def __init__(
         self,
@@ -198,8 +198,9 @@ class PluginServer:
     ) -> None:
         if pod_uid and registration_socket:
             raise ConfigError(
-                "a registration socket name and a pod UID exclude each other: a rolling update needs a name per pod; drop "
-                "--registration-socket or --pod-uid"
+                "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket "
+                "name for each "
+                "pod; leave one of the two out"
             )
         self.endpoint = plugin_folder / dra_name(plugin_folder, pod_uid)
         name = _fitting(registry, [registration_socket]) if registration_socket else ""
@@ -223,10 +224,10 @@ class PluginServer:
             _bind(server, path)
             await server.start()
             self._servers.append(server)
-            log.info("serving on %s", path)
+            log.info("serving the kubelet on %s", path)
 
     async def lost(self) -> str:
-        """Wait until a server ends or a socket is taken from us, which only a restart mends; says which."""
+        """Wait until a server ends or a socket is removed, which only a restart repairs. Returns a sentence that names it."""
         loop = asyncio.get_running_loop()
         watches = [files.FolderWatch(path.parent, arrivals=True) for path in (self.endpoint, self.registration)]
         changed = asyncio.Event()
@@ -244,7 +245,8 @@ class PluginServer:
                 gone = [str(p) for p in (self.endpoint, self.registration) if not p.is_socket()]
                 if gone or any(end.done() for end in ends):
                     return (
-                        f"the server on {', '.join(gone) or 'a socket'} is gone; the process ends to be started again"
+                        f"the server on {', '.join(gone) or 'a socket'} is gone; the process ends, so that the kubelet "
+                        "starts a new one"
                     )
         finally:
             for watch in watches:
@@ -252,13 +254,13 @@ class PluginServer:
                 watch.close()
 
     async def close(self, grace_s: float) -> None:
-        """Stop taking calls, registration first so that the kubelet turns to our successor, and unlink both sockets."""
+        """Stop both servers and unlink their sockets; registration first, so that the kubelet calls the next instance."""
         for server in reversed(self._servers):
             await server.stop(grace_s)
         self._servers.clear()
 
     def probe(self, timeout_s: float = 1.0) -> str | None:
-        """Call both of our own sockets as the kubelet would; None when they answer. Blocks; for /healthz."""
+        """Call both sockets of the driver as the kubelet does. None if both answer. Blocks; for /healthz."""
         for path, method in (
             (self.registration, "/pluginregistration.Registration/GetInfo"),
             (self.endpoint, "/k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin/NodePrepareResources"),
@@ -268,7 +270,7 @@ class PluginServer:
                     call: Any = channel.unary_unary(method)
                     call(b"", timeout=timeout_s)  # an empty message is the same in every type
             except grpc.RpcError as e:
-                return f"{path} does not answer ({e}); the process should be restarted"
+                return f"socket {path} does not answer ({e}); restart the driver"
         return None
 
 
@@ -284,7 +286,7 @@ def _exclusive(folder: Path, socket: Path) -> int:
 def _bind(server: grpc.aio.Server, path: Path) -> None:
     """Bind with rights for root only; a stale socket of a killed process is replaced, anything else is refused."""
     if path.exists() and not path.is_socket():
-        raise ConfigError(f"{path} exists and is no socket; remove it to let the driver listen there")
+        raise ConfigError(f"{path} exists and is not a socket; remove it to let the driver listen there")
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     before = os.umask(0o077)

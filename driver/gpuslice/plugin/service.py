@@ -40,7 +40,7 @@ ORPHAN_AGE_S = 600.0
 
 
 class ClaimReader(Protocol):
-    """What this module asks of the API server. It blocks."""
+    """The call that this module makes to the API server. It blocks."""
 
     def claim(self, namespace: str, name: str) -> dict[str, object]: ...
 
@@ -73,7 +73,7 @@ class ClaimService:
         return await self._queue.run(ref.uid, "prepare", lambda job: self._prepare(ref, deadline, job))
 
     async def unprepare(self, uid: ClaimUid) -> None:
-        """Undo what the claim holds; success when nothing is left, needs no API server."""
+        """Undo all that the claim holds. Succeeds if nothing is left; needs no API server."""
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
@@ -84,7 +84,7 @@ class ClaimService:
         await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
 
     async def ensure_daemons(self) -> None:
-        """Have the MPS daemons of all records running, each card in its job; the first error, after all were tried."""
+        """Make the MPS daemons of all records run, one job for each card. It tries all, and then raises the first error."""
         records = await self._in_pool(self._preparer.records)
         gpus = {step.gpu for step in shared.daemons_of(records.values())}
         errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
@@ -117,15 +117,23 @@ class ClaimService:
                     self._absent_since.pop(uid, None)
                     continue
             except ApiError as e:
-                log.info("cannot tell whether claim %s still exists: %s", record.plan.ref, e)
+                log.info(
+                    "cannot ask whether a claim still exists; the driver asks again in a minute claim=%s: %s",
+                    record.plan.ref,
+                    e,
+                )
                 continue
             since = self._absent_since.setdefault(uid, now)
             if now - since >= ORPHAN_AGE_S and not await self._in_use(record):
-                log.warning("claim is gone from the API server, unpreparing it claim=%s", record.plan.ref)
+                log.warning("unpreparing a claim that the API server no longer has claim=%s", record.plan.ref)
                 try:
                     await self.unprepare(uid)
                 except DriverError as e:
-                    log.error("cannot unprepare a claim that is gone, trying again claim=%s: %s", record.plan.ref, e)
+                    log.error(
+                        "cannot unprepare a claim that was deleted; the driver tries again claim=%s: %s",
+                        record.plan.ref,
+                        e,
+                    )
 
     async def _in_use(self, record: Record) -> bool:
         name = f"a look at what claim {record.plan.ref} holds"
@@ -136,8 +144,8 @@ class ClaimService:
             return True
 
     async def close(self, timeout_s: float) -> bool:
-        """Refuse and wake whoever waits, let running work end; False when something hangs."""
-        self._closed = ClaimError("the driver is shutting down; the kubelet asks its successor again")
+        """Refuse all jobs that wait, and let running work end. False if some work hangs."""
+        self._closed = ClaimError("the driver is shutting down; the kubelet asks the next instance")
         self._releases.stop(self._closed)
         return await self.workers.drained(timeout_s)
 
@@ -157,14 +165,14 @@ class ClaimService:
                     return answer
                 leaving = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
-                log.info("waiting for holders to leave claim=%s holders=%s", ref, names)
+                log.info("waiting for holders of the devices to be unprepared claim=%s holders=%s", ref, names)
                 # Nobody else undoes what was left on a lost card, because the kubelet was answered.
                 await self.recover(leaving)
                 left = deadline - asyncio.get_running_loop().time()
                 if not await news.wait_any(leaving, left):
                     raise ClaimError(
                         f"the devices of claim {ref} are still held by {names}, which the kubelet has not unprepared yet; "
-                        "it is tried again"
+                        "the kubelet tries again"
                     )
 
     async def _unprepare(self, uid: ClaimUid, job: Job) -> None:
@@ -181,7 +189,7 @@ class ClaimService:
         try:
             await self._queue.run(uid, "recover", work)
         except DriverError as e:
-            log.error("cannot undo what was left incomplete claim=%s: %s", uid, e)
+            log.error("cannot undo a prepare that did not end claim=%s: %s", uid, e)
 
     # ------------------------------------------------------------ parts
 
@@ -204,7 +212,7 @@ class ClaimService:
             body = self._api.claim(ref.namespace, ref.name)
         except NotFoundError:
             raise ClaimError(
-                f"claim {ref} does not exist (any more); its pod cannot start and should be deleted"
+                f"claim {ref} does not exist in the API server, so its pod cannot start; delete the pod"
             ) from None
         return claims.parse(body, ref, self._driver)
 
@@ -217,7 +225,7 @@ class ClaimService:
         except ClaimError:
             await self._unprepare(ref.uid, job)
         except ApiError as e:
-            log.info("cannot tell whether claim %s still exists, keeping its devices: %s", ref, e)
+            log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
         """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
@@ -229,8 +237,9 @@ class ClaimService:
         still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
         if still:
             raise ClaimError(
-                f"claim {claim.ref} was given devices that {', '.join(map(str, still))} holds; this is a double allocation: "
-                "delete this pod to have it scheduled again, and update a scheduler older than 1.36.2"
+                f"claim {claim.ref} was allocated devices that are held by {', '.join(map(str, still))}; this is a double "
+                "allocation: "
+                "delete this pod to have it scheduled again, and update the scheduler if it is older than 1.36.2"
             )
         return frozenset(gone)
 

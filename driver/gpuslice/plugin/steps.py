@@ -70,8 +70,8 @@ class StepExecutor:
         return record
 
     def ensure_daemons(self, steps: Sequence[StartMps], records: Sequence[Record]) -> None:
-        """Have these MPS daemons running, which may have ended without us; at once where it is so. All are tried, and the
-        first error is raised."""
+        """Make these MPS daemons run, because one may have ended by itself; returns at once if all run. It tries all, and
+        then raises the first error."""
         errors = []
         for step in steps:
             try:
@@ -142,7 +142,8 @@ class StepExecutor:
         """Only where the policy keeps the mode: else the step before this one has set another."""
         if self._nvml.compute_mode(gpu) == ComputeMode.PROHIBITED:
             raise DeviceError(
-                f"GPU {gpu} has compute mode PROHIBITED, in which no program starts, and this node's policy keeps it; run "
+                f"GPU {gpu} has compute mode PROHIBITED, in which no program starts, and this node's policy keeps the "
+                "mode; run "
                 f"nvidia-smi -i {gpu} -c DEFAULT, or leave computeMode out of keep"
             )
 
@@ -151,7 +152,7 @@ class StepExecutor:
         try:
             self._ensure(step, others)
         except DeviceError as e:
-            log.warning("cannot lower the ceilings of an MPS daemon gpu=%s: %s", step.gpu, e)
+            log.warning("cannot lower the ceilings of an MPS daemon after a share was released gpu=%s: %s", step.gpu, e)
 
     # ------------------------------------------------------------ errors
 
@@ -180,7 +181,7 @@ def _device(step: StartMps, records: Sequence[Record]) -> GpuUuid | MigUuid:
         return step.gpu
     made = [done.uuid for record in records for done in record.done if done.slot == step.slot and done.uuid is not None]
     if not made:
-        raise DeviceError(f"the partition for an MPS daemon on GPU {step.gpu} vanished; it is tried again")
+        raise DeviceError(f"the partition for an MPS daemon on GPU {step.gpu} vanished; the kubelet tries again")
     return made[-1]
 
 

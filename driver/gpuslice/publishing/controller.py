@@ -79,13 +79,13 @@ class SliceController:
         self._thread.join(1.0)  # it may be in a call to a hung GPU; it is a daemon and holds nothing
 
     def nudge(self) -> None:
-        """Something changed on the node: plan again now."""
+        """Plan again now, because something on the node has changed."""
         with self._wake:
             self._nudged = True
             self._wake.notify_all()
 
     def problem(self) -> str | None:
-        """Why the API does not show what this node offers, or None when it does."""
+        """Why the API server does not have what this node offers, or None if it has."""
         if self._failed:
             return self._failed
         return None if self._publisher.published.is_set() else self._publisher.status.error or self._problem
@@ -102,8 +102,8 @@ class SliceController:
             except DriverError as e:
                 self._fail(str(e))
             except Exception as e:
-                log.exception("planning failed unexpectedly")
-                self._fail(f"unexpected: {e!r}")
+                log.exception("planning the ResourceSlices of this node failed unexpectedly")
+                self._fail(f"planning failed unexpectedly: {e!r}; see the traceback in the log")
             if self._shapes.only_taints_awaited and not self._publisher.published.is_set():
                 self._publisher.published.wait(_RETRY_S)
             else:
@@ -113,7 +113,7 @@ class SliceController:
         is_new = error != self._failed
         self._failed = error
         if is_new:
-            log.warning("cannot plan what to publish, trying again: %s", error)
+            log.warning("cannot plan the ResourceSlices of this node; the driver tries again: %s", error)
 
     def _probe(self) -> Features | None:
         while not self._stopped:
@@ -121,10 +121,17 @@ class SliceController:
                 features = probe(self._kube, self._driver, self._node)
             except ApiError as e:
                 self._problem = str(e)
-                log.warning("cannot ask the API server what it supports, trying again: %s", e)
+                log.warning("cannot find out what the API server supports; the driver tries again: %s", e)
                 self._pause(_RETRY_S)
                 continue
-            log.info("API server %s: %s", self._kube.version(), features)
+            log.info(
+                "found out which fields of ResourceSlices the API server keeps version=%s partitionable=%s "
+                "consumable=%s taints=%s",
+                self._kube.version(),
+                features.partitionable,
+                features.consumable,
+                features.taints,
+            )
             return features
         return None
 

@@ -1,4 +1,4 @@
-"""One look at the whole node for what cannot be used now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
+"""One look at the node for what is unavailable now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HangGuard:
         self._stuck: dict[GpuUuid, PendingLook] = {}
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
-        """DeviceError from NVML; HungError where no answer came in time, and from then on until one comes."""
+        """Look at one GPU. DeviceError from NVML; HungError if no answer comes in time, and then until an answer comes."""
         stuck = self._stuck.get(gpu)
         if stuck is not None and not stuck.done():
             raise self._hung(gpu)
@@ -80,7 +80,7 @@ class NodeHealth:
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
-        """Taints of all devices; those that come or go are logged. Blocks; a hung GPU is not asked."""
+        """Taints of all devices; logs taints that come or go. Blocks, but does not look at a hung GPU."""
         hung = self._hung()
         unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
@@ -115,7 +115,7 @@ class NodeHealth:
             return {taint.reason for here in of.values() for taint in here}
 
         for reason in sorted(reasons(taints) - reasons(self._logged)):
-            log.warning("tainted: %s", reason)
+            log.warning("tainted devices: %s", reason)
         for reason in sorted(reasons(self._logged) - reasons(taints)):
-            log.info("taint removed: %s", reason)
+            log.info("removed the taint of devices, because this is over: %s", reason)
         self._logged = taints

@@ -1,4 +1,4 @@
-"""What to publish now: look at the node, plan its pools, and hold back what claims stand against."""
+"""What to publish now: look at the node, plan its pools, and hold changes back while claims hold devices."""
 
 from __future__ import annotations
 

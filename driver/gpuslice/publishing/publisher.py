@@ -92,7 +92,7 @@ class Publisher:
             except ApiError as e:
                 self._reporter.report(error=str(e))
             except Exception:  # a thread that died would be silence for ever
-                log.exception("publishing: the watch failed unexpectedly; it starts again")
+                log.exception("the watch of ResourceSlices failed unexpectedly; the driver starts it again")
             lasted_s = time.monotonic() - began
             if lasted_s > CALM_S:
                 retry = Backoff(self._backoff)
@@ -120,7 +120,10 @@ class Publisher:
                 if event["type"] != "BOOKMARK":
                     self._state.take_event(event["type"], event["object"])
             if time.monotonic() - began < timeout_s / 2 and not stopped.is_set():
-                raise ApiError(f"the API server at {self._kube.server} broke a watch off; it will be tried again")
+                raise ApiError(
+                    f"the API server at {self._kube.server} ended a watch too early; check the API server and the "
+                    "proxies before it"
+                )
 
     # ------------------------------------------------------------ the writer
 
@@ -137,8 +140,8 @@ class Publisher:
                 stale = stale or isinstance(e, ConflictError)
                 self._fail(str(e), retry)
             except Exception as e:
-                log.exception("publishing: writing failed unexpectedly")
-                self._fail(f"unexpected: {e!r}", retry)
+                log.exception("writing ResourceSlices failed unexpectedly; the driver tries again")
+                self._fail(f"writing failed unexpectedly: {e!r}; see the traceback in the log", retry)
 
     def _fail(self, error: str, retry: Backoff) -> None:
         self._reporter.report(error=error)

@@ -51,7 +51,7 @@ class Shapes:
                 if kept.name in held or (taints and not (published and kept.name in self._cordoned)):
                     admitted[kept.name] = shape.cordoned(kept, self._driver) if taints else kept
                     if kept.name not in self._cordoned:
-                        log.warning("pool keeps its old shape until its claims have left pool=%s", kept.name)
+                        log.warning("a pool keeps its old shape until its claims are released pool=%s", kept.name)
                     self._cordoned.add(kept.name)
                 else:
                     self._cordoned.discard(kept.name)
@@ -72,7 +72,9 @@ class Shapes:
             self._kept, self._version = shape.decode(json.loads(self._path.read_bytes())), version
         except (OSError, ValueError, LookupError, TypeError) as e:
             if not isinstance(e, FileNotFoundError):
-                log.warning("%s cannot be read (%s); what is published counts instead", self._path, e)
+                log.warning(
+                    "cannot read the shapes of the pools, so the published ones count path=%s: %s", self._path, e
+                )
             bodies, _ = self._kube.resource_slices(self._driver, self._node)
             self._kept = shape.published(bodies)
             self._write()

@@ -1,4 +1,4 @@
-"""How publishing stands: for readiness, metrics and logs."""
+"""The state of publishing, for readiness, metrics and logs."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class StatusReporter:
         if new == old:
             return
         if new.error and new.error != old.error:
-            log.warning("publishing: %s", new.error)
+            log.warning("cannot publish ResourceSlices; the driver tries again: %s", new.error)
         for fault in new.rejected:
             if fault not in old.rejected:
-                log.error("not published: %s", fault)
+                log.error("did not publish a pool, because it has a fault: %s", fault)
         self._changed(new)

@@ -56,7 +56,7 @@ class SliceWriter:
         if errors:
             raise errors[0]
         if changes:
-            log.info("published pools=%d writes=%d", len(pools), len(changes))
+            log.info("published the ResourceSlices of this node pools=%d writes=%d", len(pools), len(changes))
         self._reporter.report(error="")
 
     def _write(self, changes: Sequence[Change]) -> list[ApiError]:
@@ -104,7 +104,9 @@ class SliceWriter:
         with self._lock:
             lost = self._sendable.learn(change, returned)
         if lost:
-            log.warning("the API server dropped fields of pool %s: features %s are off", change.pool, sorted(lost))
+            log.warning(
+                "the API server dropped fields, so its features are off pool=%s features=%s", change.pool, sorted(lost)
+            )
             self._reporter.report(dropped=lost)
         if reconcile.PARTITIONABLE in lost:
             raise _Hazard

@@ -60,7 +60,7 @@ def search(root: Path, loaded: str | None) -> DriverFiles:
     DeviceError where there is no library, or none of the module's version.
     """
     if not root.is_dir():
-        raise DeviceError(f"driver root {root} is not there; mount the NVIDIA driver's root or name another")
+        raise DeviceError(f"driver root {root} does not exist; mount the NVIDIA driver's root or name another")
     anchor, version = _anchor(root, loaded)
     folder = _inside(root, anchor.parent)
     patterns = [f"{folder}/{name}" for name in (f"*.so.{version}", *_MORE_LIBRARIES, f"vdpau/*.so.{version}")]

@@ -96,7 +96,7 @@ def append(path: Path, text: str) -> Version:
 
 
 def remove(path: Path) -> bool:
-    """Remove a file; False where it was gone already."""
+    """Remove a file. False if it did not exist."""
     try:
         path.unlink()
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) ->
 
 
 def try_lock(path: Path) -> int | None:
-    """Take the lock now and keep it until the process ends; None if somebody has it. The descriptor is the lock."""
+    """Take the lock now and keep it until the process ends. None if another process has it. The descriptor is the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -41,7 +41,7 @@ class Host(Protocol):
         """The same card with its NUMA node and PCIe root, None where sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
-        """What every container with any GPU needs; `DeviceError` where the NVIDIA driver cannot be found."""
+        """What every container with a GPU needs. DeviceError if there is no NVIDIA driver."""
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
         """Nodes of the card /dev/nvidia<minor>, or of one partition of it: the card and its two capabilities.
@@ -50,7 +50,7 @@ class Host(Protocol):
         """
 
     def advice(self) -> tuple[str, ...]:
-        """One sentence for each thing that works, but would work better if the node had it. For start-up logs."""
+        """One sentence for each program that the node lacks and that would help. The driver logs them at its start."""
 
 
 class RealHost:
@@ -215,7 +215,7 @@ def _boot_id(path: Path) -> str:
     text = _text(path).strip()
     if not text:
         raise StateError(
-            f"no boot id in {path}; without it records of an earlier boot look like those of today; mount /proc"
+            f"no boot id in {path}; without it the driver cannot tell records of an earlier boot from new ones; mount /proc"
         )
     return text
 

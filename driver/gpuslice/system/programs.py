@@ -115,6 +115,7 @@ def run(
             os.killpg(process.pid, 9)
             asked = f" to {stdin.splitlines()[0]!r}" if stdin else ""
             raise HungError(
-                f"{name} did not answer within {timeout_s:g} s{asked} and was killed; look at the GPU"
+                f"{name} did not answer within {timeout_s:g} s{asked} and was killed; look at the kernel log of the "
+                "node, and reset the GPU if it hangs"
             ) from e
     return process.returncode, text

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hack/bench: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("hack/bench: stopped; nothing of it stays", file=sys.stderr)
+        print("hack/bench: stopped; all temporary files are removed", file=sys.stderr)
         return 130
     print(json.dumps(report.values(), indent=1) if options.json else table(report))
     return 0
@@ -32,25 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="hack/bench", description="Measure the driver: driver overhead, simulated.", allow_abbrev=False
+        prog="hack/bench",
+        description="Measure the time and the memory that the driver itself takes, on simulated cards (docs/performance.md).",
+        allow_abbrev=False,
     )
-    parser.add_argument("--quick", action="store_true", help="a short run, good for a first look")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--quick", action="store_true", help="a short run for a first look")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     names = [*alone.MEASURES, *cluster.MEASURES]
-    parser.add_argument("--only", action="append", choices=names, help="this measure only; may be repeated")
-    parser.add_argument("--rounds", type=_positive, help=f"rounds of each measure ({alone.FULL.rounds}, quick 1)")
-    beside = parser.add_argument_group("beside stand-ins for API server and kubelet")
-    beside.add_argument("--vs", metavar="REV", help="measure this git revision too, round by round beside this tree")
+    parser.add_argument("--only", action="append", choices=names, help="take only this measure; repeatable")
+    parser.add_argument(
+        "--rounds", type=_positive, help=f"number of rounds of each measure ({alone.FULL.rounds}, quick 1)"
+    )
+    beside = parser.add_argument_group("with stand-ins for API server and kubelet")
+    beside.add_argument("--vs", metavar="REV", help="measure this git revision as well, in turn with this tree")
     beside.add_argument(
-        "--calls", type=_positive, help=f"timed calls in a round ({alone.FULL.calls}, quick {alone.QUICK.calls})"
+        "--calls",
+        type=_positive,
+        help=f"number of timed calls in a round ({alone.FULL.calls}, quick {alone.QUICK.calls})",
     )
     beside.add_argument(
-        "--claims", type=_positive, help=f"claims for memory ({alone.FULL.claims}, quick {alone.QUICK.claims})"
+        "--claims",
+        type=_positive,
+        help=f"number of claims in the measure of memory ({alone.FULL.claims}, quick {alone.QUICK.claims})",
     )
-    real = parser.add_argument_group("on a real Kubernetes (docs/cluster.md says what it needs)")
+    real = parser.add_argument_group("on a real Kubernetes (docs/cluster.md tells what that needs)")
     real.add_argument("--cluster", action="store_true", help="start one with hack/cluster, measure there, and end it")
     real.add_argument(
-        "--cluster-version", metavar="1.37.1", help="of Kubernetes; default: the newest that hack/cluster knows"
+        "--cluster-version", metavar="1.37.1", help="release of Kubernetes; default: the newest that hack/cluster knows"
     )
     return parser.parse_args(arguments)
 
@@ -65,13 +73,15 @@ def _check(options: argparse.Namespace) -> None:
     """BenchError for an option that says nothing in this kind of run."""
     given = [name for name in ("vs", "calls", "claims") if getattr(options, name)] if options.cluster else []
     if given:
-        raise BenchError(f"--{given[0]} is about stand-ins and has no meaning with --cluster; leave one of the two out")
+        raise BenchError(
+            f"--{given[0]} is only for runs with stand-ins and has no effect with --cluster; leave one of the two out"
+        )
     if options.cluster_version and not options.cluster:
         raise BenchError("--cluster-version names a Kubernetes to start; add --cluster")
     known = cluster.MEASURES if options.cluster else alone.MEASURES
     for name in options.only or ():
         if name not in known:
-            raise BenchError(f"--only {name} belongs to the other kind of run; here there are {', '.join(known)}")
+            raise BenchError(f"--only {name} is a measure of the other kind of run; this kind has {', '.join(known)}")
 
 
 def _stop(*_: object) -> None:

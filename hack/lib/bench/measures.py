@@ -57,7 +57,9 @@ class Bench:
         wanted = [Request(name="r", where={**where, "index": index}) for index in range(GPUS)]
         found = [scheduler.allocate(slices, [], [request], node=NODE) for request in wanted]
         if None in found:
-            raise BenchError(f"the driver did not publish a device with {dict(where)} on each of {GPUS} cards")
+            raise BenchError(
+                f"the driver did not publish a device with {dict(where)} on each of {GPUS} cards; see its log"
+            )
         return [allocation for allocation in found if allocation is not None]
 
     def claim(self, number: int, allocation: Mapping[str, Any]) -> ClaimRef:
@@ -213,7 +215,7 @@ async def hang(subject: Subject, size: Size) -> Figures:
         hanging = asyncio.create_task(bench.prepare(bench.claim(0, devices[0])))
         if not await asyncio.to_thread(node.wait_hung, cue, 10.0):
             raise BenchError(
-                "the prepare did not hang in NVML on cue, so there is no figure about its neighbours; see the driver's log"
+                "the prepare did not hang in NVML as ordered, so there is no figure for the other cards; see the driver's log"
             )
         asked, prepared = [], []
         for gpu in range(1, GPUS):
@@ -222,7 +224,7 @@ async def hang(subject: Subject, size: Size) -> Figures:
             prepared.append(await bench.prepare(ref))
             await bench.unprepare(ref)
         if hanging.done():
-            raise BenchError("the prepare that was to hang in NVML came back early; look at the driver's hang limit")
+            raise BenchError("the prepare that had to hang in NVML ended too early; look at the driver's hang limit")
         node.withdraw(cue)
         await hanging
         node.close()

@@ -81,7 +81,7 @@ class MeasuredCluster:
         """Process id of a part. BenchError where the part was restarted: figures of two processes mean nothing."""
         pid = self._processes.get(part, 0)
         if not Path(f"/proc/{pid}").exists():
-            raise BenchError(f"the {part} ended while it was measured; see why with hack/cluster up and its log")
+            raise BenchError(f"the {part} ended during the measurement; start hack/cluster up and look at its log")
         return pid
 
     def eight(self, work: Callable[[Body], float], pods: Sequence[Body]) -> list[float]:

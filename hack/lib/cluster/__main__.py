@@ -17,15 +17,16 @@ from hack.lib.cluster.layout import LOOPBACK, REAL, Facts, Place, work_folder
 from hack.lib.cluster.versions import VERSIONS
 
 _ABOUT = """\
-A real Kubernetes of one node on this machine: etcd, API server, scheduler, controller manager, kubelet, containerd.
-Built from Go modules the first time (ten minutes), up in a few seconds afterwards. Needs root, and no network then.
+Run a real Kubernetes of one node on this machine: etcd, API server, scheduler, controller manager, kubelet, containerd.
+The first start builds them from Go modules (ten minutes). Later starts take a few seconds and need no network. The command
+needs root.
 
-  hack/cluster up --gpus h100x8     with our driver on it, and eight simulated cards
-  hack/cluster up                   without
-  hack/cluster kubectl get pods     any kubectl command, as the administrator
-  hack/cluster status               what runs
-  hack/cluster stop kubelet         end a part, and `start` it again later; `reboot` restarts the whole node
-  hack/cluster down                 end it and remove every trace
+  hack/cluster up --gpus h100x8     start Kubernetes with the driver and eight simulated cards
+  hack/cluster up                   start Kubernetes without the driver
+  hack/cluster kubectl get pods     run any kubectl command as the administrator
+  hack/cluster status               list the parts that run
+  hack/cluster stop kubelet         end one part; `start` runs it again, and `reboot` restarts the whole node
+  hack/cluster down                 end the cluster and remove all of its files
 """
 
 _TRY = """\
@@ -35,9 +36,9 @@ Try:
   hack/cluster kubectl get pods,resourceclaims
   hack/cluster kubectl logs mig-profile                              what the driver put into its container
   {devices}
-      a map of the cards, and who holds what
+      a map of the cards, and which claims hold them
   tail -f {logs}/driver.log
-  kill -9 $(hack/cluster status --pid driver)                        it is started again; the claims are still there"""
+  kill -9 $(hack/cluster status --pid driver)                        the driver starts again, and the claims are still there"""
 
 
 def main() -> int:
@@ -63,7 +64,7 @@ def main() -> int:
     if parsed.command == "start":
         cluster.start(parsed.part)
         return 0
-    _say("gone" if cluster.down() else "there is no cluster")
+    _say("the cluster is removed" if cluster.down() else "there is no cluster")
     return 0
 
 
@@ -75,41 +76,53 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    up = commands.add_parser("up", help="start it", allow_abbrev=False)
+    up = commands.add_parser("up", help="start the cluster", allow_abbrev=False)
     node = up.add_mutually_exclusive_group()
     node.add_argument(
         "--gpus",
         default="",
         metavar="CARDS",
-        help=f"cards to simulate (docs/simulator.md), or {REAL!r}: those of this machine; with none, no driver",
+        help=f"cards to simulate (docs/simulator.md), or {REAL!r} for the cards of this machine; without it, no driver runs",
     )
-    node.add_argument("--control-plane", action="store_true", help="no kubelet: nodes are the objects that you make")
-    up.add_argument("--driver-root", default="/", metavar="FOLDER", help="where NVIDIA's driver is, for real cards")
-    up.add_argument("--cdi-hook", default="", metavar="FILE", help="NVIDIA's nvidia-cdi-hook, for real cards")
-    up.add_argument("--policy", default="", metavar="FILE", help="what the cards may offer (docs/policy.md)")
+    node.add_argument("--control-plane", action="store_true", help="start no kubelet; make the Node objects yourself")
+    up.add_argument("--driver-root", default="/", metavar="FOLDER", help="for real cards: root of the NVIDIA driver")
+    up.add_argument("--cdi-hook", default="", metavar="FILE", help="for real cards: path of nvidia-cdi-hook")
     up.add_argument(
-        "--program", action="append", default=[], metavar="FILE", help="a program that containers have too; repeatable"
+        "--policy", default="", metavar="FILE", help="policy file: what the cards may offer (docs/policy.md)"
     )
-    up.add_argument("--foreground", action="store_true", help="stay until Ctrl-C, and end it then")
-    build = commands.add_parser("build", help="only build what it needs", allow_abbrev=False)
-    check = commands.add_parser("check", help="say what `up` is missing; exit code 1 if anything", allow_abbrev=False)
+    up.add_argument(
+        "--program", action="append", default=[], metavar="FILE", help="a program to add to the containers; repeatable"
+    )
+    up.add_argument("--foreground", action="store_true", help="stay until Ctrl-C, and then end the cluster")
+    build = commands.add_parser(
+        "build", help="build the programs of the cluster, and start nothing", allow_abbrev=False
+    )
+    check = commands.add_parser(
+        "check", help="tell what `up` needs and does not find; exit code 1 if anything is missing", allow_abbrev=False
+    )
     for one in (up, build, check):
         one.add_argument(
-            "--version", choices=VERSIONS, default=VERSIONS[0], help=f"of Kubernetes; default {VERSIONS[0]}"
+            "--version", choices=VERSIONS, default=VERSIONS[0], help=f"release of Kubernetes; default {VERSIONS[0]}"
         )
-    status = commands.add_parser("status", help="what runs; exit code 1 if nothing does", allow_abbrev=False)
-    status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("--pid", metavar="PART", help="only the process id of this part")
-    stop = commands.add_parser("stop", help="end a part, and keep it away", allow_abbrev=False)
-    stop.add_argument("--gently", action="store_true", help="with SIGTERM, as an update does it; else as a crash would")
-    start = commands.add_parser("start", help="let a part run again, and wait for it", allow_abbrev=False)
-    for one in (stop, start):
-        one.add_argument("part", metavar="PART", help="as status names it")
-    commands.add_parser(
-        "reboot", help="restart the node: processes, mounts and /run go, its disk stays", allow_abbrev=False
+    status = commands.add_parser(
+        "status", help="list the parts that run; exit code 1 if there is no cluster", allow_abbrev=False
     )
-    commands.add_parser("kubectl", help="any kubectl command, as the administrator", add_help=False)
-    commands.add_parser("down", help="end it and remove every trace", allow_abbrev=False)
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--pid", metavar="PART", help="print only the process id of this part")
+    stop = commands.add_parser("stop", help="end a part of the cluster, which then stays down", allow_abbrev=False)
+    stop.add_argument(
+        "--gently",
+        action="store_true",
+        help="end it by SIGTERM, as an update does; without this flag by SIGKILL, as a crash does",
+    )
+    start = commands.add_parser("start", help="start a part again, and wait until it is ready", allow_abbrev=False)
+    for one in (stop, start):
+        one.add_argument("part", metavar="PART", help="name of the part, as `status` prints it")
+    commands.add_parser(
+        "reboot", help="restart the node: its processes, mounts and /run are lost, its disk stays", allow_abbrev=False
+    )
+    commands.add_parser("kubectl", help="run any kubectl command as the administrator", add_help=False)
+    commands.add_parser("down", help="end the cluster and remove all of its files", allow_abbrev=False)
     return parser
 
 
@@ -138,7 +151,7 @@ def _up(facts: Facts, foreground: bool) -> int:
     if not foreground:
         print("  hack/cluster down", flush=True)
         return 0
-    print("\nCtrl-C ends it.", flush=True)
+    print("\nPress Ctrl-C to end the cluster.", flush=True)
     try:
         cluster.wait()
     finally:
@@ -165,7 +178,7 @@ def _status(as_json: bool, part: str | None) -> int:
         print(json.dumps({**known, **served, "processes": processes}))
     elif part is not None:
         if part not in processes:
-            raise PlaygroundError(f"no part {part!r} runs; these do: {', '.join(sorted(processes)) or 'none'}")
+            raise PlaygroundError(f"no part {part!r} runs; these parts run: {', '.join(sorted(processes)) or 'none'}")
         print(processes[part])
     elif facts is None:
         _say(cluster.NONE)
@@ -211,5 +224,5 @@ if __name__ == "__main__":
         _say(str(e))
         sys.exit(1)
     except KeyboardInterrupt:
-        _say("stopped; nothing of it stays" if sys.argv[1:2] == ["up"] else "stopped")
+        _say("stopped; the cluster is removed" if sys.argv[1:2] == ["up"] else "stopped")
         sys.exit(130)

@@ -57,10 +57,14 @@ class Binaries:
         _check_go(self.version)
         _check_room()
         if any(path.parent == self.runtime for path in missing):
-            _say(f"building containerd {CONTAINERD} into {self.runtime}: once, 2 minutes on two cores")
+            _say(
+                f"building containerd {CONTAINERD} into {self.runtime}; this happens once and takes 2 minutes on two cores"
+            )
             self._build_containerd()
         if self.kube in missing:
-            _say(f"building Kubernetes {self.version} into {self.folder}: once, 9 minutes on two cores")
+            _say(
+                f"building Kubernetes {self.version} into {self.folder}; this happens once and takes 9 minutes on two cores"
+            )
             self._build_kube()
 
     def _build_kube(self) -> None:
@@ -88,7 +92,9 @@ def toolkit() -> list[Path]:
     folder = cache() / f"toolkit-{TOOLKIT}"
     if missing := [name for name in _TOOLKIT_PROGRAMS if not (folder / name).exists()]:
         _check_room()
-        _say(f"building {' and '.join(missing)} {TOOLKIT} into {folder}: once, a minute on two cores")
+        _say(
+            f"building {' and '.join(missing)} {TOOLKIT} into {folder}; this happens once and takes a minute on two cores"
+        )
         with _built_into(folder) as made:
             programs = [
                 f"github.com/NVIDIA/nvidia-container-toolkit/cmd/{name}@{TOOLKIT}" for name in _TOOLKIT_PROGRAMS
@@ -118,7 +124,7 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
 
 def _count(command: Sequence[str], folder: Path) -> int:
     """Packages to compile at most; the first time this fetches the sources."""
-    _say("fetching sources")
+    _say("fetching the sources of Kubernetes and containerd")
     done = subprocess.run(command, cwd=folder, env=_environment({}), capture_output=True, text=True, check=False)
     if done.returncode:
         raise PlaygroundError(_reason("its sources cannot be fetched", done.stderr.splitlines()))
@@ -165,12 +171,12 @@ def _check_go(version: str) -> None:
     least = (int(found[1]), int(found[2]))
     words = f"building Kubernetes {version} needs Go {least[0]}.{least[1]} or later"
     if shutil.which("go") is None:
-        raise PlaygroundError(f"{words}, and there is no go on PATH; install it (go.dev/dl) or put it on PATH")
+        raise PlaygroundError(f"{words}, but there is no go on PATH; install Go (go.dev/dl) or add it to PATH")
     done = subprocess.run(["go", "env", "GOVERSION"], env=_environment({}), capture_output=True, text=True, check=False)
     has = re.match(r"go(\d+)\.(\d+)", done.stdout)
     if has is None or (int(has[1]), int(has[2])) < least:
         raise PlaygroundError(
-            f"{words}, and go on PATH is {done.stdout.strip() or 'broken'}; put a newer one first on PATH"
+            f"{words}, but go on PATH is {done.stdout.strip() or 'broken'}; put a newer Go first on PATH"
         )
 
 
@@ -179,7 +185,8 @@ def _check_room() -> None:
     free = shutil.disk_usage(cache()).free / _GIB
     if free < _BUILD_GIB:
         raise PlaygroundError(
-            f"a build needs {_BUILD_GIB} GiB of disk and {cache()} has {free:.1f} GiB; make room, or set XDG_CACHE_HOME and "
+            f"a build needs {_BUILD_GIB} GiB of disk, but {cache()} has only {free:.1f} GiB; free some space, or set "
+            "XDG_CACHE_HOME and "
             "GOCACHE to a larger disk"
         )
 

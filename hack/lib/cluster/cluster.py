@@ -32,7 +32,7 @@ _WAIT_S = 30.0
 _GLANCE_S = 0.05  # between two looks at something that sends no event
 NONE = "there is no cluster; hack/cluster up starts one"
 _TAKEN = (
-    "a cluster is there already, and this machine has room for one; use it (hack/cluster status) or end it first "
+    "a cluster is there already, and a machine can run only one; use that cluster (hack/cluster status) or end it first "
     "(hack/cluster down)"
 )
 
@@ -72,9 +72,7 @@ def check(version: str) -> None:
         raise PlaygroundError(_TAKEN)
     missing = Binaries(version).missing()
     if missing:
-        raise PlaygroundError(
-            f"{missing[0]} is not built; hack/cluster build makes it, in about ten minutes the first time"
-        )
+        raise PlaygroundError(f"{missing[0]} is not built; run hack/cluster build (about ten minutes the first time)")
 
 
 def down() -> bool:
@@ -142,7 +140,8 @@ def reboot() -> None:
     facts = _served()
     if not facts.kubelet:
         raise PlaygroundError(
-            "this cluster is a control plane alone and has no node to reboot; hack/cluster up makes one"
+            "this cluster has only a control plane and no node to reboot; start one with hack/cluster up, without "
+            "--control-plane"
         )
     place = Place(work_folder())
     place.reboot.touch()
@@ -235,7 +234,9 @@ def _end(place: Place) -> None:
     network.remove()
     shutil.rmtree(place.root, ignore_errors=True)
     if place.root.exists():
-        raise PlaygroundError(f"{place.root} could not be removed; see what is mounted below it and remove it")
+        raise PlaygroundError(
+            f"{place.root} could not be removed; unmount what is mounted below it, and remove the folder"
+        )
 
 
 def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
@@ -248,7 +249,8 @@ def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
             signal.pidfd_send_signal(handle, number)
             if not select.select([handle], [], [], _WAIT_S)[0]:
                 raise PlaygroundError(
-                    f"process {pid} does not end within {_WAIT_S:.0f} s of {number.name}; see its state in ps"
+                    f"process {pid} did not end within {_WAIT_S:.0f} s after {number.name}; look at the state of the "
+                    "process with ps"
                 )
         finally:
             os.close(handle)
@@ -341,4 +343,4 @@ def _check_owner(root: Path) -> None:
     """In a folder that all may write to, the name could be somebody else's."""
     found = root.lstat()
     if root.is_symlink() or not root.is_dir() or found.st_uid != os.geteuid():
-        raise PlaygroundError(f"{root} is not a folder of ours; remove it, or set TMPDIR to another place")
+        raise PlaygroundError(f"{root} is not a folder of hack/cluster; remove it, or set TMPDIR to another place")

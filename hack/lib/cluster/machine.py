@@ -26,7 +26,7 @@ def check() -> None:
         raise PlaygroundError("a cluster needs Linux; use a virtual machine, or hack/demo, which runs anywhere")
     if os.geteuid() != 0:
         raise PlaygroundError(
-            "a kubelet needs root; run it with sudo, or try hack/demo, which needs no root and no cluster"
+            "a kubelet needs root; use sudo, or try hack/demo, which needs neither root nor a cluster"
         )
     for program, why in _PROGRAMS.items():
         if shutil.which(program) is None:
@@ -35,12 +35,14 @@ def check() -> None:
     root = work_folder()
     if len(str(root)) > _LONGEST:
         raise PlaygroundError(
-            f"{root} is longer than {_LONGEST} characters, and names of sockets are short; set TMPDIR to a shorter path"
+            f"{root} is longer than {_LONGEST} characters, which is too long for the paths of sockets; set TMPDIR to a "
+            "shorter path"
         )
     free = shutil.disk_usage(root.parent).free / (1 << 30)
     if free < _ROOM_GIB:
         raise PlaygroundError(
-            f"a cluster needs {_ROOM_GIB} GiB and {root.parent} has {free:.1f} GiB; make room or set TMPDIR"
+            f"a cluster needs {_ROOM_GIB} GiB of disk, but {root.parent} has only {free:.1f} GiB; free some space, or "
+            "set TMPDIR"
         )
 
 

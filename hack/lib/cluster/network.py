@@ -24,7 +24,8 @@ def ensure(routes: Path = Path("/proc/net/route")) -> None:
     refusals = [_add(kind) for kind in _KINDS]
     if all(refusals):
         raise PlaygroundError(
-            f"this machine has no default route, which a kubelet needs, and no interface could be made for one: "
+            "this machine has no default route, but a kubelet needs one, and hack/cluster could not make an interface "
+            "for it: "
             f"{'; '.join(refusals)}; add a default route to any interface"
         )
     for arguments in (

@@ -40,13 +40,11 @@ def call(command: Sequence[str], given: str | None = None) -> str:
 def busybox() -> Path:
     found = shutil.which("busybox")
     if found is None:
-        raise PlaygroundError(
-            "there is no busybox on PATH, which is all that containers have; apt-get install busybox-static"
-        )
+        raise PlaygroundError("there is no busybox on PATH, and the containers need it; apt-get install busybox-static")
     path = Path(found).resolve()
     if b"ld-linux" in path.read_bytes()[:4096]:
         raise PlaygroundError(
-            f"{path} is not linked statically and runs in no container; apt-get install busybox-static"
+            f"{path} is not linked statically, so it cannot run in a container; apt-get install busybox-static"
         )
     return path
 

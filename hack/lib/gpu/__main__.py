@@ -11,14 +11,14 @@ from pathlib import Path
 from hack.lib.gpu.errors import GpuError
 
 _ABOUT = """\
-Prove on a real GPU what can be proven without changing a setting of the card.
+Prove on a real GPU all that needs no change of a setting of the card.
 
-  hack/gpu pack .gpu             make a folder that travels to a machine without a network (60 MiB, some minutes)
-  hack/gpu pack --facts .gpu     the first stages only (12 MiB, a minute)
-  hack/gpu run .gpu              there: install from the folder and run every stage (eight minutes at most)
-  hack/gpu run .gpu --only facts,stack
-  hack/gpu report RESULTS        a table of what came out, and what it proves
-  hack/gpu test                  here: the tests that want a real GPU, with this tree's virtual environment
+  hack/gpu pack .gpu             make a folder to copy to a machine without a network (60 MiB, some minutes)
+  hack/gpu pack --facts .gpu     the same for the first stages only (12 MiB, a minute)
+  hack/gpu run .gpu              on that machine: install from the folder and run all stages (at most eight minutes)
+  hack/gpu run .gpu --only facts,stack   run only these stages
+  hack/gpu report RESULTS        print a table of the results, and what they prove
+  hack/gpu test                  on this machine: run the tests that need a real GPU, in the virtual environment of this tree
 """
 
 
@@ -57,27 +57,38 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    pack = commands.add_parser("pack", help="make the folder", allow_abbrev=False)
+    pack = commands.add_parser("pack", help="make the folder to copy", allow_abbrev=False)
     pack.add_argument("folder", type=Path, metavar="FOLDER")
-    pack.add_argument("--facts", action="store_true", help="without Kubernetes: for all stages but the whole stack")
     pack.add_argument(
-        "--uncompressed", action="store_true", help="seconds instead of minutes, for a trial on this machine"
+        "--facts", action="store_true", help="leave Kubernetes out, which only the stage of the whole stack needs"
+    )
+    pack.add_argument(
+        "--uncompressed",
+        action="store_true",
+        help="do not compress: seconds instead of minutes, for a trial on this machine",
     )
     pack.add_argument(
         "--python",
         action="append",
         default=[],
         metavar="3.12",
-        help="for this Python; repeatable; default: all that fit",
+        help="pack for this release of Python; repeatable; default: all that fit",
     )
     run = commands.add_parser("run", help="run the stages from the folder", allow_abbrev=False)
     run.add_argument("folder", type=Path, metavar="FOLDER")
-    run.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: $OUT, else FOLDER/results")
-    run.add_argument("--only", default="", metavar="STAGE,…", help="these stages; default: all")
-    run.add_argument("--driver-root", type=Path, metavar="FOLDER", help="of NVIDIA's driver; found if not given")
+    run.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for the results; default: $OUT, else FOLDER/results"
+    )
+    run.add_argument("--only", default="", metavar="STAGE,…", help="run these stages; default: all")
+    run.add_argument(
+        "--driver-root",
+        type=Path,
+        metavar="FOLDER",
+        help="root of the NVIDIA driver; without it, hack/gpu searches the usual places",
+    )
     report = commands.add_parser("report", help="show results as a table", allow_abbrev=False)
     report.add_argument("results", type=Path, metavar="FOLDER")
-    commands.add_parser("test", help="the tests that want a real GPU, here", add_help=False)
+    commands.add_parser("test", help="run the tests that need a real GPU on this machine", add_help=False)
     return parser
 
 
@@ -97,5 +108,5 @@ if __name__ == "__main__":
         _say(str(e))
         sys.exit(1)
     except KeyboardInterrupt:
-        _say("stopped; results so far are kept")
+        _say("stopped; the results so far are kept")
         sys.exit(130)

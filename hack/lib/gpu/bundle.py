@@ -47,7 +47,9 @@ def read(folder: Path) -> About:
     try:
         about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise GpuError(f"{folder} has no {ABOUT}, so it is no packed folder or an incomplete one; {again}") from None
+        raise GpuError(
+            f"{folder} has no {ABOUT}, so it is not a packed folder, or an incomplete one; {again}"
+        ) from None
     except (ValueError, TypeError) as e:
         raise GpuError(f"{folder / ABOUT} cannot be read ({e}); {again}") from e
     if about.format != FORMAT:

@@ -38,10 +38,10 @@ def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str],
     before = _before(folder)
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as work:
         parts = {SITE: Path(work, SITE)}
-        say(f"Python packages for Python {', '.join(pythons)}")
+        say(f"packing Python packages for Python {', '.join(pythons)}")
         wheels.collect(parts[SITE], Path(work, "downloads"), pythons)
         if not facts:
-            say("programs")
+            say("packing programs")
             parts[PROGRAMS] = Path(work, PROGRAMS)
             programs.collect(parts[PROGRAMS], version)
         contents = {_name(part, compressed): _content(source) for part, source in parts.items()}
@@ -124,7 +124,8 @@ def _check_size(folder: Path, compressed: bool) -> None:
     size = _size(folder) / _MIB
     if compressed and size > LIMIT_MIB:
         raise GpuError(
-            f"{folder} has {size:.1f} MiB, and {LIMIT_MIB} MiB may travel; pack for one Python alone (--python 3.12)"
+            f"{folder} has {size:.1f} MiB, more than the limit of {LIMIT_MIB} MiB; pack for one release of Python only "
+            "(--python 3.12)"
         )
 
 

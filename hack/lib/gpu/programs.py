@@ -42,7 +42,7 @@ def collect(target: Path, version: str) -> None:
 def compile_program(target: Path) -> None:
     command = ["gcc", "-O2", "-o", str(target), str(SOURCE), "-ldl"]
     if shutil.which("gcc") is None:
-        raise GpuError("there is no gcc on PATH, which compiles the CUDA program; apt-get install gcc libc6-dev")
+        raise GpuError("there is no gcc on PATH to compile the CUDA program; apt-get install gcc libc6-dev")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise GpuError(f"{SOURCE.name} does not compile: {done.stderr.strip()[-300:]}")
@@ -52,7 +52,7 @@ def _with_libraries(name: str, target: Path) -> None:
     """A program of this machine with the libraries that another machine may lack."""
     found = shutil.which(name)
     if found is None:
-        raise GpuError(f"there is no {name} on PATH, which the cluster needs; apt-get install {name}")
+        raise GpuError(f"there is no {name} on PATH, but the cluster needs it; apt-get install {name}")
     _copy(Path(found), target / "own-libraries" / name)
     listing = subprocess.run(["ldd", found], capture_output=True, text=True, check=False).stdout
     for library, path in re.findall(r"(\S+) => (/\S+)", listing):

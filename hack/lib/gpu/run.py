@@ -62,7 +62,7 @@ def run(folder: Path, out: Path | None, only: str, driver_root: Path | None, say
         site, programs = Path(work, SITE), Path(work, PROGRAMS)
         begun = time.monotonic()
         bundle.unpack(site_archive, site)
-        say(f"pack {about.revision} for Python {', '.join(about.pythons)}; packages laid out, {_since(begun)}")
+        say(f"pack {about.revision} for Python {', '.join(about.pythons)}; packages unpacked, {_since(begun)}")
         unpacking = _Unpacking(programs_archive, programs)
         root = driver_root or driver.find_root()
         say(f"NVIDIA driver root: {root or 'none found'}")
@@ -70,7 +70,7 @@ def run(folder: Path, out: Path | None, only: str, driver_root: Path | None, say
         for stage in chosen:
             there = unpacking.wait() if stage.programs else unpacking.ready()
             codes.append(run_stage(stage, site, programs if there else None, root, target, say))
-        say(f"results are in {target}, {_since(begun)} in all; hack/gpu report {target} shows them")
+        say(f"the results are in {target}, {_since(begun)} in all; hack/gpu report {target} shows them")
     return 1 if any(codes) else 0
 
 

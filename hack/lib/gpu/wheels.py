@@ -40,7 +40,9 @@ def collect(target: Path, downloads: Path, pythons: Sequence[str]) -> None:
     for wheel in sorted(downloads.glob("*/*.whl")):
         _unzip(wheel, target)
     if not (target / "gpuslice").is_dir():
-        raise GpuError(f"no wheel of ours came to {ours}; check that pip can build this project (pip wheel .)")
+        raise GpuError(
+            f"pip made no wheel of this project in {ours}; check that pip can build this project (pip wheel .)"
+        )
 
 
 def _platforms() -> tuple[str, ...]:

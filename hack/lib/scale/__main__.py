@@ -51,24 +51,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hack/scale",
-        description="Pods a second that the real scheduler places on nodes with our slices, without kubelets.",
-    )
-    parser.add_argument("--nodes", type=_positive, default=100, help="with eight simulated H100 each (100)")
-    parser.add_argument("--pods", type=_positive, default=200, help="of each kind in a round (200)")
-    parser.add_argument("--rounds", type=_positive, default=3, help="of each (3)")
-    parser.add_argument(
-        "--only", action="append", choices=[kind.key for kind in KINDS], help="this kind of request only"
+        description=(
+            "Measure how many pods a second the real scheduler places on nodes with slices of gpuslice (no kubelets "
+            "run)."
+        ),
     )
     parser.add_argument(
-        "--policy", type=Path, metavar="FILE", help="what our driver offers, if not all (docs/policy.md)"
+        "--nodes", type=_positive, default=100, help="number of nodes, each with eight simulated H100 (100)"
+    )
+    parser.add_argument("--pods", type=_positive, default=200, help="number of pods of each kind in a round (200)")
+    parser.add_argument("--rounds", type=_positive, default=3, help="number of rounds for each set of slices (3)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[kind.key for kind in KINDS],
+        help="measure only this kind of request; repeatable",
+    )
+    parser.add_argument(
+        "--policy", type=Path, metavar="FILE", help="policy file: what the driver offers (docs/policy.md); default: all"
     )
     parser.add_argument(
         "--profile",
         type=Path,
         metavar="FOLDER",
-        help="keep CPU profiles of the scheduler there, for go tool pprof -top",
+        help="write CPU profiles of the scheduler to this folder, for go tool pprof -top",
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
 
@@ -126,5 +134,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        _say("stopped; nothing of it stays")
+        _say("stopped; the control plane is removed")
         sys.exit(130)

@@ -87,7 +87,9 @@ def _until(api: ApiServer, count: int, is_so: Callable[[Body], bool]) -> None:
     done: set[str] = set()
     for pod in _pods(api):
         if refusal := _refusal(pod):
-            raise ScaleError(f"a pod finds no room: {refusal} Place fewer --pods, or --only what the policy offers.")
+            raise ScaleError(
+                f"the scheduler finds no room for a pod: {refusal} Use fewer --pods, or --only kinds that the policy offers."
+            )
         if is_so(pod):
             done.add(pod["metadata"]["name"])
         if len(done) == count:

@@ -149,8 +149,8 @@ def test_more_clients_than_the_nvidia_driver_serves_are_not_offered_and_said() -
 
     assert (offered.of(gpu).mps_clients, offered.of(gpu).mps_shares) == (48, 48)
     assert offered.unused([gpu]) == (
-        "policy: mps.clients is 60, and GPU 0 has 48 with CUDA 13.0",
-        "policy: mps.shares is 50, and GPU 0 has 48 with CUDA 13.0",
+        "policy: mps.clients is 60, but GPU 0 serves at most 48 with CUDA 13.0",
+        "policy: mps.shares is 50, but GPU 0 serves at most 48 with CUDA 13.0",
     )
     assert offered.unused([a_gpu("l4", cuda_version="13.1")]) == ()
 
@@ -200,14 +200,14 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ("default: {modes: []}", "default.modes is an empty list"),
         ("default: {modes: gpu}", "default.modes must be a list, not a text"),
         ("default: {modes: [gpu, gpu]}", "default.modes names gpu twice; name it once"),
-        ("default: {modes: [whole]}", "names 'whole', which it does not know; use gpu, mig, mps, timeslice"),
+        ("default: {modes: [whole]}", "names 'whole', which is unknown; use gpu, mig, mps, timeslice"),
         ("default: {modes: [gpu], mps: {shares: 2}}", "default.mps has no effect without mode mps; add it to"),
         ("default: {modes: [mps], timeslice: {shares: 2}}", "default.timeslice has no effect without mode timeslice"),
         (
             "default: {modes: [mig], sharedPartitions: [timeslice], timeslice: {interval: short}}",
             "default.timeslice.interval has no effect on partitions, only on whole cards",
         ),
-        ("default: {mps: {}}", "default.mps says nothing; name shares or another of its settings"),
+        ("default: {mps: {}}", "default.mps is empty, so it has no effect; name shares or another of its settings"),
         ("default: {mps: 4}", "default.mps must be a mapping with the keys shares, clients, not 4"),
         (
             "default: {mps: {interval: short}}",
@@ -215,10 +215,10 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ),
         ("default: {mps: {shares: 0}}", "default.mps.shares is 0, which has no effect"),
         ("default: {mps: {clients: '9'}}", "default.mps.clients is the text '9' and must be a number; write 9"),
-        ("default: {mps: {clients: 3}}", "default.mps leaves 3 clients for 4 shares, of which each needs one"),
+        ("default: {mps: {clients: 3}}", "default.mps has 3 clients for 4 shares, but each share needs one"),
         ("default: {timeslice: {interval: 2ms}}", "is '2ms' and must be one of default, short, medium, long"),
         ("default: {timeslice: {shares: true}}", "default.timeslice.shares must be a whole number from 0 on"),
-        ("default: {sharedPartitions: [gpu]}", "names 'gpu', which it does not know; use mps, timeslice"),
+        ("default: {sharedPartitions: [gpu]}", "names 'gpu', which is unknown; use mps, timeslice"),
         ("default: {sharedPartitions: mps}", "default.sharedPartitions must be a list, not a text"),
         ("default: {modes: [mps], sharedPartitions: [mps]}", "default.sharedPartitions has no effect without mode mig"),
         ("default: {static: {mps: 2, 19: 1}}", "default.static mixes mps, 19, which nothing would keep apart"),
@@ -237,11 +237,11 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ("default: {profiles: [all]}", "must be a profile name such as 1g.10gb"),
         ("default: {profiles: [true]}", "default.profiles[0] must be a text, not true or false"),
         ("default: {suffixes: [me]}", "default.suffixes names 'me'; a suffix starts with + or -, such as \"+me\""),
-        ("default: {reserve: 80GB}", "is '80GB', which is no Kubernetes quantity; write 80G or 80Gi"),
+        ("default: {reserve: 80GB}", "is '80GB', which is not a Kubernetes quantity; write 80G or 80Gi"),
         ("default: {reserve: 512mb}", "write 512M or 512Mi"),
         ("default: {reserve: 512}", "is 512 without a unit; write bytes with a suffix, such as 512Mi or 2Gi"),
         ("default: {reserve: true}", "is True without a unit"),
-        ("default: {reserve: much}", "is 'much', which is no Kubernetes quantity"),
+        ("default: {reserve: much}", "is 'much', which is not a Kubernetes quantity"),
         ("default: {static: [19]}", "default.static must say what a card is cut into, such as"),
         ("default: {static: {19: 0}}", "default.static.19 is 0, which has no effect"),
         ("default: {static: {19: '7'}}", "default.static.19 is the text '7' and must be a number; write 7"),
@@ -249,16 +249,16 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ("default: {keep: computeMode}", "default.keep must be a list, not a text"),
         (
             "default: {keep: [clocks]}",
-            "default.keep names 'clocks', which it does not know; use computeMode, timeSlice",
+            "default.keep names 'clocks', which is unknown; use computeMode, timeSlice",
         ),
         ("default: {keep: [timeSlice, timeSlice]}", "default.keep names timeSlice twice"),
         (
             "default: {modes: [gpu, mig], keep: [computeMode]}",
-            "default.keep names computeMode to no effect: only mode mps changes it",
+            "default.keep names computeMode, which has no effect: only mode mps changes it",
         ),
         (
             "default: {modes: [mps], keep: [timeSlice]}",
-            "default.keep names timeSlice to no effect: only mode gpu or timeslice changes it",
+            "default.keep names timeSlice, which has no effect: only mode gpu or timeslice changes it",
         ),
         (
             "default: {timeslice: {interval: short}, keep: [timeSlice]}",
@@ -280,7 +280,7 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ),
         (
             "default: {modes: [mig], sharedPartitions: [mps], keep: [computeMode]}",
-            "default.keep names computeMode to no effect: only mode mps changes it",
+            "default.keep names computeMode, which has no effect: only mode mps changes it",
         ),
         ("gpus: {}", "gpus must be a list, not a mapping"),
         ("gpus: []", "gpus is an empty list"),
@@ -399,7 +399,7 @@ gpus:
     said = policy(text).unused([a_gpu("h100", 0), a_gpu("h100", 1)])
 
     assert said == (
-        "policy: gpus[0] matches no GPU of this node; it has NVIDIA H100 80GB HBM3",
+        "policy: gpus[0] matches no GPU of this node, so it has no effect here; the node has NVIDIA H100 80GB HBM3",
         "policy: gpus[1] asks for suffix +gfx, which no profile of its GPUs has",
         "policy: default names profile 1g.5gb, which its GPUs do not have",
     )
@@ -407,7 +407,7 @@ gpus:
 
 def test_a_card_left_with_nothing_to_offer_is_said() -> None:
     assert policy("default: {modes: [mig]}").unused([a_gpu("l4")]) == (
-        "policy: GPU 0 (NVIDIA L4) offers nothing: of modes mig it can do none",
+        "policy: GPU 0 (NVIDIA L4) offers nothing, because it supports none of the modes mig",
     )
 
 

@@ -55,6 +55,6 @@ def test_a_pool_with_a_fault_is_named_and_its_slices_stay_as_they_are() -> None:
     pools = SendablePools()
     pools.want((plain("gpu", "gpu"), plain("gpu", pool="n1/b")))
 
-    assert pools.faults() == ("pool n1/a: device gpu is there 2 times",)
+    assert pools.faults() == ("pool n1/a: device gpu occurs 2 times",)
     assert [pool.name for pool in pools.pools()] == ["n1/b"]
     assert [pools.writable(name) for name in ("n1/a", "n1/b", "n1/gone")] == [False, True, True]

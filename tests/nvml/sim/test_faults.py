@@ -107,7 +107,7 @@ def test_every_call_can_be_cued_with_what_nvml_documents_for_it_and_with_nothing
 
 
 def test_a_cue_for_a_call_that_does_not_exist_is_refused(node: SimNvml) -> None:
-    with pytest.raises(ConfigError, match="is no call"):
+    with pytest.raises(ConfigError, match="is not a call"):
         node.cue("hang", "create_partition")
 
 

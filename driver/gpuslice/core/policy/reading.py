@@ -144,7 +144,9 @@ def _check_kept(path: str, section: Section, in_force: Section) -> None:
     for setting in section.keep or ():
         if not modes.intersection(_CHANGED_BY[setting]):
             changing = " or ".join(_CHANGED_BY[setting])
-            strict.fail(f"{path}.keep", f"names {setting} to no effect: only mode {changing} changes it; leave it out")
+            strict.fail(
+                f"{path}.keep", f"names {setting}, which has no effect: only mode {changing} changes it; leave it out"
+            )
     # Where this mode is left out, an inherited interval is set on no card, so there is nothing to contradict.
     interval = in_force.timeslice_interval or "default"
     if Setting.TIME_SLICE in (in_force.keep or ()) and Mode.TIMESLICE in modes and interval != "default":
@@ -159,7 +161,10 @@ def _check_consistent(body: Mapping[str, object], path: str, in_force: Section) 
     """Refuse what this section says in vain beside what it says too, or what is in force."""
     for key in SHARED:
         if key in body and not body[key]:
-            strict.fail(f"{path}.{key}", "says nothing; name shares or another of its settings, or leave it out")
+            strict.fail(
+                f"{path}.{key}",
+                "is empty, so it has no effect; name shares or another of its settings, or leave it out",
+            )
     if "profiles" in body and "suffixes" in body:
         strict.fail(
             f"{path}.suffixes", "has no effect beside profiles, which already names every profile; use one of them"
@@ -167,7 +172,7 @@ def _check_consistent(body: Mapping[str, object], path: str, in_force: Section) 
     shares, clients = in_force.mps_shares or SHARES, in_force.mps_clients
     if "mps" in body and clients is not None and clients < shares:
         strict.fail(
-            f"{path}.mps", f"leaves {clients} clients for {shares} shares, of which each needs one; make fewer shares"
+            f"{path}.mps", f"has {clients} clients for {shares} shares, but each share needs one; make fewer shares"
         )
 
 
@@ -176,7 +181,7 @@ def _modes(value: object, path: str, known: Sequence[Mode] = ALL_MODES) -> tuple
     names = strict.unique((strict.text(v, f"{path}[{i}]") for i, v in entries), path)
     for name in names:
         if name not in known:
-            strict.fail(path, f"names {name!r}, which it does not know; use {', '.join(known)}")
+            strict.fail(path, f"names {name!r}, which is unknown; use {', '.join(known)}")
     return tuple(mode for mode in known if mode in names)
 
 
@@ -189,7 +194,7 @@ def _keep(value: object, path: str) -> tuple[Setting, ...]:
     names = strict.unique((strict.text(v, f"{path}[{i}]") for i, v in entries), path)
     for name in names:
         if name not in list(Setting):
-            strict.fail(path, f"names {name!r}, which it does not know; use {', '.join(Setting)}")
+            strict.fail(path, f"names {name!r}, which is unknown; use {', '.join(Setting)}")
     return tuple(map(Setting, names))
 
 
@@ -251,6 +256,8 @@ def _bytes(value: object, path: str) -> int:
         if wrong is not None:
             unit = wrong[2].upper()
             plain = f"{wrong[1]}{'k' if unit == 'K' else unit}"
-            strict.fail(path, f"is {text!r}, which is no Kubernetes quantity; write {plain} or {wrong[1]}{unit}i")
-        strict.fail(path, f"is {text!r}, which is no Kubernetes quantity; write a number with Mi or Gi, such as 512Mi")
+            strict.fail(path, f"is {text!r}, which is not a Kubernetes quantity; write {plain} or {wrong[1]}{unit}i")
+        strict.fail(
+            path, f"is {text!r}, which is not a Kubernetes quantity; write a number with Mi or Gi, such as 512Mi"
+        )
     return quantity.parse(text)

@@ -56,7 +56,7 @@ class Policy:
         return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
-        """What this card may offer. ConfigError where the policy asks of it what it certainly cannot do."""
+        """What this card may offer. ConfigError if the policy asks for what this card certainly cannot do."""
         rule, section = self._rule(gpu), self._section(gpu)
         if rule is not None and rule.match.certain():
             for missing in _missing(rule.section, [gpu]):
@@ -78,7 +78,7 @@ class Policy:
         )
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
-        """What this policy says that has no effect on these cards, one sentence each."""
+        """The settings of this policy without an effect on these cards, one sentence each."""
         return tuple(self._unused(tuple(gpus)))
 
     def _rule(self, gpu: Gpu) -> Rule | None:
@@ -92,7 +92,7 @@ class Policy:
         for rule in self.rules:
             here = [gpu for gpu in gpus if self._rule(gpu) == rule]
             if not here:
-                yield f"policy: {rule.path} matches no GPU of this node; {_cards(gpus)}"
+                yield f"policy: {rule.path} matches no GPU of this node, so it has no effect here; {_cards(gpus)}"
             for missing in _missing(rule.section, here):
                 yield f"policy: {rule.path} {missing}"
         for missing in _missing(self.base, gpus):
@@ -101,7 +101,10 @@ class Policy:
             mine, section = self.of(gpu), self._section(gpu)
             if not mine.modes.intersection((Mode.GPU, *SHARED)) and not mine.profiles:
                 allowed = ", ".join(section.modes or ALL_MODES)
-                yield f"policy: GPU {gpu.index} ({gpu.product}) offers nothing: of modes {allowed} it can do none"
+                yield (
+                    f"policy: GPU {gpu.index} ({gpu.product}) offers nothing, because it supports none of the modes "
+                    f"{allowed}"
+                )
             yield from _excess(section, gpu)
 
 
@@ -128,7 +131,7 @@ def _excess(section: Section, gpu: Gpu) -> Iterator[str]:
     most = client_limit(gpu)
     for count, what in ((section.mps_clients, "clients"), (section.mps_shares, "shares")):
         if count is not None and count > most and _has_mps(gpu):
-            yield f"policy: mps.{what} is {count}, and GPU {gpu.index} has {most} with CUDA {gpu.cuda_version}"
+            yield f"policy: mps.{what} is {count}, but GPU {gpu.index} serves at most {most} with CUDA {gpu.cuda_version}"
 
 
 def client_limit(gpu: Gpu) -> int:
@@ -171,4 +174,4 @@ def _has(gpu: Gpu) -> str:
 
 
 def _cards(gpus: Iterable[Gpu]) -> str:
-    return "it has " + (", ".join(sorted({gpu.product for gpu in gpus})) or "no GPU")
+    return "the node has " + (", ".join(sorted({gpu.product for gpu in gpus})) or "no GPU")

@@ -13,7 +13,7 @@ SHARES = 4  # of a shared device, where the policy says nothing: a claim that sa
 
 
 class Mode(StrEnum):
-    """How a card may be used; one at a time, the scheduler sees to it."""
+    """How a card may be used. A card has one mode at a time, because the counters exclude all others."""
 
     GPU = "gpu"
     MIG = "mig"

@@ -1,4 +1,4 @@
-"""How long to wait before acting again: after failures, and after what others did. Time is passed in."""
+"""How long to wait before the next try: after failures, and after changes by others. Callers pass the time in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_BACKOFF = BackoffConfig()
 
 
 class Backoff:
-    """Full jitter, doubling: the delay before each further try."""
+    """The delay before each further try: random, with a maximum that doubles."""
 
     def __init__(self, config: BackoffConfig) -> None:
         self._config, self._most_s = config, config.retry_s

@@ -29,7 +29,7 @@ _QUANTITIES = frozenset({"value", "default", "min", "max", "step", "validValues"
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose slices these are: the driver's on this node; nothing else is ever touched."""
+    """The owner of the slices: this driver on this node. The driver never changes the slices of another owner."""
 
     driver: str
     node: str

@@ -1,4 +1,4 @@
-"""What may be sent of the wanted pools, learned from what the API server made of earlier writes."""
+"""The part of the wanted pools that may be sent, as the answers of the API server to earlier writes show."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SendablePools:
         self._kept: dict[tuple[PoolName, int], tuple[ReadOnlyBody, ReadOnlyBody]] = {}  # sent → what the server kept
 
     def want(self, wanted: tuple[PoolSlices, ...]) -> None:
-        """Check these pools; the same ones again cost nothing."""
+        """Take these pools as the wanted ones and check them. The same pools again cost nothing."""
         if self._wanted != wanted:
             self._wanted, self._faults = wanted, {pool.name: validation.problems(pool) for pool in wanted}
 
@@ -39,7 +39,7 @@ class SendablePools:
         return all(self._may_send(pool) for pool in self._wanted if pool.name == name)
 
     def learn(self, change: Update | Create, returned: Body) -> frozenset[str]:
-        """Take in what the server made of a write; returns the gates whose fields it dropped."""
+        """Learn from the answer to a write. Returns the gates whose fields the server dropped."""
         sent = change.body["spec"]
         lost = reconcile.dropped(sent, returned["spec"])
         if reconcile.PARTITIONABLE in lost:

@@ -72,7 +72,7 @@ def encode(pools: Sequence[PoolSlices]) -> dict[str, object]:
 
 
 def decode(body: Any) -> dict[PoolName, PoolSlices]:
-    """What `encode` wrote. ValueError, LookupError or TypeError for anything else, a newer format among it."""
+    """The pools that `encode` wrote. ValueError, LookupError or TypeError for other content or a newer format."""
     if body["format"] != 1:
         raise ValueError(f"format {body['format']} is not 1")
     return {PoolName(name): PoolSlices(PoolName(name), tuple(specs)) for name, specs in body["pools"].items()}

@@ -1,4 +1,4 @@
-"""What the API has of ours, as far as we know: the events of the watch and our own writes together."""
+"""The ResourceSlices of this driver in the API, as far as it knows: events of the watch and its own writes together."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class SliceCache:
         return list(self._bodies.values())
 
     def replace(self, bodies: Sequence[Body], version: str) -> None:
-        """Take a list in, except for what we wrote after it was made."""
+        """Take over a list, except for slices that the driver wrote after the server made the list."""
         alive = {b["metadata"]["name"]: b for b in bodies if b["metadata"]["uid"] not in self._deleted}
         newer = {name: body for name, body in self._bodies.items() if _version(body) > int(version)}
         self._bodies = alive | newer
         self._deleted &= {b["metadata"]["uid"] for b in bodies}
 
     def observe(self, kind: str, body: Body) -> None:
-        """Take an event of the watch in: ADDED, MODIFIED or DELETED."""
+        """Take over an event of the watch: ADDED, MODIFIED or DELETED."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         known = self._bodies.get(name)
         if uid in self._deleted or (known is not None and _version(known) >= _version(body)):
@@ -43,7 +43,7 @@ class SliceCache:
             del self._bodies[name]
 
     def mutate(self, body: Body) -> None:
-        """Take in what a create or an update of ours was answered."""
+        """Take over the answer to a create or an update of the driver."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         if self._unexplained.get(uid) == _version(body):
             del self._unexplained[uid]
@@ -52,7 +52,7 @@ class SliceCache:
         self._bodies[name] = body
 
     def remove(self, body: Body) -> None:
-        """We deleted it, or found it gone."""
+        """Remove a slice that the driver deleted or that no longer exists."""
         self._deleted.add(body["metadata"]["uid"])
         self._unexplained.pop(body["metadata"]["uid"], None)
         self._bodies.pop(body["metadata"]["name"], None)

@@ -25,7 +25,7 @@ _LISTS = frozenset({"ints", "bools", "strings", "versions"})
 
 
 def problems(pool: PoolSlices) -> tuple[str, ...]:
-    """Everything that is wrong with a pool's slices, a sentence each; empty if it may be sent."""
+    """Every fault of the slices of a pool, one sentence each. Empty if the pool may be sent."""
     return tuple(f"pool {pool.name}: {fault}" for fault in _faults(pool))
 
 
@@ -34,8 +34,8 @@ def _faults(pool: PoolSlices) -> Iterator[str]:
         yield "its name must be DNS subdomains separated by slashes, at most 253 characters"
     sets = [s for spec in pool.specs for s in _list(spec, "sharedCounters")]
     devices = [d for spec in pool.specs for d in _list(spec, "devices")]
-    yield from (f"counter set {name} is there {n} times" for name, n in _repeated(s["name"] for s in sets))
-    yield from (f"device {name} is there {n} times" for name, n in _repeated(d["name"] for d in devices))
+    yield from (f"counter set {name} occurs {n} times" for name, n in _repeated(s["name"] for s in sets))
+    yield from (f"device {name} occurs {n} times" for name, n in _repeated(d["name"] for d in devices))
     for index, spec in enumerate(pool.specs):
         yield from _slice_faults(f"slice {index}", spec)
     counters = {(s["name"], counter) for s in sets for counter in s["counters"]}
@@ -65,15 +65,17 @@ def _is_costly(device: ReadOnlyBody) -> bool:
 
 def _device_faults(device: ReadOnlyBody) -> Iterator[str]:
     if not _LABEL.fullmatch(device["name"]):
-        yield "its name is no DNS label of at most 63 characters"
+        yield "its name is not a DNS label of at most 63 characters"
     attributes, capacity = device.get("attributes") or {}, device.get("capacity") or {}
     if len(attributes) + len(capacity) > 32:
-        yield f"{len(attributes) + len(capacity)} attributes and capacities, at most 32 are allowed"
+        yield f"it has {len(attributes) + len(capacity)} attributes and capacities, at most 32 are allowed"
     values = [v for value in attributes.values() for v in _values(value)]
     if len(values) > 48:
-        yield f"{len(values)} attribute values, at most 48 are allowed"
+        yield f"it has {len(values)} attribute values, at most 48 are allowed"
     yield from (
-        f"key {key} is no C identifier of at most 32" for key in (*attributes, *capacity) if not _KEY.fullmatch(key)
+        f"key {key} is not a C identifier of at most 32 characters"
+        for key in (*attributes, *capacity)
+        if not _KEY.fullmatch(key)
     )
     for key, value in attributes.items():
         if len(value) != 1:
@@ -81,7 +83,7 @@ def _device_faults(device: ReadOnlyBody) -> Iterator[str]:
         if any(isinstance(v, str) and len(v.encode()) > 64 for v in _values(value)):
             yield f"attribute {key} is longer than 64 bytes"
         if "version" in value and not _VERSION.fullmatch(str(value["version"])):
-            yield f"attribute {key} is {value['version']!r}, which is no semantic version"
+            yield f"attribute {key} is {value['version']!r}, which is not a semantic version"
     if device.get("allowMultipleAllocations") and not capacity:
         yield "a shared device needs a capacity, or its counters are charged for each share"
     for key, value in capacity.items():
@@ -93,7 +95,7 @@ def _device_faults(device: ReadOnlyBody) -> Iterator[str]:
 def _capacity_faults(capacity: ReadOnlyBody, device: ReadOnlyBody) -> Iterator[str]:
     value, policy = _amount(capacity.get("value")), capacity.get("requestPolicy")
     if value is None:
-        yield f"{capacity.get('value')!r} is no quantity"
+        yield f"{capacity.get('value')!r} is not a quantity"
     if not device.get("allowMultipleAllocations"):
         if policy:
             yield "a request policy needs allowMultipleAllocations"
@@ -139,7 +141,7 @@ def _counter_faults(at: str, name: str, counters: ReadOnlyBody) -> Iterator[str]
     if not 0 < len(counters) <= 32:
         yield f"{at} has {len(counters)} counters, 1 to 32 are allowed"
     wrong = [text for text in (name, *counters) if not _LABEL.fullmatch(text)]
-    yield from (f"{at}: {text!r} is no DNS label" for text in wrong)
+    yield from (f"{at}: {text!r} is not a DNS label" for text in wrong)
     yield from (
         f"{at}: {key} has no quantity" for key, value in counters.items() if _amount(value.get("value")) is None
     )
@@ -147,10 +149,10 @@ def _counter_faults(at: str, name: str, counters: ReadOnlyBody) -> Iterator[str]
 
 def _taint_faults(taints: list[ReadOnlyBody]) -> Iterator[str]:
     if len(taints) > 16:
-        yield f"{len(taints)} taints, at most 16 are allowed"
+        yield f"it has {len(taints)} taints, at most 16 are allowed"
     for taint in taints:
         if not _TAINT_KEY.fullmatch(taint["key"]) or not _TAINT_VALUE.fullmatch(taint.get("value", "")):
-            yield f"taint {taint['key']}={taint.get('value', '')} is no label"
+            yield f"taint {taint['key']}={taint.get('value', '')} is not a label"
         if taint["effect"] not in ("None", "NoSchedule", "NoExecute"):
             yield f"taint {taint['key']} has the unknown effect {taint['effect']}"
 

@@ -67,15 +67,17 @@ class Cue:
     done: bool = False
 
     def check(self) -> None:
-        """ConfigError where no call could ever be hit so."""
+        """Check the cue: ConfigError if it can never hit a call."""
         if self.call != "*" and self.call not in CODES:
-            raise ConfigError(f"{self.call!r} is no call of the simulated NVML; use one of {', '.join(CODES)}, or *")
+            raise ConfigError(f"{self.call!r} is not a call of the simulated NVML; use one of {', '.join(CODES)}, or *")
         codes = _ANYWHERE if self.call == "*" else CODES[self.call]
         if self.effect == "fail" and self.code not in codes:
             names = ", ".join(code.name for code in sorted(codes))
             raise ConfigError(f"NVML does not document code {self.code} for {self.call}; use one of {names}")
         if (self.times is not None and self.times < 1) or self.skip < 0:
-            raise ConfigError(f"a cue hits at least 1 call after at least 0, not {self.times} after {self.skip}")
+            raise ConfigError(
+                f"a cue skips 0 or more calls and then hits 1 or more, not {self.skip} and {self.times}; change skip or times"
+            )
 
     def meets(self, call: str, gpu: GpuUuid | None, done: bool) -> bool:
         return self.call in ("*", call) and self.gpu in (None, gpu) and self.done == done
@@ -104,7 +106,7 @@ class Cues:
         return name
 
     def withdraw(self, name: str | None) -> None:
-        """Remove one cue, or all with None, ending its hangs; gone is fine."""
+        """Remove one cue, or all cues with None; calls that hang on it return."""
         with locked(self._lock):
             for file in self._folder.glob("*.json") if name is None else [self._folder / f"{name}.json"]:
                 remove(file)
@@ -223,7 +225,7 @@ class Events:
                 remove(self._folder / f"{old}.json")
 
     def subscribe(self) -> None:
-        """Start to collect events, unless that has been done."""
+        """Start to collect events. A second call does nothing."""
         if self._watch is None:
             self._watch = FolderWatch(self._folder, arrivals=True)
             self._closing = os.eventfd(0, os.EFD_CLOEXEC)
@@ -249,7 +251,7 @@ class Events:
             self._watch.read()
 
     def close(self) -> None:
-        """End a wait that is going on, then let go. Nothing must be waited for afterwards."""
+        """End the wait of `next`, then close the folder. Do not call `next` again."""
         if self._watch is not None and self._closing >= 0:
             os.eventfd_write(self._closing, 1)
             with self._waiting:

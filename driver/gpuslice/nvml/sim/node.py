@@ -64,17 +64,17 @@ class SimNode:
         """What /proc/sys/kernel/random/boot_id would say on this node."""
         return self._state.boot_id()
 
-    def notes(self) -> tuple[str, ...]:
-        """One sentence for each product whose data is partly inferred."""
+    def inferred(self) -> tuple[str, ...]:
+        """One sentence for each product of which some values are not from a listing of this very product."""
         return tuple(
-            f"simulated {p.name}: inferred, not seen on this product: {', '.join(p.inferred)}"
+            f"the simulated {p.name} has values that were inferred, because no listing shows them: {', '.join(p.inferred)}"
             for p in dict.fromkeys(self._products)
             if p.inferred
         )
 
     def index(self, gpu: GpuUuid) -> int:
         if gpu not in self._index:
-            raise DeviceError(f"{gpu} is no GPU of this node; list the node's GPUs", Code.NOT_FOUND)
+            raise DeviceError(f"{gpu} is not a GPU of this node; list the GPUs of the node", Code.NOT_FOUND)
         return self._index[gpu]
 
     def label(self, index: int) -> str:
@@ -86,7 +86,7 @@ class SimNode:
             for partition in self._state.read(index).live.partitions:
                 if partition.uuid == uuid_:
                     return index, partition
-        raise DeviceError(f"{uuid_} is no partition of this node; it was destroyed or never existed", Code.NOT_FOUND)
+        raise DeviceError(f"{uuid_} is not a partition of this node; it was destroyed or never existed", Code.NOT_FOUND)
 
     def profile(self, index: int, partition: Partition) -> MigProfile:
         profile = self._gpus[index].profile(partition.profile)
@@ -178,14 +178,17 @@ class SimNode:
         through = mps and any(p.name == MPS_SERVER for p in beside)
         if state.compute_mode == ComputeMode.EXCLUSIVE_PROCESS and beside and not through:
             raise DeviceError(
-                f"{here} is in compute mode EXCLUSIVE_PROCESS and pid {beside[0].pid} has it", Code.IN_USE
+                f"{here} is in compute mode EXCLUSIVE_PROCESS, and pid {beside[0].pid} uses it; end that process",
+                Code.IN_USE,
             )
         if process.gi is None:
             limit = self._gpus[index].memory_bytes - self._gpus[index].reserved_bytes
         else:
             partition = state.partition(process.gi)
             if partition is None:
-                raise DeviceError(f"{here} has no GPU instance {process.gi} any more", Code.NOT_FOUND)
+                raise DeviceError(
+                    f"{here} no longer has GPU instance {process.gi}; name one that exists", Code.NOT_FOUND
+                )
             limit = self.profile(index, partition).memory_mib * MIB
         used = sum(p.used_bytes or 0 for p in (*beside, process))
         if used > limit:
@@ -194,14 +197,14 @@ class SimNode:
             )
 
     def end_process(self, pid: int) -> None:
-        """End a process wherever it runs; NOT_FOUND where no card has it."""
+        """End a process on any card. NOT_FOUND if no card has it."""
         for index in range(len(self._gpus)):
             if any(p.pid == pid for p in self._state.read(index).processes):
                 self._state.change(
                     index, lambda state: replace(state, processes=tuple(p for p in state.processes if p.pid != pid))
                 )
                 return
-        raise DeviceError(f"pid {pid} runs on no GPU of this node; list the processes of each", Code.NOT_FOUND)
+        raise DeviceError(f"pid {pid} runs on no GPU of this node; list the processes of each GPU", Code.NOT_FOUND)
 
     def set_mig_pending(self, gpu: GpuUuid, on: bool) -> None:
         """A MIG mode that waits for the next reset, as an administrator's nvidia-smi leaves it behind."""
@@ -228,7 +231,7 @@ class SimNode:
         self._state.new_boot()
 
     def close(self) -> None:
-        """Let go of the folder; hung calls of this process fail as uninitialized. The node stays."""
+        """Close the folder. Hung calls of this process fail as uninitialized; the node itself stays."""
         self._cues.close()
         self._events.close()
 

@@ -49,7 +49,7 @@ SECONDS = {
 
 
 class SimNvml(SimNode):
-    """`Nvml` on a simulated node; what happens *to* the node (processes, XIDs, faults, reboots) is `SimNode`'s half."""
+    """`Nvml` on a simulated node. `SimNode` is the other half: processes, XIDs, faults and reboots."""
 
     def __init__(self, folder: Path, node: str | Path | None = None, *, latency: Latency = "realistic") -> None:
         super().__init__(folder, node)
@@ -76,6 +76,9 @@ class SimNvml(SimNode):
 
     def lost(self) -> tuple[str, ...]:
         return self._lost
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
         return self._read("look", gpu).live

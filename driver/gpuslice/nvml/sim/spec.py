@@ -93,7 +93,7 @@ def _checked(where: str, spec: NodeSpec) -> NodeSpec:
         )
     for card, model in zip(spec.cards, spec.models(), strict=True):
         if card.mig and not model.profiles:
-            raise ConfigError(f"{where} wants MIG mode on {card.product}, which has no MIG; drop mig there")
+            raise ConfigError(f"{where} wants MIG mode on {card.product}, which has no MIG; leave mig out there")
     return spec
 
 
@@ -102,7 +102,7 @@ def _cards(text: str, part: str) -> list[Card]:
     count = int(match["count"] or 1) if match else 0
     if match is None or not 0 < count <= MAX_CARDS:
         raise ConfigError(
-            f"{part!r} in {text!r} is no card; write a product, x and a count from 1 to {MAX_CARDS}, as in h100x8"
+            f"{part!r} in {text!r} is not a card; write a product, x and a count from 1 to {MAX_CARDS}, as in h100x8"
         )
     return [Card(product=match["product"], mig=match["mig"] is not None)] * count
 

@@ -63,14 +63,14 @@ class StateFolder:
             self.spec, self.seed = self._open()
         if spec is not None and spec != self.spec:
             raise ConfigError(
-                f"folder {folder} holds another simulated node than the one asked for; "
-                f"use another folder, or remove it to start anew"
+                f"folder {folder} holds another simulated node than --simulate names; "
+                f"use another folder, or remove the folder to start anew"
             )
         self._cache: dict[int, tuple[Version, GpuState]] = {}
 
     def _create(self, spec: NodeSpec | None) -> None:
         if spec is None:
-            raise ConfigError(f"folder {self.path} holds no simulated node; say which one, as in h100x8")
+            raise ConfigError(f"folder {self.path} holds no simulated node; name the cards of one, as in h100x8")
         ensure_folder(self.path / "cues")
         ensure_folder(self.path / "events")
         for index, card in enumerate(spec.cards):
