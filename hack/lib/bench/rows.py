@@ -28,9 +28,9 @@ ROWS = [
     Row("mps_share_p50_ms", "NodePrepareResources, each further MPS share, p50", 15.0),
     Row("mps_share_p99_ms", "NodePrepareResources, each further MPS share, p99"),
     Row("mps_share_back_p50_ms", "NodeUnprepareResources, an MPS share that is not the last, p50"),
-    Row("timeslice_share_p50_ms", "NodePrepareResources, each further share by time, p50", 15.0),
-    Row("timeslice_share_p99_ms", "NodePrepareResources, each further share by time, p99"),
-    Row("timeslice_share_back_p50_ms", "NodeUnprepareResources, a share by time that is not the last, p50"),
+    Row("timeslice_share_p50_ms", "NodePrepareResources, each further time-slicing share, p50", 15.0),
+    Row("timeslice_share_p99_ms", "NodePrepareResources, each further time-slicing share, p99"),
+    Row("timeslice_share_back_p50_ms", "NodeUnprepareResources, a time-slicing share that is not the last, p50"),
     Row("mps_supervisor_mb", "resident memory of the MPS supervisor, eight daemons", 30.0),
     Row("mig_one_s", "one MIG creation, NVML taking its time"),
     Row("mig_eight_s", "eight MIG creations at once, eight GPUs, the same"),
@@ -47,7 +47,7 @@ ROWS = [
 
 # ---------------------------------------------------------------- on a real Kubernetes
 
-MODES = {"gpu": "whole card", "mig": "MIG 1g.10gb", "mps": "MPS share", "timeslice": "share by time"}
+MODES = {"gpu": "whole card", "mig": "MIG 1g.10gb", "mps": "MPS share", "timeslice": "time-slicing share"}
 _BESIDE = {"mps": " beside another", "timeslice": " beside another"}
 
 
