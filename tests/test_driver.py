@@ -204,6 +204,9 @@ async def test_probes_and_metrics_are_served(cluster: StandInCluster) -> None:
     metrics = await asyncio.to_thread(get, "/metrics")
     assert 'gpuslice_requests_total{operation="prepare",result="ok"} 1.0' in metrics
     assert "gpuslice_prepared_claims 1.0" in metrics
+    assert 'gpuslice_prepared_devices{type="mig"} 1.0' in metrics
+    assert "gpuslice_mps_daemons_unwell -1.0" in metrics, "no supervisor runs here"
+    assert await driver.terminate() == 0
 
 
 async def test_one_op_id_tells_one_request(cluster: StandInCluster) -> None:
