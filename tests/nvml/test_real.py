@@ -188,6 +188,17 @@ except DeviceError as e:
     assert line.startswith("12 driver root /nowhere: cannot find libnvidia-ml.so.1: LIBRARY_NOT_FOUND; install")
 
 
+def test_the_devices_command_shows_the_cards_of_a_driver_root(driver_root: Path, tmp_path: Path) -> None:
+    folders = ["--driver-root-ctr-path", str(driver_root), "--kubelet-plugins-directory-path", str(tmp_path)]
+
+    shown = subprocess.run(
+        [sys.executable, "-m", "gpuslice", "devices", *folders], capture_output=True, text=True, check=False
+    )
+
+    assert shown.returncode == 0, shown.stderr
+    assert "NVIDIA H100 80GB HBM3" in shown.stdout and "0000:fe:1f.0" in shown.stdout
+
+
 def test_a_library_that_does_not_fit_the_machine_is_named(tmp_path: Path, driver_root: Path) -> None:
     library = tmp_path / "usr/lib64/libnvidia-ml.so.1"
     library.parent.mkdir(parents=True)
