@@ -19,6 +19,7 @@ from gpuslice.errors import DeviceError
 from gpuslice.mps import control, daemon, launch
 from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.paths import Paths
+from gpuslice.mps.process import PidfdProcess, ProcessId
 
 from tests.kit.mps_node import SOON_S, MpsNode
 
@@ -199,7 +200,9 @@ def test_a_daemon_that_is_started_again_keeps_the_shared_memory_of_its_programs(
     inside = Path(f"/proc/{supervisor.pid}/root")
     there = (inside / node.client.shm("gpu-0").relative_to("/")).stat()
 
-    os.kill(first.pid, signal.SIGKILL)
+    process = PidfdProcess(ProcessId.of(first.pid))
+    process.kill()
+    assert process.ended(SOON_S)
     again = node.client.ensure(node.daemon())
 
     assert again.pid != first.pid
