@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import urllib.request
@@ -18,6 +19,7 @@ from gpuslice.nvml.sim.node import SimNode
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.standin.cluster import DRIVER, NODE, StandInCluster
 from gpuslice.standin.scheduler import Request
+from gpuslice.system import files
 
 MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
 CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})
@@ -204,6 +206,9 @@ async def test_probes_and_metrics_are_served(cluster: StandInCluster) -> None:
     metrics = await asyncio.to_thread(get, "/metrics")
     assert 'gpuslice_requests_total{operation="prepare",result="ok"} 1.0' in metrics
     assert "gpuslice_prepared_claims 1.0" in metrics
+    assert 'gpuslice_prepared_devices{type="mig"} 1.0' in metrics
+    assert "gpuslice_mps_daemons_unwell -1.0" in metrics, "no supervisor runs here"
+    assert await driver.terminate() == 0
 
 
 async def test_one_op_id_tells_one_request(cluster: StandInCluster) -> None:
@@ -286,6 +291,67 @@ async def test_a_device_in_use_stays_published_when_the_policy_drops_it(cluster:
     cluster.delete(claim)
     assert await cluster.kubelet.unprepare([claim]) == {claim.uid: ""}
     await asyncio.to_thread(cluster.api.wait, lambda: set(devices(0)) == {"gpu", "monitor"}, 20)
+
+
+async def test_what_is_odd_at_a_start_is_logged_and_the_driver_serves(cluster: StandInCluster, short: Path) -> None:
+    first = await cluster.start()
+    claim = cluster.claim("one", CARD)
+    await cluster.run(claim)
+    assert await first.terminate() == 0
+    (record,) = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
+    torn = record.with_stem("torn")
+    torn.write_text("torn")
+    policy = short / "policy.yaml"
+    head = "apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\n"
+    policy.write_text(head + "gpus:\n- match: {product: NVIDIA L4}\n  modes: [gpu]\n", encoding="utf-8")
+
+    driver = await cluster.start("--policy", str(policy))
+    assert await cluster.run(claim)
+    assert await driver.terminate() == 0
+
+    log = driver.log.read_text()
+    assert "gpus[0] matches no GPU of this node" in log
+    assert f"record {torn} of claim torn cannot be read" in log
+
+
+async def test_what_a_lost_card_kept_is_given_back_when_the_card_is_back_without_anybody_asking(
+    cluster: StandInCluster,
+) -> None:
+    driver = await cluster.start()
+    node = SimNode(cluster.node_folder)
+    kept, other = cluster.claim("kept", MIG), cluster.claim("other", CARD)
+    await cluster.run(kept)
+    await cluster.run(other)
+    (record,) = (cluster.plugins / DRIVER / "claims").glob(f"*/{kept.uid}.json")
+    card = next(card.uuid for card in node.cards if card.uuid in record.read_text())
+    node.lose(card)
+    await cluster.end(kept)
+    (left,) = set(record.parent.glob("*.json")) - {record.with_stem(other.uid)}  # a record of its own
+    await cluster.end(other)  # a record that goes has the node looked at again
+    await asyncio.to_thread(cluster.api.wait, lambda: lost(cluster), 20)
+
+    with contextlib.closing(files.FolderWatch(record.parent)) as watch:
+        node.reset(card)
+        await cluster.run(again := cluster.claim("again", CARD))
+        await cluster.end(again)
+        while left.name not in await asyncio.to_thread(arrivals, watch):
+            pass
+
+    assert await driver.terminate() == 0
+    await agreed(cluster, [])
+    node.close()
+
+
+def lost(cluster: StandInCluster) -> bool:
+    """Whether devices of a lost card are tainted in the API."""
+    found = [device for body in cluster.api.all("resourceslices") for device in body["spec"].get("devices", ())]
+    return any(taint.get("value") == "lost" for device in found for taint in device.get("taints", ()))
+
+
+def arrivals(watch: files.FolderWatch) -> list[str]:
+    """The next files that left this folder."""
+    assert select.select([watch], [], [], 20)[0], "no file has left"
+    return [*watch.read()]
 
 
 # ---------------------------------------------------------------- commands and bad input

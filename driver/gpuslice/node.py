@@ -17,6 +17,7 @@ from gpuslice.config import Config
 from gpuslice.core import gpucodec, health
 from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
+from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu
 from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Record
@@ -115,11 +116,14 @@ def _as_running(config: Config) -> Config:
     if config.node_name or config.simulate or not path.exists():
         return replace(config, node_name=config.node_name or "this-node")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        return _with_settings(config, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError) as e:
         raise StateError(
-            f"{path} cannot be read ({e}); give --node-name, and --simulate if the node is simulated"
+            f"{path} cannot be read ({type(e).__name__}: {e}); give --node-name, and --simulate if the node is simulated"
         ) from e
+
+
+def _with_settings(config: Config, settings: ReadOnlyBody) -> Config:
     return replace(
         config,
         node_name=settings["node_name"],

@@ -180,6 +180,7 @@ def test_a_program_comes_into_the_image_with_the_libraries_that_it_needs(tmp_pat
 # ---------------------------------------------------------------- the short form of a rehearsal
 
 
+@pytest.mark.timeout(240)  # it downloads packages and makes two environments
 def test_a_pack_of_facts_is_made_and_its_stages_run_without_a_network(tmp_path: Path) -> None:
     made = _hack_gpu("pack", "--facts", "--uncompressed", "--python", HERE, tmp_path / "pack")
     if "check that the package index can be reached" in made.stderr:

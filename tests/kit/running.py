@@ -123,12 +123,14 @@ class World:
         requests: Sequence[str] = (),
         more: Sequence[Mapping[str, Any]] = (),
         annotations: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> ClaimRef:
-        """A claim that the API server shows as allocated to these devices."""
+        """A claim that the API server shows as allocated to these devices, `extra` in each of its results."""
         names = requests or [f"gpu-{number}" for number in range(len(devices))]
         results = [
             {"request": request, "driver": DRIVER, "pool": ref.pool, "device": ref.device}
             | ({"adminAccess": True} if admin else {})
+            | dict(extra or {})
             for request, ref in zip(names, devices, strict=True)
         ]
         metadata = {"name": name, "annotations": dict(annotations or {})}

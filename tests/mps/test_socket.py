@@ -91,6 +91,14 @@ def test_what_is_no_greeting_is_answered_in_one_sentence(node: MpsNode, line: by
             b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "memory_mib": 0}}',
             "a memory ceiling of 0 MiB lets no client run; use at least 1, or none",
         ),
+        (
+            b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "threads_percent": 101}}',
+            "101 % of the multiprocessors is no ceiling; use 1 to 100, or none",
+        ),
+        (
+            b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "memory_mib": "much"}}',
+            "memory_mib of an MPS daemon is 'much' and must be a whole number",
+        ),
     ],
 )
 def test_a_request_that_makes_no_sense_is_answered_in_one_sentence(

@@ -5,6 +5,7 @@ Each test runs in a process of its own: a loaded library stays loaded, and pynvm
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+UUID = "GPU-00000000-1111-2222-3333-444444444444"
+NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND = 3, 4, 13
 
 _START = """
+import os
 import sys
 from pathlib import Path
 from gpuslice.core.model import *
@@ -47,11 +51,12 @@ def driver_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def told(root: Path, text: str) -> list[str]:
-    """Lines that a process prints which runs this over the stub."""
+def told(root: Path, text: str, stub: str = "") -> list[str]:
+    """Lines that a process prints which runs this over the stub. `stub`: what is different about its card and driver."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _START + text, str(root)],
         cwd=ROOT,
+        env={**os.environ, "STUB_NVML": stub},
         capture_output=True,
         text=True,
         check=False,
@@ -163,6 +168,7 @@ def test_xids_name_the_gpu_or_the_instance_and_a_loss_ends_nothing(driver_root: 
     text = """
 assert node.wait_event(0) == XidEvent(gpu=uuid, xid=48)
 assert node.wait_event(0) == XidEvent(gpu=uuid, xid=94, gi=2, ci=0)
+assert node.wait_event(0) is None  # an event of another kind
 assert node.wait_event(0) == XidEvent(gpu=None, xid=79)
 assert node.wait_event(0) is None
 node.close()
@@ -180,3 +186,164 @@ except DeviceError as e:
 """
     (line,) = told(driver_root, text)
     assert line.startswith("12 driver root /nowhere: cannot find libnvidia-ml.so.1: LIBRARY_NOT_FOUND; install")
+
+
+def test_the_devices_command_shows_the_cards_of_a_driver_root(driver_root: Path, tmp_path: Path) -> None:
+    folders = ["--driver-root-ctr-path", str(driver_root), "--kubelet-plugins-directory-path", str(tmp_path)]
+
+    shown = subprocess.run(
+        [sys.executable, "-m", "gpuslice", "devices", *folders], capture_output=True, text=True, check=False
+    )
+
+    assert shown.returncode == 0, shown.stderr
+    assert "NVIDIA H100 80GB HBM3" in shown.stdout and "0000:fe:1f.0" in shown.stdout
+
+
+def test_a_library_that_does_not_fit_the_machine_is_named(tmp_path: Path, driver_root: Path) -> None:
+    library = tmp_path / "usr/lib64/libnvidia-ml.so.1"
+    library.parent.mkdir(parents=True)
+    library.write_text("for another machine")
+    text = f"""
+try:
+    RealNvml(Path({str(tmp_path)!r}))
+except DeviceError as e:
+    print(e.code, e)
+"""
+
+    (line,) = told(driver_root, text)
+
+    assert line.startswith(f"12 driver root {tmp_path}: cannot load {library} (")
+    assert line.endswith("; it must fit this machine and the image's C library")
+
+
+# ---------------------------------------------------------------- other cards, older drivers
+
+
+def test_a_card_without_mig_is_listed_without_profiles_and_without_a_note(driver_root: Path) -> None:
+    text = "print(gpu.profiles, node.notes(), node.look(uuid) == LiveGpu(mig=False, mig_pending=False))"
+
+    assert told(driver_root, text, f"nvmlDeviceGetMigMode={NOT_SUPPORTED}") == ["() () True"]
+
+
+@pytest.mark.parametrize("code", [NO_PERMISSION, FUNCTION_NOT_FOUND])
+def test_a_card_that_lists_no_profiles_yet_is_noted_and_its_partitions_are_seen_later(
+    driver_root: Path, code: int
+) -> None:
+    text = """
+print(*node.notes())
+os.environ["STUB_NVML"] = ""
+gi = node.create_gpu_instance(uuid, 9, Placement(4, 4))
+ci, mig = node.create_compute_instance(uuid, gi)
+print(node.look(uuid).partitions == (Partition(profile=9, placement=Placement(4, 4), gi=gi, ci=ci, uuid=mig),))
+"""
+
+    note, seen = told(driver_root, text, f"nvmlDeviceGetGpuInstanceProfileInfoV={code}")
+
+    assert note == (
+        "GPU 0 (0000:fe:1f.0) lists no MIG profiles with NVIDIA driver 580.65.06: "
+        "update that driver, run as root, or switch MIG mode on"
+    )
+    assert seen == "True"
+
+
+def test_a_profile_without_a_place_is_not_offered_and_the_others_are(driver_root: Path) -> None:
+    text = "print([profile.name for profile in gpu.profiles])\nprint(*node.notes())"
+
+    names, note = told(driver_root, text, "profile-without-a-place=20")
+
+    assert names == "['1g.10gb', '3g.40gb', '7g.80gb']"
+    assert "1g.10gb+me, which has 0 places" in note
+
+
+def test_a_driver_without_the_newer_memory_query_is_asked_the_older_one(driver_root: Path) -> None:
+    text = """
+print(gpu.memory_bytes // MIB, gpu.reserved_bytes, node.notes()[1:])
+print(node.memory(uuid) == Memory(total_bytes=81559 * MIB, used_bytes=2 * MIB))
+"""
+
+    stub = f"nvmlDeviceGetMemoryInfo_v2={FUNCTION_NOT_FOUND}"
+
+    assert told(driver_root, text, stub) == ["81559 0 ()", "True"]
+
+
+def test_a_card_without_memory_of_its_own_is_noted_and_listed(driver_root: Path) -> None:
+    text = "print(gpu.memory_bytes, gpu.reserved_bytes, node.memory(uuid))\nprint(node.notes()[0])"
+    stub = f"nvmlDeviceGetMemoryInfo_v2={NOT_SUPPORTED} nvmlDeviceGetMemoryInfo={NOT_SUPPORTED}"
+
+    figures, note = told(driver_root, text, stub)
+
+    assert figures == "0 0 Memory(total_bytes=0, used_bytes=0)"
+    assert note == "GPU 0 (0000:fe:1f.0) does not say how much memory it has; it is taken as 0"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"), [(9, "Hopper True"), (7, "Ampere False"), (99, "architecture 99 False")]
+)
+def test_a_driver_that_does_not_say_whether_mig_needs_a_reset_is_asked_for_the_architecture(
+    driver_root: Path, architecture: int, said: str
+) -> None:
+    stub = f"nvmlDeviceGetFieldValues={NOT_SUPPORTED} architecture={architecture}"
+
+    assert told(driver_root, "print(gpu.architecture, gpu.resetless)", stub) == [said]
+
+
+def test_a_gpu_instance_without_a_compute_instance_of_its_width_says_so(driver_root: Path) -> None:
+    text = """
+gi = node.create_gpu_instance(uuid, 9, Placement(4, 4))
+try:
+    node.create_compute_instance(uuid, gi)
+except DeviceError as e:
+    print(e)
+"""
+
+    (line,) = told(driver_root, text, f"nvmlGpuInstanceGetComputeInstanceProfileInfoV={NOT_SUPPORTED}")
+
+    assert "cannot create a compute instance in GPU instance 0: NOT_SUPPORTED; this card, its present mode" in line
+
+
+def test_a_partition_is_never_taken_under_the_uuid_of_its_card(driver_root: Path) -> None:
+    """A container that got this UUID would have the whole card."""
+    text = """
+gi = node.create_gpu_instance(uuid, 9, Placement(4, 4))
+try:
+    node.create_compute_instance(uuid, gi)
+except DeviceError as e:
+    print(e)
+"""
+
+    (line,) = told(driver_root, text, "partitions-have-the-uuid-of-the-card=1")
+
+    assert line.startswith(
+        "NVML gives compute instance 0 the UUID GPU-00000000-1111-2222-3333-444444444444, which is no"
+    )
+
+
+def test_a_wait_for_events_of_cards_that_report_none_ends_with_the_session(driver_root: Path) -> None:
+    text = """
+import threading
+waiting = threading.Thread(target=node.wait_event, args=(60,))
+waiting.start()
+node.close()
+waiting.join(10)
+print(waiting.is_alive())
+"""
+
+    assert told(driver_root, text, f"nvmlDeviceGetSupportedEventTypes={NOT_SUPPORTED}") == ["False"]
+
+
+def test_the_time_slice_of_a_card_is_set_by_the_nvidia_smi_of_its_driver_root(
+    driver_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(driver_root, tmp_path, dirs_exist_ok=True)
+    program = tmp_path / "usr/bin/nvidia-smi"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$@" >> "$0.log"; echo Timeslice: Long\n')
+    program.chmod(0o755)
+    text = """
+node.set_time_slice(uuid, 3)
+print(node.time_slice(uuid), code(node.set_time_slice, uuid, 4) == Code.INVALID_ARGUMENT)
+"""
+
+    assert told(tmp_path, text) == ["3 True"]
+    commands = (tmp_path / "usr/bin/nvidia-smi.log").read_text()
+    assert f"compute-policy -i {UUID} --set-timeslice=3\n" in commands and "timeslice=4" not in commands

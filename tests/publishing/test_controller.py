@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from gpuslice.core.pools import pool
 from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
-from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.shapes import Shapes
@@ -149,6 +149,21 @@ def test_a_card_that_answers_again_is_well_again(short: Path) -> None:
     assert not any(t.key == "gpu" for taints in health.look(rig.inventory).values() for t in taints)
 
 
+def test_a_card_with_a_call_that_hangs_is_tainted_and_not_asked(short: Path) -> None:
+    rig = Rig(short, "l4x2", a_policy("gpu"))
+    rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
+    hung = {rig.gpus[0].uuid: "prepare of claim one hangs"}
+    health = NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=lambda: hung)
+
+    found = health.look(rig.inventory)
+
+    assert {(ref.pool, t.value, t.reason) for ref, taints in found.items() for t in taints} == {
+        (rig.inventory.pools[0].name, "hung", "prepare of claim one hangs")
+    }
+    rig.nvml.withdraw()
+    rig.nvml.close()
+
+
 # ---------------------------------------------------------------- the thread
 
 
@@ -163,35 +178,173 @@ class _Trouble(Checkpoint):
         return super().records()
 
 
-def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(
-    server: StandInApiServer, short: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    nvml = SimNvml(short / "node", "l4", latency="zero")
-    found = Inventory.of(nvml.gpus(), Policy.default(), NODE)
-    rig = Rig(short / "rig", "l4")
-    checkpoint = _Trouble(short / "claims", "boot")
-    health = NodeHealth(nvml=nvml, mps=rig.mps, checkpoint=checkpoint, hung=dict)
+class _Logged(logging.Handler):
+    """An event for a line of the log."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self._words, self.seen = words, threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._words in record.getMessage():
+            self.seen.set()
+
+
+@contextmanager
+def a_line(words: str) -> Iterator[threading.Event]:
+    """Set when these words are logged."""
+    handler, logger = _Logged(words), logging.getLogger("gpuslice.publishing")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.seen
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
+PUBLISHED = "published pools="  # all that is wanted is in force
+
+
+@contextmanager
+def a_controller(
+    server: StandInApiServer,
+    rig: Rig,
+    folder: Path,
+    on_taints_changed: Callable[[], object] = lambda: None,
+    checkpoint: Checkpoint | None = None,
+) -> Iterator[SliceController]:
+    """One that runs over this node; its shapes are in `folder`."""
+    kube, checkpoint = Kube(server.kubeconfig), checkpoint or rig.checkpoint
     controller = SliceController(
-        kube=Kube(server.kubeconfig),
+        kube=kube,
         driver=DRIVER,
         node=NODE,
-        dynamic=found,
-        static=found,
-        health=health,
+        dynamic=Inventory.of(rig.gpus, rig.policy, NODE),
+        static=Inventory.of(rig.gpus, rig.policy, NODE, static=True),
+        health=NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=checkpoint, hung=dict),
         checkpoint=checkpoint,
-        folder=short,
+        folder=folder,
+        on_taints_changed=on_taints_changed,
     )
-    told = threading.Event()
-    handler = logging.Handler()
-    handler.emit = lambda record: told.set() if "cannot plan" in record.getMessage() else None  # type: ignore[method-assign]
-    logging.getLogger("gpuslice.publishing.controller").addHandler(handler)
+    controller.start()
     try:
-        controller.start()
+        yield controller
+    finally:
+        controller.stop()
+        kube.close()
+
+
+def a_policy(*modes: str) -> Policy:
+    return Policy.parse({"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"modes": list(modes)}})
+
+
+def devices(server: StandInApiServer, tainted: bool = False) -> set[str]:
+    """Names of the devices that the API shows; of those with a taint only, or of all."""
+    found = [device for body in server.all("resourceslices") for device in body["spec"].get("devices", ())]
+    return {device["name"] for device in found if not tainted or device.get("taints")}
+
+
+def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(server: StandInApiServer, short: Path) -> None:
+    rig = Rig(short / "rig", "l4")
+    checkpoint = _Trouble(short / "claims", "boot")
+    with a_line("cannot plan") as told, a_controller(server, rig, short, checkpoint=checkpoint) as controller:
         assert told.wait(10)
         assert "Too many open files" in (controller.problem() or "")
         checkpoint.trouble = False
         controller.nudge()
         server.wait(lambda: bool(server.all("resourceslices")), 10)
-    finally:
-        controller.stop()
-        logging.getLogger("gpuslice.publishing.controller").removeHandler(handler)
+
+
+def test_an_api_server_that_cannot_be_probed_is_told_and_asked_again(server: StandInApiServer, short: Path) -> None:
+    server.fail(500, path="dryRun")
+    rig = Rig(short / "rig", "l4")
+    with (
+        a_line("cannot ask the API server what it supports") as told,
+        a_line(PUBLISHED) as published,
+        a_controller(server, rig, short) as controller,
+    ):
+        assert told.wait(10)
+        assert "refused on cue" in (controller.problem() or "")
+        assert not server.all("resourceslices"), "something was written before it was known what the server keeps"
+
+        controller.nudge()
+
+        assert published.wait(10)
+        assert controller.problem() is None
+        assert "gpu" in devices(server)
+
+
+def test_a_driver_that_ends_before_it_could_probe_the_api_server_ends_at_once(
+    server: StandInApiServer, short: Path
+) -> None:
+    server.fail(500, times=99, path="dryRun")
+    before = set(threading.enumerate())
+    with a_line("cannot ask the API server") as told, a_controller(server, Rig(short / "rig", "l4"), short):
+        assert told.wait(10)
+
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "controller"]
+
+
+def test_without_the_published_shapes_nothing_is_planned_until_the_api_server_shows_them(
+    server: StandInApiServer, short: Path
+) -> None:
+    """Else a device of a pool of the last release could go while a claim holds it."""
+    server.fail(500, times=99, method="GET", path="/resourceslices")
+    rig = Rig(short / "rig", "l4")
+    with (
+        a_line("cannot plan") as told,
+        a_line(PUBLISHED) as published,
+        a_controller(server, rig, short) as controller,
+    ):
+        assert told.wait(10)
+        assert "list resourceslices" in (controller.problem() or "")
+
+        server.release()
+        controller.nudge()
+
+        assert published.wait(10)
+        assert controller.problem() is None
+        assert "gpu" in devices(server)
+
+
+def test_a_card_that_is_lost_and_comes_back_is_tainted_and_told_each_time(
+    server: StandInApiServer, short: Path
+) -> None:
+    rig, changed = Rig(short / "rig", "l4"), threading.Event()
+    with (
+        a_line(PUBLISHED) as published,
+        a_controller(server, rig, short, on_taints_changed=changed.set) as controller,
+    ):
+        assert published.wait(10)
+        assert not changed.is_set()
+
+        rig.nvml.lose(rig.gpus[0].uuid)
+        controller.nudge()
+        server.wait(lambda: "gpu" in devices(server, tainted=True))
+        assert changed.is_set()
+        changed.clear()
+
+        rig.nvml.reset(rig.gpus[0].uuid)
+        controller.nudge()
+        server.wait(lambda: "gpu" not in devices(server, tainted=True))
+        assert changed.is_set()
+
+
+def test_a_new_policy_is_in_force_once_the_old_devices_were_tainted_even_where_a_write_fails(
+    server: StandInApiServer, short: Path
+) -> None:
+    old = Rig(short / "rig", "l4", a_policy("gpu", "mps"))
+    with a_line(PUBLISHED) as published, a_controller(server, old, short):
+        assert published.wait(10)
+        assert "mps" in devices(server)
+    new = Rig(short / "rig", "l4", a_policy("gpu"))
+    server.fail(500, times=2, method="PUT", path="/resourceslices")
+
+    with a_controller(server, new, short):
+        server.wait(lambda: "mps" in devices(server, tainted=True))
+        server.wait(lambda: "mps" not in devices(server))
+
+    assert "gpu" in devices(server)
+    assert devices(server, tainted=True) == set()

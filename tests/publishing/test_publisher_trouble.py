@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tests.kit.publishing import (
     a_pool,
     a_publisher,
     an_api_server,
+    asked,
     look_again,
     plain,
     publish_and_wait,
@@ -174,6 +176,56 @@ def test_lost_answers_and_hung_up_watches_end_in_the_wanted_state(server: StandI
         publish_and_wait(publisher, a_pool("gpu"))
         wipe(server)
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+
+@pytest.mark.contract(67)
+@pytest.mark.parametrize(
+    ("method", "path", "says"),
+    [
+        ("POST", "/resourceslices", "writing failed unexpectedly"),  # an answer that is no slice
+        ("GET", "limit=", "the watch failed unexpectedly"),  # … no list
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_logged_and_asked_for_again(
+    server: StandInApiServer, caplog: pytest.LogCaptureFixture, method: str, path: str, says: str
+) -> None:
+    server.fail(200, method=method, path=path)
+    with a_publisher(server) as publisher:
+        publish_and_wait(publisher, a_pool("gpu"))
+
+        assert says in caplog.text
+        assert shown(server) == ["n1/a/gpu"]
+        assert publisher.status.error == ""
+
+
+def test_an_api_server_that_breaks_each_watch_off_is_told_and_not_asked_without_a_pause(
+    server: StandInApiServer,
+) -> None:
+    server.fail(200, times=2, path="watch=true")  # a whole answer instead of a stream
+    errors: list[str] = []
+    kube = Kube(server.kubeconfig)
+    publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: errors.append(status.error))
+    publisher.start()
+    try:
+        server.wait(lambda: asked(server, "watch=true") >= 3)
+        publish_and_wait(publisher, a_pool("gpu"))
+    finally:
+        publisher.stop()
+        kube.close()
+
+    assert f"the API server at {kube.server} broke a watch off; it will be tried again" in errors
+
+
+def test_a_watch_that_ends_in_time_is_followed_by_the_next_and_by_a_new_list(
+    server: StandInApiServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with a_publisher(server, replace(FAST, relist_s=1.5, watch_s=1)) as publisher:
+        publish_and_wait(publisher, a_pool("gpu"))
+
+        server.wait(lambda: asked(server, "limit=") >= 2)
+
+        assert asked(server, "watch=true") >= 2
+        assert (publisher.status.error, server.writes["create resourceslices"]) == ("", 2)
 
 
 @pytest.mark.contract(57)

@@ -21,7 +21,7 @@ def decode(body: object) -> tuple[Gpu, ...]:
     for card in body:
         try:
             found.append(Gpu(**{**_known(Gpu, card), "profiles": tuple(map(_profile, card["profiles"]))}))
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, AttributeError):  # the last: it is no object
             continue
     return tuple(found)
 

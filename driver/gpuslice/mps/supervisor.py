@@ -138,8 +138,7 @@ class Supervisor:
         try:
             monitor.stop()
         finally:
-            if monitor.gone:
-                self._forget(key, monitor)
+            self._forget(key, monitor)  # it is gone, also where its folder stays
 
     def statuses(self) -> tuple[DaemonStatus, ...]:
         with self._lock:

@@ -49,13 +49,6 @@ class CdiWriter:
     def remove(self, uid: ClaimUid) -> None:
         files.remove(self._path(uid))
 
-    def sweep(self, known: Mapping[ClaimUid, Record]) -> tuple[ClaimUid, ...]:
-        """Claims that have a file of ours but no record: what somebody's manual clean-up left."""
-        before, after = cdi.file_name(self._kind, "0").split("0.", 1)
-        names = (path.name for path in self._folder.glob(f"{before}*.{after}"))
-        uids = (ClaimUid(name.removeprefix(before).removesuffix(f".{after}")) for name in names)
-        return tuple(sorted(uid for uid in uids if uid not in known))
-
     def _path(self, uid: ClaimUid) -> Path:
         return self._folder / cdi.file_name(self._kind, uid)
 

@@ -2,9 +2,13 @@
  *
  * One H100 in MIG mode with four profiles (index 1 has fallen off the bus). Struct layouts are those of nvml.h, CUDA 13.
  * It is strict where pynvml is not: wrong struct versions and by-value structs fail here instead of passing unseen.
+ *
+ * The variable STUB_NVML makes it another card or driver: "NAME=NUMBER NAME=NUMBER". The name of a function below lets that
+ * function fail with this code; the other names are those that `told` is asked for.
  */
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { OK = 0, INVALID = 2, UNSUPPORTED = 3, NO_SUCH = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15, IN_USE = 19, NO_ROOM = 23 };
@@ -23,6 +27,7 @@ typedef struct { void *device; u id, profile; place at; } gi_info;
 typedef struct { void *device; gi *parent; u id, profile; place at; } ci_info;
 typedef struct { char legacy[16]; u domain, bus, device, id, subsystem; char bus_id[32]; } pci;
 typedef struct { u version; ull total, reserved, free, used; } memory_v2;
+typedef struct { ull total, free, used; } memory_v1;
 typedef struct { u pid; ull used; u gi, ci; } process;
 typedef struct { u field, scope; int64_t time, latency; u type; int code; union { u ui; ull ul; } value; } field;
 typedef struct { void *device; ull type, data; u gi, ci; } event;
@@ -39,6 +44,13 @@ static int card, mode = 1, compute_mode, sessions, created, waits;
 static gi instances[15];
 
 static int is_mig(void *d) { return (char *)d >= (char *)instances && (char *)d < (char *)(instances + 15); }
+static u told(const char *name, u otherwise) {
+    const char *all = getenv("STUB_NVML");
+    for (size_t n = strlen(name); all && *all; all += strcspn(all, " "), all += *all == ' ')
+        if (!strncmp(all, name, n) && all[n] == '=') return (u)atoi(all + n + 1);
+    return otherwise;
+}
+#define MAY_FAIL do { u code = told(__func__, OK); if (code) return (ret)code; } while (0)
 static int by_id(u id) { for (u i = 0; i < PROFILES; i++) if (profiles[i].p.id == id) return (int)i; return -1; }
 
 ret nvmlInitWithFlags(u flags) { (void)flags; sessions++; return OK; }
@@ -54,28 +66,40 @@ ret nvmlDeviceGetHandleByUUID(const char *uuid, void **d) {
         if (instances[i].on && !strcmp(uuid, instances[i].uuid)) { *d = &instances[i]; return OK; }
     return NO_SUCH;
 }
-ret nvmlDeviceGetUUID(void *d, char *out, u n) { snprintf(out, n, "%s", is_mig(d) ? ((gi *)d)->uuid : UUID); return OK; }
+ret nvmlDeviceGetUUID(void *d, char *out, u n) {
+    int partition = is_mig(d) && !told("partitions-have-the-uuid-of-the-card", 0);
+    snprintf(out, n, "%s", partition ? ((gi *)d)->uuid : UUID);
+    return OK;
+}
 ret nvmlDeviceGetName(void *d, char *out, u n) { (void)d; snprintf(out, n, "NVIDIA H100 80GB HBM3"); return OK; }
 ret nvmlDeviceGetPciInfo_v3(void *d, pci *out) {
     (void)d;
     strcpy(out->bus_id, "00000000:FE:1F.0"); /* a slot that no machine has, so that sysfs stays silent */
     return OK;
 }
+ret nvmlDeviceGetMemoryInfo(void *d, memory_v1 *out) {
+    (void)d;
+    MAY_FAIL;
+    *out = (memory_v1){81559ull << 20, 81557ull << 20, 2 << 20};
+    return OK;
+}
 ret nvmlDeviceGetMemoryInfo_v2(void *d, memory_v2 *out) {
+    MAY_FAIL;
     if (out->version != 0x02000028) return INVALID;
     ull total = is_mig(d) ? profiles[by_id(((gi *)d)->profile)].p.mib << 20 : 81559ull << 20;
     *out = (memory_v2){out->version, total, 407ull << 20, total - (1 << 20), 1 << 20};
     return OK;
 }
 ret nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { (void)d; *a = 9; *b = 0; return OK; }
-ret nvmlDeviceGetArchitecture(void *d, u *out) { (void)d; *out = 9; return OK; }
+ret nvmlDeviceGetArchitecture(void *d, u *out) { (void)d; *out = told("architecture", 9); return OK; }
 ret nvmlDeviceGetMinorNumber(void *d, u *out) { (void)d; *out = 3; return OK; }
 ret nvmlDeviceGetFieldValues(void *d, int n, field *f) {
     (void)d;
+    MAY_FAIL;
     for (int i = 0; i < n; i++) { f[i].code = f[i].field == 184 ? OK : UNSUPPORTED; f[i].value.ui = 1; }
     return OK;
 }
-ret nvmlDeviceGetMigMode(void *d, u *now, u *pending) { (void)d; *now = *pending = (u)mode; return OK; }
+ret nvmlDeviceGetMigMode(void *d, u *now, u *pending) { (void)d; MAY_FAIL; *now = *pending = (u)mode; return OK; }
 ret nvmlDeviceSetMigMode(void *d, u on, ret *status) { /* success, and the refusal is in the status */
     (void)d;
     *status = OK;
@@ -85,6 +109,7 @@ ret nvmlDeviceSetMigMode(void *d, u on, ret *status) { /* success, and the refus
 }
 ret nvmlDeviceGetGpuInstanceProfileInfoV(void *d, u which, gi_profile *out) {
     (void)d;
+    MAY_FAIL;
     if (out->version != 0x02000098) return INVALID;
     for (u i = 0; i < PROFILES; i++)
         if (profiles[i].which == which) { *out = profiles[i].p; return OK; }
@@ -95,7 +120,7 @@ ret nvmlDeviceGetGpuInstancePossiblePlacements_v2(void *d, u id, place *out, u *
     int p = by_id(id);
     if (p < 0) return INVALID;
     if (out && *n < profiles[p].starts) return TOO_SMALL;
-    *n = profiles[p].starts;
+    *n = told("profile-without-a-place", WHOLE) == id ? 0 : profiles[p].starts;
     for (u i = 0; out && i < *n; i++) out[i] = (place){profiles[p].first + i * profiles[p].step, profiles[p].size};
     return OK;
 }
@@ -129,6 +154,7 @@ ret nvmlGpuInstanceGetInfo(gi *g, gi_info *out) { *out = (gi_info){&card, g->id,
 ret nvmlGpuInstanceDestroy(gi *g) { if (g->ci >= 0) return IN_USE; g->on = 0; return OK; }
 ret nvmlGpuInstanceGetComputeInstanceProfileInfoV(gi *g, u which, u engine, ci_profile *out) {
     static const u widths[9] = {1, 2, 3, 4, 7, 8, 6, 1, 7};
+    MAY_FAIL;
     if (out->version != 0x02000088 || engine || which >= 9) return INVALID;
     if (widths[which] > profiles[by_id(g->profile)].p.slices || (widths[which] == 7 && which == 8)) return UNSUPPORTED;
     *out = (ci_profile){out->version, 100 + which, widths[which], 1, 0, 0, 0, 0, 0, 0, ""};
@@ -169,14 +195,15 @@ ret nvmlDeviceGetComputeMode(void *d, int *out) { (void)d; *out = compute_mode; 
 ret nvmlDeviceSetComputeMode(void *d, int to) { (void)d; if (mode) return UNSUPPORTED; compute_mode = to; return OK; }
 ret nvmlEventSetCreate(void **out) { *out = &waits; return OK; }
 ret nvmlEventSetFree(void *set) { (void)set; return OK; }
-ret nvmlDeviceGetSupportedEventTypes(void *d, ull *out) { (void)d; *out = 0x8 | 0x2; return OK; }
+ret nvmlDeviceGetSupportedEventTypes(void *d, ull *out) { (void)d; MAY_FAIL; *out = 0x8 | 0x2; return OK; }
 ret nvmlDeviceRegisterEvents(void *d, ull types, void *set) { (void)d; (void)set; return types == 0x8 ? OK : INVALID; }
-ret nvmlEventSetWait_v2(void *set, event *out, u ms) { /* a whole-GPU XID, one of an instance, a loss, then nothing */
+ret nvmlEventSetWait_v2(void *set, event *out, u ms) { /* a whole-GPU XID, one of an instance, no XID, a loss, then nothing */
     (void)set; (void)ms;
     switch (waits++) {
     case 0: *out = (event){&card, 0x8, 48, WHOLE, WHOLE}; return OK;
     case 1: *out = (event){&card, 0x8, 94, 2, 0}; return OK;
-    case 2: return LOST;
+    case 2: *out = (event){&card, 0x2, 1, WHOLE, WHOLE}; return OK;
+    case 3: return LOST;
     default: return TIMEOUT;
     }
 }

@@ -1,0 +1,176 @@
+"""A claim's way when the API server, a card or the MPS supervisor fails in the middle of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from gpuslice.errors import DeviceError
+from gpuslice.mps import control
+from gpuslice.mps.supervisor import Supervisor
+from gpuslice.nvml.api import Code
+
+from tests.kit.running import World
+
+
+@pytest.fixture
+async def world(short: Path) -> AsyncIterator[World]:
+    async with World(short) as world:
+        yield world
+
+
+# ---------------------------------------------------------------- claims that vanished
+
+
+async def test_what_a_vanished_claim_holds_on_a_hung_card_is_kept_until_the_card_answers(short: Path) -> None:
+    async with World(short, hang_limit_s=0.2) as world:
+        service, nvml = world.instances[0].service, world.rig.nvml
+        claim = world.claim("gone", world.device("mig-1g-19-0"))
+        await world.must_prepare(claim)
+        world.delete(claim)
+        await service.collect(now=0)
+        cue = nvml.cue("hang", "processes")
+
+        await service.collect(now=601)
+
+        assert world.rig.records() == {claim.uid}, "nobody knows whether a program runs there"
+        nvml.withdraw(cue)
+        assert await service.workers.drained(10)
+        await service.collect(now=602)
+        world.rig.assert_empty()
+
+
+async def test_a_vanished_claim_that_cannot_be_unprepared_is_tried_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    service, nvml = world.instances[0].service, world.rig.nvml
+    claim = world.claim("gone", world.device("mig-1g-19-0"))
+    await world.must_prepare(claim)
+    world.delete(claim)
+    await service.collect(now=0)
+    nvml.cue("fail", "destroy_gpu_instance", world.rig.gpus[0].uuid, code=Code.IN_USE)
+
+    await service.collect(now=601)
+
+    assert "cannot unprepare a claim that is gone, trying again claim=default/gone" in caplog.text
+    assert world.rig.records() == {claim.uid}
+    await service.collect(now=602)
+    world.rig.assert_empty()
+
+
+async def test_a_claim_that_was_away_and_ended_by_itself_leaves_nothing_to_collect(world: World) -> None:
+    service = world.instances[0].service
+    claim, other = world.claim("gone", world.device("gpu")), world.claim("stays", world.device("gpu", 1))
+    await world.must_prepare(claim)
+    await world.must_prepare(other)
+    world.delete(claim)
+    await service.collect(now=0)
+    await world.unprepare(claim)
+
+    await service.collect(now=601)
+
+    assert world.rig.records() == {other.uid}
+
+
+async def test_what_was_left_incomplete_and_cannot_be_undone_is_named_and_tried_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    service, nvml, gpu = world.instances[0].service, world.rig.nvml, world.rig.gpus[0].uuid
+    claim = world.claim("one", world.device("mig-1g-19-0"))
+    nvml.cue("fail", "create_compute_instance", gpu, code=Code.UNKNOWN)
+    nvml.cue("fail", "destroy_gpu_instance", gpu, code=Code.IN_USE, times=2)
+    assert "create_compute_instance failed" in (await world.prepare(claim)).error
+
+    await service.recover()
+
+    assert f"cannot undo what was left incomplete claim={claim.uid}" in caplog.text
+    assert len(world.rig.partitions()) == 1
+    await service.recover()
+    world.rig.assert_empty()
+
+
+# ---------------------------------------------------------------- nobody listens, or nobody answers
+
+
+async def test_what_nobody_listens_to_is_kept_while_the_api_server_cannot_say_whether_the_claim_is_gone(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gpuslice.plugin.service")
+    nvml = world.rig.nvml
+    cue = nvml.cue("hang", "create_compute_instance")
+    claim = world.claim("one", world.device("mig-1g-19-0"))
+    late = asyncio.create_task(world.kubelet.prepare([claim], timeout_s=1.5))
+    assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
+    with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
+        await late
+    world.api.away()
+
+    nvml.withdraw(cue)
+    assert await world.instances[0].service.workers.drained(10)
+    world.api.back()
+
+    assert (await world.must_prepare(claim)).devices
+    assert len(world.rig.partitions()) == 1
+    world.rig.assert_agreed()
+
+
+async def test_a_holder_that_does_not_leave_in_time_is_named_and_the_kubelet_asks_again(world: World) -> None:
+    holder = world.claim("old", world.device("gpu"))
+    await world.must_prepare(holder)
+    world.deallocate(holder)
+    successor = world.claim("new", world.device("gpu"))
+
+    answer = (await world.kubelet.prepare([successor], timeout_s=6))[successor.uid]
+
+    kept = f"the devices of claim {successor} are still held by {holder}, which the kubelet has not unprepared yet; "
+    assert answer.error == f"{kept}it is tried again"
+    await world.unprepare(holder)
+    assert (await world.must_prepare(successor)).devices
+
+
+async def test_a_claim_that_comes_while_the_driver_ends_is_left_to_its_successor(world: World) -> None:
+    claim = world.claim("one", world.device("gpu"))
+    assert await world.instances[0].service.close(10)
+
+    answer = await world.prepare(claim)
+
+    assert "the driver is shutting down; the kubelet asks its successor again" in answer.error
+    world.rig.assert_empty()
+
+
+# ---------------------------------------------------------------- MPS
+
+
+async def test_a_daemon_that_cannot_be_made_again_is_told_after_those_of_other_cards_were(short: Path) -> None:
+    async with World(short) as world:
+        rig, service = world.rig, world.instances[0].service
+        command = control.stand_in(short / "rig/node")
+        first = Supervisor(short / "rig/mps", command)
+        first.open()
+        charged = {"consumedCapacity": {"memory": "10Gi", "clients": "1"}, "shareID": "a-share"}
+        claims = [world.claim(f"c{n}", world.device("mps", n), extra=charged) for n in range(2)]
+        for claim in claims:
+            await world.must_prepare(claim)
+        first.close()
+        with pytest.raises(DeviceError, match="no MPS supervisor answers"):
+            await service.ensure_daemons()
+        refused = rig.folder / f"node/mps/refuse-start.{min(gpu.uuid for gpu in rig.gpus)}"
+        refused.parent.mkdir(exist_ok=True)
+        refused.touch()
+        second = Supervisor(short / "rig/mps", command)
+        second.open()
+
+        with pytest.raises(DeviceError, match="ended with status 1 at its start"):
+            await service.ensure_daemons()
+
+        assert sorted(daemon.pid > 0 for daemon in rig.mps.statuses()) == [False, True]
+        refused.unlink()
+        await service.ensure_daemons()
+        assert [daemon.problem for daemon in rig.mps.statuses()] == ["", ""]
+        for claim in claims:
+            await world.unprepare(claim)
+        second.close()
+        rig.assert_empty()
