@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import itertools
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import ClassVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from gpuslice.errors import ConfigError
+from gpuslice.system import logs
 
 log = logging.getLogger(__name__)
 
@@ -29,20 +29,14 @@ _numbers = itertools.count(1)
 Check = Callable[[], str | None]  # None: fine; else a sentence that says what is wrong
 
 
-class _OpFilter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.op = _op.get()
-        return True
+def _set_op(record: logging.LogRecord) -> bool:
+    record.op = _op.get()
+    return True
 
 
 def setup_logging(level: str) -> None:
     """Log to standard error at `level` ("debug" … "error")."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter("{asctime}.{msecs:03.0f} {levelname:<7} op={op} {message}", "%Y-%m-%dT%H:%M:%S", style="{")
-    )
-    handler.addFilter(_OpFilter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logs.setup(level, "op={op} ", _set_op)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # our own sentences say what its retries mean
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
