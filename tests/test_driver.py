@@ -16,6 +16,7 @@ import pytest
 from gpuslice.core.model import ClaimRef
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.standin.apiserver import TOKEN
 from gpuslice.standin.cluster import DRIVER, NODE, StandInCluster
 from gpuslice.standin.scheduler import Request
 
@@ -257,6 +258,33 @@ async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_come
 
     await cluster.wait_published()
     await cluster.run(cluster.claim("one", CARD))
+
+
+async def test_a_refused_token_is_told_once_and_ends_with_exit_code_4(cluster: StandInCluster) -> None:
+    text = cluster.api.kubeconfig.read_text(encoding="utf-8")
+    cluster.api.kubeconfig.write_text(text.replace(f"token: {TOKEN}", "token: revoked"), encoding="utf-8")
+
+    driver = await cluster.start(ready=False)
+
+    assert await driver.wait(45) == 4
+    lines = [line for line in driver.log.read_text().splitlines() if "check the token" in line]
+    assert len(lines) == 2, "one line when it begins, one at the end"
+    assert "ERROR" in lines[1] and "no claim is prepared on this node, so the process ends" in lines[1]
+
+
+async def test_while_the_api_server_refuses_us_a_prepared_claim_is_still_unprepared(cluster: StandInCluster) -> None:
+    driver = await cluster.start()
+    claim = cluster.claim("one", MIG)
+    await cluster.run(claim)
+    await driver.terminate()
+    text = cluster.api.kubeconfig.read_text(encoding="utf-8")
+    cluster.api.kubeconfig.write_text(text.replace(f"token: {TOKEN}", "token: revoked"), encoding="utf-8")
+    await cluster.start(ready=False)
+    await cluster.kubelet.wait_registered(DRIVER)
+
+    assert await cluster.kubelet.unprepare([claim]) == {claim.uid: ""}
+
+    await agreed(cluster, [])
 
 
 @pytest.mark.contract(63)

@@ -19,7 +19,7 @@ from gpuslice.config import Config
 from gpuslice.core import cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError
+from gpuslice.errors import ConfigError, LastingApiError
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
 from gpuslice.plugin import gauges
@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
+_FAILED, _API_REFUSES = 1, 4  # exit codes, as `gpuslice --help` has them
+
+Stop = asyncio.Future[tuple[int, str]]  # the exit code, and why
 
 
 def run(config: Config) -> int:
@@ -98,11 +101,11 @@ class App:
         node.save_settings(config)
 
     async def serve(self) -> int:
-        """Run until SIGTERM or SIGINT (0), or until a socket or a background job is lost (1)."""
+        """Run until SIGTERM or SIGINT (0), a socket or a background job is lost (1), or the API server refuses us (4)."""
         loop = asyncio.get_running_loop()
-        stop: asyncio.Future[str] = loop.create_future()
+        stop: Stop = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _end, stop, "")
+            loop.add_signal_handler(number, _end, stop, 0, "")
         with ThreadPoolExecutor(_FETCHES_AT_ONCE, "claims") as executor, contextlib.ExitStack() as stack:
             service = self._build_service(executor)
             changed = asyncio.Event()
@@ -121,13 +124,14 @@ class App:
                 await server.open()
                 controller.start()
                 stack.callback(self._serve_http(server, controller, service))
-                jobs.append(loop.create_task(_guarded(_lost(server), stop)))
-                reason = await stop
+                last = (_lost(server), _refused(controller))
+                jobs += [loop.create_task(_guarded(job, stop)) for job in last]
+                code, reason = await stop
             finally:
                 await self._close(jobs, server, service, controller)
         if reason:
             log.error("%s", reason)
-        return 1 if reason else 0
+        return code
 
     async def _close(
         self,
@@ -235,17 +239,24 @@ async def _lost(server: PluginServer) -> str:
     return await server.lost()
 
 
-async def _guarded(job: Coroutine[None, None, str | None], stop: asyncio.Future[str]) -> None:
+async def _refused(controller: SliceController) -> None:
+    await asyncio.wrap_future(controller.refused)
+
+
+async def _guarded(job: Coroutine[None, None, str | None], stop: Stop) -> None:
     """A background job that ends with a reason, or fails, ends the process; a finished one does not."""
     try:
         reason = await job
+    except LastingApiError as e:
+        _end(stop, _API_REFUSES, str(e))
+        return
     except Exception as e:  # a bug: better a new process than half a driver
         log.exception("a background job failed")
         reason = f"a background job failed ({type(e).__name__}: {e}); the process ends to be started again"
     if reason:
-        _end(stop, reason)
+        _end(stop, _FAILED, reason)
 
 
-def _end(stop: asyncio.Future[str], reason: str) -> None:
+def _end(stop: Stop, code: int, reason: str) -> None:
     if not stop.done():
-        stop.set_result(reason)
+        stop.set_result((code, reason))
