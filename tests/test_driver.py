@@ -207,6 +207,29 @@ async def test_probes_and_metrics_are_served(cluster: StandInCluster) -> None:
     assert "gpuslice_prepared_claims 1.0" in metrics
 
 
+async def test_the_first_page_shows_the_node_to_a_person_on_it(cluster: StandInCluster) -> None:
+    driver = await cluster.start("--http-endpoint", "0")
+    address = driver.log.read_text().rpartition("probes on ")[2].split()[0]
+    await cluster.run(cluster.claim("one", MIG))
+
+    def get() -> str:
+        with urllib.request.urlopen(f"http://localhost:{address.rpartition(':')[2]}/", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    text = await asyncio.to_thread(get)
+
+    assert "default/one" in text and "1g.10gb</td>" in text
+    assert "answers the kubelet" in text and "the API shows what this node offers" in text
+
+
+async def test_a_wrong_endpoint_is_told_before_anything_is_served(cluster: StandInCluster) -> None:
+    driver = await cluster.start("--http-endpoint", "::1:9510", ready=False)
+
+    assert await driver.wait() == 2
+    assert "give a port up to 65535, host:port or [IPv6 address]:port" in driver.log.read_text()
+    assert "serving on" not in driver.log.read_text()
+
+
 async def test_one_op_id_tells_one_request(cluster: StandInCluster) -> None:
     driver = await cluster.start()
     claim = cluster.claim("one", MIG)

@@ -30,16 +30,24 @@ from gpuslice.plugin.prepare import Preparer
 from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.plugin.steps import StepExecutor
+from gpuslice.publishing import node_health
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.system import files, libc
-from gpuslice.telemetry import Check, HttpServer, Telemetry, setup_logging
+from gpuslice.telemetry import Telemetry, setup_logging
+from gpuslice.web import site
+from gpuslice.web.endpoint import Endpoint
+from gpuslice.web.server import HttpServer
 
 log = logging.getLogger(__name__)
 
 _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
+_LOOK_S, _GLANCE_S = (
+    15.0,
+    1.0,
+)  # a look at a card that takes longer counts as hung; a person waits for a page not so long
 _FAILED, _API_REFUSES = 1, 4  # exit codes, as `gpuslice --help` has them
 
 Stop = asyncio.Future[tuple[int, str]]  # the exit code, and why
@@ -68,6 +76,7 @@ class App:
             raise ConfigError("the node has no name; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)")
         self._config = config
         self.hanging = False
+        self._endpoint = Endpoint.parse(config.http_endpoint) if config.http_endpoint else None
         kind = cdi.kind_of(config.driver_name)
         folder = files.ensure_folder(config.plugin_folder)
         files.ensure_folder(config.kubelet_registrar_directory_path)
@@ -169,16 +178,24 @@ class App:
             telemetry=self._telemetry,
         )
 
+    def _build_health(self, service: ClaimService, limit_s: float) -> NodeHealth:
+        return NodeHealth(
+            nvml=self._nvml,
+            mps=self._mps,
+            checkpoint=self._checkpoint,
+            hung=service.tickets.hung,
+            limit_s=limit_s,
+        )
+
     def _build_controller(self, service: ClaimService, on_taints_changed: Callable[[], object]) -> SliceController:
         dynamic, static = self._inventories
-        health = NodeHealth(nvml=self._nvml, mps=self._mps, checkpoint=self._checkpoint, hung=service.tickets.hung)
         return SliceController(
             kube=self._kube,
             driver=self._config.driver_name,
             node=self._config.node_name,
             dynamic=dynamic,
             static=static,
-            health=health,
+            health=self._build_health(service, node_health.LIMIT_S),
             checkpoint=self._checkpoint,
             folder=self._config.plugin_folder,
             on_taints_changed=on_taints_changed,
@@ -207,10 +224,20 @@ class App:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
         )
-        if not self._config.http_endpoint:
+        if self._endpoint is None:
             return lambda: None
-        ready: Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
-        http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=server.probe, ready=ready)
+        health = self._build_health(service, _GLANCE_S)
+        ready: site.Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
+        http = HttpServer(
+            self._endpoint,
+            site.public(metrics=self._telemetry.exposition, healthy=server.probe, ready=ready),
+            private=site.private(
+                node=self._config.node_name,
+                survey=lambda: health.survey(controller.inventory),
+                healthy=server.probe,
+                ready=ready,
+            ),
+        )
         log.info("metrics and probes on %s", http.address)
         return http.close
 

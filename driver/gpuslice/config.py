@@ -104,7 +104,7 @@ _HELP = {
     "nvidia_cdi_hook_path": "nvidia-cdi-hook, a host path; found in the usual places if not given",
     "policy": "policy file: what each GPU may offer (docs/policy.md)",
     "mps_root": "folder of the MPS supervisor and its daemons; the same path on the host and in every container",
-    "http_endpoint": "host:port for /metrics, /healthz, /readyz; none if empty",
+    "http_endpoint": "port, host:port or [IPv6 address]:port for /metrics, /healthz, /readyz and a page at /; none if empty",
     "log_level": f"one of {', '.join(LEVELS)}",
     "simulate": "no GPU: simulate this node, e.g. h100x8 or a100-40gx2+l4, or a file (docs/simulator.md)",
     "simulate_folder": "where the simulated node lives; opened again it is as it was left",

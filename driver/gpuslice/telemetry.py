@@ -1,4 +1,4 @@
-"""What the driver shows of itself: logs with one `op=` id per request, metrics, /healthz and /readyz.
+"""What the driver shows of itself: logs with one `op=` id per request, and metrics.
 
 Logs are a plain sentence with key=value behind it. Warning: someone should look soon. Error: something was refused or lost.
 Metric names begin with `gpuslice_`; the `dra_` family belongs to the kubelet.
@@ -10,23 +10,15 @@ import contextlib
 import contextvars
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from gpuslice.errors import ConfigError
 from gpuslice.system import logs
-
-log = logging.getLogger(__name__)
 
 _op: contextvars.ContextVar[str] = contextvars.ContextVar("op", default="-")
 _numbers = itertools.count(1)
-
-Check = Callable[[], str | None]  # None: fine; else a sentence that says what is wrong
 
 
 def _set_op(record: logging.LogRecord) -> bool:
@@ -60,6 +52,10 @@ class Telemetry:
             "gpuslice_requests_inflight", "Requests under way.", ("operation",), registry=self.registry
         )
 
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A figure that is looked up when somebody asks."""
         Gauge(name, text, registry=self.registry).set_function(value)
@@ -85,59 +81,3 @@ class Telemetry:
             self._requests.labels(operation, result).inc()
             self._seconds.labels(operation).observe(time.monotonic() - begin)
             _op.reset(token)
-
-
-class HttpServer:
-    """/metrics, /healthz and /readyz on a thread of its own."""
-
-    def __init__(self, address: str, telemetry: Telemetry, *, healthy: Check, ready: Check) -> None:
-        """Listen at "host:port" (port 0: any). ConfigError where that is impossible."""
-        host, _, port = address.rpartition(":")
-
-        class Handler(_MetricsHandler):
-            checks: ClassVar[dict[str, Check]] = {"/healthz": healthy, "/readyz": ready}
-            metrics = staticmethod(lambda: generate_latest(telemetry.registry))
-
-        try:
-            self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
-        except (OSError, ValueError, OverflowError) as e:
-            raise ConfigError(
-                f"cannot listen on {address!r} for metrics and probes ({e}); give a free host:port"
-            ) from e
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
-        self._thread.start()
-
-    @property
-    def address(self) -> str:
-        host, port = self._server.server_address[:2]
-        return f"{host!s}:{port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _MetricsHandler(BaseHTTPRequestHandler):
-    checks: ClassVar[dict[str, Check]]
-    metrics: Callable[[], bytes]
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        if self.path == "/metrics":
-            self._answer(200, "text/plain; version=0.0.4; charset=utf-8", self.metrics())
-        elif self.path in self.checks:
-            wrong = self.checks[self.path]()
-            self._answer(503 if wrong else 200, "text/plain; charset=utf-8", f"{wrong or 'ok'}\n".encode())
-        else:
-            self._answer(404, "text/plain; charset=utf-8", b"known paths: /metrics /healthz /readyz\n")
-
-    def _answer(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        log.debug("http " + format, *args)

@@ -101,6 +101,11 @@ class SliceController:
             self._nudged = True
             self._wake.notify_all()
 
+    @property
+    def inventory(self) -> Inventory:
+        """What the node offers now."""
+        return self._planner.inventory
+
     def problem(self) -> str | None:
         """Why the API does not show what this node offers, or None when it does."""
         if self._failed:
