@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from gpuslice import __version__
 from gpuslice.core.health import NodeLook
-from gpuslice.web.page import PageFacts, page
 from gpuslice.web.server import Answer, Answers
 
 Check = Callable[[], str | None]  # None: fine; else a sentence that says what is wrong
@@ -31,6 +30,8 @@ def private(*, node: str, survey: Callable[[], NodeLook], healthy: Check, ready:
     turn = threading.Lock()
 
     def first() -> Answer:
+        from gpuslice.web.page import PageFacts, page  # loaded for the first person who asks, as a rule for nobody
+
         if not turn.acquire(timeout=_TURN_S):
             return Answer("a look at the cards takes long just now; load the page again\n", status=503)
         try:
