@@ -17,6 +17,7 @@ import pytest
 from gpuslice.core.model import ClaimRef
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.standin.apiserver import TOKEN
 from gpuslice.standin.cluster import DRIVER, NODE, StandInCluster
 from gpuslice.standin.scheduler import Request
 from gpuslice.system import files
@@ -211,6 +212,29 @@ async def test_probes_and_metrics_are_served(cluster: StandInCluster) -> None:
     assert await driver.terminate() == 0
 
 
+async def test_the_first_page_shows_the_node_to_a_person_on_it(cluster: StandInCluster) -> None:
+    driver = await cluster.start("--http-endpoint", "0")
+    address = driver.log.read_text().rpartition("probes on ")[2].split()[0]
+    await cluster.run(cluster.claim("one", MIG))
+
+    def get() -> str:
+        with urllib.request.urlopen(f"http://localhost:{address.rpartition(':')[2]}/", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    text = await asyncio.to_thread(get)
+
+    assert "default/one" in text and "1g.10gb</td>" in text
+    assert "answers the kubelet" in text and "the API shows what this node offers" in text
+
+
+async def test_a_wrong_endpoint_is_told_before_anything_is_served(cluster: StandInCluster) -> None:
+    driver = await cluster.start("--http-endpoint", "::1:9510", ready=False)
+
+    assert await driver.wait() == 2
+    assert "give a port up to 65535, host:port or [IPv6 address]:port" in driver.log.read_text()
+    assert "serving on" not in driver.log.read_text()
+
+
 async def test_one_op_id_tells_one_request(cluster: StandInCluster) -> None:
     driver = await cluster.start()
     claim = cluster.claim("one", MIG)
@@ -262,6 +286,33 @@ async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_come
 
     await cluster.wait_published()
     await cluster.run(cluster.claim("one", CARD))
+
+
+async def test_a_refused_token_is_told_once_and_ends_with_exit_code_4(cluster: StandInCluster) -> None:
+    text = cluster.api.kubeconfig.read_text(encoding="utf-8")
+    cluster.api.kubeconfig.write_text(text.replace(f"token: {TOKEN}", "token: revoked"), encoding="utf-8")
+
+    driver = await cluster.start(ready=False)
+
+    assert await driver.wait(45) == 4
+    lines = [line for line in driver.log.read_text().splitlines() if "check the token" in line]
+    assert len(lines) == 2, "one line when it begins, one at the end"
+    assert "ERROR" in lines[1] and "no claim is prepared on this node, so the process ends" in lines[1]
+
+
+async def test_while_the_api_server_refuses_us_a_prepared_claim_is_still_unprepared(cluster: StandInCluster) -> None:
+    driver = await cluster.start()
+    claim = cluster.claim("one", MIG)
+    await cluster.run(claim)
+    await driver.terminate()
+    text = cluster.api.kubeconfig.read_text(encoding="utf-8")
+    cluster.api.kubeconfig.write_text(text.replace(f"token: {TOKEN}", "token: revoked"), encoding="utf-8")
+    await cluster.start(ready=False)
+    await cluster.kubelet.wait_registered(DRIVER)
+
+    assert await cluster.kubelet.unprepare([claim]) == {claim.uid: ""}
+
+    await agreed(cluster, [])
 
 
 @pytest.mark.contract(63)

@@ -19,7 +19,7 @@ from gpuslice.config import Config
 from gpuslice.core import cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError
+from gpuslice.errors import ConfigError, LastingApiError
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
 from gpuslice.plugin import gauges
@@ -30,16 +30,27 @@ from gpuslice.plugin.prepare import Preparer
 from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.plugin.steps import StepExecutor
+from gpuslice.publishing import node_health
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.system import files, libc
-from gpuslice.telemetry import Check, HttpServer, Telemetry, setup_logging
+from gpuslice.telemetry import Telemetry, setup_logging
+from gpuslice.web import site
+from gpuslice.web.endpoint import Endpoint
+from gpuslice.web.server import HttpServer
 
 log = logging.getLogger(__name__)
 
 _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
+_LOOK_S, _GLANCE_S = (
+    15.0,
+    1.0,
+)  # a look at a card that takes longer counts as hung; a person waits for a page not so long
+_FAILED, _API_REFUSES = 1, 4  # exit codes, as `gpuslice --help` has them
+
+Stop = asyncio.Future[tuple[int, str]]  # the exit code, and why
 
 
 def run(config: Config) -> int:
@@ -67,6 +78,7 @@ class App:
             )
         self._config = config
         self.hanging = False
+        self._endpoint = Endpoint.parse(config.http_endpoint) if config.http_endpoint else None
         kind = cdi.kind_of(config.driver_name)
         folder = files.ensure_folder(config.plugin_folder)
         files.ensure_folder(config.kubelet_registrar_directory_path)
@@ -100,11 +112,11 @@ class App:
         node.save_settings(config)
 
     async def serve(self) -> int:
-        """Run until SIGTERM or SIGINT (0), or until a socket or a background job is lost (1)."""
+        """Run until SIGTERM or SIGINT (0), a socket or a background job is lost (1), or the API server refuses us (4)."""
         loop = asyncio.get_running_loop()
-        stop: asyncio.Future[str] = loop.create_future()
+        stop: Stop = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _end, stop, "")
+            loop.add_signal_handler(number, _end, stop, 0, "")
         with ThreadPoolExecutor(_FETCHES_AT_ONCE, "claims") as executor, contextlib.ExitStack() as stack:
             service = self._build_service(executor)
             changed = asyncio.Event()
@@ -123,13 +135,14 @@ class App:
                 await server.open()
                 controller.start()
                 stack.callback(self._serve_http(server, controller, service))
-                jobs.append(loop.create_task(_guarded(_lost(server), stop)))
-                reason = await stop
+                last = (_lost(server), _refused(controller))
+                jobs += [loop.create_task(_guarded(job, stop)) for job in last]
+                code, reason = await stop
             finally:
                 await self._close(jobs, server, service, controller)
         if reason:
             log.error("%s", reason)
-        return 1 if reason else 0
+        return code
 
     async def _close(
         self,
@@ -167,16 +180,24 @@ class App:
             telemetry=self._telemetry,
         )
 
+    def _build_health(self, service: ClaimService, limit_s: float) -> NodeHealth:
+        return NodeHealth(
+            nvml=self._nvml,
+            mps=self._mps,
+            checkpoint=self._checkpoint,
+            hung=service.tickets.hung,
+            limit_s=limit_s,
+        )
+
     def _build_controller(self, service: ClaimService, on_taints_changed: Callable[[], object]) -> SliceController:
         dynamic, static = self._inventories
-        health = NodeHealth(nvml=self._nvml, mps=self._mps, checkpoint=self._checkpoint, hung=service.tickets.hung)
         return SliceController(
             kube=self._kube,
             driver=self._config.driver_name,
             node=self._config.node_name,
             dynamic=dynamic,
             static=static,
-            health=health,
+            health=self._build_health(service, node_health.LIMIT_S),
             checkpoint=self._checkpoint,
             folder=self._config.plugin_folder,
             on_taints_changed=on_taints_changed,
@@ -205,10 +226,20 @@ class App:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
         )
-        if not self._config.http_endpoint:
+        if self._endpoint is None:
             return lambda: None
-        ready: Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
-        http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=server.probe, ready=ready)
+        health = self._build_health(service, _GLANCE_S)
+        ready: site.Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
+        http = HttpServer(
+            self._endpoint,
+            site.public(metrics=self._telemetry.exposition, healthy=server.probe, ready=ready),
+            private=site.private(
+                node=self._config.node_name,
+                survey=lambda: health.survey(controller.inventory),
+                healthy=server.probe,
+                ready=ready,
+            ),
+        )
         log.info("serving metrics and probes on %s", http.address)
         return http.close
 
@@ -237,10 +268,17 @@ async def _lost(server: PluginServer) -> str:
     return await server.lost()
 
 
-async def _guarded(job: Coroutine[None, None, str | None], stop: asyncio.Future[str]) -> None:
+async def _refused(controller: SliceController) -> None:
+    await asyncio.wrap_future(controller.refused)
+
+
+async def _guarded(job: Coroutine[None, None, str | None], stop: Stop) -> None:
     """Run a background job. The process ends if the job fails or returns a reason, but not if it just finishes."""
     try:
         reason = await job
+    except LastingApiError as e:
+        _end(stop, _API_REFUSES, str(e))
+        return
     except Exception as e:  # a bug: better a new process than half a driver
         name = getattr(job, "__qualname__", "unnamed")
         log.exception("a background job of the driver failed unexpectedly job=%s", name)
@@ -249,9 +287,9 @@ async def _guarded(job: Coroutine[None, None, str | None], stop: asyncio.Future[
             "the process ends, so that the kubelet starts a new one"
         )
     if reason:
-        _end(stop, reason)
+        _end(stop, _FAILED, reason)
 
 
-def _end(stop: asyncio.Future[str], reason: str) -> None:
+def _end(stop: Stop, code: int, reason: str) -> None:
     if not stop.done():
-        stop.set_result(reason)
+        stop.set_result((code, reason))

@@ -104,7 +104,7 @@ _HELP = {
     "nvidia_cdi_hook_path": "path of nvidia-cdi-hook on the host; without it, the driver searches the usual places",
     "policy": "policy file: what each GPU may offer (docs/policy.md)",
     "mps_root": "folder of the MPS supervisor and its daemons; the same path on the host and in every container",
-    "http_endpoint": "host:port for /metrics, /healthz and /readyz; empty: no HTTP server",
+    "http_endpoint": "port, host:port or [IPv6]:port for /metrics, /healthz, /readyz and a page at /; empty: no HTTP server",
     "log_level": f"least level of log lines: one of {', '.join(LEVELS)}",
     "simulate": "simulate these cards, e.g. h100x8 or a100-40gx2+l4, or those of a file (docs/simulator.md)",
     "simulate_folder": "folder of the simulated node, which keeps its state from one start to the next",

@@ -48,6 +48,10 @@ class ApiError(DriverError):
         self.status = status
 
 
+class LastingApiError(ApiError):
+    """An answer that stays the same until a person changes the API server, or what we know of it since our start."""
+
+
 class NotFoundError(ApiError):
     """HTTP 404: the object does not exist."""
 

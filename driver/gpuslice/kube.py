@@ -32,7 +32,7 @@ from kubernetes.client.configuration import Configuration
 from gpuslice import __version__
 from gpuslice.core.json import Body
 from gpuslice.core.model import RESOURCE_API
-from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
+from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, LastingApiError, NotFoundError
 
 _CONNECT_S, _READ_S = 3.0, 8.0
 _TIMEOUT = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
@@ -209,7 +209,7 @@ class Kube:
         except (urllib3.exceptions.HTTPError, config.ConfigException, OSError) as e:
             raise _unreachable(self.server, e) from e
         if answer.status == 404 and call.collection:
-            raise ApiError(
+            raise LastingApiError(
                 f"API server {self.version()} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed",
                 404,
             )
@@ -295,7 +295,7 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
         case 410:
             return ExpiredError(f"{what}: {text}", status)
         case 401:
-            return ApiError(
+            return LastingApiError(
                 f"the API server refused the driver's credentials ({what}: {text}); check the token", status
             )
         case 403:
@@ -313,6 +313,12 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
 
 def _unreachable(server: str, error: Exception) -> ApiError:
     reason = getattr(error, "reason", None) or error
+    if isinstance(reason, urllib3.exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(reason):
+        # The authorities are read once, at the start.
+        return LastingApiError(
+            f"the API server at {server} has a certificate that is not trusted ({reason}); give the certificate authority of "
+            "this cluster in the kubeconfig"
+        )
     return ApiError(
         f"no answer from the API server at {server} ({reason}); check that it runs and that this node can reach it"
     )

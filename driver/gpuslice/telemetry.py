@@ -1,4 +1,4 @@
-"""What an operator sees of the driver: logs with one `op=` id for each request, metrics, /healthz and /readyz.
+"""What an operator sees of the driver: logs with one `op=` id for each request, and metrics.
 
 A log line is a plain sentence followed by key=value. Warning: someone should look soon. Error: something was refused or lost.
 Metric names begin with `gpuslice_`; the `dra_` family belongs to the kubelet.
@@ -10,39 +10,25 @@ import contextlib
 import contextvars
 import itertools
 import logging
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from gpuslice.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from gpuslice.system import logs
 
 _op: contextvars.ContextVar[str] = contextvars.ContextVar("op", default="-")
 _numbers = itertools.count(1)
 
-Check = Callable[[], str | None]  # None: fine; else a sentence that says what is wrong
 
-
-class _OpFilter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.op = _op.get()
-        return True
+def _set_op(record: logging.LogRecord) -> bool:
+    record.op = _op.get()
+    return True
 
 
 def setup_logging(level: str) -> None:
     """Log to standard error at `level` ("debug" … "error")."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter("{asctime}.{msecs:03.0f} {levelname:<7} op={op} {message}", "%Y-%m-%dT%H:%M:%S", style="{")
-    )
-    handler.addFilter(_OpFilter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logs.setup(level, "op={op} ", _set_op)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # our own sentences say what its retries mean
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
@@ -65,6 +51,10 @@ class Telemetry:
         self._inflight = Gauge(
             "gpuslice_requests_inflight", "Requests under way.", ("operation",), registry=self.registry
         )
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A metric whose value is read at each scrape."""
@@ -91,59 +81,3 @@ class Telemetry:
             self._requests.labels(operation, result).inc()
             self._seconds.labels(operation).observe(time.monotonic() - begin)
             _op.reset(token)
-
-
-class HttpServer:
-    """/metrics, /healthz and /readyz on a thread of its own."""
-
-    def __init__(self, address: str, telemetry: Telemetry, *, healthy: Check, ready: Check) -> None:
-        """Listen at "host:port" (port 0: any). ConfigError where that is impossible."""
-        host, _, port = address.rpartition(":")
-
-        class Handler(_MetricsHandler):
-            checks: ClassVar[dict[str, Check]] = {"/healthz": healthy, "/readyz": ready}
-            metrics = staticmethod(lambda: generate_latest(telemetry.registry))
-
-        try:
-            self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
-        except (OSError, ValueError, OverflowError) as e:
-            raise ConfigError(
-                f"cannot listen on {address!r} for metrics and probes ({e}); give a free host:port"
-            ) from e
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
-        self._thread.start()
-
-    @property
-    def address(self) -> str:
-        host, port = self._server.server_address[:2]
-        return f"{host!s}:{port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _MetricsHandler(BaseHTTPRequestHandler):
-    checks: ClassVar[dict[str, Check]]
-    metrics: Callable[[], bytes]
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        if self.path == "/metrics":
-            self._answer(200, "text/plain; version=0.0.4; charset=utf-8", self.metrics())
-        elif self.path in self.checks:
-            wrong = self.checks[self.path]()
-            self._answer(503 if wrong else 200, "text/plain; charset=utf-8", f"{wrong or 'ok'}\n".encode())
-        else:
-            self._answer(404, "text/plain; charset=utf-8", b"known paths: /metrics /healthz /readyz\n")
-
-    def _answer(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        log.debug("http " + format, *args)

@@ -240,7 +240,7 @@ def test_the_driver_finds_mounted_what_it_is_told() -> None:
     for path in (settings.plugin_folder, settings.kubelet_registrar_directory_path, settings.cdi_root):
         assert found[path] == path
     assert found[settings.driver_root_ctr_path] == settings.nvidia_driver_root == Path("/run/nvidia/driver")
-    assert settings.http_endpoint == "0.0.0.0:8080"
+    assert settings.http_endpoint == ":8080"
     assert spec["containers"][0]["ports"] == [{"name": "http", "containerPort": 8080}]
     assert settings.log_level == "debug"
 

@@ -7,10 +7,12 @@ given out twice (kubernetes/kubernetes#140802). So whatever cannot be used at th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from gpuslice.core import layout, plan, share
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import (
+    ClaimUid,
     DeviceRef,
     Gpu,
     GpuUuid,
@@ -26,6 +28,16 @@ from gpuslice.core.model import (
 from gpuslice.core.record import Record
 
 Taints = Mapping[DeviceRef, tuple[Taint, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLook:
+    """What one look at a node found. A card without an entry in `live` could not be read."""
+
+    inventory: Inventory
+    live: Mapping[GpuUuid, LiveGpu]
+    records: Mapping[ClaimUid, Record]
+    taints: Taints
 
 
 def taints(

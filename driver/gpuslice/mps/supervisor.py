@@ -17,7 +17,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +32,7 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.monitor import DaemonMonitor, GoneError
 from gpuslice.mps.paths import Paths
-from gpuslice.system import files
+from gpuslice.system import files, logs
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +226,7 @@ class Supervisor:
 
 def run(root: Path, command: Sequence[str], level: str = "info") -> int:
     """Serve until SIGTERM or SIGINT; the exit code of the process. `command` is the control program (control.py)."""
-    _log_to_stderr(level)
+    logs.setup(level)
     ended = threading.Event()
     # Handlers and no blocked signals, because the daemons would inherit a mask.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -252,12 +251,3 @@ def _at_once(calls: Iterable[Callable[[], None]]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _log_to_stderr(level: str) -> None:
-    """As telemetry.py does it, which would bring Prometheus along."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter("{asctime}.{msecs:03.0f} {levelname:<7} {message}", "%Y-%m-%dT%H:%M:%S", style="{")
-    )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -6,20 +6,28 @@ gathered for a tenth of a second, so that eight claims at once cost one look at 
 
 Before the first write it finds out by dry runs what the API server keeps: a device whose counters are dropped would be
 given out twice, so without them the plan is static (Kubernetes 1.34 and 1.35), and nothing is sent before that is known.
+
+An API server that is away, busy, or forbids something is waited for, because it or its administrator mends that while we run.
+A refused token, an untrusted certificate and a server without resource.k8s.io/v1 stay so until the process starts anew, or
+for hours: the process then ends and says why. It stays where claims are prepared, because unprepare needs no API server.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core.inventory import Inventory
+from gpuslice.core.pools.backoff import DEFAULT_BACKOFF, Backoff, BackoffConfig, Hopelessness, Repeats
 from gpuslice.core.pools.pool import Features
 from gpuslice.core.pools.reconcile import CONSUMABLE, PARTITIONABLE, TAINTS
-from gpuslice.errors import ApiError, DriverError
+from gpuslice.errors import ApiError, DriverError, LastingApiError
 from gpuslice.kube import Kube
 from gpuslice.publishing.api_features import probe
 from gpuslice.publishing.node_health import NodeHealth
@@ -32,6 +40,7 @@ log = logging.getLogger(__name__)
 _PERIOD_S = 30.0
 _RETRY_S = 2.0
 _GATHER_S = 0.1
+_END = "waiting does not change that and no claim is prepared on this node, so the process ends"
 
 
 class SliceController:
@@ -47,9 +56,14 @@ class SliceController:
         checkpoint: Checkpoint,
         folder: Path,
         on_taints_changed: Callable[[], object] = lambda: None,
+        backoff: BackoffConfig = DEFAULT_BACKOFF,
     ) -> None:
-        """`on_taints_changed` is called, from a thread of the controller, when the devices' taints are others than before."""
+        """`on_taints_changed` is called, from a thread of the controller, when the devices' taints are others than before.
+
+        `refused` fails with a LastingApiError when the API server never answered otherwise and no claim needs us.
+        """
         self._kube, self._driver, self._node = kube, driver, node
+        self._checkpoint = checkpoint
         self._shapes = Shapes(folder / "shapes.json", kube, driver, node)
         self._planner = PoolPlanner(
             driver=driver,
@@ -60,15 +74,18 @@ class SliceController:
             shapes=self._shapes,
             on_taints_changed=on_taints_changed,
         )
-        self._publisher = Publisher(kube, driver, node, changed=lambda _: self.nudge())
+        self._backoff = backoff
+        self._publisher = Publisher(kube, driver, node, backoff=backoff, changed=lambda _: self.nudge())
+        self.refused: Future[None] = Future()
+        self.refused.set_running_or_notify_cancel()  # who waits for it may leave, and it can still be set
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
+        self._repeats = Repeats()
         self._failed = ""  # why the last try to plan came to nothing
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
-        self._publisher.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -84,6 +101,11 @@ class SliceController:
             self._nudged = True
             self._wake.notify_all()
 
+    @property
+    def inventory(self) -> Inventory:
+        """What the node offers now."""
+        return self._planner.inventory
+
     def problem(self) -> str | None:
         """Why the API server does not have what this node offers, or None if it has."""
         if self._failed:
@@ -94,11 +116,15 @@ class SliceController:
 
     def _run(self) -> None:
         features = self._probe()
+        with self._wake:  # `stop` comes before, or finds it started
+            if features is not None and not self._stopped:
+                self._publisher.start()
+        retry = Backoff(self._backoff)
         while features is not None and not self._stopped:
             features = self._without_dropped(features)
             try:
                 self._publisher.publish(self._planner.plan(features, published=self._publisher.published.is_set()))
-                self._failed = ""
+                self._failed, retry = "", Backoff(self._backoff)
             except DriverError as e:
                 self._fail(str(e))
             except Exception as e:
@@ -106,34 +132,50 @@ class SliceController:
                 self._fail(f"planning failed unexpectedly: {e!r}; see the traceback in the log")
             if self._shapes.only_taints_awaited and not self._publisher.published.is_set():
                 self._publisher.published.wait(_RETRY_S)
+            elif self._failed:
+                self._pause(retry.delay_s(random.random()))  # noqa: S311 - not a secret
             else:
-                self._pause(_RETRY_S if self._failed or self._shapes.only_taints_awaited else _PERIOD_S)
+                self._pause(_RETRY_S if self._shapes.only_taints_awaited else _PERIOD_S)
 
     def _fail(self, error: str) -> None:
-        is_new = error != self._failed
         self._failed = error
-        if is_new:
+        if self._repeats.is_news(error, time.monotonic()):
             log.warning("cannot plan the ResourceSlices of this node; the driver tries again: %s", error)
 
     def _probe(self) -> Features | None:
+        """None where we are to stop, or where `refused` says why no answer is to be expected."""
+        retry, hopelessness = Backoff(self._backoff), Hopelessness(self._backoff)
         while not self._stopped:
             try:
                 features = probe(self._kube, self._driver, self._node)
+                log.info(
+                    "found out which fields of ResourceSlices the API server keeps version=%s partitionable=%s "
+                    "consumable=%s taints=%s",
+                    self._kube.version(),
+                    features.partitionable,
+                    features.consumable,
+                    features.taints,
+                )
+                return features
             except ApiError as e:
-                self._problem = str(e)
-                log.warning("cannot find out what the API server supports; the driver tries again: %s", e)
-                self._pause(_RETRY_S)
-                continue
-            log.info(
-                "found out which fields of ResourceSlices the API server keeps version=%s partitionable=%s "
-                "consumable=%s taints=%s",
-                self._kube.version(),
-                features.partitionable,
-                features.consumable,
-                features.taints,
-            )
-            return features
+                self._problem, lasting = str(e), isinstance(e, LastingApiError)
+            except Exception as e:  # an answer that no API server gives; a thread that died would be silence for ever
+                log.debug("the API server's answer is not understood", exc_info=True)
+                self._problem, lasting = f"the API server gave an answer that is not understood ({e!r})", False
+            if self._repeats.is_news(self._problem, time.monotonic()):
+                log.warning("cannot find out what the API server supports; the driver tries again: %s", self._problem)
+            now = time.monotonic()
+            if hopelessness.reached(now, lasting=lasting) and not self._serves_claims():
+                self.refused.set_exception(LastingApiError(f"{self._problem}; {_END}"))
+                return None
+            delay_s = hopelessness.shorten(retry.delay_s(random.random()), now)  # noqa: S311 - not a secret
+            with self._wake:  # a nudge tells news of the node, not of the API server
+                self._wake.wait_for(lambda: self._stopped, delay_s)
         return None
+
+    def _serves_claims(self) -> bool:
+        """Whether there is something to unprepare, which needs no API server."""
+        return bool(self._checkpoint.records() or self._checkpoint.broken())
 
     def _without_dropped(self, features: Features) -> Features:
         """What the probe promised, less what the server was seen to drop since (an API server that was downgraded)."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core import health
-from gpuslice.core.health import Taints
+from gpuslice.core.health import NodeLook, Taints
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import GpuUuid, LiveGpu, Mps, Taint
 from gpuslice.errors import DeviceError, HungError
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 # As for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
-_LIMIT_S = 15.0
+LIMIT_S = 15.0
 
 PendingLook = concurrent.futures.Future[LiveGpu]
 
@@ -29,7 +29,7 @@ PendingLook = concurrent.futures.Future[LiveGpu]
 class HangGuard:
     """Looks at GPUs in a thread that is left behind where a look hangs, so that one dead card hides no other."""
 
-    def __init__(self, nvml: Nvml, limit_s: float = _LIMIT_S) -> None:
+    def __init__(self, nvml: Nvml, limit_s: float = LIMIT_S) -> None:
         self._nvml, self._limit_s = nvml, limit_s
         self._questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]] | None = None
         self._stuck: dict[GpuUuid, PendingLook] = {}
@@ -71,7 +71,7 @@ class NodeHealth:
         mps: MpsDaemons,
         checkpoint: Checkpoint,
         hung: Callable[[], Mapping[GpuUuid, str]],
-        limit_s: float = _LIMIT_S,
+        limit_s: float = LIMIT_S,
     ) -> None:
         self._guard = HangGuard(nvml, limit_s)
         self._mps = mps
@@ -81,6 +81,12 @@ class NodeHealth:
 
     def look(self, inventory: Inventory) -> Taints:
         """Taints of all devices; logs taints that come or go. Blocks, but does not look at a hung GPU."""
+        taints = self.survey(inventory).taints
+        self._log_changes(taints)
+        return taints
+
+    def survey(self, inventory: Inventory) -> NodeLook:
+        """The whole node as it is now, and logs nothing."""
         hung = self._hung()
         unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
@@ -98,8 +104,7 @@ class NodeHealth:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
         records |= self._checkpoint.records()
         taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
-        self._log_changes(taints)
-        return taints
+        return NodeLook(inventory, live, records, taints)
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
         """MPS daemons that are not well; asked only where a card offers MPS."""

@@ -34,10 +34,11 @@ class PoolPlanner:
         self._on_taints_changed = on_taints_changed
         self._planned_from: tuple[Features, Taints, frozenset[DeviceRef]] | None = None
         self._wanted: tuple[PoolSlices, ...] = ()
+        self.inventory = dynamic  # the one that was planned last
 
     def plan(self, features: Features, *, published: bool) -> tuple[PoolSlices, ...]:
         """The pools; `published` says that those of the last plan are in force. DriverError where it cannot be planned."""
-        inventory = self._dynamic if features.partitionable else self._static
+        inventory = self.inventory = self._dynamic if features.partitionable else self._static
         taints = self._health.look(inventory)
         records = tuple(self._checkpoint.records().values())
         held = frozenset[DeviceRef](grant.allocation.device for record in records for grant in record.plan.grants)

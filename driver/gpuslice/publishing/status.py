@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from gpuslice.core.pools.backoff import Repeats
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +21,12 @@ class Status:
 
 
 class StatusReporter:
-    """The status as it is now. Each new one is logged and passed on, from the thread that reports it."""
+    """The status as it is now. Each new one is passed on from the thread that reports it, and logged where it is news."""
 
     def __init__(self, changed: Callable[[Status], None]) -> None:
         self.status = Status()
         self._changed = changed
+        self._repeats = Repeats()
         self._lock = threading.Lock()
 
     def report(
@@ -41,10 +45,11 @@ class StatusReporter:
                 dropped=old.dropped | dropped,
             )
             self.status = new
+            news = bool(new.error) and self._repeats.is_news(new.error, time.monotonic())
+        if news:
+            log.warning("cannot publish ResourceSlices; the driver tries again: %s", new.error)
         if new == old:
             return
-        if new.error and new.error != old.error:
-            log.warning("cannot publish ResourceSlices; the driver tries again: %s", new.error)
         for fault in new.rejected:
             if fault not in old.rejected:
                 log.error("did not publish a pool, because it has a fault: %s", fault)

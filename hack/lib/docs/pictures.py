@@ -297,6 +297,7 @@ _SAYS_OF = {
     "nvml": "GPUs, real or simulated",
     "mps": "MPS daemons",
     "telemetry": "logs, metrics",
+    "web": "the HTTP port",
     "system": "the machine: files, programs, NVIDIA's libraries",
     "core": "every decision, pure",
     "pb": "generated gRPC code",

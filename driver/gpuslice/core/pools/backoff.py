@@ -17,6 +17,7 @@ class BackoffConfig:
     retry_most_s: float = 30.0
     relist_s: float = 600.0
     watch_s: int = 300
+    hopeless_s: float = 10.0  # how long the same refusal is borne that waiting does not change
 
 
 DEFAULT_BACKOFF = BackoffConfig()
@@ -33,6 +34,37 @@ class Backoff:
         delay_s = chance * self._most_s
         self._most_s = min(self._most_s * 2, self._config.retry_most_s)
         return delay_s
+
+
+class Repeats:
+    """Which sentences are news. One that comes back within a minute is none, so that trouble which alternates is told once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+
+    def is_news(self, text: str, now: float) -> bool:
+        self._seen = {other: at for other, at in self._seen.items() if now - at < CALM_S}
+        news = text not in self._seen
+        self._seen[text] = now
+        return news
+
+
+class Hopelessness:
+    """Whether to stop waiting: only such answers that waiting does not change, for `hopeless_s`."""
+
+    def __init__(self, config: BackoffConfig) -> None:
+        self._limit_s = config.hopeless_s
+        self._since: float | None = None
+
+    def reached(self, now: float, *, lasting: bool) -> bool:
+        """`lasting`: the answer just now is one that waiting does not change."""
+        self._since = (now if self._since is None else self._since) if lasting else None
+        return self._since is not None and now - self._since >= self._limit_s
+
+    def shorten(self, delay_s: float, now: float) -> float:
+        """The delay before the next try, which does not sleep over the moment when this is reached."""
+        left_s = 0.0 if self._since is None else self._since + self._limit_s - now
+        return min(delay_s, left_s) if left_s > 0 else delay_s
 
 
 class Debounce:

@@ -1,0 +1,45 @@
+"""How a process of ours writes its log: to standard error, one line for one record.
+
+Claim names, API messages, paths of HTTP requests and names of files are text from outside. A newline in one of them must
+not begin a line that looks like ours, and an escape sequence must not reach a terminal. So it is made harmless here, once,
+and no caller has to think of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+TIME = "%Y-%m-%dT%H:%M:%S"
+_TRACE = "  | "  # before each line of a traceback, which may quote text from outside
+
+
+class OneLine(logging.Formatter):
+    """The message on one line; a traceback below it, on lines that no record begins with."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line, *_ = super().format(record).split("\n", 1)
+        if not record.exc_text:
+            return line
+        return "\n".join([line, *(f"{_TRACE}{printable(part)}" for part in record.exc_text.split("\n"))])
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+def setup(level: str, fields: str = "", filter_: Callable[[logging.LogRecord], bool] | None = None) -> None:
+    """Log to standard error at `level` ("debug" … "error"); `fields` stand before the message, and `filter_` sets them."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("{asctime}.{msecs:03.0f} {levelname:<7} " + fields + "{message}", TIME, style="{"))
+    if filter_ is not None:
+        handler.addFilter(filter_)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that would move the cursor, end the line or cannot be encoded."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

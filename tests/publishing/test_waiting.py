@@ -1,0 +1,144 @@
+"""Waiting for the API server at the start: told once, longer and longer, and with an end where waiting changes nothing."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gpuslice.errors import LastingApiError
+from gpuslice.kube import Kube
+from gpuslice.publishing.controller import SliceController
+from gpuslice.publishing.node_health import NodeHealth
+from gpuslice.standin import tls
+from gpuslice.standin.apiserver import TOKEN, StandInApiServer
+
+from tests.kit.publishing import DRIVER, FAST, NODE, an_api_server, asked
+from tests.kit.rig import Rig, a_claim
+
+SOON = replace(FAST, hopeless_s=0.1)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StandInApiServer]:
+    with an_api_server(tmp_path / "api") as server:
+        yield server
+
+
+@contextmanager
+def a_controller(server: StandInApiServer, rig: Rig) -> Iterator[SliceController]:
+    kube = Kube(server.kubeconfig)
+    controller = SliceController(
+        kube=kube,
+        driver=DRIVER,
+        node=NODE,
+        dynamic=rig.inventory,
+        static=rig.inventory,
+        health=NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict),
+        checkpoint=rig.checkpoint,
+        folder=rig.folder,
+        backoff=SOON,
+    )
+    controller.start()
+    try:
+        yield controller
+    finally:
+        controller.stop()
+        kube.close()
+
+
+def refuse_the_token(server: StandInApiServer, folder: Path) -> None:
+    text = server.kubeconfig.read_text(encoding="utf-8")
+    server.kubeconfig.write_text(re.sub(f"token: {TOKEN}", "token: revoked", text), encoding="utf-8")
+
+
+def distrust_the_certificate(server: StandInApiServer, folder: Path) -> None:
+    folder.mkdir()
+    other = tls.certificate(folder).certificate
+    text = server.kubeconfig.read_text(encoding="utf-8")
+    server.kubeconfig.write_text(re.sub("certificate-authority: .*", f"certificate-authority: {other}", text))
+
+
+def turn_old(server: StandInApiServer, folder: Path) -> None:
+    server.version = "1.33"
+
+
+LASTING = [
+    pytest.param(refuse_the_token, "check the token", id="token"),
+    pytest.param(distrust_the_certificate, "give the certificate authority of this cluster", id="certificate"),
+    pytest.param(turn_old, "Kubernetes 1.34 or later is needed", id="version"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "says"), LASTING)
+def test_a_refusal_that_waiting_does_not_change_ends_the_wait(
+    server: StandInApiServer, short: Path, spoil: Callable[[StandInApiServer, Path], None], says: str
+) -> None:
+    spoil(server, short / "other")
+
+    with (
+        a_controller(server, Rig(short / "rig", "l4")) as controller,
+        pytest.raises(LastingApiError, match=says) as error,
+    ):
+        controller.refused.result(10)
+
+    assert "no claim is prepared on this node" in str(error.value)
+
+
+@pytest.mark.parametrize(("spoil", "says"), LASTING)
+def test_a_node_with_a_prepared_claim_goes_on_serving_it_whatever_the_api_server_says(
+    server: StandInApiServer, short: Path, spoil: Callable[[StandInApiServer, Path], None], says: str
+) -> None:
+    spoil(server, short / "other")
+    rig = Rig(short / "rig", "l4")
+    claim = a_claim("one", rig.device("gpu"))
+    rig.prepare(claim)
+
+    with a_controller(server, rig) as controller:
+        with pytest.raises(concurrent.futures.TimeoutError):
+            controller.refused.result(1)
+        assert says in (controller.problem() or "")
+        rig.unprepare(claim)
+
+        with pytest.raises(LastingApiError, match=says):
+            controller.refused.result(10)
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_what_the_api_server_or_its_administrator_mends_is_waited_for_and_told_once(
+    server: StandInApiServer, short: Path, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.fail(status, times=100, path="dryRun")
+    caplog.set_level(logging.INFO)
+    with a_controller(server, Rig(short / "rig", "l4")) as controller:
+        server.wait(lambda: asked(server, "dryRun") > 10)
+        assert not controller.refused.done()
+        server.release()
+        server.wait(lambda: bool(server.all("resourceslices")))
+
+    told = [r.getMessage() for r in caplog.records if "cannot ask the API server" in r.getMessage()]
+    assert told
+    assert len(told) == len(set(told))
+
+
+def test_an_answer_that_no_api_server_gives_does_not_end_the_thread(server: StandInApiServer, short: Path) -> None:
+    """A web server in the wrong place answers 200 to everything: publishing was over for ever, without a word."""
+    server.fail(200, times=3, path="dryRun")
+    with a_controller(server, Rig(short / "rig", "l4")):
+        server.wait(lambda: bool(server.all("resourceslices")))
+
+
+def test_news_of_the_node_does_not_make_the_waiting_shorter(server: StandInApiServer, short: Path) -> None:
+    server.fail(500, times=1000, path="dryRun")
+    with a_controller(server, Rig(short / "rig", "l4")) as controller:
+        server.wait(lambda: asked(server, "dryRun") > 2)
+        before = asked(server, "dryRun")
+        for _ in range(1000):
+            controller.nudge()
+
+        assert asked(server, "dryRun") - before < 20
