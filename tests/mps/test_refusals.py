@@ -56,7 +56,7 @@ def test_a_driver_that_knows_no_limit_by_index_is_limited_by_uuid(node: MpsNode)
     running = node.client.ensure(node.daemon())
 
     assert running.memory_mib == 10240
-    assert "an MPS daemon did not obey" in node.logged.wait("not known: set_default_device_pinned_mem_limit 0")
+    assert "an MPS daemon refused a command" in node.logged.wait("not known: set_default_device_pinned_mem_limit 0")
     assert node.program().got() == ("10240", "40")
 
 
@@ -64,7 +64,9 @@ def test_a_ceiling_of_multiprocessors_that_was_not_taken_is_told(node: MpsNode) 
     node.cue("ignore-limits")
     node.supervise()
 
-    with pytest.raises(DeviceError, match=r"did not take its ceiling of 40 % of the multiprocessors and says 100 %"):
+    with pytest.raises(
+        DeviceError, match=r"did not accept the ceiling of 40 % of the multiprocessors and reports 100 %"
+    ):
         node.client.ensure(node.daemon(memory_mib=None))
 
 
@@ -73,12 +75,12 @@ def test_where_one_of_two_ceilings_is_refused_both_are_as_before(node: MpsNode) 
     node.supervise()
     node.client.ensure(node.daemon())
 
-    with pytest.raises(DeviceError, match="did not take its ceiling of 60 %"):
+    with pytest.raises(DeviceError, match="did not accept the ceiling of 60 %"):
         node.client.ensure(node.daemon(memory_mib=20480, threads_percent=60))
 
     (running,) = node.client.statuses()
     assert (running.memory_mib, running.threads_percent) == (10240, 40)
-    assert "did not take its ceiling of 60 %" in running.problem
+    assert "did not accept the ceiling of 60 %" in running.problem
     assert node.program().got() == ("10240", "40")
 
 
@@ -96,7 +98,7 @@ def test_an_adopted_daemon_that_refuses_its_ceilings_runs_on_with_that_problem(n
 
     (adopted,) = node.client.statuses()
     assert (adopted.pid, adopted.threads_percent) == (first.pid, 10)
-    assert "did not take its ceiling of 40 % of the multiprocessors and says 10 %" in adopted.problem
+    assert "did not accept the ceiling of 40 % of the multiprocessors and reports 10 %" in adopted.problem
 
 
 def test_the_control_program_of_a_driver_root_gets_the_libraries_of_that_root(tmp_path: Path) -> None:
@@ -187,9 +189,10 @@ def test_a_supervisor_that_may_not_mount_serves_and_says_what_is_missing(node: M
     assert (running.problem, node.program().got()) == ("", ("10240", "40"))
     supervisor.terminate()
     _, log = supervisor.communicate(timeout=SOON_S)
-    assert f"programs of MPS daemon gpu-0 fill {node.root} with their shared memory: Operation not permitted" in log
+    assert f"fills the root folder key=gpu-0 root={node.root}: no tmpfs, because Operation not permitted" in log
     assert (
-        "MPS daemon gpu-0 has no /dev/shm of its own (Operation not permitted); run as root with CAP_SYS_ADMIN" in log
+        "an MPS daemon has no /dev/shm of its own (Operation not permitted); run as root with CAP_SYS_ADMIN key=gpu-0"
+        in log
     )
 
 
@@ -242,7 +245,7 @@ def test_a_folder_of_somebody_else_is_neither_adopted_nor_removed(node: MpsNode)
 
     assert node.client.statuses() == ()
     assert (node.root / "gpu-0").exists()
-    assert "belongs to uid 4711" in node.logged.wait("a folder stays key=gpu-0")
+    assert "belongs to uid 4711" in node.logged.wait("cannot remove the folder")
 
 
 def test_a_supervisor_out_of_descriptors_says_so_and_serves_when_clients_have_gone(node: MpsNode) -> None:
@@ -316,8 +319,11 @@ STATUS = {"key": "gpu-0", "device": "GPU-1", "memory_mib": None, "threads_percen
 @pytest.mark.parametrize(
     ("answers", "sentence"),
     [
-        ([GREETING], r"cannot ensure the MPS daemon of GPU-\S+: the MPS supervisor at \S+ hung up; see its log"),
-        ([GREETING, {"running": []}], "the MPS supervisor did not say what runs; see its log"),
+        (
+            [GREETING],
+            r"cannot ensure the MPS daemon of GPU-\S+: the MPS supervisor at \S+ closed the connection without an answer",
+        ),
+        ([GREETING, {"running": []}], "the MPS supervisor answered without a daemon; see its log"),
         ([GREETING, {"running": [7]}], "7 describes no running MPS daemon; update the older one"),
         ([GREETING, {"running": [{**STATUS, "pid": "12"}]}], "pid of an MPS daemon is '12' and must be a whole number"),
         ([{"error": "this release has ended"}], "^this release has ended$"),

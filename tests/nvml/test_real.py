@@ -313,9 +313,7 @@ except DeviceError as e:
 
     (line,) = told(driver_root, text, "partitions-have-the-uuid-of-the-card=1")
 
-    assert line.startswith(
-        "NVML gives compute instance 0 the UUID GPU-00000000-1111-2222-3333-444444444444, which is no"
-    )
+    assert line.startswith("NVML gives compute instance 0 the UUID GPU-00000000-1111-2222-3333-444444444444, which no")
 
 
 def test_a_wait_for_events_of_cards_that_report_none_ends_with_the_session(driver_root: Path) -> None:

@@ -55,7 +55,7 @@ async def test_a_vanished_claim_that_cannot_be_unprepared_is_tried_again(
 
     await service.collect(now=601)
 
-    assert "cannot unprepare a claim that is gone, trying again claim=default/gone" in caplog.text
+    assert "cannot unprepare a claim that was deleted; the driver tries again claim=default/gone" in caplog.text
     assert world.rig.records() == {claim.uid}
     await service.collect(now=602)
     world.rig.assert_empty()
@@ -86,7 +86,7 @@ async def test_what_was_left_incomplete_and_cannot_be_undone_is_named_and_tried_
 
     await service.recover()
 
-    assert f"cannot undo what was left incomplete claim={claim.uid}" in caplog.text
+    assert f"cannot undo a prepare that did not end claim={claim.uid}" in caplog.text
     assert len(world.rig.partitions()) == 1
     await service.recover()
     world.rig.assert_empty()
@@ -126,7 +126,7 @@ async def test_a_holder_that_does_not_leave_in_time_is_named_and_the_kubelet_ask
     answer = (await world.kubelet.prepare([successor], timeout_s=6))[successor.uid]
 
     kept = f"the devices of claim {successor} are still held by {holder}, which the kubelet has not unprepared yet; "
-    assert answer.error == f"{kept}it is tried again"
+    assert answer.error == f"{kept}the kubelet tries again"
     await world.unprepare(holder)
     assert (await world.must_prepare(successor)).devices
 
@@ -137,7 +137,7 @@ async def test_a_claim_that_comes_while_the_driver_ends_is_left_to_its_successor
 
     answer = await world.prepare(claim)
 
-    assert "the driver is shutting down; the kubelet asks its successor again" in answer.error
+    assert "the driver is shutting down; the kubelet asks the next instance" in answer.error
     world.rig.assert_empty()
 
 

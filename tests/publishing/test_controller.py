@@ -204,7 +204,7 @@ def a_line(words: str) -> Iterator[threading.Event]:
         logger.removeHandler(handler)
 
 
-PUBLISHED = "published pools="  # all that is wanted is in force
+PUBLISHED = "published the ResourceSlices"  # all that is wanted is in force
 
 
 @contextmanager
@@ -261,7 +261,7 @@ def test_an_api_server_that_cannot_be_probed_is_told_and_asked_again(server: Sta
     server.fail(500, path="dryRun")
     rig = Rig(short / "rig", "l4")
     with (
-        a_line("cannot ask the API server what it supports") as told,
+        a_line("cannot find out what the API server supports") as told,
         a_line(PUBLISHED) as published,
         a_controller(server, rig, short) as controller,
     ):
@@ -281,7 +281,7 @@ def test_a_driver_that_ends_before_it_could_probe_the_api_server_ends_at_once(
 ) -> None:
     server.fail(500, times=99, path="dryRun")
     before = set(threading.enumerate())
-    with a_line("cannot ask the API server") as told, a_controller(server, Rig(short / "rig", "l4"), short):
+    with a_line("cannot find out") as told, a_controller(server, Rig(short / "rig", "l4"), short):
         assert told.wait(10)
 
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "controller"]

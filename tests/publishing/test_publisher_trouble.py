@@ -183,7 +183,7 @@ def test_lost_answers_and_hung_up_watches_end_in_the_wanted_state(server: StandI
     ("method", "path", "says"),
     [
         ("POST", "/resourceslices", "writing failed unexpectedly"),  # an answer that is no slice
-        ("GET", "limit=", "the watch failed unexpectedly"),  # … no list
+        ("GET", "limit=", "the watch of ResourceSlices failed unexpectedly"),  # … no list
     ],
 )
 def test_an_answer_that_makes_no_sense_is_logged_and_asked_for_again(
@@ -213,7 +213,10 @@ def test_an_api_server_that_breaks_each_watch_off_is_told_and_not_asked_without_
         publisher.stop()
         kube.close()
 
-    assert f"the API server at {kube.server} broke a watch off; it will be tried again" in errors
+    assert (
+        f"the API server at {kube.server} ended a watch too early; check the API server and the proxies before it"
+        in errors
+    )
 
 
 def test_a_watch_that_ends_in_time_is_followed_by_the_next_and_by_a_new_list(

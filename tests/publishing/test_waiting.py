@@ -121,7 +121,7 @@ def test_what_the_api_server_or_its_administrator_mends_is_waited_for_and_told_o
         server.release()
         server.wait(lambda: bool(server.all("resourceslices")))
 
-    told = [r.getMessage() for r in caplog.records if "cannot ask the API server" in r.getMessage()]
+    told = [r.getMessage() for r in caplog.records if "cannot find out what the API server supports" in r.getMessage()]
     assert told
     assert len(told) == len(set(told))
 
