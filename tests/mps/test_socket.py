@@ -93,7 +93,7 @@ def test_what_is_no_greeting_is_answered_in_one_sentence(node: MpsNode, line: by
         ),
         (
             b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "threads_percent": 101}}',
-            "101 % of the multiprocessors is no ceiling; use 1 to 100, or none",
+            "101 % of the multiprocessors is not a valid ceiling; use 1 to 100, or none",
         ),
         (
             b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "memory_mib": "much"}}',
