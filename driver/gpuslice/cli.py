@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from gpuslice import __version__, config
 from gpuslice.errors import ApiError, ConfigError, DriverError
+from gpuslice.playground import commands as playground
 
 EXIT_CODES = """\
 exit codes:
@@ -100,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--simulate", default="h100x2", metavar="NODE", help="cards of the simulated node; default h100x2"
     )
+    play = _add(commands, "playground", "try claims of your own on simulated cards", playground.ABOUT, playground.run)
+    playground.add_flags(play)
     devices = _add(commands, "devices", "show each GPU, its offers and holders", _DEVICES, _devices)
     config.add_flags(devices, *config.NODE_FLAGS)
     claims = _add(

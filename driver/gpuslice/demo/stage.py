@@ -85,20 +85,21 @@ class Stage:
         await self.cluster.run(ref)
         took_ms = (time.monotonic() - begin) * 1000
         self.held[ref.name] = ref
-        got = self._got(self.look(lambda node: node.records[ref.uid]))
+        got = self.got(self.look(lambda node: node.records[ref.uid]))
         for what, uuid in got[:_FEW]:
             say(f"{ref.name} has {what}", 4)
             say(f"{uuid}, ready after {took_ms:.0f} ms", 6)
         if len(got) > _FEW:
             say(f"and {len(got) - _FEW} more", 4)
 
-    def _got(self, record: Record) -> list[tuple[str, str]]:
+    def got(self, record: Record) -> list[tuple[str, str]]:
         """Each device of a claim: its name with what the claim has of it, and its UUID."""
         published = self.devices()
         found: list[tuple[str, str]] = []
         for device, grant in zip(record.prepared.devices if record.prepared else (), record.plan.grants, strict=True):
             whole = published[device.device.pool, device.device.device]["capacity"]["memory"]["value"]
-            found.append((f"{device.device}, {share.describe(grant) or whole}", device.uuid))
+            what = share.describe(grant) or (whole if whole != "0" else "to look at the card")
+            found.append((f"{device.device}, {what}", device.uuid))
         return found
 
     async def take(self, name: str, words: str, *requests: Request) -> bool:
