@@ -58,7 +58,7 @@ def _age_s() -> float:
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
-async def _tell(simulate: str, steps: Sequence[Step]) -> None:
+async def _tell(simulate: str, steps: Sequence[StoryStep]) -> None:
     with tempfile.TemporaryDirectory(prefix="gs-", dir=_short_folder()) as folder:
         async with StandInCluster(Path(folder), simulate) as cluster:
             stage = Stage(cluster)
@@ -144,7 +144,7 @@ async def the_end(stage: Stage) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StoryStep:
     """One thing that is shown; it begins where the step before ended. `when`: the nodes on which it is told."""
 
     heading: str
@@ -186,78 +186,78 @@ def _share_not_cut(cast: Cast) -> bool:
 
 _MPS = "is shared by MPS: two programs run at once, each with its own budget."
 
-_STEPS: tuple[Step, ...] = (
-    Step("The driver starts, and the MPS supervisor beside it; API server and kubelet are stand-ins.", start),
-    Step("What the scheduler sees: one pool per card, and counters that keep its devices apart.", published),
-    Step(
+_STEPS: tuple[StoryStep, ...] = (
+    StoryStep("The driver starts, and the MPS supervisor beside it; API server and kubelet are stand-ins.", start),
+    StoryStep("What the scheduler sees: one pool per card, and counters that keep its devices apart.", published),
+    StoryStep(
         "A claim names a MIG profile. No card was partitioned before: the driver makes the partition.",
         partitions.by_profile,
         _mig,
     ),
-    Step(
+    StoryStep(
         "Two claims only say how much memory they need, and get the smallest partition that has it.",
         partitions.by_memory,
         _mig,
     ),
-    Step(
+    StoryStep(
         "Whole cards: the scheduler's counters lead a claim to cards that nobody partitions. One more has to wait.",
         partitions.whole_card,
         _two,
     ),
-    Step("A whole card has to wait, because none is free of MIG.", partitions.whole_card, _only_mig),
-    Step(
+    StoryStep("A whole card has to wait, because none is free of MIG.", partitions.whole_card, _only_mig),
+    StoryStep(
         "A partition has to wait, because no card has MIG mode on, and these cards switch it only with a reset.",
         partitions.no_partition,
         _stuck,
     ),
-    Step("A claim gets all cards of the node. One more claim has to wait.", partitions.whole_card, _no_mig),
-    Step(
+    StoryStep("A claim gets all cards of the node. One more claim has to wait.", partitions.whole_card, _no_mig),
+    StoryStep(
         "A scheduler that gives a partitioned card away as a whole is refused by name, at once.",
         partitions.double_allocation,
         _mig,
     ),
-    Step(
+    StoryStep(
         "A scheduler that gives a card away a second time is refused by name, at once.",
         partitions.double_allocation,
         _no_mig,
     ),
-    Step("One claim over two cards: a whole one and a partition of the other.", partitions.several_cards, _two),
-    Step(f"A card is free again and {_MPS}", shares.mps_shares, _shares),
-    Step(
+    StoryStep("One claim over two cards: a whole one and a partition of the other.", partitions.several_cards, _two),
+    StoryStep(f"A card is free again and {_MPS}", shares.mps_shares, _shares),
+    StoryStep(
         "What the container runtime reads: one CDI file per claim, here without its device nodes.",
         shares.container_view,
         _shares,
     ),
-    Step(
+    StoryStep(
         "A card has one mode at a time: shares by time wait until the last MPS share is released.",
         shares.time_slices,
         _shares,
     ),
-    Step(
+    StoryStep(
         "And back: the same card as a whole, then partitioned, then by MPS. Nobody switched anything.",
         shares.back_again,
         _share_cut,
     ),
-    Step(
+    StoryStep(
         "And back: the same card as a whole, then by MPS. Nobody switched anything.",
         shares.back_again,
         _share_not_cut,
     ),
-    Step(
+    StoryStep(
         "The driver is killed in the middle of a prepare: a GPU instance exists, and nothing in it yet.",
         crash.killed,
         _mig,
     ),
-    Step(
+    StoryStep(
         "The driver is killed in the middle of a prepare: the claim is written down, and its card is not set up yet.",
         crash.killed,
         _no_mig,
     ),
-    Step(
+    StoryStep(
         "The driver starts again and undoes what its records show as begun; then the kubelet tries again. From here on "
         "a simulated call takes as long as one on a real GPU, in order of magnitude.",
         crash.again,
     ),
-    Step("What `gpuslice devices` and `gpuslice claims` show an operator.", whole_report),
-    Step("Every claim is released, the driver ends, and the node is as empty as before.", the_end),
+    StoryStep("What `gpuslice devices` and `gpuslice claims` show an operator.", whole_report),
+    StoryStep("Every claim is released, the driver ends, and the node is as empty as before.", the_end),
 )
