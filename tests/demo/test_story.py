@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from tests.kit import processes
 
 
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,6 +37,28 @@ def test_the_demo_tells_its_story_on_two_simulated_cards_and_leaves_nothing_behi
     assert "checked: 3 partitions, each of them in a record" in told.stdout
     assert told.stdout.rstrip().endswith("Nothing is left on this machine.")
     assert list(short.iterdir()) == []
+
+
+def test_two_ctrl_c_end_it_as_one_does_and_leave_nothing(short: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(short), "OF_THIS_TEST": str(short)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "gpuslice", "demo"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as telling:
+        assert telling.stdout is not None
+        driver = os.pidfd_open(processes.named_in(next(line for line in telling.stdout if "gpuslice run" in line)))
+        next(line for line in telling.stdout if line.startswith("Step 5"))
+        telling.send_signal(signal.SIGINT)
+        processes.wait_end(driver)  # the clean-up has begun
+        telling.send_signal(signal.SIGINT)
+        _, said = telling.communicate(timeout=30)
+
+    assert (telling.returncode, said) == (130, "")
+    assert list(short.iterdir()) == []
+    assert processes.with_environment("OF_THIS_TEST", short) == []
 
 
 NODES = {

@@ -17,6 +17,8 @@ from gpuslice.nvml.sim.node import SimNode
 from gpuslice.playground.folder import MARK
 from gpuslice.system.files import FolderWatch
 
+from tests.kit import processes
+
 GPUSLICE = (sys.executable, "-m", "gpuslice")
 
 
@@ -58,23 +60,7 @@ def terminal(short: Path) -> Iterator[Terminal]:
     terminal = Terminal(short)
     yield terminal
     terminal.type("playground", "down")
-    assert processes(short) == []
-
-
-def processes(tmp: Path) -> list[str]:
-    """What runs of the playgrounds below this folder, by their environment."""
-    mark, found = f"{MARK}={tmp}".encode(), []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (path / "environ").read_bytes():
-                found.append((path / "cmdline").read_text(errors="replace"))
-    return found
-
-
-def background(said: str) -> int:
-    found = re.search(r"process (\d+)", said)
-    assert found is not None
-    return int(found[1])
+    assert processes.with_environment(MARK, short) == []
 
 
 def test_one_walk_from_up_to_down_leaves_nothing(terminal: Terminal) -> None:
@@ -99,7 +85,7 @@ def test_one_walk_from_up_to_down_leaves_nothing(terminal: Terminal) -> None:
     assert "default/mine" not in after
     assert ended == f"The playground in {terminal.folder} has ended.\nNothing of it is left.\n"
     assert list(terminal.tmp.iterdir()) == []
-    assert processes(terminal.tmp) == []
+    assert processes.with_environment(MARK, terminal.tmp) == []
 
 
 def test_what_a_playground_cannot_give_is_said_in_one_sentence(terminal: Terminal) -> None:
@@ -139,7 +125,7 @@ def test_without_a_playground_the_remedy_is_up(terminal: Terminal) -> None:
 
 
 def test_after_a_sigkill_down_removes_processes_and_files(terminal: Terminal) -> None:
-    pid = background(terminal.up("--simulate", "l4"))
+    pid = processes.named_in(terminal.up("--simulate", "l4"))
     terminal.done("playground", "claim", "mps")  # so that a daemon runs too
     kill(pid)
 
@@ -149,11 +135,11 @@ def test_after_a_sigkill_down_removes_processes_and_files(terminal: Terminal) ->
 
     assert re.search(r"was killed.\nIts files and [1-9]\d* processes are removed", ended)
     assert list(terminal.tmp.iterdir()) == []
-    assert processes(terminal.tmp) == []
+    assert processes.with_environment(MARK, terminal.tmp) == []
 
 
 def test_after_a_sigkill_up_begins_anew(terminal: Terminal) -> None:
-    kill(background(terminal.up("--simulate", "l4")))
+    kill(processes.named_in(terminal.up("--simulate", "l4")))
 
     said = terminal.up("--simulate", "l4")
 
@@ -165,8 +151,27 @@ def kill(pid: int) -> None:
     """SIGKILL, and return when it has ended."""
     descriptor = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
-    select.select([descriptor], [], [], 10)
-    os.close(descriptor)
+    processes.wait_end(descriptor)
+
+
+def test_a_driver_that_has_ended_is_named_with_its_log(terminal: Terminal) -> None:
+    terminal.up("--simulate", "l4")
+    (driver,) = (
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if b"run\0--simulate\0l4" in read(path / "cmdline") and str(terminal.tmp).encode() in read(path / "cmdline")
+    )
+    kill(driver)
+
+    said = terminal.refused("playground", "claim", "gpu")
+
+    assert f"the driver of the playground has ended ({terminal.folder}/driver-0.log says why)" in said
+
+
+def read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 @pytest.mark.parametrize("moment", ["lock", "supervisor-0.log", "driver-0.log"])
@@ -185,7 +190,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(terminal: Terminal, moment: str) 
 
     assert (starting.returncode, *said) == (130, "", "")
     assert list(terminal.tmp.iterdir()) == []
-    assert processes(terminal.tmp) == []
+    assert processes.with_environment(MARK, terminal.tmp) == []
 
 
 def test_ctrl_c_in_a_claim_says_that_the_playground_goes_on(terminal: Terminal) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from gpuslice.demo.stage import BrokenPromiseError, Stage, card_rows
 from gpuslice.mps.process import ProcessId
 from gpuslice.node import Node
 from gpuslice.nvml.sim import spec
-from gpuslice.standin.cluster import StandInCluster
+from gpuslice.standin.cluster import StandInCluster, end_once
 from gpuslice.standin.kubelet import KubeletError
 
 # The kernel takes 107 bytes of socket path, and 44 of them are ours: /gs-12345678/plugins/gpuslice.dev/dra.sock.
@@ -42,6 +43,8 @@ def run(simulate: str) -> int:
     begin = time.monotonic()
     try:
         asyncio.run(_tell(simulate, [step for step in _STEPS if step.when(cast)]))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     except (BrokenPromiseError, KubeletError, RuntimeError, TimeoutError) as e:
         print(f"gpuslice demo: {str(e) or type(e).__name__}", file=sys.stderr)
         return 1
@@ -59,6 +62,7 @@ def _age_s() -> float:
 
 
 async def _tell(simulate: str, steps: Sequence[StoryStep]) -> None:
+    end_once(signal.SIGINT)
     with tempfile.TemporaryDirectory(prefix="gs-", dir=_short_folder()) as folder:
         async with StandInCluster(Path(folder), simulate) as cluster:
             stage = Stage(cluster)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -42,7 +43,12 @@ def up(chosen: Path | None, simulate: str, latency: str) -> str:
     took_s = time.monotonic() - begin
     before = f"What a killed playground had left there is removed, with {killed} of its processes.\n" if left else ""
     return before + _WELCOME.format(
-        folder=folder, pid=process.pid, simulate=simulate, took_s=took_s, flag=folder.flag, plugins=folder.plugins
+        folder=folder,
+        pid=process.pid,
+        simulate=simulate,
+        took_s=took_s,
+        flag=folder.flag,
+        plugins=shlex.quote(str(folder.plugins)),
     )
 
 

@@ -39,7 +39,11 @@ class Desk:
         except ConfigError as e:
             return 2, str(e)
         except (PlaygroundError, KubeletError, RuntimeError) as e:
-            return 1, str(e)
+            return 1, str(e) if self._cluster.drivers[-1].alive else self._dead()
+
+    def _dead(self) -> str:
+        log = self._cluster.drivers[-1].log
+        return f"the driver of the playground has ended ({log} says why); start another playground after `down`"
 
     # ------------------------------------------------------------ claim
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import stat
 import tempfile
@@ -48,7 +49,7 @@ class PlaygroundFolder:
     @property
     def flag(self) -> str:
         """What a command line needs to mean this playground."""
-        return "" if self.path == _usual().absolute() else f" --folder {self}"
+        return "" if self.path == _usual().absolute() else f" --folder {shlex.quote(str(self))}"
 
     def check(self) -> None:
         """PlaygroundError where something else is there."""

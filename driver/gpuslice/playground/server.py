@@ -19,7 +19,7 @@ from typing import TextIO
 from gpuslice.errors import DriverError
 from gpuslice.playground.desk import Desk
 from gpuslice.playground.folder import PlaygroundFolder
-from gpuslice.standin.cluster import StandInCluster
+from gpuslice.standin.cluster import StandInCluster, end_once
 from gpuslice.standin.kubelet import KubeletError
 
 
@@ -37,9 +37,7 @@ def main(arguments: list[str]) -> None:
 
 
 async def _serve(folder: PlaygroundFolder, simulate: str, latency: str, voice: TextIO) -> None:
-    end = _once(asyncio.current_task())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, end)
+    end = end_once(signal.SIGTERM, signal.SIGINT)
     async with StandInCluster(folder.path, simulate, latency=latency) as cluster:
         await cluster.supervise()
         await cluster.start()
@@ -50,19 +48,6 @@ async def _serve(folder: PlaygroundFolder, simulate: str, latency: str, voice: T
             await asyncio.Event().wait()  # until it is cancelled
         finally:
             server.close()  # and no wait for its connections: a claim that hangs would keep it
-
-
-def _once(task: asyncio.Task[None] | None) -> Callable[[], None]:
-    """Cancel this task at the first call only: a second one must not cut its clean-up short."""
-    assert task is not None
-    over = asyncio.Event()
-
-    def end() -> None:
-        if not over.is_set():
-            over.set()
-            task.cancel()
-
-    return end
 
 
 async def _answer(
