@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from gpuslice import __version__, config
 from gpuslice.errors import ApiError, ConfigError, DriverError
+from gpuslice.playground import commands as playground
 
 EXIT_CODES = """\
 exit codes:
@@ -21,14 +22,15 @@ exit codes:
   2  a flag, an environment variable or the policy file is wrong
   3  the node is not ready: GPUs, NVIDIA driver, folders or records
   4  the API server refused a request or did not answer it
-  130  Ctrl-C ended the command before it was done (demo, devices, claims)
+  130  Ctrl-C ended the command before it was done (demo, playground up, devices, claims)
 """
 
 _ABOUT = """\
 A Kubernetes DRA driver for NVIDIA GPU slices: whole cards, MIG, MPS and time-slicing from the same card,
 chosen by each claim.
 
-  gpuslice demo                          show every feature on a simulated node: no GPU, no cluster, half a minute
+  gpuslice demo                          show every feature on a simulated node: no GPU, no cluster, ten seconds
+  gpuslice playground up                 start a stand-in cluster in the background, for claims of your own
   gpuslice run --simulate h100x2         run the kubelet plugin on a node with simulated cards
   gpuslice run                           run the kubelet plugin on a GPU node
   gpuslice mps-supervisor                run the MPS daemons of the node, in a process beside the plugin
@@ -111,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NODE",
         help="cards of the simulated node, e.g. a100-40gx2+l4; default h100x2",
     )
+    play = _add(commands, "playground", "try claims of your own on simulated cards", playground.ABOUT, playground.run)
+    playground.add_flags(play)
     devices = _add(commands, "devices", "show each GPU, its offers and its claims", _DEVICES, _devices)
     config.add_flags(devices, *config.NODE_FLAGS)
     claims = _add(commands, "claims", "list the prepared claims of this node", _CLAIMS, _claims)

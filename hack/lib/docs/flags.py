@@ -14,8 +14,17 @@ _HELP = re.compile(r"(?P<meaning>.*?)(?: \(env (?P<env>\w+)(?:; default (?P<defa
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+    """Every command that does something: `run`, `playground up`."""
+    return dict(_commands(cli.parser(), ""))
+
+
+def _commands(parser: argparse.ArgumentParser, before: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield before.strip(), parser
+    for action in inner:
+        for name, made in action.choices.items():
+            yield from _commands(made, f"{before} {name}")
 
 
 def flags() -> str:

@@ -1,0 +1,105 @@
+"""What `gpuslice playground` takes, and where it goes. Nothing of the driver is loaded before a command is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ABOUT = """\
+Try claims of your own on simulated cards: no GPU, no cluster, no root.
+
+  gpuslice playground up                              start it in the background
+  gpuslice playground claim slice --memory 9Gi        make a claim, and see what it gets
+  gpuslice playground release slice-1                 take it back
+  gpuslice playground down                            end everything
+
+It is the driver and the MPS supervisor, as processes, beside a stand-in API
+server, kubelet and scheduler. All of it is in one folder, and goes with `down`.
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The four commands of the playground, below `gpuslice playground`."""
+    actions = parser.add_subparsers(title="commands", metavar="ACTION", required=True)
+    up = _add(actions, "up", "start a playground in the background", _up)
+    up.add_argument("--simulate", default="h100x2", metavar="NODE", help="cards to simulate; default h100x2")
+    up.add_argument(
+        "--simulate-latency",
+        default="realistic",
+        choices=("realistic", "zero", "serial"),
+        help="how long simulated calls take; default realistic",
+    )
+    claim = _add(actions, "claim", "make a claim of a DeviceClass and prepare it", _claim)
+    claim.add_argument("device_class", metavar="CLASS", help="such as mig.gpuslice.dev, or mig for short")
+    claim.add_argument("--name", default="", help="name of the claim; default CLASS-NUMBER")
+    claim.add_argument("--profile", default="", metavar="1g.10gb", help="MIG profile")
+    claim.add_argument("--memory", default="", metavar="9Gi", help="memory that it needs at least")
+    claim.add_argument("--sm-percent", default="", metavar="25", help="percent of the SMs (MPS)")
+    claim.add_argument("--shares", default="", metavar="2", help="turns of a time-slicing share")
+    claim.add_argument("--count", type=int, default=1, metavar="2", help="number of devices; default 1")
+    release = _add(actions, "release", "take a claim back", _release)
+    release.add_argument("name", metavar="NAME", help="name of the claim")
+    _add(actions, "down", "end the playground and remove all of it", _down)
+    for action in actions.choices.values():
+        action.add_argument("--folder", type=Path, help="folder of the playground, where there are several")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the chosen command: 0, or 1 with one sentence on standard error. ConfigError: what was typed is wrong."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from gpuslice.playground.folder import PlaygroundError
+
+    try:
+        print(parsed.action(parsed))
+    except PlaygroundError as e:
+        print(f"gpuslice playground: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    about: str,
+    action: Callable[[argparse.Namespace], str],
+) -> argparse.ArgumentParser:
+    made = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
+    made.set_defaults(action=action)
+    return made
+
+
+def _up(parsed: argparse.Namespace) -> str:
+    from gpuslice.playground import client
+
+    return client.up(parsed.folder, parsed.simulate, parsed.simulate_latency)
+
+
+def _claim(parsed: argparse.Namespace) -> str:
+    from gpuslice.playground import client
+    from gpuslice.playground.wanted import Wanted
+
+    wanted = Wanted(
+        device_class=parsed.device_class,
+        name=parsed.name,
+        profile=parsed.profile,
+        memory=parsed.memory,
+        sm_percent=parsed.sm_percent,
+        shares=parsed.shares,
+        count=parsed.count,
+    )
+    return client.claim(parsed.folder, wanted)
+
+
+def _release(parsed: argparse.Namespace) -> str:
+    from gpuslice.playground import client
+
+    return client.release(parsed.folder, parsed.name)
+
+
+def _down(parsed: argparse.Namespace) -> str:
+    from gpuslice.playground import client
+
+    return client.down(parsed.folder)
