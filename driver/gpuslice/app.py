@@ -15,9 +15,8 @@ from functools import partial
 
 from gpuslice import hardware, node
 from gpuslice.checkpoint import Checkpoint
-from gpuslice.config import Config
+from gpuslice.config import Config, check_cdi_root
 from gpuslice.core import cdi
-from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
 from gpuslice.errors import ConfigError
 from gpuslice.kube import Kube
@@ -27,7 +26,7 @@ from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.claim_queue import Releases
 from gpuslice.plugin.mps_upkeep import MpsUpkeep
 from gpuslice.plugin.prepare import Preparer
-from gpuslice.plugin.server import PluginServer
+from gpuslice.plugin.server import PluginServer, socket_paths
 from gpuslice.plugin.service import ClaimService
 from gpuslice.plugin.steps import StepExecutor
 from gpuslice.publishing.controller import SliceController
@@ -65,20 +64,31 @@ class App:
             raise ConfigError("the node has no name; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)")
         self._config = config
         self.hanging = False
+        socket_paths(
+            driver=config.driver_name,
+            registry=config.kubelet_registrar_directory_path,
+            plugin_folder=config.plugin_folder,
+            pod_uid=config.pod_uid,
+            registration_socket=config.registration_socket,
+        )
         kind = cdi.kind_of(config.driver_name)
-        folder = files.ensure_folder(config.plugin_folder)
-        files.ensure_folder(config.kubelet_registrar_directory_path)
+        folder = config.plugin_folder
         policy = node.read_policy(config.policy)
         self._kube = Kube(config.kubeconfig)
+        check_cdi_root(config.cdi_root)
         self._telemetry = Telemetry()
         self._releases = Releases()
         self._nvml, host = hardware.open_node(config)
         gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
-        static = Inventory.of(gpus, policy, config.node_name, static=True)
-        dynamic = Inventory.of(gpus, policy, config.node_name)
+        static = node.inventory(gpus, policy, config, static=True)
+        dynamic = node.inventory(gpus, policy, config)
         inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
+        # Folders only now: a start that fails at its settings leaves none.
+        files.ensure_folder(folder)
+        files.ensure_folder(config.kubelet_registrar_directory_path)
+        node.save_gpus(gpus, folder / "gpus.json")
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         for sentence in self._checkpoint.broken():
             log.error("%s", sentence)
