@@ -6,6 +6,7 @@ Imports of the driver proper happen inside the commands: `--help` and a wrong fl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -50,12 +51,14 @@ def _outcome(arguments: Sequence[str] | None) -> int:
 
 
 def _ends(sentence: object, code: int) -> int:
-    print(f"gpuslice: {sentence}", file=sys.stderr)
+    line = "\\n".join(str(sentence).splitlines())  # a name may have an end of line in it
+    print(f"gpuslice: {line}", file=sys.stderr)
     return code
 
 
 def _silence() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_code(error: DriverError) -> int:

@@ -90,7 +90,7 @@ def check_paths(config: Config) -> Config:
         if path is not None and not path.is_absolute():
             raise ConfigError(
                 f"{_flag(name)} is {str(path)!r}, a relative path, which {reader} would look for elsewhere; give the whole "
-                f"path, such as {Path.cwd() / path}"
+                f"path, such as {str(Path.cwd() / path)!r}"
             )
     return config
 

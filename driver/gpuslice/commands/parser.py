@@ -7,9 +7,12 @@ import difflib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gpuslice.commands import texts
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 WIDTH = 80  # columns of a terminal that nobody has made wider
 
@@ -17,6 +20,10 @@ Command = Callable[[argparse.Namespace], int]
 
 
 class CommandParser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Argparse's own says nothing of an output that fails."""
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")

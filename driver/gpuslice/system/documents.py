@@ -33,27 +33,33 @@ class _Loader(yaml.SafeLoader):
 
 def read(path: Path, what: str, page: str) -> object:
     """The document in this file, None where it is empty. ConfigError begins with `what`, and `page` is where to read on."""
+    name = f"{what} {_shown(path)}"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise ConfigError(f"{what} {path} is not there; check the path") from e
+        raise ConfigError(f"{name} is not there; check the path") from e
     except IsADirectoryError as e:
-        raise ConfigError(f"{what} {path} is a folder; name the file in it") from e
+        raise ConfigError(f"{name} is a folder; name the file in it") from e
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{what} {path} is no UTF-8 text (byte {e.start}); write it as text, see {page}") from e
+        raise ConfigError(f"{name} is no UTF-8 text (byte {e.start}); write it as text, see {page}") from e
     except (OSError, ValueError) as e:  # ValueError: a path with a null byte
         raise ConfigError(
-            f"{what} {path} cannot be read ({getattr(e, 'strerror', e)}); check its permissions and its path"
+            f"{name} cannot be read ({getattr(e, 'strerror', e)}); check its permissions and its path"
         ) from e
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.constructor.ConstructorError as e:
-        raise ConfigError(f"{what} {path}, {_place(e)}; see {page}") from e
+        raise ConfigError(f"{name}, {_place(e)}; see {page}") from e
     except yaml.MarkedYAMLError as e:
-        raise ConfigError(f"{what} {path} is not YAML, {_place(e)}; see {page}") from e
+        raise ConfigError(f"{name} is not YAML, {_place(e)}; see {page}") from e
     # ValueError: 2026-13-01 is a date to YAML, and a number of 5,000 digits one to Python.
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e:
-        raise ConfigError(f"{what} {path} is not YAML: {' '.join(str(e).split())}; see {page}") from e
+        raise ConfigError(f"{name} is not YAML: {' '.join(str(e).split())}; see {page}") from e
+
+
+def _shown(path: Path) -> str:
+    """The path in one line."""
+    return "\\n".join(str(path).splitlines())
 
 
 def _place(error: yaml.MarkedYAMLError) -> str:
