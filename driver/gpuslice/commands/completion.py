@@ -16,14 +16,14 @@ _gpuslice() {
   local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="" i
   for ((i = 1; i < COMP_CWORD; i++)); do
     case "$command ${COMP_WORDS[i]}" in
-COMMANDS
+@COMMANDS@
     esac
   done
   case "$before" in
-VALUES
+@VALUES@
   esac
   case "$command" in
-WORDS
+@WORDS@
   esac
 }
 complete -F _gpuslice gpuslice
@@ -47,10 +47,7 @@ def _bash(parser: argparse.ArgumentParser) -> str:
     flags: dict[str, str] = {}
     for path, at in tree(parser):
         if path:
-            commands.append(
-                f'      "{" ".join(("", *path[:-1])) if path[1:] else ""} {path[-1]}")'.replace('"  ', '" ')
-            )
-            commands[-1] += f' command="{" ".join(path)}" ;;'
+            commands.append(f'      "{" ".join(path[:-1])} {path[-1]}") command="{" ".join(path)}" ;;')
         offered = [*subcommands(at), *(value for action in _arguments(at) for value in values(action))]
         offered += [option for action in at._actions for option in action.option_strings]
         files = "-f " if any(action.metavar == "FILE" for action in _arguments(at)) else ""
@@ -59,9 +56,9 @@ def _bash(parser: argparse.ArgumentParser) -> str:
             flags["|".join(action.option_strings)] = _compgen(action)
     shown = [f'    {names}) COMPREPLY=($(compgen {how} -- "$word")); return ;;' for names, how in flags.items()]
     return (
-        _BASH.replace("COMMANDS", "\n".join(commands))
-        .replace("VALUES", "\n".join(shown))
-        .replace("WORDS", "\n".join(words))
+        _BASH.replace("@COMMANDS@", "\n".join(commands))
+        .replace("@VALUES@", "\n".join(shown))
+        .replace("@WORDS@", "\n".join(words))
     )
 
 
