@@ -133,6 +133,31 @@ def test_claims_for_programs_without_any(capsys: pytest.CaptureFixture[str], tmp
     assert json.loads(text) == {"claims": [], "warnings": []}
 
 
+def test_a_record_that_nobody_can_read_is_a_warning_and_the_others_are_shown(
+    rig: Rig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rig.prepare(a_claim("one", rig.device("mig-1g-19-6")))
+    (rig.checkpoint.folder / "uid-two.json").write_text("[]\n", encoding="utf-8")
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "gpuslice.dev").symlink_to(tmp_path)  # its claims and the node of the rig
+    simulated = ("--simulate", "h100x2", "--simulate-folder", str(tmp_path / "node"))
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["claims", "-o", "json", "--kubelet-plugins-directory-path", str(plugins), *simulated])
+
+    out, err = capsys.readouterr()
+    body = json.loads(out)
+    assert ended.value.code == 0
+    assert [claim["name"] for claim in body["claims"]] == ["one"]
+    assert [(d["request"], d["device"], d["type"]) for d in body["claims"][0]["devices"]] == [
+        ("gpu-0", "mig-1g-19-6", "mig")
+    ]
+    assert body["claims"][0]["devices"][0]["uuid"].startswith("MIG-")
+    assert "uid-two.json of claim uid-two cannot be read" in err
+    assert body["warnings"][0] in err
+
+
 # ---------------------------------------------------------------- policy check
 
 
