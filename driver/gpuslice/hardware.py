@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,8 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
 @contextlib.contextmanager
 def visit(config: Config, *, anew: bool = False) -> Iterator[Nvml]:
     """The GPUs for one look. A simulated node that does not exist yet, or is wanted `anew`, is gone after the look."""
+    import tempfile
+
     with contextlib.ExitStack() as stack:
         if config.simulate and (anew or not _exists(config.simulated_node / "node.json")):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))

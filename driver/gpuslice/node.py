@@ -109,10 +109,11 @@ def snapshot(config: Config) -> Iterator[Node]:
 def records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
     """What is prepared on the node, and a sentence for whatever cannot be read. Needs no GPU and no NVML."""
     try:
-        return _records(_as_running(config))
+        found, notes = _records(_as_running(config))
     except StateError as e:
         found, notes = _records(config)
         return found, (str(e), *notes)
+    return found, notes if found or config.plugin_folder.exists() else (_nothing_here(config),)
 
 
 def _records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
@@ -126,16 +127,28 @@ def _records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]
     return kept.records(), kept.broken()
 
 
+def _nothing_here(config: Config) -> str:
+    return (
+        f"no driver has run with the folder {config.plugin_folder}; if one has run with another folder, give its "
+        "--kubelet-plugins-directory-path and --driver-name"
+    )
+
+
 def save_settings(config: Config) -> None:
     """Write down what `devices` and `claims` need, so that they take no flags on the node of a running driver."""
     settings = {
         "node_name": config.node_name,
         "policy": str(config.policy.absolute() if config.policy else ""),
-        "simulate": config.simulate,
+        "simulate": _absolute(config.simulate),
         "simulate_folder": str(config.simulate_folder.absolute() if config.simulate_folder else ""),
         "simulate_latency": config.simulate_latency,
     }
     files.write_atomic(config.plugin_folder / "running.json", json.dumps(settings))
+
+
+def _absolute(simulate: str) -> str:
+    """A node file is named by its whole path, because the next command is typed elsewhere."""
+    return str(Path(simulate).absolute()) if "/" in simulate or Path(simulate).suffix else simulate
 
 
 def _as_running(config: Config) -> Config:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from gpuslice import cli, report
+from gpuslice import cli, node, report
 from gpuslice.commands import completion, output
 from gpuslice.commands.parser import tree
+from gpuslice.config import Config
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.policy.rules import Policy
 
@@ -70,13 +71,13 @@ def test_help_of_a_command_is_its_help(name: str, capsys: pytest.CaptureFixture[
 # ---------------------------------------------------------------- tables and maps
 
 
-@pytest.mark.parametrize("node", ["h100x2", "h200", "a30", "l4", "rtx-pro-6000", "a100-40g:mig", "gh200-96g"])
+@pytest.mark.parametrize("spec", ["h100x2", "h200", "a30", "l4", "rtx-pro-6000", "a100-40g:mig", "gh200-96g"])
 def test_devices_fit_80_columns_and_wide_has_a_line_for_each_thing(
-    node: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    spec: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     where = ("--kubelet-plugins-directory-path", str(tmp_path))
-    narrow = said(capsys, "devices", "--simulate", node, *where).splitlines()
-    wide = said(capsys, "devices", "--simulate", node, "-o", "wide", *where).splitlines()
+    narrow = said(capsys, "devices", "--simulate", spec, *where).splitlines()
+    wide = said(capsys, "devices", "--simulate", spec, "-o", "wide", *where).splitlines()
 
     assert [line for line in narrow if len(line) > 80] == []
     assert sum(line.startswith("  offers ") for line in wide) == sum(line.startswith("GPU ") for line in wide)
@@ -127,10 +128,37 @@ def test_devices_for_programs(form: str, capsys: pytest.CaptureFixture[str], tmp
     assert [device["name"] for device in second["devices"]] == ["mps", "timeslice", "gpu", "monitor"]
 
 
-def test_claims_for_programs_without_any(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_claims_of_a_folder_without_a_driver_are_none_and_the_folder_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = said(capsys, "claims", "-o", "json", "--kubelet-plugins-directory-path", str(tmp_path))
+
+    body = json.loads(text)
+    assert body["claims"] == []
+    assert body["warnings"] == [
+        f"no driver has run with the folder {tmp_path}/gpuslice.dev; if one has run with another folder, give its "
+        "--kubelet-plugins-directory-path and --driver-name"
+    ]
+
+
+def test_claims_where_a_driver_runs_without_any_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "gpuslice.dev").mkdir()
+
     text = said(capsys, "claims", "-o", "json", "--kubelet-plugins-directory-path", str(tmp_path))
 
     assert json.loads(text) == {"claims": [], "warnings": []}
+
+
+def test_a_node_file_is_found_again_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "node.yaml").write_text("gpus: [{product: l4}]", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plugins/gpuslice.dev").mkdir(parents=True)
+    plugins = tmp_path / "plugins"
+    node.save_settings(Config(node_name="n", simulate="./node.yaml", kubelet_plugins_directory_path=plugins))
+    monkeypatch.chdir("/")
+
+    with node.snapshot(Config(kubelet_plugins_directory_path=plugins)) as seen:
+        assert [pool.gpu.product for pool in seen.inventory.pools] == ["NVIDIA L4"]
 
 
 def test_a_record_that_nobody_can_read_is_a_warning_and_the_others_are_shown(

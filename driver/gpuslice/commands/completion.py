@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterator, Sequence
 
 from gpuslice.commands.parser import subcommands, tree
@@ -68,6 +67,8 @@ def _compgen(action: argparse.Action) -> str:
 
 
 def _fish(parser: argparse.ArgumentParser) -> Iterator[str]:
+    import shlex
+
     yield "complete -c gpuslice -f"
     for path, at in tree(parser):
         seen = "; and ".join(f"__fish_seen_subcommand_from {name}" for name in path) or "__fish_use_subcommand"

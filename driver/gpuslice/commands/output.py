@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -29,6 +28,8 @@ def show(form: str | None, text: str, body: Mapping[str, Any]) -> None:
     """Print the text, or for json and yaml the body."""
     match form:
         case "json":
+            import json
+
             print(json.dumps(body, indent=2))
         case "yaml":
             import yaml

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +64,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     """As `parse_args`, but what a command does not know is the error of that command, with what may have been meant."""
     parsed, rest = parser.parse_known_args(arguments)
     if rest:
+        import difflib
+
         at: argparse.ArgumentParser = getattr(parsed, "parser", parser)
         known = [option for action in at._actions for option in action.option_strings]
         near = difflib.get_close_matches(rest[0].partition("=")[0], known, 1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
-import traceback
 from pathlib import Path
 
 _OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -16,6 +14,8 @@ def sentence(error: Exception) -> str:
     """What a person can do about this error. The trace goes into a temporary file."""
     if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT:
         return f"cannot write the output: {os.strerror(error.errno)}; send the output to a place with free space"
+    import traceback  # here and below: no command that goes well needs it
+
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
     way = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     what = " ".join(f"{type(error).__name__}: {error}".split())
@@ -23,6 +23,9 @@ def sentence(error: Exception) -> str:
 
 
 def _kept(error: Exception) -> str:
+    import tempfile
+    import traceback
+
     try:
         descriptor, path = tempfile.mkstemp(prefix="gpuslice-trace-", suffix=".txt")
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
