@@ -60,17 +60,9 @@ class App:
 
     def __init__(self, config: Config) -> None:
         """Build all that needs no event loop. ConfigError, StateError or DeviceError where the node is not ready for us."""
-        if not config.node_name:
-            raise ConfigError("the node has no name; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)")
+        _check(config)
         self._config = config
         self.hanging = False
-        socket_paths(
-            driver=config.driver_name,
-            registry=config.kubelet_registrar_directory_path,
-            plugin_folder=config.plugin_folder,
-            pod_uid=config.pod_uid,
-            registration_socket=config.registration_socket,
-        )
         kind = cdi.kind_of(config.driver_name)
         folder = config.plugin_folder
         policy = node.read_policy(config.policy)
@@ -225,6 +217,19 @@ class App:
         while True:
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
+
+
+def _check(config: Config) -> None:
+    """ConfigError for what is wrong before anything is opened or made."""
+    if not config.node_name:
+        raise ConfigError("the node has no name; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)")
+    socket_paths(
+        driver=config.driver_name,
+        registry=config.kubelet_registrar_directory_path,
+        plugin_folder=config.plugin_folder,
+        pod_uid=config.pod_uid,
+        registration_socket=config.registration_socket,
+    )
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

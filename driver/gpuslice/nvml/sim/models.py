@@ -73,18 +73,7 @@ def product(key: str, own: Mapping[str, Mapping[str, object]] | None = None) -> 
 
     Raises ConfigError where the key is unknown or something is not known of the product.
     """
-    body = (own or {}).get(key) or catalogue().get(key)
-    if body is None:
-        near = [other for other in known() if other.startswith(key.split("-")[0])] or list(known())
-        raise ConfigError(
-            f"product {key!r} is unknown; simulate one of {', '.join(near)}, or describe it in a node file"
-        )
-    _check_mapping(f"product {key!r}", body)
-    if body.get("missing"):
-        what = "; ".join(map(str, _list(f"product {key!r}", body, "missing")))
-        raise ConfigError(
-            f"{key} cannot be simulated, because nobody has published its {what}; describe it in a node file"
-        )
+    body = _body(key, own or {})
     _check(f"product {key!r}", body, (*_CARD_FIELDS, "profiles"), ("inferred",))
     profiles = cast("list[Mapping[str, object]]", _list(f"product {key!r}", body, "profiles"))
     inferred = [*map(str, _list(f"product {key!r}", body, "inferred"))]
@@ -105,6 +94,23 @@ def product(key: str, own: Mapping[str, Mapping[str, object]] | None = None) -> 
         profiles=tuple(_profile(key, entry) for entry in profiles),
         inferred=tuple(inferred),
     )
+
+
+def _body(key: str, own: Mapping[str, Mapping[str, object]]) -> Mapping[str, object]:
+    """The entry of this product, complete or not."""
+    body = own.get(key) or catalogue().get(key)
+    if body is None:
+        near = [other for other in known() if other.startswith(key.split("-")[0])] or list(known())
+        raise ConfigError(
+            f"product {key!r} is unknown; simulate one of {', '.join(near)}, or describe it in a node file"
+        )
+    _check_mapping(f"product {key!r}", body)
+    if body.get("missing"):
+        what = "; ".join(map(str, _list(f"product {key!r}", body, "missing")))
+        raise ConfigError(
+            f"{key} cannot be simulated, because nobody has published its {what}; describe it in a node file"
+        )
+    return body
 
 
 def _profile(key: str, body: Mapping[str, object]) -> MigProfile:
