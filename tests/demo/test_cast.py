@@ -45,8 +45,8 @@ def test_cards_are_named_as_a_sentence_names_them() -> None:
 
 
 def test_a_map_of_twelve_memory_slices_fits_a_terminal() -> None:
-    ruler = " " * 10 + "".join(str(number).center(9) for number in range(12))
-    cells = "  memory  " + "[   .   ]" * 9 + "[" + "1g.24gb".center(25) + "]"
+    ruler = " " * 8 + "".join(str(number).center(6) for number in range(12))
+    cells = "  memory" + "[ .  ]" * 9 + "[" + "1g.24gb".center(16) + "]"
 
     lines = map_lines([CardRow(0, (ruler, cells)), CardRow(1, (ruler, cells))])
 

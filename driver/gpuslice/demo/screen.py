@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTH = 80
 _EDGE = 7  # before the map: room for "GPU 15 "
-_BLOCK = re.compile(r"\[(.*?)\]")
 
 
 def say(text: str = "", indent: int = 2) -> None:
@@ -30,7 +28,7 @@ def folded(text: str, indent: int = 2) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class CardRow:
-    """One card of the map: `report.memory_map` of it."""
+    """One card of the map: `report.memory_map` of it, within 80 columns."""
 
     index: int
     lines: tuple[str, ...]
@@ -54,9 +52,6 @@ def _card(name: str, *shown: str) -> list[str]:
     body = cells[cells.index("[") :]
     if not ruler:
         return [f"{name.ljust(_EDGE + 3)}{body}"]
-    count = len(ruler[0].split())
-    cell, room = len(body) // count, min(9, (WIDTH - 1 - _EDGE) // count)
-    numbers = "".join(str(number).center(room) for number in range(count))
+    numbers = ruler[0][len(cells) - len(body) :]
     head = name.ljust(_EDGE) + numbers if len(name) < _EDGE else name + numbers[len(name) - _EDGE :]
-    blocks = ((len(found[0]) // cell * room - 2, found[1].strip()) for found in _BLOCK.finditer(body))
-    return [head.rstrip(), " " * _EDGE + "".join(f"[{text[:wide].center(wide)}]" for wide, text in blocks)]
+    return [head, " " * _EDGE + body]

@@ -13,7 +13,7 @@ from gpuslice.core import share
 from gpuslice.core.model import ClaimRef
 from gpuslice.core.record import Record
 from gpuslice.demo.cast import Cast
-from gpuslice.demo.screen import CardRow, map_lines, say
+from gpuslice.demo.screen import WIDTH, CardRow, map_lines, say
 from gpuslice.mps.client import MpsClient
 from gpuslice.node import Node
 from gpuslice.nvml.sim import spec
@@ -147,7 +147,7 @@ def card_rows(node: Node) -> list[CardRow]:
     records = tuple(node.records.values())
     for pool in node.inventory.pools:
         grants = [grant for record in records for grant in record.plan.grants if grant.gpu == pool.gpu.uuid]
-        lines = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records)
+        lines = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records, WIDTH)
         rows.append(CardRow(pool.gpu.index, tuple(lines)))
     return rows
 

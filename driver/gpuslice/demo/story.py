@@ -20,8 +20,8 @@ from gpuslice import report
 from gpuslice.demo import crash, partitions, shares
 from gpuslice.demo.cast import Cast, numbers
 from gpuslice.demo.offer import published
-from gpuslice.demo.screen import WIDTH, map_lines, say
-from gpuslice.demo.stage import BrokenPromiseError, Stage, card_rows
+from gpuslice.demo.screen import WIDTH, say
+from gpuslice.demo.stage import BrokenPromiseError, Stage
 from gpuslice.mps.process import ProcessId
 from gpuslice.node import Node
 from gpuslice.nvml.sim import spec
@@ -103,32 +103,22 @@ async def start(stage: Stage) -> None:
 
 async def whole_report(stage: Stage) -> None:
     extras = stage.cast.extras
-    for index, lines in stage.look(_reports).items():
+    for index, text in stage.look(_reports).items():
         if index not in extras:
-            _quote(lines)
+            print(f"{text}\n")
     if extras:
         say(f"… and {numbers(extras)}, which claim batch holds", 0)
         print()
-    for line in stage.look(lambda node: report.claims(node.records)).splitlines():
-        say(line, 0)
+    print(stage.look(lambda node: report.claims(node.records, WIDTH)))
 
 
-def _reports(node: Node) -> dict[int, list[str]]:
-    """The report of each card, with the demo's map where that of the report is too wide."""
-    found = {}
+def _reports(node: Node) -> dict[int, str]:
+    """The report of each card."""
     records = tuple(node.records.values())
-    for pool, row in zip(node.inventory.pools, card_rows(node), strict=True):
-        text = report.gpu_report(pool, node.live.get(pool.gpu.uuid), records, node.taints)
-        if max(map(len, row.lines)) > WIDTH:
-            text = text.replace("\n".join(row.lines), "\n".join(map_lines([row])))
-        found[row.index] = text.splitlines()
-    return found
-
-
-def _quote(lines: Sequence[str]) -> None:
-    for line in lines:
-        say(line, 0)
-    print()
+    return {
+        pool.gpu.index: report.gpu_report(pool, node.live.get(pool.gpu.uuid), records, node.taints, WIDTH)
+        for pool in node.inventory.pools
+    }
 
 
 async def the_end(stage: Stage) -> None:

@@ -8,43 +8,38 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ABOUT = """\
-Try claims of your own on simulated cards: no GPU, no cluster, no root.
-
-  gpuslice playground up                              start it in the background
-  gpuslice playground claim slice --memory 9Gi        make a claim, and see what it gets
-  gpuslice playground release slice-1                 take it back
-  gpuslice playground down                            end everything
-
-It is the driver and the MPS supervisor, as processes, beside a stand-in API
-server, kubelet and scheduler. All of it is in one folder, and goes with `down`.
-"""
+from gpuslice.commands.parser import add
+from gpuslice.commands.texts import PLAYGROUND_EXAMPLES
+from gpuslice.config import LATENCIES
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_commands(parser: argparse.ArgumentParser) -> None:
     """The four commands of the playground, below `gpuslice playground`."""
-    actions = parser.add_subparsers(title="commands", metavar="ACTION", required=True)
+    actions = parser.add_subparsers(prog=parser.prog, title="commands", metavar="COMMAND", required=True)
     up = _add(actions, "up", "start a playground in the background", _up)
     up.add_argument("--simulate", default="h100x2", metavar="NODE", help="cards to simulate; default h100x2")
     up.add_argument(
         "--simulate-latency",
         default="realistic",
-        choices=("realistic", "zero", "serial"),
-        help="how long simulated calls take; default realistic",
+        choices=LATENCIES,
+        metavar="LATENCY",
+        help=f"how long simulated calls take: one of {', '.join(LATENCIES)}; default realistic",
     )
-    claim = _add(actions, "claim", "make a claim of a DeviceClass and prepare it", _claim)
+    claim = _add(actions, "claim", "make a claim of a DeviceClass and prepare it", _claim, "CLASS [flags]")
     claim.add_argument("device_class", metavar="CLASS", help="such as mig.gpuslice.dev, or mig for short")
-    claim.add_argument("--name", default="", help="name of the claim; default CLASS-NUMBER")
+    claim.add_argument("--name", default="", metavar="NAME", help="name of the claim; default CLASS-NUMBER")
     claim.add_argument("--profile", default="", metavar="1g.10gb", help="MIG profile")
     claim.add_argument("--memory", default="", metavar="9Gi", help="memory that it needs at least")
     claim.add_argument("--sm-percent", default="", metavar="25", help="percent of the SMs (MPS)")
     claim.add_argument("--shares", default="", metavar="2", help="turns of a time-slicing share")
     claim.add_argument("--count", type=int, default=1, metavar="2", help="number of devices; default 1")
-    release = _add(actions, "release", "take a claim back", _release)
+    release = _add(actions, "release", "take a claim back", _release, "NAME [flags]")
     release.add_argument("name", metavar="NAME", help="name of the claim")
     _add(actions, "down", "end the playground and remove all of it", _down)
     for action in actions.choices.values():
-        action.add_argument("--folder", type=Path, help="folder of the playground, where there are several")
+        action.add_argument(
+            "--folder", type=Path, metavar="FOLDER", help="folder of the playground, where there are several"
+        )
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -63,10 +58,12 @@ def run(parsed: argparse.Namespace) -> int:
 def _add(
     actions: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    about: str,
+    short: str,
     action: Callable[[argparse.Namespace], str],
+    usage: str = "[flags]",
 ) -> argparse.ArgumentParser:
-    made = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
+    about = f"{short[0].upper()}{short[1:]}.\n"
+    made = add(actions, name, short, run, about=about, examples=PLAYGROUND_EXAMPLES, usage=usage)
     made.set_defaults(action=action)
     return made
 
