@@ -28,9 +28,9 @@ def test_without_a_policy_file_the_default_holds() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "cannot be read ([Errno 2] No such file or directory"),
-        (b"\xff\xfe\x00", "cannot be read ("),
-        (b"default: [", "cannot be read (while parsing a flow node"),
+        (None, "is not there; check the path"),
+        (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        (b"default: [", "is not YAML, line 1, column 11: "),
         (b"apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault: {modus: [gpu]}", "modus"),
         (b"- gpu", "policy file"),
         (b"# nothing yet", "write apiVersion: gpuslice.dev/v1alpha1"),
@@ -57,6 +57,7 @@ def test_a_policy_file_that_cannot_be_used_is_named_in_one_line(
 def test_a_lost_card_is_as_it_was_when_last_seen(tmp_path: Path) -> None:
     nvml, host = SimNvml(tmp_path / "node", "h100x2", latency="zero"), SimHost(tmp_path / "node")
     both = node.known_gpus(nvml, host, tmp_path / "gpus.json")
+    node.save_gpus(both, tmp_path / "gpus.json")
     nvml.lose(both[0].uuid)
 
     assert node.known_gpus(nvml, host, tmp_path / "gpus.json") == both
@@ -70,6 +71,7 @@ def test_a_file_of_cards_that_tells_nothing_is_made_again(tmp_path: Path, text: 
     path.write_text(text)
 
     found = node.known_gpus(nvml, host, path)
+    node.save_gpus(found, path)
 
     assert [gpu.index for gpu in found] == [0, 1]
     assert len(json.loads(path.read_text())) == 2
@@ -94,7 +96,10 @@ def test_settings_of_a_running_driver_that_cannot_be_read_name_the_flags_to_give
     config = settings(tmp_path, text)
 
     with (
-        pytest.raises(StateError, match=r"running\.json cannot be read \(.*\); give --node-name, and --simulate"),
+        pytest.raises(
+            StateError,
+            match=r"running\.json is not .* \(.*\); start the driver again, or give --node-name, and --simulate",
+        ),
         node.snapshot(config),
     ):
         pass

@@ -15,9 +15,8 @@ from functools import partial
 
 from gpuslice import hardware, node
 from gpuslice.checkpoint import Checkpoint
-from gpuslice.config import Config
+from gpuslice.config import Config, check_cdi_root
 from gpuslice.core import cdi
-from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
 from gpuslice.errors import ConfigError, LastingApiError
 from gpuslice.kube import Kube
@@ -27,7 +26,7 @@ from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.claim_queue import Releases
 from gpuslice.plugin.mps_upkeep import MpsUpkeep
 from gpuslice.plugin.prepare import Preparer
-from gpuslice.plugin.server import PluginServer
+from gpuslice.plugin.server import PluginServer, socket_paths
 from gpuslice.plugin.service import ClaimService
 from gpuslice.plugin.steps import StepExecutor
 from gpuslice.publishing import node_health
@@ -72,27 +71,28 @@ class App:
 
     def __init__(self, config: Config) -> None:
         """Build all parts that need no event loop. ConfigError, StateError or DeviceError if the node is not ready."""
-        if not config.node_name:
-            raise ConfigError(
-                "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
-            )
+        _check(config)
         self._config = config
         self.hanging = False
         self._endpoint = Endpoint.parse(config.http_endpoint) if config.http_endpoint else None
         kind = cdi.kind_of(config.driver_name)
-        folder = files.ensure_folder(config.plugin_folder)
-        files.ensure_folder(config.kubelet_registrar_directory_path)
+        folder = config.plugin_folder
         policy = node.read_policy(config.policy)
         self._kube = Kube(config.kubeconfig)
+        check_cdi_root(config.cdi_root)
         self._telemetry = Telemetry()
         self._releases = Releases()
         self._nvml, host = hardware.open_node(config)
         gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
-        static = Inventory.of(gpus, policy, config.node_name, static=True)
-        dynamic = Inventory.of(gpus, policy, config.node_name)
+        static = node.inventory(gpus, policy, config, static=True)
+        dynamic = node.inventory(gpus, policy, config)
         inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
+        # Folders only now: a start that fails at its settings leaves none.
+        files.ensure_folder(folder)
+        files.ensure_folder(config.kubelet_registrar_directory_path)
+        node.save_gpus(gpus, folder / "gpus.json")
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         for sentence in self._checkpoint.broken():
             log.error("%s", sentence)
@@ -248,6 +248,21 @@ class App:
         while True:
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
+
+
+def _check(config: Config) -> None:
+    """ConfigError for what is wrong before anything is opened or made."""
+    if not config.node_name:
+        raise ConfigError(
+            "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
+        )
+    socket_paths(
+        driver=config.driver_name,
+        registry=config.kubelet_registrar_directory_path,
+        plugin_folder=config.plugin_folder,
+        pod_uid=config.pod_uid,
+        registration_socket=config.registration_socket,
+    )
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -27,16 +27,12 @@ from gpuslice.system.files import Version
 from gpuslice.system.spares import Spares
 
 
-class Checkpoint:
-    def __init__(self, folder: Path, boot: str) -> None:
-        """Open the records of this boot below `folder` and drop those of any other. StateError without permission."""
-        files.ensure_folder(folder)
-        for other in folder.iterdir():
-            if other.name != boot and other.is_dir():
-                shutil.rmtree(other, ignore_errors=True)
-        self.folder = files.ensure_folder(folder / boot)
+class Records:
+    """The records of one boot, read only: of a folder that may be gone, or another user's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._read: dict[str, tuple[Version, Record]] = {}
-        self.spares = Spares(self.folder, 0o600)
 
     def get(self, uid: ClaimUid) -> Record | None:
         """The record of the claim, or None. StateError if the record cannot be read."""
@@ -46,20 +42,22 @@ class Checkpoint:
         except FileNotFoundError:
             self._read.pop(name, None)
             return None
+        except OSError as e:
+            raise StateError(files.unreadable(self.folder / name, e)) from e
         return self._load(name, Version.of(stat))
 
     def records(self) -> dict[ClaimUid, Record]:
         """Every record that can be read; `broken` names the others."""
         found: dict[ClaimUid, Record] = {}
         names = set()
-        for entry in os.scandir(self.folder):
+        for entry in self._entries():
             uid = _uid(entry.name)
             if uid is None:
                 continue
             names.add(entry.name)
             try:
                 record = self._load(entry.name, Version.of(entry.stat()))
-            except (FileNotFoundError, StateError):
+            except (OSError, StateError):
                 continue
             if record is not None:
                 found[uid] = record
@@ -70,7 +68,7 @@ class Checkpoint:
     def broken(self) -> tuple[str, ...]:
         """One sentence for each record that cannot be read."""
         sentences = []
-        for name in sorted(path.name for path in self.folder.iterdir()):
+        for name in sorted(entry.name for entry in self._entries()):
             uid = _uid(name)
             try:
                 if uid is not None:
@@ -78,6 +76,44 @@ class Checkpoint:
             except StateError as e:
                 sentences.append(str(e))
         return tuple(sentences)
+
+    def _entries(self) -> list[os.DirEntry[str]]:
+        try:
+            return list(os.scandir(self.folder))
+        except FileNotFoundError:
+            return []
+        except OSError as e:
+            raise StateError(files.unreadable(self.folder, e)) from e
+
+    def _load(self, name: str, version: Version) -> Record | None:
+        known = self._read.get(name)
+        if known is not None and known[0] == version:
+            return known[1]
+        path = self.folder / name
+        try:
+            record = codec.decode(json.loads(_last_line(path.read_bytes())))
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise StateError(files.unreadable(path, e)) from e
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise StateError(
+                f"record {path} of claim {path.stem} cannot be read ({type(e).__name__}: {e}); move the file away to "
+                "give the claim up, then destroy its partition by hand"
+            ) from e
+        self._read[name] = (version, record)
+        return record
+
+
+class Checkpoint(Records):
+    def __init__(self, folder: Path, boot: str) -> None:
+        """Open the records of this boot below `folder` and drop those of any other. StateError without permission."""
+        files.ensure_folder(folder)
+        for other in folder.iterdir():
+            if other.name != boot and other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+        super().__init__(files.ensure_folder(folder / boot))
+        self.spares = Spares(self.folder, 0o600)
 
     def put(self, record: Record) -> None:
         path = self._path(record.plan.ref.uid)
@@ -92,23 +128,6 @@ class Checkpoint:
 
     def _path(self, uid: ClaimUid) -> Path:
         return self.folder / f"{uid}.json"
-
-    def _load(self, name: str, version: Version) -> Record | None:
-        known = self._read.get(name)
-        if known is not None and known[0] == version:
-            return known[1]
-        path = self.folder / name
-        try:
-            record = codec.decode(json.loads(_last_line(path.read_bytes())))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise StateError(
-                f"record {path} of claim {path.stem} cannot be read ({type(e).__name__}: {e}); move the file away to "
-                "give the claim up, then destroy its partition by hand"
-            ) from e
-        self._read[name] = (version, record)
-        return record
 
 
 def _last_line(data: bytes) -> bytes:

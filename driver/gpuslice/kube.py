@@ -38,6 +38,7 @@ _CONNECT_S, _READ_S = 3.0, 8.0
 _TIMEOUT = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
 _PAGE = 500  # objects per list request, client-go's figure
 _GROUP = f"/apis/{RESOURCE_API}"
+_LONGEST_REASON = 200  # characters of an error of the client library
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,11 @@ class Kube:
     """
 
     def __init__(self, kubeconfig: Path | None = None) -> None:
-        configuration = _configuration(kubeconfig)
-        self.server = urlsplit(configuration.host).netloc
-        self._connections = _Connections(configuration)
-        self._claims = _Connections(configuration)
+        with _usable(kubeconfig):
+            configuration = _configuration(kubeconfig)
+            self.server = urlsplit(configuration.host).netloc
+            self._connections = _Connections(configuration)
+            self._claims = _Connections(configuration)
 
     def close(self) -> None:
         self._connections.close()
@@ -116,7 +118,13 @@ class Kube:
         return str(self._ask(_Call("get", "version", "/version"))["gitVersion"])
 
     def node_uid(self, name: str) -> str:
-        return str(self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}"))["metadata"]["uid"])
+        try:
+            return str(self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}"))["metadata"]["uid"])
+        except NotFoundError as e:
+            said = (
+                f"there is no Node {name!r} in the cluster of {self.server}; give a name that kubectl get nodes lists"
+            )
+            raise NotFoundError(f"{said}, with --node-name or NODE_NAME", e.status) from e
 
     # ------------------------------------------------------------ claims
 
@@ -209,23 +217,43 @@ class Kube:
         except (urllib3.exceptions.HTTPError, config.ConfigException, OSError) as e:
             raise _unreachable(self.server, e) from e
         if answer.status == 404 and call.collection:
-            raise LastingApiError(
-                f"API server {self.version()} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed",
-                404,
-            )
+            said = f"API server {self.version()} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed"
+            raise LastingApiError(said, 404)
         raise _refused(call, answer.status, text)
+
+
+@contextlib.contextmanager
+def _usable(kubeconfig: Path | None) -> Iterator[None]:
+    """The client library raises whatever a file's content happens to break, so every error here is about that content."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as e:
+        text = f"{type(e).__name__}: {' '.join(str(e).split())}"[:_LONGEST_REASON]
+        if kubeconfig is None:
+            said = (
+                f"cannot use this pod's service account for the API server ({text}); outside a pod, give --kubeconfig"
+            )
+        elif isinstance(e, OSError) and not isinstance(e, ValueError) and e.strerror:
+            said = f"kubeconfig {kubeconfig} cannot be read ({e.strerror}); check path and permissions"
+        else:
+            said = f"kubeconfig {kubeconfig} is not usable ({text}); try it with kubectl --kubeconfig {kubeconfig} get nodes"
+        raise ConfigError(said) from e
 
 
 def _configuration(kubeconfig: Path | None) -> Configuration:
     configuration = Configuration()
-    try:
-        if kubeconfig is None:
-            config.load_incluster_config(client_configuration=configuration)
-        else:
-            config.load_kube_config(str(kubeconfig), client_configuration=configuration, persist_config=False)
-    except (config.ConfigException, OSError) as e:
-        where = "this pod's service account" if kubeconfig is None else f"kubeconfig {kubeconfig}"
-        raise ConfigError(f"cannot use {where} for the API server: {e}; give a usable one with --kubeconfig") from e
+    if kubeconfig is None:
+        config.load_incluster_config(client_configuration=configuration)
+    elif not kubeconfig.exists():  # the library would say that it is invalid
+        raise ConfigError(f"kubeconfig {kubeconfig} is not there; check the path that --kubeconfig names")
+    else:
+        config.load_kube_config(str(kubeconfig), client_configuration=configuration, persist_config=False)
+    if urlsplit(configuration.host).scheme not in ("http", "https"):
+        raise ConfigError(
+            f"kubeconfig {kubeconfig} names the server {configuration.host!r}, which is not a URL; write https://HOST:PORT"
+        )
     configuration.connection_pool_maxsize = 16
     configuration.keep_alive = True  # TCP keepalive: without it a half-open watch hangs for ever
     # A kept-alive connection may have died unnoticed, so one more try; what a status means is decided by our callers

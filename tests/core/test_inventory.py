@@ -219,7 +219,9 @@ def test_the_smallest_partition_serves_at_least_one_client() -> None:
 
 
 def test_shares_too_small_to_be_asked_for_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"50000 shares of GPU 0 .* would have less than 2Mi each of 81152Mi"):
+    with pytest.raises(
+        ConfigError, match=r"default.timeslice: 50000 shares of GPU 0 .* would have less than 2 MiB each of 81152 MiB"
+    ):
         an_inventory(policy=a_policy(timeslice={"shares": 50000}))
 
 
@@ -294,7 +296,9 @@ def test_an_inventory_that_knows_another_finds_its_devices_and_publishes_its_own
 
 
 def test_a_reserve_of_the_whole_card_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reserve of GPU 0 is 107374182400 bytes, but the card has only"):
+    with pytest.raises(
+        ConfigError, match=r"default.reserve is 102400 MiB, but GPU 0 \(NVIDIA H100 80GB HBM3\) has only 81559 MiB"
+    ):
         an_inventory(policy=a_policy(reserve="100Gi"))
 
 

@@ -166,8 +166,8 @@ def _bus(bus_id: str) -> str:
 def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
     if policy.reserve_bytes >= gpu.memory_bytes:
         raise ConfigError(
-            f"policy: the reserve of GPU {gpu.index} is {policy.reserve_bytes} bytes, but the card has only"
-            f" {gpu.memory_bytes}; write a smaller reserve"
+            f"policy: {policy.path('reserve')} is {policy.reserve_bytes // MIB} MiB, but GPU {gpu.index} ({gpu.product}) has"
+            f" only {gpu.memory_bytes // MIB} MiB; write a smaller reserve"
         )
     name = _pool_name(node, gpu)
     offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
@@ -220,19 +220,21 @@ def _sharing(mode: Mode, slice_: Slice, policy: GpuPolicy) -> Mps | TimeSlicing:
     clients = max(1, policy.mps_clients * mine // card)
     if mode is Mode.MPS:
         enforced = isinstance(slice_, MigSlice) or Setting.COMPUTE_MODE not in policy.keep
-        return _enough(Mps(min(policy.mps_shares, clients), memory, clients, enforced=enforced), gpu)
-    return _enough(TimeSlicing(policy.timeslice_shares, memory, interval), gpu)
+        return _enough(
+            Mps(min(policy.mps_shares, clients), memory, clients, enforced=enforced), gpu, policy.path("mps")
+        )
+    return _enough(TimeSlicing(policy.timeslice_shares, memory, interval), gpu, policy.path("timeslice"))
 
 
 _Shared = TypeVar("_Shared", Mps, TimeSlicing)
 
 
-def _enough(sharing: _Shared, gpu: Gpu) -> _Shared:
+def _enough(sharing: _Shared, gpu: Gpu, path: str) -> _Shared:
     """The API wants a capacity to be at least its least request and one step more."""
     if sharing.memory_mib < 2 * sharing.shares:
         raise ConfigError(
-            f"policy: {sharing.shares} shares of GPU {gpu.index} ({gpu.product}) would have less than 2Mi each of"
-            f" {sharing.memory_mib}Mi; make fewer shares or reserve less"
+            f"policy: {path}: {sharing.shares} shares of GPU {gpu.index} ({gpu.product}) would have less than 2 MiB each"
+            f" of {sharing.memory_mib} MiB; make fewer shares or reserve less"
         )
     return sharing
 
@@ -244,7 +246,7 @@ def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
         sharing = _parted(policy.static, gpu, policy)
         yield from (Offer(whole, replace(sharing, part=part)) for part in range(sharing.shares))
     elif policy.static:
-        for place in _static_layout(gpu, policy.static):
+        for place in _static_layout(gpu, policy.static, policy.path("static")):
             yield Offer(MigSlice(gpu, place.profile, place.placement), Exclusive())
     elif Mode.GPU in policy.modes:
         yield Offer(whole, Exclusive())
@@ -255,20 +257,20 @@ def _parted(parts: Parts, gpu: Gpu, policy: GpuPolicy) -> Mps | TimeSlicing:
     sharing = _sharing(parts.mode, WholeGpu(gpu), wanted)
     if sharing.shares < parts.count:
         raise ConfigError(
-            f"policy: static.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts, but the card has only"
-            f" {policy.mps_clients} MPS clients, and each part needs one; make fewer parts"
+            f"policy: {policy.path('static')}.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts,"
+            f" but the card has only {policy.mps_clients} MPS clients, and each part needs one; make fewer parts"
         )
     return sharing
 
 
-def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[ProfilePlacement]:
+def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]], path: str) -> list[ProfilePlacement]:
     possible = all(count <= profile.max_instances for profile, count in wanted)
     partitions = [profile for profile, count in wanted for _ in range(count)] if possible else []
     places = layout.arrange(layout.totals(gpu.profiles), partitions) if possible else None
     if places is None:
         text = ", ".join(f"{count} x {profile.name}" for profile, count in wanted)
         raise ConfigError(
-            f"policy: the static layout of GPU {gpu.index} ({gpu.product}), {text}, does not fit on the card;"
+            f"policy: {path}, the static layout of GPU {gpu.index} ({gpu.product}), {text}, does not fit on the card;"
             " take fewer or smaller partitions"
         )
     return sorted(places, key=lambda place: (_size(place.profile), place.placement))

@@ -10,13 +10,14 @@ such entries, one sentence each.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpuslice.core.model import Gpu, MigProfile, Setting
 from gpuslice.core.policy import reading
-from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Section
+from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, ProfileRef, Rule, Section
 from gpuslice.errors import ConfigError
 
 _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
@@ -38,6 +39,11 @@ class GpuPolicy:
     )  # in what manner partitions are shared too; none while `mig` is not offered
     static: tuple[tuple[MigProfile, int], ...] | Parts = ()  # for clusters without partitionable devices
     keep: frozenset[Setting] = frozenset()  # what is not changed on this card
+    paths: Mapping[str, str] = field(default_factory=dict, compare=False)  # of keys that the document has, for errors
+
+    def path(self, key: str) -> str:
+        """Where the document says it: "gpus[1].reserve"; without a word of it, the key alone."""
+        return self.paths.get(key, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Policy:
         return Policy()
 
     @staticmethod
-    def parse(body: Mapping[str, object]) -> Policy:
+    def parse(body: object) -> Policy:
         """An already loaded document. ConfigError names the path, the limit and the remedy."""
         return Policy(*reading.read(body))
 
@@ -75,11 +81,21 @@ class Policy:
             shared_partitions=frozenset(section.shared_partitions or ()) if mig else frozenset(),
             static=_static(section, gpu, modes),
             keep=frozenset(section.keep or ()),
+            paths=self._paths(rule),
         )
+
+    def _paths(self, rule: Rule | None) -> Mapping[str, str]:
+        own = {} if rule is None else {key: f"{rule.path}.{key}" for key in rule.section.said()}
+        return {key: f"default.{key}" for key in self.base.said()} | own
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
         """The settings of this policy without an effect on these cards, one sentence each."""
         return tuple(self._unused(tuple(gpus)))
+
+    def path(self, gpu: Gpu) -> str:
+        """The part of the document that counts for this card: "default", or "gpus[1]", to which `default` adds."""
+        rule = self._rule(gpu)
+        return "default" if rule is None else rule.path
 
     def _rule(self, gpu: Gpu) -> Rule | None:
         return next((rule for rule in self.rules if gpu in rule.match), None)
@@ -88,11 +104,18 @@ class Policy:
         rule = self._rule(gpu)
         return self.base if rule is None else rule.section.merged_over(self.base)
 
+    def _missed(self, rule: Rule, gpus: Sequence[Gpu]) -> str:
+        """Why the entry counts for none of these cards."""
+        first = dict.fromkeys(self.path(gpu) for gpu in gpus if gpu in rule.match)
+        if first:
+            return f"counts for no GPU of this node, because {' and '.join(first)} matches those GPUs first"
+        return f"matches no GPU of this node, so it has no effect here; {_cards(gpus)}"
+
     def _unused(self, gpus: tuple[Gpu, ...]) -> Iterator[str]:
         for rule in self.rules:
             here = [gpu for gpu in gpus if self._rule(gpu) == rule]
             if not here:
-                yield f"policy: {rule.path} matches no GPU of this node, so it has no effect here; {_cards(gpus)}"
+                yield f"policy: {rule.path} {self._missed(rule, gpus)}"
             for missing in _missing(rule.section, here):
                 yield f"policy: {rule.path} {missing}"
         for missing in _missing(self.base, gpus):
@@ -108,6 +131,12 @@ class Policy:
             yield from _excess(section, gpu)
 
 
+def _near(ref: ProfileRef, profiles: Iterable[MigProfile]) -> str:
+    """What may have been meant."""
+    found = difflib.get_close_matches(str(ref), dict.fromkeys(profile.name for profile in profiles), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
     """References of this section that none of the cards can follow. No card, no complaint."""
     profiles = [profile for gpu in gpus for profile in gpu.profiles]
@@ -115,7 +144,7 @@ def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
         return
     for ref in section.profiles or ():
         if not any(ref in (profile.id, profile.name) for profile in profiles):
-            yield f"names profile {ref}, which its GPUs do not have"
+            yield f"names profile {ref}, which its GPUs do not have{_near(ref, profiles)}"
     for suffix in section.suffixes or ():
         if not any(profile.suffix == suffix for profile in profiles):
             yield f"asks for suffix {suffix}, which no profile of its GPUs has"
@@ -123,7 +152,7 @@ def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
         yield "asks for mode mps, for which its GPUs are too old; it needs compute capability 7.0"
     for ref, _ in () if isinstance(section.static, Parts) else section.static or ():
         if not any(ref in (profile.id, profile.name) for profile in profiles):
-            yield f"has profile {ref} in its static layout, which its GPUs do not have"
+            yield f"has profile {ref} in its static layout, which its GPUs do not have{_near(ref, profiles)}"
 
 
 def _excess(section: Section, gpu: Gpu) -> Iterator[str]:
