@@ -6,11 +6,9 @@ used: it brings TLS, kubeconfig with all its kinds of login, rotation of the ser
 Requests go straight to its connection pool, because its own way there costs as much as the request (measured: 0.2 ms).
 
 resource.k8s.io/v1 only, which Kubernetes has since 1.34 (the DRA contract, statement 66). Clusters that have only v1beta1,
-which nests devices differently, or v1beta2, whose types are those of v1, cannot share a GPU safely. An older server is
-answered with one sentence that says so.
+which nests devices differently, or v1beta2, whose types are those of v1, cannot share a GPU safely. An older one is told so.
 
-Calls block, and are safe from any number of threads. Claims have a connection pool of their own: slices on their way,
-however slow, never delay a pod.
+Calls block, and are safe from any number of threads. Claims have connections of their own: slices never delay a pod.
 """
 
 from __future__ import annotations
