@@ -173,7 +173,7 @@ def test_what_the_driver_wrote_and_nobody_can_read_is_one_sentence(folder: Path,
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["devices", "claims"])
-def test_another_user_is_told_whose_files_these_are(folder: Path, command: str) -> None:
+def test_another_user_is_told_whose_files_these_are(folder: Path, command: str, unmeasured: None) -> None:
     (folder / "gpuslice.dev/claims/boot").mkdir(parents=True)
     (folder / "gpuslice.dev/running.json").write_text("{}", encoding="utf-8")
     (folder / "gpuslice.dev").chmod(0o700)

@@ -174,7 +174,7 @@ def test_a_stopped_daemon_that_hangs_is_killed_and_its_folder_removed(node: MpsN
 # ---------------------------------------------------------------- supervisors
 
 
-def test_a_killed_supervisors_daemons_and_programs_go_on_and_are_adopted(short: Path) -> None:
+def test_a_killed_supervisors_daemons_and_programs_go_on_and_are_adopted(short: Path, unmeasured: None) -> None:
     node = MpsNode(short, "h100x8")
     supervisor = node.supervise_in_process()
     before = [node.client.ensure(node.daemon(gpu, memory_mib=1024 * (gpu + 1))) for gpu in range(8)]
