@@ -11,7 +11,7 @@ _FRAMES = 4
 
 
 def sentence(error: Exception) -> str:
-    """What a person can do about this error. The trace goes into a temporary file."""
+    """The error with its remedy as one sentence. The trace goes into a temporary file."""
     if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT:
         return f"cannot write the output: {os.strerror(error.errno)}; send the output to a place with free space"
     import traceback  # here and below: no command that goes well needs it

@@ -1,11 +1,11 @@
-"""What a container is given, as a CDI specification: pure text, one file per claim.
+"""The CDI specification of a claim: everything that its containers get, as pure text, one file per claim.
 
 Source of the format: the Container Device Interface specification, `SPEC.md`. Version 0.5.0 is the lowest that holds
-what we write (`hostPath` of a device node, device names that begin with a digit); a runtime with an older library
-refuses a newer number outright, and 0.3.0 is refused for a file that uses newer fields (measured: containerd 1.7, 2.1).
+all that we write (`hostPath` of a device node, device names that begin with a digit). A runtime with an older library
+refuses any newer version number. Runtimes refuse 0.3.0 for a file that uses newer fields (measured: containerd 1.7, 2.1).
 
-What all devices of a node share (driver libraries, control nodes) is written into every device, so that each is enough
-alone and none depends on another file: the same device in two files makes both unusable.
+Every device of a file contains everything that all devices of a node share (driver libraries, control nodes). So one
+device is enough, and no device depends on another file. The same device name in two files makes both files unusable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VERSION = "0.5.0"
 
 _Edit = TypeVar("_Edit")
 
-# The legacy NVIDIA hook injects a second time, all GPUs if the image asks for them, unless it reads this.
+# Without this value, the legacy NVIDIA hook injects GPUs a second time: all GPUs if the image asks for them.
 _NO_LEGACY_HOOK = {"NVIDIA_VISIBLE_DEVICES": "void"}
 
 # Two characters at least: a vendor or class of one letter makes containerd 1.7 and 2.1 panic in its directory watcher,
@@ -36,9 +36,9 @@ _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, slots=True)
 class DeviceNode:
-    """A device node in the container. With type and major given the runtime makes it: the host needs none.
+    """A device node in the container. If type and major are given, the runtime makes the node itself.
 
-    That is why a partition's capability nodes work although nothing created them on the host.
+    So the capability nodes of a partition work although the host does not have these nodes.
     """
 
     path: str
@@ -51,7 +51,7 @@ class DeviceNode:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A bind mount; `host_path` is a path of the host, whatever container the driver runs in."""
+    """A bind mount. `host_path` is always a path of the host, also if the driver runs in a container."""
 
     host_path: str
     container_path: str
@@ -69,7 +69,7 @@ class Hook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerEdits:
-    """What is put into a container. Hooks keep their order, because links come before the loader's cache."""
+    """Additions to a container. Hooks keep their order, because the links must exist before the loader's cache."""
 
     nodes: tuple[DeviceNode, ...] = ()
     mounts: tuple[Mount, ...] = ()
@@ -89,7 +89,7 @@ class CdiDevice:
 
 
 def kind_of(driver_name: str) -> str:
-    """CDI kind of this driver's claims, "<driver name>/claim"; `ConfigError` where CDI forbids the name."""
+    """CDI kind of this driver's claims, "<driver name>/claim". `ConfigError` if CDI forbids the name."""
     return _checked_kind(f"{driver_name}/claim")
 
 
@@ -99,7 +99,7 @@ def device_name(uid: str, index: int) -> str:
 
 
 def qualified(kind: str, name: str) -> str:
-    """What the kubelet passes to the runtime: "<vendor>/<class>=<device>"."""
+    """The full device name that the kubelet passes to the runtime: "<vendor>/<class>=<device>"."""
     return f"{_checked_kind(kind)}={_checked_device(name)}"
 
 
@@ -133,14 +133,15 @@ def _checked_device(name: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------- what a program is given
+# ---------------------------------------------------------------- environment of a program
 
 
 def labels(requests: Sequence[str]) -> tuple[str, ...]:
     """One label for each allocation of a claim, in order, unique in the claim: parts of environment variable names.
 
-    Request "big-gpu" becomes BIG_GPU; allocations of a request with several are numbered from 0, BIG_GPU_0. Where that
-    meets another label (requests "gpu" twice and "gpu-0"), the request named so keeps it and the number goes on.
+    Request "big-gpu" becomes BIG_GPU. If a request has several allocations, they are numbered from 0: BIG_GPU_0. If a
+    numbered label equals the name of another request (requests "gpu" twice and "gpu-0"), the other request keeps the
+    label and the numbering skips it.
     """
     plain = {_label(name) for name in requests}
     taken: set[str] = set()
@@ -171,9 +172,10 @@ def limit_env(
 ) -> dict[str, str]:
     """Environment variables that tell a program what it got; `label` from `labels`, `profile` empty for a whole GPU.
 
-    `enforcement` is by which means the memory limit holds, `percent` a ceiling on SMs (0: none). The runtime merges the
-    environment of all devices of a container, so every name carries the label. Two claims that use the same request name
-    in one container overwrite each other's figures: names of claims are random for templates.
+    `enforcement` names the means that enforces the memory limit. `percent` is a ceiling on SMs (0: no ceiling). The runtime
+    merges the environment of all devices of a container, so every name contains the label. Two claims that use the same
+    request name in one container overwrite each other's figures. Claim names cannot prevent this, because templates
+    give claims random names.
     """
     facts = {
         "DEVICE": str(device),
@@ -187,11 +189,11 @@ def limit_env(
 
 
 def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> ContainerEdits:
-    """What makes a program in the container a client of an MPS daemon, with its own share of memory and SMs.
+    """The edits that make a program in the container a client of an MPS daemon, with its own share of memory and SMs.
 
-    The daemon's /dev/shm has to be the container's (NVIDIA's MPS documentation), in the place of one that the pod mounts
-    there. The variables can only lower what the daemon allows (the same, v2 interface); the device is the client's
-    first, because its daemon serves no other.
+    The container must use the daemon's /dev/shm (NVIDIA's MPS documentation). It replaces a /dev/shm that the pod mounts.
+    The variables can only lower the limits of the daemon (same documentation, v2 interface). The device is number 0 for
+    the client, because its daemon serves only this device.
     """
     env = {"CUDA_MPS_PIPE_DIRECTORY": pipe, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={memory_mib}M"}
     if percent:
@@ -205,7 +207,7 @@ def mps_client(pipe: str, shm: str, *, memory_mib: int, percent: int) -> Contain
 
 
 def spec(uid: str, kind: str, devices: Sequence[CdiDevice], common: ContainerEdits) -> dict[str, object]:
-    """The claim's CDI file. The same arguments give the same text; `StateError` for content that every runtime refuses."""
+    """The claim's CDI file. Equal arguments give equal text. `StateError` for content that every runtime refuses."""
     names = [device.name for device in devices]
     if len(set(names)) != len(names) or not all(name.startswith(f"{_checked_uid(uid)}-") for name in names):
         raise StateError(
@@ -239,7 +241,7 @@ def _merged(common: ContainerEdits, own: ContainerEdits) -> ContainerEdits:
 
 
 def _unique(items: Iterable[_Edit], place: Callable[[_Edit], str]) -> tuple[_Edit, ...]:
-    """Each place in the container once, in the order of the places; two different things for one place are an error."""
+    """Each path in the container once, sorted by path. Two different entries for one path are an error."""
     found: dict[str, _Edit] = {}
     for item in items:
         if found.setdefault(place(item), item) != item:

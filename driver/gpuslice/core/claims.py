@@ -1,6 +1,7 @@
-"""ResourceClaim (resource.k8s.io/v1, as JSON) → `Claim`: everything that the scheduler decided for this driver.
+"""ResourceClaim (resource.k8s.io/v1, as JSON) → `Claim`: all decisions of the scheduler for this driver.
 
-Facts: KEP-4381 (configs: class before claim; a config applies if it names no request, the request, or its base name),
+Facts: KEP-4381 (class configs come before claim configs; a config applies if it names no request, the request, or the
+base name of the request),
 KEP-4816 (results of a prioritised list are named `request/subrequest`), KEP-5075 (`shareID`, `consumedCapacity`).
 """
 
@@ -15,7 +16,7 @@ from gpuslice.errors import ClaimError
 
 
 def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
-    """The claim that `ref` names. ClaimError if the UID differs, it is not allocated, or its config is wrong."""
+    """The claim that `ref` names. ClaimError if its UID differs, if it is not allocated, or if its config is wrong."""
     uid = _text(_object(body, "metadata", ref), "uid", ref)
     if uid != ref.uid:
         raise ClaimError(
@@ -61,7 +62,7 @@ def _allocation(result: UncheckedBody, layers: Sequence[tuple[Sequence[str], Set
         device=DeviceRef(PoolName(_text(result, "pool", ref)), _text(result, "device", ref)),
         admin=result.get("adminAccess") is True,
         share_id=str(share_id) if share_id else None,
-        # The scheduler writes the name as the slice has it: without our domain, or with it.
+        # The scheduler copies the name from the ResourceSlice: without our domain, or with our domain.
         consumed={str(name).rpartition("/")[2]: _whole(str(value), ref) for name, value in consumed.items()},
         settings=params.merge(layer for names, layer in layers if not names or request in names or base in names),
     )

@@ -1,6 +1,6 @@
-"""Record ↔ JSON. Writers write every key; readers ignore keys they do not know and default keys they miss.
+"""Record ↔ JSON. The writer writes every key. The reader ignores unknown keys and uses defaults for missing keys.
 
-A golden file of every released format stays in tests/golden: the kubelet asks for claims that an older version prepared.
+tests/golden keeps a file of every released format, because the kubelet asks for claims that an older version prepared.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def encode(record: Record) -> dict[str, object]:
 
 
 def decode(body: ReadOnlyBody) -> Record:
-    """ValueError for a format of the future, KeyError or TypeError for something that is no record."""
+    """ValueError for the format of a newer release, KeyError or TypeError for text that is no record."""
     if body["format"] > FORMAT:
         raise ValueError(f"format {body['format']} is newer than {FORMAT}, the newest that this version reads")
     claim = body["claim"]
@@ -94,7 +94,7 @@ def _sharing(sharing: Sharing) -> dict[str, object]:
         case Mps():
             body = {"by": "mps", **asdict(sharing)}
             if sharing.enforced:
-                del body["enforced"]  # what 0.1.0 wrote, and every record but of cards that keep their compute mode
+                del body["enforced"]  # the format of 0.1.0; still used, except for cards that keep their compute mode
             return body
         case _:
             assert_never(sharing)

@@ -1,4 +1,4 @@
-"""`Gpu` ↔ JSON: the last known inventory, so that a card which cannot be read now keeps its pool (and its taint)."""
+"""`Gpu` ↔ JSON: the last known inventory. So a card that cannot be read now keeps its pool (and gets a taint)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def encode(gpus: Sequence[Gpu]) -> list[dict[str, object]]:
 
 
 def decode(body: object) -> tuple[Gpu, ...]:
-    """Cards that were written by this or another version; one that misses a fact is left out, because it cannot be offered."""
+    """Cards that this or another version wrote. A card with a missing fact is left out, because it cannot be offered."""
     if not isinstance(body, list):
         return ()
     found = []

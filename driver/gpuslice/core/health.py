@@ -1,7 +1,7 @@
-"""What is unavailable now, and why: taints by device, from one look at the node.
+"""Devices that are unavailable now, with the reason: taints by device, from one look at the node.
 
-The set of published devices is static, because a device that vanishes while it is allocated frees its counters and is
-given out twice (kubernetes/kubernetes#140802). So whatever cannot be used at the moment stays published and is tainted.
+The set of published devices is static. If an allocated device vanished, the scheduler would free its counters and
+allocate it a second time (kubernetes/kubernetes#140802). So an unusable device stays published and gets a taint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Taints = Mapping[DeviceRef, tuple[Taint, ...]]
 
 @dataclass(frozen=True, slots=True)
 class NodeLook:
-    """What one look at a node found. A card without an entry in `live` could not be read."""
+    """The result of one look at a node. If a card has no entry in `live`, it could not be read."""
 
     inventory: Inventory
     live: Mapping[GpuUuid, LiveGpu]
@@ -49,8 +49,8 @@ def taints(
 ) -> Taints:
     """Taints of every device that has any.
 
-    `unwell` names GPUs that cannot be looked at (lost, hung), with their taint; `daemons` MPS daemons that are, by key,
-    or all of them by "" (the supervisor is away).
+    `unwell`: taints of GPUs that cannot be read (lost, hung), by GPU. `daemons`: problems of MPS daemons by their key;
+    the key "" stands for all daemons (the supervisor is away).
     """
     known = tuple(records)
     found: dict[DeviceRef, tuple[Taint, ...]] = {}
@@ -70,7 +70,7 @@ def taints(
 
 
 def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:
-    """MIG mode that is wrong for the device and cannot be switched without a reset (Ampere)."""
+    """Taints for a MIG mode that waits for a reset, or that is wrong for the device and needs a reset (Ampere)."""
     wanted = isinstance(offer.slice_, MigSlice)
     if live.mig_pending != live.mig:
         yield Taint("mig-mode", "pending", reason=plan.mode_advice(gpu, live, on=wanted))

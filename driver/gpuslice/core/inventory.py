@@ -1,11 +1,13 @@
-"""What a node offers: every card with its devices, in the order in which the scheduler tries them.
+"""The offer of a node: every card with its devices, in the order in which the scheduler tries them.
 
-One pool per card, named after its place on the PCI bus: stable over reboots and changes of MIG mode, cheap for the
-scheduler to check, and one card's trouble never makes another's pool incomplete. The scheduler takes the first device
-that fits (DRA contract, 5.2), so partitions come first, the smallest first, and of one profile the place that keeps the
-fewest others from being used; then the card's MPS shares, its time slices, and the card as a whole. Shared partitions
-come after all exclusive partitions of their profile and before any larger one. So a claim for "9Gi, by any means" gets a
-partition of its own while there is one, then a share of such a partition, and only then a larger partition.
+Each card has one pool. The pool's name is the card's PCI bus id, which survives reboots and changes of MIG mode. A small
+pool is cheap for the scheduler to check, and a problem of one card never makes the pool of another card incomplete.
+
+The scheduler takes the first device that fits (DRA contract, 5.2). So partitions come first: the smallest profile first,
+and within a profile the place that blocks the fewest other places. Then come the card's MPS shares, its time slices, and
+the whole card. Shared partitions come after all exclusive partitions of their profile and before any larger partition.
+So a claim for "9Gi, by any means" gets a free partition; if there is none, a share of such a partition; if there is none,
+a larger partition.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class Pool:
     name: PoolName
     gpu: Gpu
     devices: tuple[Device, ...]
-    reserve_bytes: int  # memory of the whole card that is not sold
-    keep: frozenset[Setting] = frozenset()  # what is not changed on this card
+    reserve_bytes: int  # memory of the whole card that is not offered
+    keep: frozenset[Setting] = frozenset()  # settings that the driver does not change on this card
 
     @property
     def memory_mib(self) -> int:
@@ -82,19 +84,19 @@ class Inventory:
 
     @staticmethod
     def of(gpus: Iterable[Gpu], policy: Policy, node: str, *, static: bool = False) -> Inventory:
-        """What these cards offer under this policy. ConfigError if the policy asks for what a card cannot do.
+        """The offer of these cards under this policy. ConfigError if the policy asks for a thing that a card cannot do.
 
-        `static` is for clusters that know no partitionable devices (Kubernetes 1.34 and 1.35): then devices exclude
-        each other by nothing, so a card is either whole, or cut as the policy's `static` says: into a MIG layout, or into
-        equal parts for MPS or time-slicing, which are plain exclusive devices.
+        `static` is for clusters without partitionable devices (Kubernetes 1.34 and 1.35). There, nothing keeps the
+        scheduler from using two overlapping devices. So a card is either whole or divided as the policy's `static` says:
+        into a MIG layout, or into equal parts for MPS or time-slicing. Each part is a plain exclusive device.
         """
         in_bus_order = sorted(gpus, key=lambda gpu: _bus(gpu.bus_id))
         return Inventory(tuple(_pool(gpu, policy.of(gpu), node, static=static) for gpu in in_bus_order))
 
     def knowing(self, other: Inventory) -> Inventory:
-        """The same pools; `offer` finds the devices of `other` too. If both have a name, the own device counts.
+        """The same pools, but `offer` finds the devices of `other` too. If both know a name, this inventory's device counts.
 
-        So a claim is served that was made under another plan, before the API server was upgraded.
+        So the driver still serves a claim that was allocated under another plan, before an upgrade of the API server.
         """
         return replace(self, known=other.pools)
 
@@ -115,7 +117,8 @@ class Inventory:
 
 
 def offer_name(offer: Offer) -> str:
-    """Name of the device in its pool, a DNS label. It holds the profile's id: names change with the driver branch."""
+    """Name of the device in its pool, a DNS label. It contains the profile's id, because profile names change with the
+    NVIDIA driver branch."""
     match offer.slice_:
         case WholeGpu():
             return _manner(offer.sharing) or "gpu"
@@ -141,13 +144,13 @@ def _manner(sharing: Sharing) -> str:
 
 
 def sm_percent(slice_: Slice) -> int:
-    """The slice's part of its card's multiprocessors in percent, rounded down; 100 for a whole card, 0 where unknown."""
+    """The slice's part of its card's multiprocessors in percent, rounded down. 100: a whole card. 0: unknown."""
     mine, card = _multiprocessors(slice_)
     return 100 * mine // card
 
 
 def _multiprocessors(slice_: Slice) -> tuple[int, int]:
-    """Of the slice, and of its card; only their ratio counts."""
+    """Multiprocessors of the slice, and of its card. Only their ratio is used."""
     match slice_:
         case WholeGpu():
             return 1, 1
@@ -207,7 +210,7 @@ def _offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
 
 
 def _sharing(mode: Mode, slice_: Slice, policy: GpuPolicy) -> Mps | TimeSlicing:
-    """How this slice is shared: memory and clients of a card as the policy says, of a partition in proportion."""
+    """How this slice is shared. A card has the memory and the clients of the policy, a partition its proportion of them."""
     gpu = slice_.gpu
     match slice_:
         case WholeGpu():
@@ -230,7 +233,7 @@ _Shared = TypeVar("_Shared", Mps, TimeSlicing)
 
 
 def _enough(sharing: _Shared, gpu: Gpu, path: str) -> _Shared:
-    """The API wants a capacity to be at least its least request and one step more."""
+    """The same `sharing`. ConfigError if a capacity is less than its smallest request plus one step, as the API requires."""
     if sharing.memory_mib < 2 * sharing.shares:
         raise ConfigError(
             f"policy: {path}: {sharing.shares} shares of GPU {gpu.index} ({gpu.product}) would have less than 2 MiB each"
@@ -240,7 +243,7 @@ def _enough(sharing: _Shared, gpu: Gpu, path: str) -> _Shared:
 
 
 def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
-    """The card as the policy cuts it, or as a whole; never two of these, because nothing would keep them apart."""
+    """The card as the policy divides it, or as a whole. Never both, because nothing would keep them apart."""
     whole = WholeGpu(gpu)
     if isinstance(policy.static, Parts):
         sharing = _parted(policy.static, gpu, policy)
@@ -286,6 +289,6 @@ def _in_order(gpu: Gpu, profiles: Sequence[MigProfile]) -> list[ProfilePlacement
 
 
 def _size(profile: MigProfile) -> tuple[int, ...]:
-    """What a partition takes from the card, memory first: a claim for memory gets no more engines than it needs."""
+    """Sort key: the part of the card that a partition takes, memory first. So a claim for memory takes few engines."""
     engines = profile.engines()
     return (profile.memory_mib, profile.compute_slices, profile.multiprocessors, sum(engines.values()), profile.id)

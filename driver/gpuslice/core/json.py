@@ -1,4 +1,4 @@
-"""JSON objects, by what may be done with one: every alias of them is here, so that a name means one thing."""
+"""Type aliases for JSON objects, by their use. All aliases are here, so that each name has one meaning."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Mapping
 from typing import Any
 
 Body = dict[str, Any]  # an object of the API, as json.loads gives it; may be changed and sent back
-ReadOnlyBody = Mapping[str, Any]  # only read: a shape that is trusted, so a wrong one surfaces as KeyError or TypeError
-UncheckedBody = Mapping[str, object]  # somebody else's: each value is checked before it is used
+ReadOnlyBody = Mapping[str, Any]  # only read; its shape is trusted, so a wrong shape shows as KeyError or TypeError
+UncheckedBody = Mapping[str, object]  # from another program or a user: each value is checked before use

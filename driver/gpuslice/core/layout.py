@@ -1,8 +1,9 @@
 """Which partitions may stand on one card together: the hardware's rules, from figures that NVML reports.
 
 A set of partitions is legal when their memory slices do not overlap, no profile has more than its instance count, and
-every engine's sum stays within the card's (the first two are nvml.h's, the third was inferred from the engine totals:
-the only rule that keeps a second `+me.all` off an RTX PRO 6000). There is no product table here and no "8".
+the sum of each engine stays within the card's total. The first two rules are from nvml.h. The third rule is inferred
+from the engine totals: no other rule forbids a second `+me.all` on an RTX PRO 6000. This file has no product table, and
+it does not assume 8 memory slices.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class ProfilePlacement:
 
 
 def totals(profiles: Iterable[MigProfile]) -> dict[str, int]:
-    """What the whole card has of each engine: the figures of the profile that spans it.
+    """The number of each engine on the whole card: the figures of the profile that spans the card.
 
-    An engine of which a smaller profile claims more than the whole card has is left out: such a figure is a gap in the
-    driver's answer, and no limit can be taken from it.
+    An engine is left out if a smaller profile has more of it than the whole card. Such a figure is a gap in the NVIDIA
+    driver's answer, so it gives no limit.
     """
     profiles = tuple(profile for profile in profiles if profile.placements)
     if not profiles:
@@ -57,7 +58,7 @@ def _width(profile: MigProfile) -> int:
 
 
 def fits(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> bool:
-    """Whether these may stand together on a card of these `totals`."""
+    """Whether these partitions may exist together on a card with these `totals`."""
     taken = 0
     for place in places:
         if taken & place.memory_slices:
@@ -83,7 +84,7 @@ def within(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> bool:
 
 
 def coexist(gpu: Gpu, one: MigSlot, two: MigSlot) -> bool:
-    """Whether partitions in these two slots of the card may stand together; of an unknown profile only by place."""
+    """Whether partitions in these two slots may exist together. For an unknown profile, only the places are compared."""
     if one.placement.overlaps(two.placement):
         return False
     profiles = gpu.profile(one.profile), gpu.profile(two.profile)
@@ -96,7 +97,7 @@ def coexist(gpu: Gpu, one: MigSlot, two: MigSlot) -> bool:
 
 
 def conflicts(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> Iterator[tuple[int, ...]]:
-    """Every minimal illegal set, by index: pairs first, then larger ones. Each proper subset of one is legal."""
+    """Every minimal illegal set, by index: pairs first, then larger sets. All proper subsets of such a set are legal."""
     for i, one in enumerate(places):
         for j in range(i + 1, len(places)):
             if one.memory_slices & places[j].memory_slices:
@@ -119,9 +120,9 @@ def _excesses(
 
 
 def arrange(card: Mapping[str, int], wanted: Sequence[MigProfile]) -> tuple[ProfilePlacement, ...] | None:
-    """A legal place for each of the wanted partitions, or None where there is none. Widest first, highest start first.
+    """A legal place for each wanted partition, or None if they do not fit. The widest first, the highest start first.
 
-    Equal profiles take places in falling order, so that the search does not try each permutation of them.
+    Partitions of equal profiles take places in falling order, so that the search does not try their permutations.
     """
     order = sorted(wanted, key=lambda p: (-_width(p), p.id))
     return _arrange(card, order, ())

@@ -3,8 +3,8 @@
 Spelling of "slice", which means four things in this field: `Slice` is what we allocate (a whole GPU or a partition),
 `resource_slice` the API object, `time_slice` the scheduler quantum of the GPU, `Placement` the memory slices inside one.
 
-A `Slice` is what *may* exist, a UUID is what *does*: steps and records name devices and slots, never UUIDs alone, so that
-a later step may serve a partition which an earlier step has just made.
+A `Slice` *may* exist; hardware with a UUID *does* exist. Steps and records name devices and slots, never only UUIDs, so
+that a later step can use a partition which an earlier step has just created.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class MigProfile:
     placements: tuple[Placement, ...]
 
     def engines(self) -> dict[str, int]:
-        """Counts that add up against the whole GPU's, by counter name (a DNS label)."""
+        """Engine counts by counter name (a DNS label). The counts of all partitions add up to at most the GPU's counts."""
         return {
             "multiprocessors": self.multiprocessors,
             "copy-engines": self.copy_engines,
@@ -73,7 +73,7 @@ class MigProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One card, by facts that do not move while the NVIDIA driver is loaded (the device minor does: ask at prepare)."""
+    """One card: facts that do not change while the NVIDIA driver is loaded. The device minor may change: ask at prepare."""
 
     uuid: GpuUuid
     index: int
@@ -82,7 +82,7 @@ class Gpu:
     architecture: str  # "Hopper"
     compute_capability: str  # "9.0"
     memory_bytes: int  # nvmlMemory_v2.total
-    reserved_bytes: int = 0  # nvmlMemory_v2.reserved: what the NVIDIA driver keeps for itself
+    reserved_bytes: int = 0  # nvmlMemory_v2.reserved: memory that the NVIDIA driver keeps for itself
     driver_version: str  # "580.65.06"
     cuda_version: str  # "13.0"
     profiles: tuple[MigProfile, ...] = ()  # empty: cannot be partitioned
@@ -99,7 +99,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
-    """A GPU instance that exists; `ci` and `uuid` are None while it has no compute instance."""
+    """An existing GPU instance. `ci` and `uuid` are None while it has no compute instance."""
 
     profile: int
     placement: Placement
@@ -108,33 +108,33 @@ class Partition:
     uuid: MigUuid | None = None
 
     def __str__(self) -> str:
-        """As a sentence names it: by its UUID, or by profile and place while it has none."""
+        """Its name in a sentence: the UUID, or profile and place while it has no UUID."""
         without = f"of profile {self.profile} at {self.placement.start} (no compute instance)"
         return f"partition {self.uuid or without}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveGpu:
-    """What one look at a GPU found. `mig_pending` differs from `mig` where a switch waits for a reset."""
+    """The result of one look at a GPU. `mig_pending` differs from `mig` while a switch waits for a reset."""
 
     mig: bool
     mig_pending: bool
     partitions: tuple[Partition, ...] = ()
 
     def at(self, slot: MigSlot) -> Partition | None:
-        """The partition that stands exactly in this slot."""
+        """The partition that is exactly in this slot."""
         return next(
             (p for p in self.partitions if p.profile == slot.profile and p.placement == slot.placement),
             None,
         )
 
 
-# ---------------------------------------------------------------- what is offered
+# ---------------------------------------------------------------- the offer
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class MigSlot:
-    """Where a partition goes; survives restarts, unlike its UUID and its instance ids."""
+    """The position of a partition. It survives restarts, unlike the UUID and the instance ids of the partition."""
 
     gpu: GpuUuid
     profile: int
@@ -148,7 +148,7 @@ class WholeGpu:
 
 @dataclass(frozen=True, slots=True)
 class MigSlice:
-    """A partition that may exist; only a look at the card tells whether it does."""
+    """A partition that may exist. Only a look at the card shows whether it exists."""
 
     gpu: Gpu
     profile: MigProfile
@@ -164,20 +164,20 @@ Slice = WholeGpu | MigSlice
 
 @dataclass(frozen=True, slots=True)
 class Exclusive:
-    """One claim has the slice for itself."""
+    """One claim uses the slice alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """Admin access to a whole card while other claims use it. It takes nothing of the card."""
+    """Admin access to a whole card while other claims use the card. It takes nothing from the card."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSlicing:
-    """Up to `shares` claims use the slice by time-slicing. `memory_mib` is their budget in all; nothing enforces it.
+    """Up to `shares` claims use the slice by time-slicing. `memory_mib` is their common budget; nothing enforces it.
 
-    `interval` is the level that the policy fixes for the card. `part` numbers the fixed parts of a static plan, which are
-    plain exclusive devices of 1/`shares` each; None for the one device that many claims share.
+    `interval` is the level that the policy fixes for the card. `part` is the number of a fixed part in a static plan: a
+    plain exclusive device of 1/`shares`. It is None for a device that many claims share.
     """
 
     shares: int
@@ -190,8 +190,9 @@ class TimeSlicing:
 class Mps:
     """Up to `shares` claims (by default) run at once on the slice, through one MPS daemon.
 
-    `clients` is the most CUDA contexts that the daemon serves, `memory_mib` what can be sold in all. `part` as above.
-    `enforced` is false where the card keeps its compute mode: then a program can use the card past the daemon.
+    `clients` is the largest number of CUDA contexts that the daemon serves. `memory_mib` is the memory for all shares.
+    `part` as in `TimeSlicing`. `enforced` is false if the card keeps its compute mode: then a program can use the card
+    without the daemon.
     """
 
     shares: int
@@ -207,15 +208,15 @@ INTERVALS = ("default", "short", "medium", "long")  # nvidia-smi compute-policy 
 
 
 class Setting(StrEnum):
-    """A setting of a card that the driver would change, and that an operator may want to keep as it is."""
+    """A setting of a card that the driver changes unless the operator keeps it."""
 
-    COMPUTE_MODE = "computeMode"  # EXCLUSIVE_PROCESS while a whole card is shared by MPS
+    COMPUTE_MODE = "computeMode"  # EXCLUSIVE_PROCESS while claims share a whole card by MPS
     TIME_SLICE = "timeSlice"  # an interval other than the default (nvidia-smi compute-policy)
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a device name stands for: the hardware behind it and how it is handed out."""
+    """The meaning of a device name: its hardware and the way in which claims use it."""
 
     slice_: Slice
     sharing: Sharing
@@ -232,7 +233,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, order=True)
 class DeviceRef:
-    """Device names repeat on every card: always with the pool."""
+    """A device name with its pool, because every card has the same device names."""
 
     pool: PoolName
     device: str
@@ -241,7 +242,7 @@ class DeviceRef:
         return f"{self.pool}/{self.device}"
 
 
-# ---------------------------------------------------------------- one claim's way
+# ---------------------------------------------------------------- one claim
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -256,10 +257,10 @@ class ClaimRef:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of the opaque config for one allocation; None for each key that it does not have."""
+    """The settings of the opaque config for one allocation. None for each key that the config does not have."""
 
     enforcement: str | None = None  # "required" or "preferred"
-    interval: str | None = None  # time slice of an exclusive card whose containers share it, one of `INTERVALS`
+    interval: str | None = None  # time slice of an exclusive card for the containers of its claim, one of `INTERVALS`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +271,7 @@ class Allocation:
     device: DeviceRef
     admin: bool = False
     share_id: str | None = None
-    consumed: Mapping[str, int] = field(default_factory=dict)  # capacity the scheduler charged
+    consumed: Mapping[str, int] = field(default_factory=dict)  # capacity that the scheduler charged
     settings: Settings = Settings()
 
 
@@ -280,12 +281,12 @@ class Claim:
     allocations: tuple[Allocation, ...]
 
 
-# ---------------------------------------------------------------- what may not be used now
+# ---------------------------------------------------------------- unavailable devices
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Taint:
-    """Why a device cannot be used now. `key` without domain; `reason` is one sentence for logs and commands."""
+    """The reason why a device is unavailable now. `key` has no domain. `reason` is one sentence for logs and commands."""
 
     key: str
     value: str

@@ -1,8 +1,7 @@
-"""Opaque config: strict parse of `SliceConfig`, and the order in which several of them count.
+"""Opaque config: strict parser of `SliceConfig`, and the order in which several configs apply.
 
-The device fixes the mode, config only tunes it. An unknown key, a wrong value or a setting that would have no effect is
-an error which names the field and the remedy. Class configs count first, claim configs override them field by field
-(KEP-4381).
+The device decides the mode; the config only tunes it. An unknown key, a wrong value or a setting without effect is an
+error that names the field and the remedy. Class configs apply first. Claim configs override them field by field (KEP-4381).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _ENFORCEMENT = ("required", "preferred")
 
 
 def parse(parameters: object, where: str) -> Settings:
-    """One `SliceConfig`; `where` names its place in the claim for the error."""
+    """Parse one `SliceConfig`. `where` is its place in the claim, for the error."""
     if not isinstance(parameters, Mapping):
         raise ClaimError(f"{where} must be an object of kind {KIND} ({API_VERSION}), not {type(parameters).__name__}")
     body = dict(parameters)
@@ -52,9 +51,10 @@ def merge(layers: Iterable[Settings]) -> Settings:
 
 
 def check(settings: Settings, offer: Offer, device: object, kept: Set[Setting] = frozenset()) -> None:
-    """Refuse a setting that has no effect on this device or that the policy keeps, and a demand that it cannot meet."""
+    """Refuse a setting without effect on this device, a setting that the policy keeps, and a demand that the device cannot
+    meet."""
     match offer.sharing:
-        case Exclusive():  # a card or a partition of one's own: the hardware enforces it, whatever was demanded
+        case Exclusive():  # an exclusive card or partition: the hardware enforces the limit, so it meets every demand
             if settings.interval is not None and not isinstance(offer.slice_, WholeGpu):
                 raise ClaimError(f"timeSlicing.interval has no effect on partition {device}; remove the setting")
             if settings.interval not in (None, "default") and Setting.TIME_SLICE in kept:

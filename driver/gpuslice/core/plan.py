@@ -1,8 +1,9 @@
 """Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
 
-The scheduler's counters are not trusted alone: schedulers older than Kubernetes 1.36.2 do not charge committed shares
-again (kubernetes/kubernetes#139040), so `make` checks once more who holds what. What another record holds makes the claim
-`Busy`, because that holder may be about to leave; what no record explains is foreign and refused.
+The scheduler's counters alone are not reliable: schedulers older than Kubernetes 1.36.2 do not charge committed shares
+again (kubernetes/kubernetes#139040). So `make` checks again which claim holds which device. If another record holds a
+device, the claim is `Busy`, because that holder may leave soon. A partition without a record is foreign: the claim is
+refused.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ def make(
 ) -> Plan | Busy:
     """The plan for a claim without a valid record, or the claims that block it.
 
-    `wanted` are its `grants`, `records` all others on this node, `live` a look at each GPU of the claim taken under its
-    lock. ClaimError where only the author or the scheduler can help, DeviceError where the node has to change first.
+    `wanted`: the `grants` of the claim. `records`: all other records on this node. `live`: a look at each GPU of the claim,
+    taken under the GPU's lock. ClaimError if only the author or the scheduler can help, DeviceError if the node must
+    change first.
     """
     others = tuple(records)
     for one, two in combinations(wanted, 2):
@@ -89,7 +91,7 @@ def make(
 
 
 def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
-    """A container is the client of one MPS daemon, with one figure: its environment and /dev/shm have room for no more."""
+    """Refuse a claim with several MPS daemons: one environment and one /dev/shm make a container a client of one daemon."""
     requests = [grant.allocation.request for grant in wanted if isinstance(grant.sharing, Mps)]
     for request in requests:
         if requests.count(request) > 1:
@@ -101,7 +103,7 @@ def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
 
 
 def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
-    """Claims that block `wanted`: each holds the same device, or there are too many shares. At least one has to go."""
+    """Claims that block `wanted`: they hold the same device, or too many shares. At least one of them must leave."""
     held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
     found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
     for grant in wanted:
@@ -118,18 +120,18 @@ def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
 
 
 def serves(record: Record, claim: Claim) -> bool:
-    """Whether a record is finished and for this very allocation. Then the inventory of now does not matter."""
+    """Whether a record is finished and has the same allocation. Then the present inventory does not matter."""
     return record.prepared is not None and tuple(g.allocation for g in record.plan.grants) == claim.allocations
 
 
 def stands(record: Record, live: Live) -> bool:
-    """Whether the hardware of a finished record still exists as it was made."""
+    """Whether the hardware of a finished record still exists unchanged."""
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
     return {done.uuid for done in record.done if done.uuid is not None} <= there
 
 
 def prepared_claim(record: Record, live: Live, kind: str) -> PreparedClaim:
-    """What the claim turned out to be, with the CDI names that the kubelet passes on. Pure; see `plugin/cdi_writer.py`."""
+    """The devices of the claim, with the CDI names that the kubelet passes on. Pure; see `plugin/cdi_writer.py`."""
     uid = record.plan.ref.uid
     return PreparedClaim(
         record.plan.ref,
@@ -158,17 +160,17 @@ def _uuid(grant: Grant, live: LiveGpu) -> GpuUuid | MigUuid:
 
 
 def undo(record: Record, others: Iterable[Record]) -> tuple[Undo, ...]:
-    """What takes a record's steps back, last step first; nothing that another record still stands on."""
+    """The undos of a record's steps, last step first. Hardware that another record still uses stays."""
     kept = {step for other in others for step in other.plan.steps}
     return tuple(undoing for step in reversed(record.plan.steps) for undoing in _undo_step(step, record.done, kept))
 
 
 def leftover(record: Record, gpu: GpuUuid) -> Record:
-    """What a claim leaves on a card that is lost: unfinished, and in its own name, because the claim itself has been given
-    back and may be given other devices.
+    """The record of the hardware that a claim leaves on a lost card. It is unfinished. It has a name of its own, because
+    the claim itself is unprepared and may get other devices.
 
-    What was never seen to come into being is left out: a card is back after a reset, which takes partitions away, and what
-    stands in the slot then is somebody else's.
+    A partition whose creation was not confirmed is left out: only a reset brings a card back, a reset removes all
+    partitions, and a later partition in the slot is foreign.
     """
     suffix = f"-on-{gpu}"
     uid = record.plan.ref.uid
@@ -181,10 +183,10 @@ def leftover(record: Record, gpu: GpuUuid) -> Record:
 
 
 def target(undoing: DestroyMig, live: LiveGpu) -> Partition | None:
-    """The partition to destroy, or None when it is gone.
+    """The partition to destroy, or None if it is gone.
 
-    By UUID where one was written down. Without, or when only its compute instance is gone already, by slot: the slot
-    was seen empty before the plan was written, and the GPU's lock is held.
+    Found by UUID if the record has a UUID. Without UUID, or if only the compute instance is gone, found by slot. This is
+    safe: the slot was empty before the plan was written, and the caller holds the GPU's lock.
     """
     there = live.at(undoing.slot)
     if undoing.uuid is None:
@@ -194,7 +196,7 @@ def target(undoing: DestroyMig, live: LiveGpu) -> Partition | None:
 
 
 def foreign_partitions(gpu: GpuUuid, live: LiveGpu, records: Iterable[Record]) -> tuple[Partition, ...]:
-    """Partitions that no record explains: foreign, because every partition of ours has a record first."""
+    """Partitions without a record. They are foreign, because the driver writes the record before it creates a partition."""
     slots = {step.slot for record in records for step in record.plan.steps if isinstance(step, CreateMig)}
     return tuple(p for p in live.partitions if MigSlot(gpu, p.profile, p.placement) not in slots)
 
@@ -216,13 +218,13 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
             f"{device} is for admin access only; set adminAccess: true on the request, in a namespace with the label "
             'resource.kubernetes.io/admin-access: "true"'
         )
-    # What an administrator is given is only watched: it takes nothing from its holders (KEP-5018).
+    # A device with admin access is only monitored: this takes nothing from its holders (KEP-5018).
     sharing = Monitor() if allocation.admin else offer.sharing
     return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=offer.slot, sharing=sharing)
 
 
 def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:
-    """Whether the two cannot be held at the same time."""
+    """Whether claims cannot hold both grants at the same time."""
     if one.gpu != two.gpu or isinstance(one.sharing, Monitor) or isinstance(two.sharing, Monitor):
         return False
     if share.coexists(one, two):
@@ -237,9 +239,9 @@ def _exclude(one: Grant, two: Grant, inventory: Inventory) -> bool:
 
 
 def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: Live) -> Iterator[Step]:
-    """First the slice, then how it is shared: the two know nothing of each other."""
+    """First the steps for the slice, then the steps for sharing. Each part is independent of the other."""
     gpu = inventory.gpu(grant.gpu)
-    assert gpu is not None  # _grant found the offer in the same inventory
+    assert gpu is not None  # `_grant` found the offer in the same inventory
     now = live[grant.gpu]
     if not isinstance(grant.sharing, Monitor):
         foreign = foreign_partitions(gpu.uuid, now, records)
@@ -258,7 +260,7 @@ def _steps(grant: Grant, inventory: Inventory, records: Sequence[Record], live: 
         case TimeSlicing(interval=interval):
             yield from _time_slice(gpu, interval if grant.slot is None else None)
         case Mps(enforced=enforced):
-            # Whether a partition takes a compute mode is not known, and not needed: see `docs/mps.md`.
+            # It is unknown whether a partition accepts a compute mode. The driver does not need it: see `docs/mps.md`.
             if grant.slot is None and enforced:
                 yield SetComputeMode(gpu.uuid)
             yield StartMps(gpu.uuid, grant.slot)
@@ -291,7 +293,7 @@ def _partition(grant: Grant, slot: MigSlot, gpu: Gpu, live: LiveGpu, foreign: Se
 
 
 def _mode(gpu: Gpu, live: LiveGpu, *, on: bool) -> Iterator[Step]:
-    """Switch MIG mode only if it differs, and only where that needs no reset (Hopper and later, NVML field 184)."""
+    """Switch MIG mode only if it differs, and only if the switch needs no reset (Hopper and later, NVML field 184)."""
     if live.mig_pending != live.mig:
         raise DeviceError(mode_advice(gpu, live, on=on))
     if live.mig == on or not (gpu.profiles or live.mig):
@@ -302,7 +304,7 @@ def _mode(gpu: Gpu, live: LiveGpu, *, on: bool) -> Iterator[Step]:
 
 
 def mode_advice(gpu: Gpu, live: LiveGpu, *, on: bool) -> str:
-    """Why this GPU is unavailable with MIG mode `on` now, and what an operator can do."""
+    """Why this GPU is unavailable with MIG mode `on` now, and the remedy for the operator."""
     word, now = ("on", "off") if on else ("off", "on")
     if live.mig_pending != live.mig:
         return (
@@ -322,7 +324,7 @@ def _listed(partitions: Sequence[Partition]) -> str:
 def _undo_step(step: Step, done: Sequence[Done], kept: Set[Step]) -> Iterator[Undo]:
     match step:
         case SetMigMode():
-            return  # lazily: the next claim of another mode switches back, MIG after MIG costs no toggle
+            return  # MIG mode stays on: the next claim of another mode switches it off, and MIG after MIG needs no switch
         case StartMps(gpu, slot):
             yield AdjustMps(gpu, slot) if step in kept else StopMps(gpu, slot)
         case _ if step in kept:
@@ -333,7 +335,7 @@ def _undo_step(step: Step, done: Sequence[Done], kept: Set[Step]) -> Iterator[Un
         case SetComputeMode(gpu):
             yield ResetComputeMode(gpu)
         case SetTimeSlice(gpu):
-            # By GPU, not by interval: a new policy may have given a later share another one.
+            # By GPU, not by interval: after a change of the policy, a later share may have another interval.
             if not any(isinstance(other, SetTimeSlice) and other.gpu == gpu for other in kept):
                 yield ResetTimeSlice(gpu)
         case _:

@@ -14,7 +14,7 @@ _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([numkMGTPE
 
 
 def parse(text: str) -> int:
-    """The value in whole units (bytes for memory), rounded up as `Quantity.Value()` does. ValueError if it is none."""
+    """The value in whole units (bytes for memory), rounded up like `Quantity.Value()`. ValueError if it is no quantity."""
     match = _QUANTITY.fullmatch(text)
     if match is None or (match[3] or "") not in _SUFFIX:
         raise ValueError(f"{text!r} is not a Kubernetes quantity; write a number with a suffix such as Mi or Gi")

@@ -1,6 +1,6 @@
-"""One claim's way through the node: the steps that make its devices, their undos, the plan, and the record that is kept of it.
+"""The data of one claim on the node: the steps that create its devices, the undos of the steps, the plan, and the record.
 
-A step names devices and slots, never UUIDs alone, so that a later one may serve a partition which an earlier one makes.
+A step names devices and slots, never only UUIDs, so that a later step can use a partition which an earlier step creates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class SetMigMode:
 
 @dataclass(frozen=True, slots=True)
 class CreateMig:
-    """Create the partition of this slot, which was seen empty before the plan was written."""
+    """Create the partition of this slot. The slot was empty before the plan was written."""
 
     slot: MigSlot
 
@@ -29,7 +29,7 @@ class CreateMig:
 
 @dataclass(frozen=True, slots=True)
 class SetComputeMode:
-    """Only the MPS server may open the GPU, so that a client which misses the daemon fails instead of running unlimited."""
+    """Let only the MPS server open the GPU. So a client that does not find the daemon fails and does not run unlimited."""
 
     gpu: GpuUuid
 
@@ -42,7 +42,7 @@ class SetTimeSlice:
 
 @dataclass(frozen=True, slots=True)
 class StartMps:
-    """Have the daemon of this card or partition running, with ceilings for the largest share of those that hold it."""
+    """Make the daemon of this card or partition run, with ceilings for the largest share of its holders."""
 
     gpu: GpuUuid
     slot: MigSlot | None
@@ -53,7 +53,7 @@ Step = SetMigMode | CreateMig | SetComputeMode | SetTimeSlice | StartMps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """One allocation and the hardware it takes; enough to know a holder without any inventory."""
+    """One allocation and its hardware. It describes a holder without any inventory."""
 
     allocation: Allocation
     gpu: GpuUuid
@@ -69,18 +69,18 @@ class Plan:
 
     @property
     def gpus(self) -> tuple[GpuUuid, ...]:
-        """GPUs the claim takes (not those it only monitors), in the one global order."""
+        """GPUs that the claim takes, in the one global order. GPUs that it only monitors are not included."""
         return tuple(sorted({grant.gpu for grant in self.grants if grant.sharing != Monitor()}))
 
     @property
     def named(self) -> tuple[GpuUuid, ...]:
-        """Every GPU of the claim, those it only monitors included."""
+        """Every GPU of the claim, including GPUs that it only monitors."""
         return tuple(sorted({grant.gpu for grant in self.grants}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MadeMig:
-    """What a `CreateMig` brought into being so far."""
+    """The hardware that a `CreateMig` step has created so far."""
 
     slot: MigSlot
     gi: int
@@ -93,7 +93,7 @@ Done = MadeMig
 
 @dataclass(frozen=True, slots=True)
 class DestroyMig:
-    """Destroy what stands in the slot; with a UUID only that very partition, because ids and slots are used again."""
+    """Destroy the partition in the slot. With a UUID, only the partition with this UUID, because ids and slots are reused."""
 
     slot: MigSlot
     uuid: MigUuid | None
@@ -121,7 +121,7 @@ class StopMps:
 
 @dataclass(frozen=True, slots=True)
 class AdjustMps:
-    """The daemon stays for the other shares; its ceilings are for the largest of those."""
+    """Keep the daemon for the other shares, with ceilings for the largest of them."""
 
     gpu: GpuUuid
     slot: MigSlot | None
@@ -132,7 +132,7 @@ Undo = DestroyMig | ResetComputeMode | ResetTimeSlice | StopMps | AdjustMps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedDevice:
-    """One device as the kubelet gets it in the answer, with the UUID that it turned out to have."""
+    """One device of the answer to the kubelet, with the UUID of its hardware."""
 
     request: str
     device: DeviceRef
@@ -149,7 +149,7 @@ class PreparedClaim:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is written down of a claim. `prepared` is None until it is finished: that *is* the phase."""
+    """The stored state of a claim. `prepared` is None until the prepare is finished: there is no other field for the phase."""
 
     plan: Plan
     done: tuple[Done, ...] = ()
@@ -158,6 +158,6 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """The devices are free for this claim as soon as these other claims have left."""
+    """The devices become free for this claim when these other claims have left."""
 
     holders: tuple[ClaimRef, ...]

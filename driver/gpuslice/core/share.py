@@ -1,7 +1,7 @@
-"""What one share of a shared device is worth, and whether all of them together are within the device.
+"""The size of one share of a shared device, and whether all shares together fit the device.
 
-The figures are those that the scheduler charged (`consumedCapacity`, KEP-5075). Where it charged nothing, because the
-device is a fixed part of a static plan, a share is 1/N of everything.
+The figures are the capacity that the scheduler charged (`consumedCapacity`, KEP-5075). It charges nothing for a fixed part
+of a static plan; such a share is 1/N of everything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpuslice.core.record import Grant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """`percent` of the SMs is a ceiling and 0 means none; `turns` is how many of the N time slices it counts for."""
+    """`percent` is a ceiling on SMs, 0: no ceiling. `turns` is the number of time slices (of N) that the share takes."""
 
     memory_mib: int
     percent: int = 0
@@ -25,7 +25,7 @@ class Share:
 
 
 def of(grant: Grant) -> Share | None:
-    """The share that a grant is, None for a device of one's own."""
+    """The share of a grant. None for an exclusive device."""
     charged = grant.allocation.consumed
     match grant.sharing:
         case Exclusive() | Monitor():
@@ -48,7 +48,7 @@ MODES = ("gpu", "mig", "mps", "timeslice", "monitor")
 
 
 def mode(sharing: Sharing, slot: MigSlot | None) -> str:
-    """How a card or a partition (`slot`) is used, as one of `MODES`: the published `type` of the device."""
+    """The mode of a card or a partition (`slot`), one of `MODES`: the published `type` of the device."""
     match sharing:
         case Exclusive():
             return "gpu" if slot is None else "mig"
@@ -63,7 +63,7 @@ def mode(sharing: Sharing, slot: MigSlot | None) -> str:
 
 
 def describe(grant: Grant) -> str:
-    """The share as a person reads it: "10240 MiB, 25 % of the SMs"; "" for a device of one's own."""
+    """The share as text: "10240 MiB, 25 % of the SMs". "" for an exclusive device."""
     mine = of(grant)
     if mine is None:
         return ""
@@ -90,7 +90,7 @@ def usage(grants: Sequence[Grant]) -> str:
 
 
 def enforcement(sharing: Sharing) -> str:
-    """What keeps a claim within its memory: the published `memoryEnforcement` of the device."""
+    """The means that keeps a claim within its memory: the published `memoryEnforcement` of the device."""
     match sharing:
         case Exclusive():
             return "hardware"
@@ -103,7 +103,7 @@ def enforcement(sharing: Sharing) -> str:
 
 
 def coexists(one: Grant, two: Grant) -> bool:
-    """Whether two grants are shares of the same device, or fixed parts of the same slice, and so do not exclude each other."""
+    """Whether two grants may exist together: shares of the same device, or fixed parts of the same slice."""
     if (one.gpu, one.slot) != (two.gpu, two.slot):
         return False
     match one.sharing, two.sharing:
@@ -114,7 +114,7 @@ def coexists(one: Grant, two: Grant) -> bool:
 
 
 def excess(wanted: Grant, others: Sequence[Grant]) -> str:
-    """What the slice has too little of for `wanted` together with the `others`; "" if all of them fit."""
+    """The resource that the slice lacks for `wanted` together with the `others`. "" if all of them fit."""
     mine = of(wanted)
     if mine is None:
         return ""
@@ -147,15 +147,16 @@ def _limits(grant: Grant) -> Iterable[tuple[str, int]]:
 
 
 def daemon_key(gpu: GpuUuid, slot: MigSlot | None) -> str:
-    """Name of the folder of a card's or a partition's MPS daemon: short, because socket paths have little room."""
+    """Folder name of the MPS daemon of a card or a partition. It is short, because the length of socket paths is limited."""
     card = gpu.removeprefix("GPU-").partition("-")[0]
     return card if slot is None else f"{card}-{slot.profile}-{slot.placement.start}"
 
 
 def ceilings(grants: Iterable[Grant]) -> tuple[int | None, int | None]:
-    """Memory in MiB and percent of SMs of the largest of these shares: what one MPS daemon can enforce on all its clients.
+    """Memory in MiB and percent of SMs of the largest of these shares. One MPS daemon can enforce only one value on all its
+    clients.
 
-    None where nothing has to be held: no share, or one without a ceiling on compute.
+    None means no ceiling: there is no share, or a share without a ceiling on compute.
     """
     shares = [share for share in map(of, grants) if share is not None]
     if not shares:

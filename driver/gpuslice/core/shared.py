@@ -1,4 +1,4 @@
-"""What several claims use at once: a partition that the first of them made, and the MPS daemons."""
+"""Hardware that several claims use at once: a partition that the first claim created, and the MPS daemons."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gpuslice.core.record import CreateMig, Done, Grant, Plan, PreparedClaim, Re
 
 
 def reusable(decided: Plan, records: Iterable[Record], live: Mapping[GpuUuid, LiveGpu]) -> tuple[Done, ...]:
-    """What other claims have made already of what this plan wants made: the partition that a further share joins.
+    """Partitions of this plan that other claims have created already, so that this claim joins them as a further share.
 
-    Only what is still there counts: one that vanished while claims share it is made anew, and `repointed`
-    corrects their records.
+    Only existing partitions count. If a partition vanished while claims share it, this claim creates it again, and
+    `repointed` corrects the records of the others.
     """
     slots = {step.slot for step in decided.steps if isinstance(step, CreateMig)}
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
@@ -22,8 +22,8 @@ def reusable(decided: Plan, records: Iterable[Record], live: Mapping[GpuUuid, Li
 
 
 def repointed(record: Record, others: Iterable[Record]) -> tuple[Record, ...]:
-    """Those of the others that stand on a partition of this record by an older UUID, put right: their claims are given the
-    new one at the next prepare, and the last to leave knows what to destroy."""
+    """Corrected records of the other claims that name a partition of this record by an older UUID. These claims get the new
+    UUID at their next prepare, and the last holder can find the partition to destroy."""
     new = {done.slot: done for done in record.done if done.uuid is not None}
     changed = []
     for other in others:
@@ -42,13 +42,13 @@ def _renamed(prepared: PreparedClaim | None, uuids: Mapping[MigUuid | None, MigU
 
 
 def daemons_of(records: Iterable[Record], gpu: GpuUuid | None = None) -> tuple[StartMps, ...]:
-    """The MPS daemons that finished records stand on, each once; of one GPU if it is named."""
+    """The MPS daemons that finished records use, each once. With a GPU, only the daemons of this GPU."""
     steps = (step for record in records if record.prepared is not None for step in record.plan.steps)
     return tuple(dict.fromkeys(s for s in steps if isinstance(s, StartMps) and gpu in (None, s.gpu)))
 
 
 def shares_of(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
-    """Every share that stands on this MPS daemon."""
+    """Every share that uses this MPS daemon."""
     return tuple(
         grant
         for record in records

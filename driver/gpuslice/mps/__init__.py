@@ -1,1 +1,1 @@
-"""MPS: the supervisor that owns the daemons, and how the driver speaks to it. See docs/mps.md."""
+"""MPS: the supervisor that owns the daemons, and its protocol with the driver. See docs/mps.md."""

@@ -1,4 +1,4 @@
-"""What the driver asks of MPS: one daemon for each card or partition that claims share by MPS."""
+"""The driver's interface to MPS: one daemon for each card or partition that claims share by MPS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpuslice.core.model import GpuUuid, MigUuid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonSpec:
-    """A daemon as it has to be. The ceilings are the same for every client; None: no ceiling.
+    """The wanted state of a daemon. The ceilings are the same for every client; None: no ceiling.
 
     `key` names its folder (a DNS label of at most 24 characters), so that socket paths stay below 108 bytes (unix(7)).
     `threads_percent` is a ceiling on multiprocessors, 1 … 100, no reservation.
@@ -25,7 +25,7 @@ class DaemonSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonStatus:
-    """A daemon as it is. The ceilings are those that the daemon reports, not those that the driver asked for.
+    """The present state of a daemon. It has the ceilings that the daemon reports, not the wanted ceilings.
 
     `restarts` counts since the supervisor first started it; `problem` is one sentence about the last thing that went
     wrong, "" once the daemon was ensured again.

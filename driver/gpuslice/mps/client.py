@@ -14,8 +14,8 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 from gpuslice.mps.paths import Paths
 
 _CONNECT_S = 2.0
-_ANSWER_S = 2.0  # for what starts and stops nothing
-_CHANGE_S = 25.0  # for what does: a daemon's start, or a drain that ends in a kill, and some air
+_ANSWER_S = 2.0  # for requests that start and stop nothing
+_CHANGE_S = 25.0  # for all others: a daemon's start, or a drain that ends in a kill, with some reserve
 
 
 class MpsClient:
@@ -35,7 +35,7 @@ class MpsClient:
     def stop(self, key: str) -> None:
         """Stop a daemon. Without its folder there is no daemon, so this succeeds even if no supervisor runs.
 
-        So a claim that never got its daemon is given back while the supervisor is away.
+        So the driver can unprepare a claim that never got its daemon while the supervisor is away.
         """
         try:
             self._list(f"stop MPS daemon {key}", {"op": "stop", "key": key}, _CHANGE_S)

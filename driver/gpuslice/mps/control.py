@@ -1,7 +1,7 @@
 """NVIDIA's control program `nvidia-cuda-mps-control`, or the stand-in for it: commands on standard input, answers printed.
 
-Its answers are documented loosely, so they are read leniently: a set is believed only when the matching get says so, and
-each get is a run of its own, because nothing promises which line answers which command.
+Its documentation does not fix the form of the answers. So a set counts only if the matching get confirms it. Each get is a
+run of its own, because no document says which line answers which command.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 NAME = "nvidia-cuda-mps-control"
 LINKS = Path("/run/gpuslice/nvidia-libraries")
 
-# There is no command that takes a memory ceiling away: this one is beyond every card, and reads back as none.
+# No command removes a memory ceiling. This ceiling is larger than every card, and reads back as none.
 _NO_MEMORY_CEILING_MIB = 1 << 24
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])", re.IGNORECASE)
 _MIB = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0 * 1024}
@@ -31,7 +31,7 @@ _PIDS = re.compile(r"^\s*(\d+)\s*$", re.MULTILINE)
 
 
 def program(driver_root: Path, *, links: Path = LINKS) -> Sequence[str]:
-    """The command that is NVIDIA's control program; DeviceError where the driver root has none.
+    """The command of NVIDIA's control program. DeviceError if the driver root has none.
 
     `links`: a folder for `programs.environment`.
     """
@@ -41,7 +41,7 @@ def program(driver_root: Path, *, links: Path = LINKS) -> Sequence[str]:
 
 
 def stand_in(simulated_node: Path) -> Sequence[str]:
-    """The command that is the stand-in for the control program, on the cards of this simulated node."""
+    """The command of the stand-in for the control program, on the cards of this simulated node."""
     script = str(Path(__file__).with_name("sim") / "control.py")
     # Without site-packages and what the environment may bring: it starts at every command.
     return ("env", f"GPUSLICE_SIMULATED_NODE={simulated_node.resolve()}", sys.executable, "-S", "-E", "-s", script)
@@ -84,15 +84,16 @@ class Control:
     def limit_memory(self, device: GpuUuid | MigUuid, memory_mib: int | None) -> int | None:
         """Set the memory ceiling for new clients and for the servers that run, and read it back.
 
-        Always by UUID and by index, since NVIDIA's device plugin found limits by UUID ignored, and a name that is not
-        validated may well read back. The daemon sees one device only, so its index is 0. One that reads back is enough.
+        Always by UUID and by index: NVIDIA's device plugin found that MPS ignores limits by UUID, and a device name that
+        is not validated may still read back. The daemon sees one device only, so its index is 0. One of the two must
+        read back.
         """
         if memory_mib is None and self._memory("get_default_device_pinned_mem_limit", device, None) is None:
             return None
         wanted = _NO_MEMORY_CEILING_MIB if memory_mib is None else memory_mib
         for name in (device, "0"):
             self._try(f"set_default_device_pinned_mem_limit {name} {wanted}M")
-        servers = self.servers()  # after the defaults, or one that starts in between would have the old ones
+        servers = self.servers()  # after the defaults; a server that starts in between would have the old ones
         for name in (device, "0") if servers else ():
             self._try(*(f"set_device_pinned_mem_limit {server} {name} {wanted}M" for server in servers))
         gets = ("get_default_device_pinned_mem_limit", *(f"get_device_pinned_mem_limit {s}" for s in servers))

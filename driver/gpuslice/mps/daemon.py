@@ -1,8 +1,8 @@
 """One daemon's process: started, adopted, given its ceilings, looked after, drained. No threads and no policy here.
 
-It is started with `-f`, so that its process is the one we started; and with `-multiuser-server`, because the uids
-of containers differ, and without it one uid waits until the clients of another have gone. That needs root, and a driver
-that knows it: where it does not, the daemon starts without, and the log says so.
+The supervisor starts it with `-f`, so that the daemon does not fork, and with `-multiuser-server`, because the uids of
+containers differ: without this option one uid waits until the clients of another uid have left. The option needs root and
+an NVIDIA driver that has it. If the driver does not have it, the daemon starts without it, and the log reports this.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class MpsDaemon:
         """Terminate the clients, then the daemon, and kill what does not end. Returns how the daemon ended, as a clause."""
         try:
             if drain and not self.pidfd.ended():
-                # First this: killing a client, or its server below it, with work in flight can wedge the GPU for all.
+                # First this, because the kill of a client or its server during work can block the GPU for all.
                 ended = self.control.terminate_clients()
                 log.info("terminated the clients of an MPS daemon before its end pid=%d clients=%d", self.pid, ended)
                 self.control.run(f"quit -t {DRAIN_S:.0f}")
@@ -88,7 +88,7 @@ class MpsDaemon:
         except DeviceError as e:
             log.warning("an MPS daemon could not be drained, so it is killed pid=%d: %s", self.pid, e)
         self.pidfd.kill()
-        # Its servers go with it: they would hold the card against the next daemon's.
+        # Its servers must end too: they would keep the servers of the next daemon from using the card.
         kill_all(self._pipe, DRAIN_S)
         self.pidfd.ended(DRAIN_S)
         return self.pidfd.reap()
@@ -147,7 +147,7 @@ def _start(
         )
         process = MpsDaemon(paths.pipe(daemon.key), Control(command, env, answer_s), pidfd)
         try:
-            remember(paths, daemon, process)  # before it can have clients that nobody would know of
+            remember(paths, daemon, process)  # before it can have clients that the supervisor does not know
             _wait(process, watch, console, daemon.device)
             process.ceilings = _limit(process.control, daemon)
         except DriverError:
@@ -168,13 +168,13 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int
                 stderr=output,
                 env=env,
                 cwd="/",
-                start_new_session=True,  # a terminal's ctrl-C is ours, not its
+                start_new_session=True,  # Ctrl-C of a terminal is for the supervisor, not for the daemon
             )
     except OSError as e:
         raise DeviceError(
             f"cannot start an MPS daemon: {e.strerror} ({e.filename}); check that file and its rights"
         ) from e
-    child.returncode = 0  # we reap it ourselves, like those that are not our children
+    child.returncode = 0  # the supervisor reaps it itself, like processes that are not its children
     return child.pid
 
 
@@ -209,7 +209,7 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
 
     DeviceError where the folder names no daemon, or one of an earlier boot.
     """
-    paths.own(key)  # or somebody else chooses which process we take for the daemon
+    paths.own(key)  # otherwise another user could choose the process that the supervisor takes for the daemon
     try:
         body = json.loads(paths.record(key).read_text(encoding="utf-8"))
         daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
@@ -244,7 +244,7 @@ def _limit(control: Control, daemon: DaemonSpec) -> tuple[int | None, int | None
 
 
 def _environment(paths: Paths, daemon: DaemonSpec) -> Mapping[str, str]:
-    """Ours, without what CUDA would take from it, and what makes it this daemon's."""
+    """Our environment without the variables that CUDA reads, plus the variables of this daemon."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
     return {
         **ours,

@@ -1,7 +1,8 @@
 """Give a daemon a /dev/shm of its own, then become it: `launch.py SHM COMMAND…`; the process id stays.
 
-MPS servers and clients meet in /dev/shm, and a container must see the same one as its daemon. So the daemon gets the
-folder that containers are given, in a mount namespace of its own. It imports next to nothing, because it runs at each start.
+MPS servers and clients communicate through /dev/shm, and a container must see the same /dev/shm as its daemon. So the
+daemon gets the folder that containers mount, in a mount namespace of its own. This file imports very little, because it
+runs at each start.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ctypes
 import os
 import sys
 
-# Containers write there, and it can be seen on the node: no file of theirs may become root's there.
+# Containers write there, and the folder is visible on the node: no file of a container may get root's rights there.
 _MS_NOSUID, _MS_NODEV = 2, 4
 _CLONE_NEWNS = 0x20000  # linux/sched.h
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 0x2, 0x8  # sys/mount.h
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
     try:
         isolate(shm)
     except OSError as e:
-        # Not the end: without the rights it is a machine for trying things out, where clients share our /dev/shm.
+        # Not fatal: without the rights this is a test machine, and its clients share our /dev/shm.
         print(f"{NO_SHM} ({e.strerror}); run as root with CAP_SYS_ADMIN", file=sys.stderr, flush=True)  # noqa: T201
     try:
         os.execvp(command[0], command)  # noqa: S606  to become it is the point

@@ -1,4 +1,4 @@
-"""Keep one daemon as its spec says: a thread waits for the end of the process, checks it regularly, and restarts it."""
+"""Keeps one daemon equal to its spec: a thread waits for the end of the process, checks it regularly, and restarts it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GoneError(DeviceError):
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """What readers see, replaced as a whole. Without a process the daemon is down and is to be started again."""
+    """The state for readers, replaced as a whole. Without a process the daemon is down and has to start again."""
 
     daemon: DaemonSpec
     process: MpsDaemon | None
@@ -53,7 +53,7 @@ class DaemonMonitor:
         self._turn = threading.Lock()
         self._state: _Snapshot | None = None
         self._failures = 0  # ends and failed starts since it was last found well
-        self._why = ""  # it is not what it was: one clause of a sentence
+        self._why = ""  # the last problem: one clause of a sentence
         self._due = 0.0  # time.monotonic() of the next probe, or start
         self._retired = threading.Event()
         self._wakeup = Wakeup()
@@ -224,7 +224,7 @@ class DaemonMonitor:
         try:
             self._check(state)
         except OSError:
-            # No descriptors, no memory: a thread that ended of it would leave the daemon to itself.
+            # No descriptors, no memory: if the thread ended, nothing would watch the daemon.
             log.exception("the check of an MPS daemon failed; the next try is in %g s key=%s", _AGAIN_S, self._key)
             self._retired.wait(_AGAIN_S)
 

@@ -4,7 +4,7 @@ supervisor.sock  supervisor.lock
 <key>/pipe       CUDA_MPS_PIPE_DIRECTORY: control sockets and pid file, NVIDIA's names
 <key>/shm        /dev/shm of the daemon and of its clients
 <key>/log        CUDA_MPS_LOG_DIRECTORY, and "console": what the daemon prints
-<key>/daemon.json  what it is to be and which process it is, for the next supervisor
+<key>/daemon.json  the daemon's spec and its process, for the next supervisor
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from gpuslice.errors import DeviceError
 
 _KEY = re.compile(r"[a-z0-9]([-a-z0-9]{0,22}[a-z0-9])?")
-_SOCKET_PATH = 107  # bytes of sun_path without its end (unix(7)); the daemon fails without a word beyond
+_SOCKET_PATH = 107  # bytes of sun_path without its end (unix(7)); with more, the daemon fails silently
 _LONGEST_SOCKET = "control_privileged"  # NVIDIA's longest name in the pipe directory
 
 
@@ -113,7 +113,7 @@ def _check_length(path: Path) -> None:
 
 
 def _own(folder: Path) -> None:
-    """Never run a daemon where somebody else could replace its sockets, nor remove what is somebody else's."""
+    """Refuse a folder of another user: he could replace the sockets of a daemon, and his files must stay."""
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode):
         raise DeviceError(

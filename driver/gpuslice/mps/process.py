@@ -21,7 +21,7 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """Pids are used again, and so are start times after a boot; all three together are not."""
+    """The kernel reuses pids, and start times repeat after a boot. All three values together are unique."""
 
     pid: int
     started: int  # clock ticks since boot (proc(5), field 22)
@@ -41,8 +41,8 @@ class ProcessId:
 class PidfdProcess:
     """A process. `descriptor` becomes readable when it ends.
 
-    The descriptor is closed with the last reference and never by a call: another thread that still looks at it would
-    find a stranger's under the same number.
+    The last reference closes the descriptor, never a call: otherwise another thread that still uses the number could find
+    the descriptor of another process there.
     """
 
     def __init__(self, process: ProcessId) -> None:

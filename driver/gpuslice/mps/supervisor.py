@@ -1,7 +1,7 @@
 """The process that owns the MPS daemons: `gpuslice mps-supervisor`. It speaks wire.py on `<root>/supervisor.sock`.
 
-One supervisor a root. A second one is refused and does not wait: a supervisor that waits without a word hides that two
-were configured, and its manager (a kubelet, systemd) starts it again anyhow.
+Each root has one supervisor. A second one is refused and does not wait: a silent wait would hide the wrong configuration,
+and its manager (a kubelet, systemd) starts it again anyway.
 
 SIGTERM drains and ends all daemons, but leaves their folders: containers hold them, and the next supervisor starts the
 daemons again in them. SIGKILL, or a crash, leaves the daemons as they are, where the container or unit does not take them
@@ -37,7 +37,7 @@ from gpuslice.system import files, logs
 log = logging.getLogger(__name__)
 
 _TIMEOUTS = Timeouts()
-_TALK_S = 10.0  # for a client to say what it wants
+_TALK_S = 10.0  # for a client to send its request
 _NO_ACCEPT_S = 0.5
 _BACKLOG = 64
 _FAILED = 1  # cli.py: it ran and failed
@@ -77,7 +77,7 @@ class Supervisor:
         """Drain and end all daemons at once; their folders stay."""
         self._closing.set()
         self._paths.socket.unlink(missing_ok=True)
-        self._listener.shutdown(socket.SHUT_RDWR)  # a close alone would not wake the thread that accepts
+        self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the accepting thread
         self._listener.close()
         with self._lock:
             monitors = list(self._monitors.values())
@@ -85,7 +85,7 @@ class Supervisor:
         os.close(self._root_lock)
 
     def _adopt(self) -> None:
-        """Before anybody can ask, because a daemon that is not yet adopted would look as if it were gone."""
+        """Adopt the running daemons. Before the first request, because a daemon that is not adopted would seem to be gone."""
         _at_once(partial(self._adopt_one, key) for key in self._paths.known())
 
     def _adopt_one(self, key: str) -> None:
@@ -113,7 +113,7 @@ class Supervisor:
             if self._monitors.get(key) is monitor:
                 del self._monitors[key]
 
-    # ------------------------------------------------------------ what a driver asks
+    # ------------------------------------------------------------ requests of a driver
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
         self._paths.check(daemon.key)

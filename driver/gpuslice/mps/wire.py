@@ -5,9 +5,9 @@
     client  {"op": "ensure", "daemon": {…}} | {"op": "stop", "key": "…"} | {"op": "running"} | {"op": "hello"}
     server  {"running": [{…}]} | {"error": "one sentence"}
 
-The highest version that both speak is spoken. Either side keeps understanding the version before its own newest, for
-the supervisor is updated seldom and later than the driver; where none is common, the server says so in one sentence.
-Unknown keys are ignored, so that a version may grow.
+Both sides use the highest common version. Each side also understands the version before its newest one, because the
+supervisor is updated rarely and later than the driver. Without a common version, the server answers with one sentence.
+Unknown keys are ignored, so that a version may get new keys.
 """
 
 from __future__ import annotations

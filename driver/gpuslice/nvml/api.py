@@ -1,8 +1,8 @@
-"""What the driver asks of a GPU node. Two implementations, one contract (tests/nvml/test_contract.py).
+"""The driver's interface to the GPUs of a node. Two implementations, one contract (tests/nvml/test_contract.py).
 
 Every verb raises `DeviceError` with NVML's own code and a sentence that names the GPU. Verbs block; call them from
-worker threads. Every verb may be called from several threads at once. GPU-instance and compute-instance ids are used
-again by NVML after a destroy, a MIG UUID never is.
+worker threads. Every verb may be called from several threads at once. After a destroy, NVML reuses the ids of GPU
+instances and compute instances, but it never reuses a MIG UUID.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpuslice.core.model import INTERVALS, Gpu, GpuUuid, LiveGpu, MigUuid, Place
 
 
 class Code(IntEnum):
-    """`nvmlReturn_t` values that we tell apart (nvml.h, CUDA 13.3)."""
+    """The `nvmlReturn_t` values that the driver distinguishes (nvml.h, CUDA 13.3)."""
 
     SUCCESS = 0
     UNINITIALIZED = 1
@@ -53,7 +53,7 @@ class ComputeMode(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuProcess:
-    """A process on a GPU; `gi` and `ci` are None where it uses the whole GPU; memory is None where NVML is silent."""
+    """A process on a GPU. `gi` and `ci` are None if it uses the whole GPU. Memory is None if NVML does not report it."""
 
     pid: int
     name: str = ""
@@ -70,7 +70,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XidEvent:
-    """A critical XID. `gi`, `ci`: None for the whole GPU; `gpu`: None when NVML lost a GPU and cannot say which."""
+    """A critical XID. `gi`, `ci`: None for the whole GPU. `gpu`: None if NVML lost a GPU and does not report which."""
 
     gpu: GpuUuid | None
     xid: int
@@ -80,7 +80,7 @@ class XidEvent:
 
 class Nvml(Protocol):
     def gpus(self) -> tuple[Gpu, ...]:
-        """All cards in index order. One that cannot be read is left out; `lost` names it."""
+        """All cards in index order. An unreadable card is left out; `lost` names it."""
 
     def lost(self) -> tuple[str, ...]:
         """One sentence for each card that the last `gpus` could not read."""
@@ -89,17 +89,17 @@ class Nvml(Protocol):
         """One sentence for each value that the last `gpus` could not read or had to assume."""
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
-        """MIG mode and partitions as they are now; a GPU without MIG shows `mig=False` and no partitions."""
+        """The present MIG mode and partitions. A GPU without MIG has `mig=False` and no partitions."""
 
     def minor(self, gpu: GpuUuid) -> int:
         """Number of the device node /dev/nvidia<minor>; may change when MIG mode is switched."""
 
     def set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
-        """Switch MIG mode now. RESET_REQUIRED or IN_USE (also as activation status) are errors; the mode then stays."""
+        """Switch MIG mode now. RESET_REQUIRED or IN_USE (also as activation status) are errors without a switch."""
 
     def create_gpu_instance(self, gpu: GpuUuid, profile: int, placement: Placement) -> int:
-        """Id of the new GPU instance. INSUFFICIENT_RESOURCES where the place is taken, NOT_SUPPORTED while MIG is off,
-        INVALID_ARGUMENT for an unknown profile or a place that is none of its own."""
+        """Id of the new GPU instance. INSUFFICIENT_RESOURCES if the place is taken, NOT_SUPPORTED while MIG is off,
+        INVALID_ARGUMENT for an unknown profile or a place that the profile does not have."""
 
     def create_compute_instance(self, gpu: GpuUuid, gi: int) -> tuple[int, MigUuid]:
         """Id and UUID of a compute instance as wide as its GPU instance."""
@@ -111,23 +111,23 @@ class Nvml(Protocol):
         """Destroy a GPU instance. NOT_FOUND if it does not exist, IN_USE while it has a compute instance."""
 
     def processes(self, gpu: GpuUuid) -> tuple[GpuProcess, ...]:
-        """Compute and graphics processes on the card and its partitions, once each."""
+        """Compute and graphics processes on the card and its partitions, each once."""
 
     def memory(self, device: GpuUuid | MigUuid) -> Memory:
-        """Memory of a card or of a partition that exists."""
+        """Memory of a card or of an existing partition."""
 
     def compute_mode(self, gpu: GpuUuid) -> ComputeMode: ...
 
     def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None: ...
 
     def time_slice(self, gpu: GpuUuid) -> int:
-        """How long processes that share the card keep it in turn, as an index of INTERVALS; lost at reboot.
+        """Time slice of processes that share the card, as an index of INTERVALS. Lost at reboot.
 
-        NOT_SUPPORTED on cards that cannot interrupt a kernel half-way, and while MIG mode is on.
+        NOT_SUPPORTED on cards that cannot interrupt a running kernel, and while MIG mode is on.
         """
 
     def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
-        """INVALID_ARGUMENT for a level that is none of TIME_SLICES, NOT_SUPPORTED as above."""
+        """Set the time slice. INVALID_ARGUMENT for a level that is not in TIME_SLICES, NOT_SUPPORTED as above."""
 
     def wait_event(self, timeout_s: float) -> XidEvent | None:
         """The next XID since the first call, or None after the timeout. One caller only."""
@@ -136,5 +136,5 @@ class Nvml(Protocol):
 
 
 def suffix(name: str) -> str:
-    """What follows the "gb" of a profile name: "1g.24gb+me.all" has "+me.all"."""
+    """The part of a profile name after "gb": "1g.24gb+me.all" has "+me.all"."""
     return name.partition("gb")[2]

@@ -1,7 +1,7 @@
-"""NVIDIA's library as such: finding and loading it, and its errors as ours. With mig.py and real.py all that knows pynvml.
+"""NVIDIA's library: find it, load it, translate its errors. Only this file, mig.py and real.py use pynvml.
 
-pynvml declares no argument types: a struct passed by value where a pointer belongs ends the process without a word. So
-every struct goes in by reference, and every result leaves these three files as one of our own types.
+pynvml declares no argument types. If a struct is passed by value in place of a pointer, the process ends without any
+message. So every struct is passed by reference, and these three files return only our own types.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REMEDIES = {
 
 @contextmanager
 def asking(where: str, what: str) -> Iterator[None]:
-    """Translate NVML's errors below: `where` names the GPU, `what` completes "cannot …"."""
+    """Translate NVML's errors in the block. `where` names the GPU, `what` completes "cannot …"."""
     try:
         yield
     except pynvml.NVMLError as e:
@@ -48,22 +48,22 @@ def asking(where: str, what: str) -> Iterator[None]:
 
 
 def refusal(where: str, what: str, code: int) -> DeviceError:
-    """The error for this `nvmlReturn_t`, also where NVML hands it out as a status instead of failing."""
+    """The error for this `nvmlReturn_t`, also if NVML returns it as a status of a successful call."""
     name = Code(code).name if code in set(Code) else f"error {code}"
     remedy = _REMEDIES.get(Code(code)) if code in set(Code) else None
     return DeviceError(f"{where}: cannot {what}: {name}; {remedy or 'see the NVRM lines of the kernel log'}", code)
 
 
 def find(driver_root: Path) -> Path | None:
-    """The library below a driver root (a folder laid out like the host's /), or right in it."""
+    """The library below a driver root (a folder with the layout of the host's /), or directly in it."""
     return next((real for place in _PLACES if (real := chroot.regular_file(driver_root, place))), None)
 
 
 def start(driver_root: Path | None) -> None:
-    """Load the library and open the one session of this process; DeviceError where that fails.
+    """Load the library and open the only session of this process. DeviceError if this fails.
 
-    pynvml opens the library by its soname only. A library of that soname which is loaded already is what the loader
-    then returns, so ours goes first. Without a driver root the loader's own search decides.
+    pynvml opens the library only by soname, and the loader returns an already loaded library of this soname. So the driver
+    loads the library of the driver root first. Without a driver root, the loader searches.
     """
     where = "this node" if driver_root is None else f"driver root {driver_root}"
     if driver_root is not None:

@@ -1,8 +1,8 @@
-"""MIG by NVML, below the verbs of real.py: profiles, instances, compute instances. Raises pynvml's errors as they are.
+"""MIG by NVML, below the verbs of real.py: profiles, instances, compute instances. Raises pynvml's errors unchanged.
 
-Traps that cost others days: placements go in by reference; profile enums are not profile ids; arrays are sized
-generously, because the A30 misreports its instance count; the device handle in a compute instance's info is the *MIG*
-device's (the header says "parent device"), which saves a walk over all MIG devices.
+Known traps: placements are passed by reference. Profile enums are not profile ids. Arrays need a generous size, because the
+A30 misreports its instance count. The device handle in the info of a compute instance is the *MIG* device's handle (the
+header calls it "parent device"), so no search over all MIG devices is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpuslice.nvml.api import Code, suffix
 
 Handle = object  # an opaque pointer of NVML's
 
-# Above the enums that this pynvml knows, because newer drivers add more; an unknown one is only refused.
+# More than the enums of this pynvml, because newer drivers add enums. NVML refuses an unknown enum, without harm.
 _PROFILE_ENUMS = range(max(0x20, pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT))
 _CI_ENUMS = [
     enum
@@ -30,7 +30,7 @@ _ABSENT = (Code.NOT_SUPPORTED, Code.INVALID_ARGUMENT, Code.NOT_FOUND)
 
 
 class tolerating:  # noqa: N801  reads as a statement: with tolerating(Code.NOT_FOUND)
-    """Let these NVML errors end the block as "there is none"."""
+    """End the block without error at these NVML errors. They mean "there is none"."""
 
     def __init__(self, *codes: int) -> None:
         self._codes = codes
@@ -42,7 +42,7 @@ class tolerating:  # noqa: N801  reads as a statement: with tolerating(Code.NOT_
 
 
 def mode(device: Handle) -> tuple[bool, bool] | None:
-    """(current, pending) MIG mode; None where the card has no MIG."""
+    """(current, pending) MIG mode. None if the card has no MIG."""
     with tolerating(Code.NOT_SUPPORTED):
         current, pending = pynvml.nvmlDeviceGetMigMode(device)
         return bool(current), bool(pending)
@@ -50,14 +50,14 @@ def mode(device: Handle) -> tuple[bool, bool] | None:
 
 
 def profiles(device: Handle) -> tuple[tuple[MigProfile, ...], tuple[str, ...]]:
-    """All GPU-instance profiles of the card, and what was odd about them, as clauses."""
+    """All GPU-instance profiles of the card, and one clause for each irregularity."""
     found, odd = [], []
     for enum in _PROFILE_ENUMS:
         with tolerating(*_ABSENT):
             info = pynvml.nvmlDeviceGetGpuInstanceProfileInfo(device, enum, version=2)
             places = _placements(device, info.id)
             name = str(info.name).removeprefix("MIG ")
-            # The A30 misreports it on some drivers; no profile stands more often than it has places, nor never.
+            # The A30 misreports it on some drivers. A profile has at least one instance, and at most one for each place.
             count = min(max(1, info.instanceCount), len(places))
             if count != info.instanceCount:
                 odd.append(f"it says {info.instanceCount} instances of {name}, which has {len(places)} places")
@@ -97,8 +97,8 @@ def _profile(
 
 
 def partitions(device: Handle, slices: Mapping[int, int]) -> tuple[Partition, ...]:
-    """All GPU instances of a card in MIG mode; `slices` is compute slices by profile id. Those that go away meanwhile
-    are left out."""
+    """All GPU instances of a card in MIG mode. `slices`: compute slices by profile id. Instances that vanish during the
+    call are left out."""
     found = []
     for profile in slices:
         array = (pynvml.c_nvmlGpuInstance_t * _ROOM)()
@@ -119,7 +119,7 @@ def _partition(instance: Handle) -> Partition:
 
 
 def _first_ci(instance: Handle) -> tuple[int, MigUuid] | None:
-    """The compute instance with the lowest id: the only one, unless somebody else divided the GPU instance further."""
+    """The compute instance with the lowest id. It is the only one unless another program divided the GPU instance."""
     found = []
     for enum in range(_CI_ENUMS[-1] + 1):
         with tolerating(*_ABSENT):
@@ -148,7 +148,7 @@ def create_gi(device: Handle, profile: int, placement: Placement) -> int:
 
 
 def create_ci(device: Handle, gi: int, slices: Mapping[int, int]) -> tuple[int, MigUuid]:
-    """A compute instance as wide as its GPU instance. Not by number: the enums 0, 1, 2, 3, 4 are 1, 2, 3, 4, 7 wide."""
+    """Create a compute instance as wide as its GPU instance. The enums 0, 1, 2, 3, 4 have the widths 1, 2, 3, 4, 7."""
     instance = pynvml.nvmlDeviceGetGpuInstanceById(device, gi)
     width = slices.get(pynvml.nvmlGpuInstanceGetInfo(instance).profileId)
     for enum in _CI_ENUMS:

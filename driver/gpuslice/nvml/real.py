@@ -1,12 +1,13 @@
 """NVML of a real node, through nvidia-ml-py. Everything is read from the hardware; there is no table of products here.
 
-One session for the life of the process, because opening one costs seconds where nothing else keeps the driver loaded;
-and cached handles, because finding a GPU by UUID is slow while other calls run (NVIDIA's DRA driver notes up to 10 s).
-An open session of ours can make somebody else's switch of MIG mode fail as "in use"; so can theirs make ours.
+The process keeps one session open, because a new session costs seconds if nothing else keeps the NVIDIA driver loaded. It
+caches handles, because the search for a GPU by UUID is slow while other calls run (NVIDIA's DRA driver notes up to 10 s).
+Our open session can make another program's switch of MIG mode fail as "in use". An open session of another program can do
+the same to the driver.
 
-A card whose profiles cannot be listed is found with `profiles=()` and a sentence in `notes()`: drivers around R535 list
-none while MIG is off. Who has seen them before may remember them; this class does not. Where a card is on the machine,
-`Host.locate` knows.
+If NVML cannot list the profiles of a card, the card has `profiles=()` and a sentence in `notes()`: drivers around R535 list
+no profiles while MIG is off. A caller may remember earlier profiles; this class does not. `Host.locate` finds the place of
+a card on the machine.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PROC = Path("/proc")
 
 
 class RealNvml:
-    """`Nvml` on the GPUs of this machine. `driver_root`: where the host's / (or the driver container's) is mounted."""
+    """`Nvml` on the GPUs of this machine. `driver_root`: mount point of the host's / (or the driver container's)."""
 
     def __init__(self, driver_root: Path | None = None) -> None:
         start(driver_root)
@@ -157,7 +158,7 @@ class RealNvml:
 
     def memory(self, device: GpuUuid | MigUuid) -> Memory:
         with asking(device, "read its memory"):
-            if device.startswith("MIG-"):  # never cached: the handle outlives the partition and its id is used again
+            if device.startswith("MIG-"):  # never cached: the handle outlives the partition, and NVML reuses the id
                 handle = pynvml.nvmlDeviceGetHandleByUUID(device)
             else:
                 handle, _ = self._device(GpuUuid(device))
@@ -172,7 +173,7 @@ class RealNvml:
         with asking(label, what):
             if mig.mode(device) == (on, on):
                 return
-            # Success of the call is not success of the switch: that is the status which it returns.
+            # Success of the call is not success of the switch; the returned status shows the result of the switch.
             status = pynvml.nvmlDeviceSetMigMode(device, int(on))
         if status != Code.SUCCESS:
             raise refusal(label, what, status)
@@ -222,7 +223,7 @@ class RealNvml:
         with self._waiting, asking("this node", "wait for events"):
             if self._events is None:
                 self._events = _subscribe()
-            if self._events is None:  # nobody to wait for; NVML would answer at once, again and again
+            if self._events is None:  # no GPU reports events; NVML would return at once, again and again
                 self._closing.wait(timeout_s)
                 return None
             try:
@@ -230,7 +231,7 @@ class RealNvml:
             except pynvml.NVMLError_Timeout:
                 return None
             except pynvml.NVMLError_GpuIsLost:
-                # Every further wait would end so: go on without the lost GPU.
+                # Every further wait would end in the same way, so continue without the lost GPU.
                 self._unsubscribe()
                 return XidEvent(gpu=None, xid=XID_OFF_THE_BUS)
             if event.eventType != _XID:
@@ -249,7 +250,7 @@ class RealNvml:
         """End the session of this process. A second call does nothing."""
         if not self._closing.is_set():
             self._closing.set()
-            # A wait cannot be cancelled, and the library must not go away below it.
+            # A wait cannot be cancelled, and the library must stay loaded until its end.
             with self._waiting, contextlib.suppress(pynvml.NVMLError):
                 self._unsubscribe()
                 pynvml.nvmlShutdown()
@@ -257,7 +258,7 @@ class RealNvml:
     # ------------------------------------------------------------ handles
 
     def _device(self, gpu: GpuUuid) -> tuple[Handle, str]:
-        """The handle of a card and what to call it."""
+        """The handle of a card, and the card's name for errors."""
         if gpu not in self._handles:
             with asking(gpu, "find it"):
                 self._handles[gpu] = pynvml.nvmlDeviceGetHandleByUUID(gpu)
@@ -270,7 +271,7 @@ class RealNvml:
 
 
 def _subscribe() -> Handle | None:
-    """One event set over all GPUs that can report XIDs; None where there is none."""
+    """One event set for all GPUs that can report XIDs. None if no GPU can."""
     events: Handle = pynvml.nvmlEventSetCreate()
     registered = 0
     for index in range(pynvml.nvmlDeviceGetCount()):
@@ -286,7 +287,7 @@ def _subscribe() -> Handle | None:
 
 
 def _memory(device: Handle) -> tuple[int, int, int]:
-    """(total, reserved, used) in bytes; zeros where NVML does not say."""
+    """(total, reserved, used) in bytes. Zeros if NVML does not report them."""
     with tolerating(Code.FUNCTION_NOT_FOUND, Code.NOT_SUPPORTED):
         info = pynvml.nvmlDeviceGetMemoryInfo(device, version=pynvml.nvmlMemory_v2)
         return info.total, info.reserved, info.used
@@ -297,7 +298,7 @@ def _memory(device: Handle) -> tuple[int, int, int]:
 
 
 def _resetless(device: Handle, architecture: int) -> bool:
-    """Field 184; drivers that do not fill it are asked for the architecture, since it began with Hopper."""
+    """Field 184. If the NVIDIA driver does not fill it, the architecture decides: Hopper and later need no reset."""
     with tolerating(Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND, Code.INVALID_ARGUMENT):
         (field,) = pynvml.nvmlDeviceGetFieldValues(device, [pynvml.NVML_FI_DEV_IS_RESETLESS_MIG_SUPPORTED])
         if field.nvmlReturn == Code.SUCCESS:
@@ -306,7 +307,7 @@ def _resetless(device: Handle, architecture: int) -> bool:
 
 
 def _bus_id(text: str) -> str:
-    """NVML's "00000000:3B:00.0" as the kernel writes it, "0000:3b:00.0"."""
+    """NVML's "00000000:3B:00.0" in the kernel's form, "0000:3b:00.0"."""
     domain, _, rest = text.lower().partition(":")
     return f"{int(domain, 16):04x}:{rest}"
 

@@ -1,6 +1,6 @@
-"""What only nvidia-smi can do: NVML has no call for the time slice (NVIDIA's own driver runs nvidia-smi for it, too).
+"""Functions that only nvidia-smi has: NVML has no call for the time slice (NVIDIA's own driver runs nvidia-smi, too).
 
-Its output is not promised to stay: the level is taken from the word behind "Timeslice", however the table is drawn.
+Its output format may change, so the level is the word after "Timeslice", in whatever layout.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gpuslice.nvml.api import Code
 from gpuslice.system import programs
 
 _LEVEL = re.compile(rf"time-?\s?slice\b[^a-z]*\b({'|'.join(INTERVALS)})\b", re.IGNORECASE)
-_TIMEOUT_S = 20.0  # nvidia-smi opens a session of its own, which takes seconds where nothing keeps the driver loaded
-# What nvidia-smi prints, as what NVML would answer.
+_TIMEOUT_S = 20.0  # nvidia-smi opens a session of its own: seconds if nothing else keeps the driver loaded
+# Output of nvidia-smi, and NVML's code for it.
 _CODES = (
     ("not supported", Code.NOT_SUPPORTED),
     ("insufficient permissions", Code.NO_PERMISSION),
@@ -27,14 +27,14 @@ _CODES = (
 
 
 class Smi:
-    """`nvidia-smi compute-policy` of one driver root; `library` is the libnvidia-ml that it is to use (None: its own)."""
+    """`nvidia-smi compute-policy` of one driver root. `library`: the libnvidia-ml for it (None: its own)."""
 
     def __init__(self, driver_root: Path | None, library: Path | None) -> None:
         self._root = driver_root or Path("/")
         self._env = {} if library is None or self._root == Path("/") else {"LD_PRELOAD": str(library)}
 
     def time_slice(self, gpu: GpuUuid, label: str) -> int:
-        """The level that is set now, an index of INTERVALS."""
+        """The present level, an index of INTERVALS."""
         text = self._policy(gpu, label, "read its time slice", "--list")
         if (level := _level(text)) is None:
             raise DeviceError(
@@ -43,7 +43,7 @@ class Smi:
         return level
 
     def set_time_slice(self, gpu: GpuUuid, label: str, level: int) -> None:
-        """Set the level and read it back. A list that we cannot read is no proof of a failure; another level is."""
+        """Set the level and read it back. Another level is a failure. An unreadable list is no proof of a failure."""
         what = f"set time slice {level}"
         self._policy(gpu, label, what, f"--set-timeslice={level}")
         shown = _level(self._policy(gpu, label, what, "--list"))
@@ -63,7 +63,7 @@ class Smi:
             [str(program), "compute-policy", "-i", gpu, option], timeout_s=_TIMEOUT_S, env=self._env
         )
         code = next((code for phrase, code in _CODES if phrase in text.lower()), Code.UNKNOWN)
-        # Its exit status is documented nowhere, so a printed refusal counts as well.
+        # Its exit status is not documented, so a printed refusal counts as a failure too.
         if status or code == Code.NOT_SUPPORTED:
             raise DeviceError(
                 f"{label}: cannot {what}: {code.name}; nvidia-smi compute-policy says {_line(text)!r}", code

@@ -28,7 +28,7 @@ _END_S = 10.0
 
 
 class PlaygroundError(Exception):
-    """What a playground command cannot do; one sentence with the remedy."""
+    """A playground command failed: one sentence with the remedy."""
 
 
 class PlaygroundFolder:

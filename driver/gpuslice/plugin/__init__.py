@@ -1,1 +1,1 @@
-"""The kubelet's side: a claim comes in over gRPC, waits for its turn, is prepared or unprepared, and is answered."""
+"""The kubelet's side: a claim arrives by gRPC and waits for its turn; the driver prepares or unprepares it and answers."""

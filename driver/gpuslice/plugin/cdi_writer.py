@@ -1,4 +1,4 @@
-"""The last two steps of a prepare: what the claim turned out to be, and the CDI file that gives it to containers."""
+"""The last two steps of a prepare: the devices of the claim, and the CDI file that gives the devices to containers."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class CdiWriter:
     def __init__(
         self, *, host: Host, nvml: Nvml, mps: MpsDaemons, inventory: Inventory, folder: Path, kind: str
     ) -> None:
-        """`folder` is where the container runtime looks for transient specs; `kind` is "<vendor>/<class>"."""
+        """`folder`: the runtime's folder of transient specs. `kind`: "<vendor>/<class>"."""
         self._host = host
         self._nvml = nvml
         self._mps = mps
         self._inventory = inventory
         self._folder = files.ensure_folder(folder, 0o755)
         self._kind = kind
-        # Readable by all: a runtime need not run as the user that the driver runs as.
+        # Readable by all users, because a runtime may run as another user than the driver.
         self.spares = Spares(self._folder, _MODE)
 
     def inject(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> Record:
-        """Write the claim's CDI file; the record as it is when the claim is ready."""
+        """Write the claim's CDI file. Returns the record of the ready claim."""
         prepared = plan.prepared_claim(record, live, self._kind)
         self._write(record, prepared, live)
         return replace(record, prepared=prepared)
 
     def ensure(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> None:
-        """Write the file of a finished record again if somebody removed it; same text, same names."""
+        """Write the file of a finished record again if it was removed, with the same text and the same names."""
         if record.prepared is not None and not self._path(record.plan.ref.uid).exists():
             self._write(record, record.prepared, live)
 
@@ -70,7 +70,7 @@ class CdiWriter:
         self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
     ) -> cdi.ContainerEdits:
         partition = live[grant.gpu].at(grant.slot) if grant.slot is not None else None
-        # The minor is asked for now: a switch of MIG mode may have changed it.
+        # Read the minor now, because a switch of MIG mode may have changed it.
         minor = self._nvml.minor(grant.gpu)
         nodes = self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
         part = share.of(grant)

@@ -1,9 +1,9 @@
-"""How jobs wait: one line of jobs for each claim, tickets for each GPU, and worker threads with a time limit.
+"""The waiting of jobs: one queue of jobs for each claim, tickets for each GPU, and worker threads with a time limit.
 
-All of it lives on the event loop; only the work itself runs in threads. Two things that went wrong in other shapes, both
-tried: locks taken inside worker threads let the queue of one hung GPU eat the whole executor, and a lock that a cancelled
-coroutine frees while its thread still works lets two jobs onto one GPU. So tickets are handed out on the loop, and the
-end of the *thread* releases them.
+All waiting happens on the event loop; only the work itself runs in threads. Two other designs were tried and failed. With
+locks inside worker threads, jobs that waited for one hung GPU filled the whole executor. With a lock that a cancelled
+coroutine releases while its thread still works, two jobs worked on one GPU. So the loop hands out tickets, and the end of
+the *thread* releases them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from gpuslice.errors import ClaimError, DriverError, HungError
 
 T = TypeVar("T")
 
-_MOST_WAITING = 8  # threads kept for the next work; a burst may use more
+_MOST_WAITING = 8  # idle threads that are kept for the next work; a burst may use more
 
 
 class Job:
-    """What a job knows of its place: whether it can still be cancelled, and whether a caller still waits for it."""
+    """The state of a job in its queue: whether it can still be cancelled, and whether a caller still waits for it."""
 
     def __init__(self) -> None:
         self.listeners = 0
@@ -42,7 +42,7 @@ class _Queued:
 
 
 class ClaimQueue:
-    """Jobs of one claim come one after the other, in the order they were asked for."""
+    """Runs the jobs of one claim one after the other, in the order of the calls."""
 
     def __init__(self) -> None:
         self._lines: dict[ClaimUid, list[_Queued]] = {}
@@ -50,8 +50,8 @@ class ClaimQueue:
     async def run(self, uid: ClaimUid, kind: str, work: Callable[[Job], Awaitable[T]], *, calls_off: str = "") -> T:
         """Run `work` when all earlier jobs of this claim have ended.
 
-        A call of the same kind as the last job in line joins that job. `calls_off` names a kind: jobs of that kind that
-        still wait are cancelled, and their callers get a ClaimError. A job without callers is cancelled as well.
+        A call of the same kind as the last job in the queue joins that job. `calls_off` names a kind: waiting jobs of
+        this kind are cancelled, and their callers get a ClaimError. A job without callers is cancelled too.
         """
         line = self._lines.setdefault(uid, [])
         for job in line:
@@ -82,7 +82,7 @@ class ClaimQueue:
             return await asyncio.shield(job.task)
         except asyncio.CancelledError:
             if not job.task.cancelled():
-                raise  # it is the caller who went away
+                raise  # the caller was cancelled, not the job
             raise ClaimError(
                 f"{job.kind} of claim {uid} was cancelled before it began; the kubelet asks again if a pod needs the claim"
             ) from None
@@ -97,11 +97,11 @@ class ClaimQueue:
         if not line:
             del self._lines[uid]
         if not job.task.cancelled():
-            job.task.exception()  # seen, also when every listener has gone
+            job.task.exception()  # read the exception, also if no caller waits any more
 
 
 class Ticket:
-    """The right to work on some GPUs; released exactly once."""
+    """The right to work on some GPUs. It is released exactly once."""
 
     def __init__(self, gpus: Sequence[GpuUuid], arrival: int) -> None:
         self.gpus = tuple(gpus)
@@ -110,7 +110,7 @@ class Ticket:
 
 
 class Tickets:
-    """First come, first served per GPU; a claim over several GPUs gets all its places in one moment, or none yet."""
+    """First come, first served for each GPU. A claim with several GPUs gets all its places at once, or none yet."""
 
     def __init__(self) -> None:
         self._waiting: list[Ticket] = []
@@ -119,12 +119,12 @@ class Tickets:
         self._arrivals = 0
 
     def arrive(self) -> int:
-        """A number that keeps the place of a claim over several tries."""
+        """A number that keeps the place of a claim in the queue over several tries."""
         self._arrivals += 1
         return self._arrivals
 
     async def take(self, gpus: Sequence[GpuUuid], arrival: int) -> Ticket:
-        """Wait until it is this claim's turn on all these GPUs. HungError at once if one of them hangs."""
+        """Wait for this claim's turn on all these GPUs. HungError at once if one of them hangs."""
         ticket = Ticket(gpus, arrival)
         for gpu in gpus:
             if gpu in self._hung:
@@ -149,7 +149,7 @@ class Tickets:
         self._grant()
 
     def hang(self, ticket: Ticket, text: str) -> None:
-        """The work under this ticket hangs: refuse all jobs that wait for its GPUs, now and later."""
+        """Record that the work under this ticket hangs: refuse all present and later jobs for its GPUs."""
         for gpu in ticket.gpus:
             self._hung[gpu] = text
         for waiting in [t for t in self._waiting if set(t.gpus) & set(ticket.gpus)]:
@@ -174,13 +174,13 @@ class Tickets:
 class Workers:
     """Runs blocking work in threads, under tickets, and reports work that hangs.
 
-    A thread that has ended its work waits for the next; a thread is started where none waits, so hung ones are never
-    counted on, however many they are. (Starting one costs more than a whole-card prepare's own work: the loop waits until
-    the new thread has had the interpreter.)
+    A thread that has ended its work waits for the next work. If no thread waits, a new one starts. So any number of hung
+    threads does no harm. (The start of a thread costs more than the own work of a whole-card prepare, because the loop
+    waits until the new thread has run once.)
     """
 
     def __init__(self, tickets: Tickets, limit_s: float = 15.0, afterwards: Callable[[], None] = lambda: None) -> None:
-        """`afterwards` is called in the thread that has ended a job, when its answer is on its way."""
+        """`afterwards` is called in the thread that has ended a job, after the thread has passed the answer on."""
         self._tickets = tickets
         self._limit_s = limit_s
         self._afterwards = afterwards
@@ -191,9 +191,9 @@ class Workers:
         self._idle.set()
 
     async def run(self, ticket: Ticket, job: Job, work: Callable[[], T], name: str) -> T:
-        """The result of `work`; HungError after the limit, while the thread goes on and keeps the ticket.
+        """The result of `work`. HungError after the limit; then the thread continues and keeps the ticket.
 
-        The ticket is released when the work ends. Context variables (the `op=` id) are taken along.
+        The end of the work releases the ticket. The work has the context variables of the caller (the `op=` id).
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
@@ -203,7 +203,7 @@ class Workers:
             end: Callable[[], None]
             try:
                 end = partial(answer.set_result, context.run(work))
-            except BaseException as e:  # noqa: BLE001 - handed to whoever awaits the answer
+            except BaseException as e:  # noqa: BLE001 - passed to the caller that awaits the answer
                 end = partial(answer.set_exception, e)
             loop.call_soon_threadsafe(ended, end)
 
@@ -231,7 +231,7 @@ class Workers:
             answer.set_exception(error)
 
     def _give(self, job: Callable[[], None]) -> None:
-        """RuntimeError where no thread waits and none can be started."""
+        """Pass work to a thread. RuntimeError if no thread waits and none can start."""
         if self._waiting:
             self._waiting -= 1
         else:
@@ -246,15 +246,15 @@ class Workers:
         if self._waiting < _MOST_WAITING:
             self._waiting += 1
         else:
-            self._jobs.put(None)  # this thread, or one beside it, goes home
+            self._jobs.put(None)  # this thread or another idle thread ends
         self._working -= 1
         if not self._working:
             self._idle.set()
 
     async def drained(self, timeout_s: float) -> bool:
-        """Wait until no thread works any more; False when the time is up (a hung call: the process must `_exit`).
+        """Wait until no thread works any more. False after the time limit (a call hangs: the process must `_exit`).
 
-        Threads that wait for work are sent home.
+        Idle threads end.
         """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -265,15 +265,15 @@ class Workers:
 
 
 def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None], afterwards: Callable[[], None]) -> None:
-    """A thread's life, until it is sent home."""
+    """The main loop of a thread, until the thread has to end."""
     while (job := jobs.get()) is not None:
         job()
-        del job  # the claim's result, or its error with all its frames, hangs on it
+        del job  # it holds a reference to the claim's result, or to its error with all frames
         afterwards()
 
 
 class Releases:
-    """News of dropped records, by this instance or another one. Claims that wait for a holder wait for this news."""
+    """Notifications of removed records, by this instance or another one. Claims that wait for a holder wait for them."""
 
     def __init__(self) -> None:
         self._waiters: set[_Waiter] = set()
@@ -291,8 +291,8 @@ class Releases:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[_Waiter]:
-        """Listen from now on. Begin *before* looking at the records: begun after it, the news of a holder that leaves in
-        between is missed and only a time-out wakes the waiter (tried: 67 s instead of 3 s for 150 pods)."""
+        """Listen from now on. Call it *before* the look at the records. Otherwise a holder may leave between the look and
+        the call, and only a time-out wakes the waiter (measured: 67 s instead of 3 s for 150 pods)."""
         waiter = _Waiter()
         self._waiters.add(waiter)
         try:
@@ -308,7 +308,7 @@ class _Waiter:
         self.error: DriverError | None = None
 
     async def wait_any(self, uids: Collection[ClaimUid], timeout_s: float) -> bool:
-        """Wait until one of these records is gone; False when the time is up. An overflow ("") counts as all of them."""
+        """Wait until one of these records is gone. False after the time limit. An overflow ("") counts as all records."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not self.gone & {*uids, ClaimUid("")}:

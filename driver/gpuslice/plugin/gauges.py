@@ -1,4 +1,4 @@
-"""What the driver's metrics say of claims, cards and MPS daemons at the moment they are asked."""
+"""Metrics of claims, cards and MPS daemons, computed at each scrape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def register(
     hung: Callable[[], Collection[object]],
     problem: Callable[[], str | None],
 ) -> None:
-    """Add the gauges; `hung` lists the GPUs with a call that does not come back, `problem` says what is not published."""
+    """Add the gauges. `hung` lists the GPUs with a hung call. `problem` is the reason why pools are not published."""
     telemetry.gauge("gpuslice_published", "1 while the API shows what the node offers.", lambda: not problem())
     telemetry.gauge("gpuslice_prepared_claims", "Claims with a record.", lambda: len(checkpoint.records()))
     telemetry.gauge("gpuslice_hung_gpus", "GPUs with a call that does not come back.", lambda: len(hung()))

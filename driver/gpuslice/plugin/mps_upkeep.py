@@ -14,24 +14,24 @@ log = logging.getLogger(__name__)
 
 _PERIOD_S, _LONGEST_PAUSE_S = 2.0, 60.0
 
-_State = tuple[str, frozenset[str]]  # which supervisor process it is, and what is wrong with its daemons
+_State = tuple[str, frozenset[str]]  # the identity of the supervisor process, and the problems of its daemons
 _AWAY: _State = ("", frozenset())
 
 
 class MpsUpkeep:
-    """Starts the MPS daemons of all records again when one of them or the supervisor was lost. In the meantime it logs each
-    problem, and NodeHealth taints the devices."""
+    """Starts the MPS daemons of all records again after a daemon or the supervisor was lost. Until then it logs each problem,
+    and NodeHealth taints the devices."""
 
     def __init__(
         self, mps: MpsDaemons, ensure_daemons: Callable[[], Awaitable[None]], changed: Callable[[], object]
     ) -> None:
         self._mps = mps
         self._ensure_daemons = ensure_daemons
-        self._changed = changed  # called when the taints may be others now
+        self._changed = changed  # called when the taints may have changed
 
     async def run(self) -> str:
-        """Until cancelled. What stays wrong is tried after pauses that double: each try holds the card, and a daemon that
-        hangs at its start takes ten seconds."""
+        """Run until cancelled. While a problem stays, the pause before each try doubles, because each try holds the card, and
+        a daemon that hangs at its start takes ten seconds."""
         known, pause_s, due, pending = _AWAY, _PERIOD_S, 0.0, False
         while True:
             now = await asyncio.to_thread(self._read_state)
@@ -50,13 +50,13 @@ class MpsUpkeep:
     async def _try_ensure(self) -> bool:
         try:
             await self._ensure_daemons()
-        except DriverError as e:  # the daemon's own problem is logged and tainted
+        except DriverError as e:  # the daemon's problem has its own log line and taint
             log.debug("cannot start the MPS daemons of all claims yet; the driver tries again: %s", e)
             return False
         return True
 
     def _read_state(self) -> _State:
-        """`_AWAY` where no supervisor answers."""
+        """The state of the supervisor and its daemons. `_AWAY` if no supervisor answers."""
         try:
             problems = frozenset(daemon.problem for daemon in self._mps.statuses() if daemon.problem)
             return self._mps.incarnation(), problems

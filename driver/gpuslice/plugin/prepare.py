@@ -1,12 +1,12 @@
-"""The transaction: prepare, unprepare, recover. Decide by `core.plan`, write down, act, undo from what is written.
+"""The transaction: prepare, unprepare, recover. `core.plan` decides; this module writes records, acts, and undoes records.
 
-Order of a prepare: intent on disk → steps on the hardware, each result saved as it comes into being → CDI file → finished
-record. Order of the way back: CDI file → hardware → record. So after a death at any point either the record is finished
-and everything it names exists, or the record tells what to undo; nothing of ours exists without a record.
+Order of a prepare: record of the plan → steps on the hardware, with each result saved at once → CDI file → finished
+record. Order of an unprepare: CDI file → hardware → record. The process may die at any point. Then either the record is
+finished and all its hardware exists, or the record lists the steps to undo. No hardware of ours exists without a record.
 
-Everything here blocks and runs in worker threads. A claim's lock and its GPUs' locks are files: a second instance (rolling
-update) is kept out by the same means as a second thread. They are taken in one order, claim first, GPUs sorted, and never
-held while waiting for another claim.
+Everything here blocks and runs in worker threads. A claim's lock and its GPUs' locks are files, so they exclude a second
+instance (rolling update) in the same way as a second thread. The order is always the same: first the claim, then the
+GPUs in sorted order. No lock is held while waiting for another claim.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which GPUs a verb works on: found once, before its ticket; then waited for, locked and worked on.
+    """The GPUs of a verb. They are found once, before the ticket; then the verb waits for them, locks them and works on them.
 
-    `gpus` are in the one global order, `record` is the claim's as it was then, `grants` what a new prepare takes. A verb that
-    finds another record under its locks (another instance was at work) changes nothing and returns the scope of now.
+    `gpus`: in the one global order. `record`: the record of the claim at that moment. `grants`: the hardware for a new
+    prepare. If a verb finds another record under its locks (another instance was at work), it changes nothing and returns
+    the new scope.
     """
 
     gpus: tuple[GpuUuid, ...]
@@ -68,9 +69,9 @@ class Preparer:
     # ------------------------------------------------------------ the kubelet's verbs
 
     def scope(self, uid: ClaimUid, claim: Claim | None = None) -> Scope:
-        """What a verb on this claim works on; with `claim`, a prepare.
+        """The scope of a verb on this claim. With `claim`, the verb is a prepare.
 
-        ClaimError where the claim cannot be served as it was allocated.
+        ClaimError if the driver cannot serve the claim with its allocation.
         """
         record = self._checkpoint.get(uid)
         if claim is None or (record is not None and plan.serves(record, claim)):
@@ -78,7 +79,7 @@ class Preparer:
         return self._wanted(claim, record)
 
     def prepare(self, claim: Claim, scope: Scope) -> PreparedClaim | Busy | Scope:
-        """Prepare the claim. Returns its devices, the same as last time if they still exist, or the claims that block it."""
+        """Prepare the claim. Returns its devices (unchanged if they still exist) or the claims that block it."""
         uid = claim.ref.uid
         with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
@@ -94,7 +95,7 @@ class Preparer:
             return self._make(claim, wanted.grants)
 
     def unprepare(self, uid: ClaimUid, scope: Scope) -> Scope | None:
-        """Undo all that the claim holds. A claim that holds nothing is no error."""
+        """Undo everything that the claim holds. A claim that holds nothing is no error."""
         with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
             if record != scope.record:
@@ -117,8 +118,8 @@ class Preparer:
             return None
 
     def ensure_daemons(self, gpu: GpuUuid) -> None:
-        """Make the MPS daemons of a card run as its records say, because the supervisor may have lost some. It tries all,
-        and then raises the first error."""
+        """Make the MPS daemons of a card run as its records require, because the supervisor may have lost some. It tries all
+        daemons and then raises the first error."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
             self._steps.ensure_daemons(shared.daemons_of(records, gpu), records)
@@ -128,7 +129,7 @@ class Preparer:
         for spares in (self._lock_spares, self._checkpoint.spares, self._cdi_writer.spares):
             spares.refill()
 
-    # ------------------------------------------------------------ what others ask
+    # ------------------------------------------------------------ questions of other modules
 
     def records(self) -> Mapping[ClaimUid, Record]:
         return self._checkpoint.records()
@@ -137,12 +138,12 @@ class Preparer:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
 
     def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
-        """Claims that hold what this claim needs, apart from those in `gone`."""
+        """Claims that hold devices which this claim needs, except the claims in `gone`."""
         others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
         return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
 
     def in_use(self, record: Record) -> bool:
-        """Whether a process runs on what the record holds; a GPU that cannot be asked counts as in use."""
+        """Whether a process runs on the hardware of the record. An unreadable GPU counts as in use."""
         made = {(done.slot.gpu, done.gi) for done in record.done}
         partitioned = {done.slot.gpu for done in record.done}
         try:
@@ -150,7 +151,7 @@ class Preparer:
                 (gpu, process.gi) in made if gpu in partitioned else True
                 for gpu in record.plan.gpus
                 for process in self._nvml.processes(gpu)
-                if process.name != MPS_SERVER  # it outlives its clients
+                if process.name != MPS_SERVER  # the MPS server outlives its clients
             )
         except DeviceError:
             return True
@@ -158,7 +159,7 @@ class Preparer:
     # ------------------------------------------------------------ forward
 
     def _standing(self, record: Record) -> PreparedClaim | None:
-        """What a finished record gives, its daemons and its CDI file made good; None where the hardware has changed."""
+        """The devices of a finished record, with its daemons and CDI file repaired. None if the hardware has changed."""
         live = self._look(record.plan.named)
         if not plan.stands(record, live):
             return None
@@ -181,7 +182,7 @@ class Preparer:
                 record = self._steps.do(step, record, others, self._checkpoint.put)
                 for other in shared.repointed(record, others):
                     self._checkpoint.put(other)
-                    # Its file names what vanished; the claim's next prepare writes it again.
+                    # The CDI file of that claim names vanished hardware. The claim's next prepare writes the file again.
                     self._cdi_writer.remove(other.plan.ref.uid)
             finished = self._cdi_writer.inject(record, self._look(decided.named))
             self._checkpoint.put(finished)
@@ -194,17 +195,17 @@ class Preparer:
     # ------------------------------------------------------------ back
 
     def _undo(self, record: Record) -> None:
-        """Undo all steps, then drop the record. Where a card refuses, the others' steps are undone all the same; then the
+        """Undo all steps, then remove the record. If a card refuses, the steps of the other cards are still undone. Then the
         error is raised and the record stays."""
         for error in self._undo_steps(record).values():
             raise error
         self._checkpoint.drop(record.plan.ref.uid)
 
     def _undo_or_leave(self, record: Record) -> None:
-        """As `_undo`; but a lost card keeps no pod from its end, because a node is drained before it is rebooted.
+        """Like `_undo`, but succeeds on a lost card: a reboot needs a drain first, so the pods must be able to end.
 
-        Nothing runs on a lost card and it is tainted. What stays on the card is a record of its own until the card is back:
-        then `recover` undoes it, or the next prepare that needs its place.
+        Nothing runs on a lost card, and the card has a taint. The hardware that stays on the card gets a record of its
+        own. When the card is back, `recover` undoes this record, or the next prepare that needs the place.
         """
         refused = self._undo_steps(record)
         for gpu, error in refused.items():
@@ -223,7 +224,7 @@ class Preparer:
             self._checkpoint.drop(record.plan.ref.uid)
 
     def _undo_failed(self, uid: ClaimUid) -> None:
-        """After a failed prepare. A failure here is only logged, because the record stays and the next call tries again."""
+        """Undo a failed prepare. A failure here is only logged, because the record stays and the next call tries again."""
         try:
             record = self._checkpoint.get(uid)
             if record is not None:
@@ -232,10 +233,10 @@ class Preparer:
             log.error("cannot undo a failed prepare; the next call for the claim tries again claim=%s: %s", uid, e)
 
     def _undo_steps(self, record: Record) -> dict[GpuUuid, DeviceError]:
-        """Undo a record's steps; the first error of each card that refuses.
+        """Undo a record's steps. Returns the first error of each card that refuses.
 
-        The record is unfinished from the first moment: nobody may build on what is being removed, and a new process goes on
-        with it.
+        The record becomes unfinished first: then no other claim uses the hardware that is being removed, and a new
+        process can continue.
         """
         uid = record.plan.ref.uid
         others = tuple(self._others(uid).values())
@@ -253,7 +254,7 @@ class Preparer:
         return refused
 
     def _is_lost(self, gpu: GpuUuid) -> bool:
-        """Whether the card cannot even be looked at, which is when it is tainted as lost."""
+        """Whether the card cannot be read. Such a card has the taint for lost cards."""
         try:
             self._nvml.look(gpu)
         except DeviceError:
@@ -263,7 +264,7 @@ class Preparer:
     # ------------------------------------------------------------ parts
 
     def _wanted(self, claim: Claim, record: Record | None) -> Scope:
-        """What the claim takes by the inventory of now, and what its older record holds."""
+        """The hardware that the claim takes by the present inventory, and the hardware of its older record."""
         wanted = Plan(claim.ref, plan.grants(claim, self._inventory), ())
         held = () if record is None else record.plan.gpus
         return Scope(tuple(sorted({*wanted.gpus, *held})), record, wanted.grants)

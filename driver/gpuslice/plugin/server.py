@@ -1,9 +1,10 @@
 """The endpoints for the kubelet: registration, and DRA v1 and v1beta1 from one servicer, over unix sockets (grpc.aio).
 
-Contract facts: the kubelet gives GetInfo 1 s and a DRA call 45 s; it takes the first entry of `supported_versions` that
-it knows; the DRA socket must listen before the registration socket appears. C-core unlinks a socket's path when its
-server stops even if a newer process has bound the path since, so two instances never use the same names: a rolling
-update puts the pod's UID into both, and a lock per name refuses a second instance (measured on grpcio 1.85).
+Contract facts: the kubelet allows 1 s for GetInfo and 45 s for a DRA call. It takes the first entry of
+`supported_versions` that it knows. The DRA socket must listen before the registration socket appears. When a server of
+C-core stops, it unlinks its socket path, even if a newer process has bound the path (measured on grpcio 1.85). So two
+instances never use the same names: a rolling update puts the pod's UID into both names, and a lock for each name refuses
+a second instance.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from gpuslice.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
-# The kernel wants the NUL inside the 108 bytes of sun_path (unix(7)); Go and C-core refuse 108 alike.
+# The 108 bytes of sun_path include the final NUL (unix(7)); Go and C-core refuse 108 characters too.
 LONGEST_PATH = 107
 VERSIONS = ("v1.DRAPlugin", "v1beta1.DRAPlugin")
 _KUBELET_PATIENCE_S = 45.0
 
-Message = Any  # generated messages of two versions that share a shape; protoc's stubs have no common type
+Message = Any  # generated messages of two versions with the same fields; protoc's stubs have no common type
 
 
 class ClaimHandler(Protocol):
@@ -56,10 +57,10 @@ class ClaimHandler(Protocol):
 
 
 def registration_name(folder: Path, driver: str, pod_uid: str = "") -> str:
-    """Name of the registration socket: deterministic, different for each driver and pod, as short as the path needs.
+    """Name of the registration socket: deterministic, different for each driver and pod, and as short as the path requires.
 
-    Without a pod UID it is fixed. With one, the full UID is preferred; the hashed forms are those of the Go helper of
-    Kubernetes 1.37. ConfigError where no form fits into a socket path.
+    Without a pod UID the name is fixed. With a pod UID it contains the full UID if there is room, else a hash in the form
+    of Kubernetes' Go helper (1.37). ConfigError if no form fits into a socket path.
     """
     if not pod_uid:
         return _fitting(folder, [f"{driver}-reg.sock"])
@@ -75,7 +76,7 @@ def dra_name(folder: Path, pod_uid: str = "") -> str:
 def socket_paths(
     *, driver: str, registry: Path, plugin_folder: Path, pod_uid: str, registration_socket: str
 ) -> tuple[Path, Path]:
-    """The DRA socket and the registration socket. ConfigError where their names contradict each other or are too long."""
+    """The DRA socket and the registration socket. ConfigError if their names contradict each other or are too long."""
     if pod_uid and registration_socket:
         raise ConfigError(
             "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket name for each "
@@ -106,7 +107,7 @@ def _fitting(folder: Path, names: Sequence[str]) -> str:
 
 
 class DraService:
-    """NodePrepareResources and NodeUnprepareResources of one version: `messages` is its message module."""
+    """NodePrepareResources and NodeUnprepareResources of one version. `messages` is the message module of the version."""
 
     def __init__(self, messages: ModuleType, claims: ClaimHandler, telemetry: Telemetry) -> None:
         self._pb = messages
@@ -135,7 +136,7 @@ class DraService:
         return self._pb.NodeUnprepareResourceResponse()
 
     async def _answer(self, operation: str, message: Message, work: Awaitable[Message]) -> tuple[str, Message]:
-        """The claim's entry in the map: its result, or the sentence that the pod's events will show."""
+        """The claim's entry in the answer: its result, or the error sentence for the pod's events."""
         empty = (
             self._pb.NodePrepareResourceResponse if operation == "prepare" else self._pb.NodeUnprepareResourceResponse
         )
@@ -154,7 +155,7 @@ class DraService:
                 return message.uid, answer
         except DriverError as e:
             return message.uid, empty(error=str(e))
-        except Exception as e:  # noqa: BLE001 - logged above; one claim's bug must not fail the others
+        except Exception as e:  # noqa: BLE001 - logged above; a bug with one claim must not fail the other claims
             return message.uid, empty(error=f"internal error of the driver, see its log: {type(e).__name__}: {e}")
 
     def _device(self, device: PreparedDevice) -> Message:
@@ -170,7 +171,7 @@ class DraService:
 
 
 class RegistrationService:
-    """Answers the kubelet's plugin watcher, which asks who the driver is and then tells whether it registered the driver."""
+    """Answers the kubelet's plugin watcher. It asks for the driver's name, then reports whether the registration succeeded."""
 
     def __init__(self, driver: str, endpoint: Path) -> None:
         self._info = registration_v1_pb2.PluginInfo(
@@ -198,7 +199,7 @@ class RegistrationService:
 
 
 class PluginServer:
-    """Both servers and their sockets. `lost` returns a sentence when one of them is gone while the driver runs."""
+    """Both servers and their sockets. `lost` returns a sentence if one of them is gone while the driver runs."""
 
     def __init__(
         self,
@@ -228,8 +229,8 @@ class PluginServer:
         self._servers: list[grpc.aio.Server] = []
 
     async def open(self) -> None:
-        """Listen: first the DRA socket, then the one that makes the kubelet come. Both serve everything, so that a kubelet
-        which takes the registration socket for the endpoint is served as well."""
+        """Listen: first on the DRA socket, then on the registration socket, which the kubelet watches. Both serve everything,
+        for kubelets that use the registration socket as the endpoint."""
         for path in (self.endpoint, self.registration):
             server = grpc.aio.server()
             for add, service in self._services:
@@ -273,7 +274,7 @@ class PluginServer:
         self._servers.clear()
 
     def probe(self, timeout_s: float = 1.0) -> str | None:
-        """Call both sockets of the driver as the kubelet does. None if both answer. Blocks; for /healthz."""
+        """Call both sockets of the driver like the kubelet. None if both answer. It blocks. For /healthz."""
         for path, method in (
             (self.registration, "/pluginregistration.Registration/GetInfo"),
             (self.endpoint, "/k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin/NodePrepareResources"),
@@ -297,7 +298,7 @@ def _exclusive(folder: Path, socket: Path) -> int:
 
 
 def _bind(server: grpc.aio.Server, path: Path) -> None:
-    """Bind with rights for root only; a stale socket of a killed process is replaced, anything else is refused."""
+    """Bind with access for root only. Replaces a stale socket of a killed process and refuses any other file."""
     if path.exists() and not path.is_socket():
         raise ConfigError(f"{path} exists and is not a socket; remove it to let the driver listen there")
     with contextlib.suppress(FileNotFoundError):

@@ -1,13 +1,14 @@
-"""A claim's way through the driver, in the order in which things may wait: claim queue, API server, tickets, thread.
+"""The path of a claim through the driver. A claim may wait in this order: claim queue, API server, tickets, thread.
 
-The transaction itself is `prepare.py`; here is only who waits for whom (`claim_queue.py` has the tools):
+The transaction itself is in `prepare.py`. This module only decides which call waits for which (`claim_queue.py` has the
+tools):
 
-* One line of jobs per claim. An unprepare calls off a prepare that still waits, and outlasts one that works.
-* The claim is fetched inside its line, and again after every wait: a claim can be deallocated and allocated elsewhere
-  under one UID.
-* `Busy` releases everything. If the API still gives the devices to a holder, that is a double allocation and refused; if
-  all holders are gone or deallocated, their unprepare is under way and the claim waits for it, keeping its place in the
-  queue, without thread or lock. After a forced delete this saves the new pod the kubelet's retry.
+* Each claim has one queue of jobs. An unprepare cancels a waiting prepare, and waits for the end of a running one.
+* The claim is fetched inside its queue, and again after every wait, because a claim can be deallocated and allocated
+  elsewhere under the same UID.
+* `Busy` releases everything. If the API still gives the devices to a holder, this is a double allocation and is refused.
+  If all holders are gone or deallocated, their unprepare comes soon. The claim waits for it without thread or lock and
+  keeps its place in the queue. After a forced delete, the new pod then needs no retry by the kubelet.
 * Claims that take no GPU (admin access) pass the claim queue only.
 """
 
@@ -32,15 +33,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The kubelet gives a call 45 s (k/k, defaultClientCallTimeout). A waiting claim has to be answered before that.
+# The kubelet ends a call after 45 s (k/k, defaultClientCallTimeout). The driver must answer a waiting claim earlier.
 MOST_WAIT_S = 40.0
 _SPARE_S = 5.0
-# Records of claims that the API server has not had for so long are collected (a force-deleted pod may still run).
+# A record is collected when the API server has not had its claim for this time (a force-deleted pod may still run).
 ORPHAN_AGE_S = 600.0
 
 
 class ClaimReader(Protocol):
-    """The call that this module makes to the API server. It blocks."""
+    """The call of this module to the API server. It blocks."""
 
     def claim(self, namespace: str, name: str) -> dict[str, object]: ...
 
@@ -68,23 +69,23 @@ class ClaimService:
         self._closed: DriverError | None = None
 
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
-        """Prepare one claim; DriverError with a sentence for the pod's events. `timeout_s` is the caller's patience."""
+        """Prepare one claim. DriverError with a sentence for the pod's events. `timeout_s`: the caller's time limit."""
         deadline = asyncio.get_running_loop().time() + max(1.0, min(MOST_WAIT_S, timeout_s - _SPARE_S))
         return await self._queue.run(ref.uid, "prepare", lambda job: self._prepare(ref, deadline, job))
 
     async def unprepare(self, uid: ClaimUid) -> None:
-        """Undo all that the claim holds. Succeeds if nothing is left; needs no API server."""
+        """Undo everything that the claim holds. Succeeds if nothing is left. Needs no API server."""
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
-        """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
-        tickets."""
+        """Undo records that a killed process or a lost card left incomplete. Call it before the server opens, so that it gets
+        the first tickets."""
         unfinished = await self._in_pool(self._preparer.unfinished)
         wanted = (uid for uid in unfinished if only is None or uid in only)
         await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
 
     async def ensure_daemons(self) -> None:
-        """Make the MPS daemons of all records run, one job for each card. It tries all, and then raises the first error."""
+        """Make the MPS daemons of all records run, with one job for each card. It tries all, then raises the first error."""
         records = await self._in_pool(self._preparer.records)
         gpus = {step.gpu for step in shared.daemons_of(records.values())}
         errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
@@ -105,8 +106,8 @@ class ClaimService:
         return None
 
     async def collect(self, now: float) -> None:
-        """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices; and undo what
-        was left on lost cards."""
+        """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices. Also undo the
+        hardware that was left on lost cards."""
         await self.recover()
         records = await self._in_pool(self._preparer.records)
         for uid in self._absent_since.keys() - records.keys():
@@ -144,12 +145,12 @@ class ClaimService:
             return True
 
     async def close(self, timeout_s: float) -> bool:
-        """Refuse all jobs that wait, and let running work end. False if some work hangs."""
+        """Refuse all waiting jobs, and let running work end. False if some work hangs."""
         self._closed = ClaimError("the driver is shutting down; the kubelet asks the next instance")
         self._releases.stop(self._closed)
         return await self.workers.drained(timeout_s)
 
-    # ------------------------------------------------------------ the ways
+    # ------------------------------------------------------------ the path of each verb
 
     async def _prepare(self, ref: ClaimRef, deadline: float, job: Job) -> PreparedClaim:
         arrival = self.tickets.arrive()
@@ -166,7 +167,7 @@ class ClaimService:
                 leaving = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
                 log.info("waiting for holders of the devices to be unprepared claim=%s holders=%s", ref, names)
-                # Nobody else undoes what was left on a lost card, because the kubelet was answered.
+                # Nothing else undoes the rest on a lost card, because the kubelet has its answer and does not call again.
                 await self.recover(leaving)
                 left = deadline - asyncio.get_running_loop().time()
                 if not await news.wait_any(leaving, left):
@@ -176,7 +177,7 @@ class ClaimService:
                     )
 
     async def _unprepare(self, uid: ClaimUid, job: Job) -> None:
-        # On the loop, because it is one stat(2): fetches that wait for a silent API server may fill the pool.
+        # On the event loop, because it is one stat(2), and fetches that wait for a silent API server may fill the pool.
         scope = self._preparer.scope(uid)
         unprepare = partial(self._preparer.unprepare, uid)
         await self._work(scope, self.tickets.arrive(), job, f"unprepare {uid}", unprepare)
@@ -194,7 +195,7 @@ class ClaimService:
     # ------------------------------------------------------------ parts
 
     async def _work(self, scope: Scope, arrival: int, job: Job, name: str, verb: Callable[[Scope], T | Scope]) -> T:
-        """Run a verb in a thread, under a ticket for its GPUs; again with those of now where it finds others."""
+        """Run a verb in a thread, under a ticket for its GPUs. If the verb finds other GPUs, run it again with these."""
         while True:
             ticket: Ticket = await self.tickets.take(scope.gpus, arrival)
             answer = await self.workers.run(ticket, job, partial(verb, scope), name)
@@ -203,7 +204,7 @@ class ClaimService:
             scope = answer
 
     def _read(self, ref: ClaimRef) -> tuple[Claim, Scope]:
-        """The claim as the API server has it now, and what a prepare of it works on. Blocks."""
+        """The present claim in the API server, and the scope of its prepare. It blocks."""
         claim = self._fetch(ref)
         return claim, self._preparer.scope(ref.uid, claim)
 
@@ -217,7 +218,7 @@ class ClaimService:
         return claims.parse(body, ref, self._driver)
 
     async def _unprepare_unheard(self, ref: ClaimRef, job: Job) -> None:
-        """Where nobody listens to the prepare any more and the claim is gone: undo it, because no unprepare may follow."""
+        """Undo a prepare whose caller is gone and whose claim is deleted, because perhaps no unprepare follows."""
         if job.listeners:
             return
         try:
@@ -228,7 +229,7 @@ class ClaimService:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
-        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
+        """The holders that no longer have the devices in the API. ClaimError if their release would not be enough."""
         records: Mapping[ClaimUid, Record] = await self._in_pool(self._preparer.records)
         gone: set[ClaimUid] = set()
         for holder in busy.holders:
@@ -253,6 +254,6 @@ class ClaimService:
         return claims.is_held(body, ref.uid, [grant.allocation.device for grant in record.plan.grants], self._driver)
 
     async def _in_pool(self, call: Callable[[], T]) -> T:
-        """Run a short blocking call with this task's context (`run_in_executor` alone drops the `op=` id)."""
+        """Run a short blocking call with this task's context (`run_in_executor` alone loses the `op=` id)."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, call)

@@ -1,6 +1,6 @@
-"""Carries out one step of the transaction on the hardware, or undoes it. What to do was decided before.
+"""Carries out one step of the transaction on the hardware, or undoes it. `core.plan` has decided the steps before.
 
-Every `do` can be repeated, and every `undo` succeeds when what it would remove is gone.
+Every `do` can be repeated. Every `undo` succeeds if its hardware is gone already.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class StepExecutor:
         self._mps = mps
 
     def do(self, step: Step, record: Record, others: Sequence[Record], save: Save) -> Record:
-        """Carry out one step of a record and `save` what came into being, before the next effect.
+        """Carry out one step of a record, and `save` each result before the next effect.
 
-        `others` are the records that may stand on the same thing; DeviceError where the hardware refuses.
+        `others`: records that may use the same hardware. DeviceError if the hardware refuses.
         """
         match step:
             case SetMigMode(gpu, on):
@@ -55,7 +55,7 @@ class StepExecutor:
             case CreateMig(slot):
                 return self._create(slot, record, save)
             case SetComputeMode() | SetTimeSlice() if _stands(step, others):
-                pass  # an earlier share of this card has done it; it costs a run of nvidia-smi
+                pass  # an earlier share of this card has set it; setting costs a run of nvidia-smi
             case SetComputeMode(gpu):
                 with self._naming_holders(gpu, "the compute mode"):
                     self._nvml.set_compute_mode(gpu, ComputeMode.EXCLUSIVE_PROCESS)
@@ -70,8 +70,8 @@ class StepExecutor:
         return record
 
     def ensure_daemons(self, steps: Sequence[StartMps], records: Sequence[Record]) -> None:
-        """Make these MPS daemons run, because one may have ended by itself; returns at once if all run. It tries all, and
-        then raises the first error."""
+        """Make these MPS daemons run, because one may have ended by itself. Returns at once if all run. It tries all, then
+        raises the first error."""
         errors = []
         for step in steps:
             try:
@@ -82,16 +82,16 @@ class StepExecutor:
             raise errors[0]
 
     def undo(self, undoing: Undo, others: Sequence[Record]) -> None:
-        """Undo one step; `others` are the records that stay."""
+        """Undo one step. `others`: the records that stay."""
         match undoing:
             case DestroyMig():
                 self._destroy(undoing)
             case ResetComputeMode(gpu):
-                if self._nvml.compute_mode(gpu) != ComputeMode.DEFAULT:  # also where the step was never carried out
+                if self._nvml.compute_mode(gpu) != ComputeMode.DEFAULT:  # also if the step was never carried out
                     with _fine(Code.NOT_SUPPORTED):
                         self._nvml.set_compute_mode(gpu, ComputeMode.DEFAULT)
             case ResetTimeSlice(gpu):
-                # In MIG mode, or where nvidia-smi cannot do it, nothing was set.
+                # In MIG mode, or if nvidia-smi cannot set it, nothing was set.
                 with _fine(Code.NOT_SUPPORTED, Code.LIBRARY_NOT_FOUND):
                     self._nvml.set_time_slice(gpu, 0)
             case StopMps(gpu, slot):
@@ -105,7 +105,7 @@ class StepExecutor:
 
     def _create(self, slot: MigSlot, record: Record, save: Save) -> Record:
         if any(done.slot == slot and done.uuid is not None for done in record.done):
-            return record  # made by an earlier share of the same partition
+            return record  # created by an earlier share of the same partition
         made = MadeMig(slot=slot, gi=self._nvml.create_gpu_instance(slot.gpu, slot.profile, slot.placement))
         save(replace(record, done=(*record.done, made)))
         ci, uuid = self._nvml.create_compute_instance(slot.gpu, made.gi)
@@ -139,7 +139,7 @@ class StepExecutor:
         )
 
     def _refuse_prohibited(self, gpu: GpuUuid) -> None:
-        """Only where the policy keeps the mode: else the step before this one has set another."""
+        """Refuse compute mode PROHIBITED. It occurs only if the policy keeps the mode; else an earlier step changed it."""
         if self._nvml.compute_mode(gpu) == ComputeMode.PROHIBITED:
             raise DeviceError(
                 f"GPU {gpu} has compute mode PROHIBITED, in which no program starts, and this node's policy keeps the "
@@ -148,7 +148,7 @@ class StepExecutor:
             )
 
     def _adjust(self, step: StartMps, others: Sequence[Record]) -> None:
-        """Lower the ceilings for those who stay. Not worth failing the one who leaves: its share is free either way."""
+        """Lower the ceilings for the remaining claims. A failure is no error of the leaving claim: its share is free."""
         try:
             self._ensure(step, others)
         except DeviceError as e:
@@ -176,7 +176,7 @@ def _stands(step: Step, others: Sequence[Record]) -> bool:
 
 
 def _device(step: StartMps, records: Sequence[Record]) -> GpuUuid | MigUuid:
-    """The UUID that the daemon serves: the card's, or that of the partition which one of its sharers made."""
+    """The UUID that the daemon serves: of the card, or of the partition that one of its claims created."""
     if step.slot is None:
         return step.gpu
     made = [done.uuid for record in records for done in record.done if done.slot == step.slot and done.uuid is not None]

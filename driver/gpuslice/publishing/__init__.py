@@ -1,1 +1,1 @@
-"""The API server's side: what the node offers, kept published as ResourceSlices, with taints for what is not well."""
+"""The API server's side: publishes the node's offer as ResourceSlices, with taints for unavailable devices."""

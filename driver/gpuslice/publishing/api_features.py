@@ -1,4 +1,4 @@
-"""What the API server can do, found out before the first write."""
+"""Finds the features of the API server before the first write."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gpuslice.kube import Kube
 
 
 def probe(kube: Kube, driver: str, node: str) -> Features:
-    """What the API server keeps of a ResourceSlice, found out by creates with dryRun=All; nothing is stored.
+    """The fields of a ResourceSlice that the API server keeps. Found by creates with dryRun=All, which store nothing.
 
-    Before the first write, because a partition published without its counters is given out twice. ApiError: no answer, or
-    one that says nothing about the fields.
+    Call it before the first write, because the scheduler allocates a partition without counters twice. ApiError if there
+    is no answer, or an answer that does not show which fields are kept.
     """
     kept = {
         gate: all(_keeps(kube, reconcile.probe(driver, node, content)) for content in contents)

@@ -1,15 +1,16 @@
-"""What the node offers, kept up to date: probe the API server once, look at the node, plan the pools, hand them on.
+"""Keeps the node's offer up to date: probe the API server once, look at the node, plan the pools, pass them on.
 
-One thread. It plans again when it is nudged and every half minute; the publisher writes only what differs. Nudges are
-gathered for a tenth of a second, so that eight claims at once cost one look at the node and none of them waits for it
-(without that, looks and plans took two thirds of the driver's time under load: measured).
+The controller has one thread. It plans again after each nudge and every half minute. The publisher writes only
+differences. The controller collects nudges for a tenth of a second, so that eight simultaneous claims cost one look at the
+node and no claim waits for it (without this, looks and plans took two thirds of the driver's time under load: measured).
 
-Before the first write it finds out by dry runs what the API server keeps: a device whose counters are dropped would be
-given out twice, so without them the plan is static (Kubernetes 1.34 and 1.35), and nothing is sent before that is known.
+Before the first write, dry runs show which fields the API server keeps. If the server drops counters, the scheduler would
+allocate devices twice, so the plan is then static (Kubernetes 1.34 and 1.35). Nothing is sent before this is known.
 
-An API server that is away, busy, or forbids something is waited for, because it or its administrator mends that while we run.
-A refused token, an untrusted certificate and a server without resource.k8s.io/v1 stay so until the process starts anew, or
-for hours: the process then ends and says why. It stays where claims are prepared, because unprepare needs no API server.
+If the API server is away or busy, or forbids something, the driver waits, because the problem can end while the driver
+runs. A refused token, an untrusted certificate and a server without resource.k8s.io/v1 stay until the process starts again,
+or for hours. Then the process ends with the reason. It continues while claims are prepared, because unprepare needs no API
+server.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class SliceController:
         on_taints_changed: Callable[[], object] = lambda: None,
         backoff: BackoffConfig = DEFAULT_BACKOFF,
     ) -> None:
-        """`on_taints_changed` is called, from a thread of the controller, when the devices' taints are others than before.
+        """The controller calls `on_taints_changed` from one of its threads when the taints of the devices have changed.
 
-        `refused` fails with a LastingApiError when the API server never answered otherwise and no claim needs us.
+        `refused` fails with a LastingApiError if all answers of the API server were lasting errors and no claim needs
+        the driver.
         """
         self._kube, self._driver, self._node = kube, driver, node
         self._checkpoint = checkpoint
@@ -77,12 +79,12 @@ class SliceController:
         self._backoff = backoff
         self._publisher = Publisher(kube, driver, node, backoff=backoff, changed=lambda _: self.nudge())
         self.refused: Future[None] = Future()
-        self.refused.set_running_or_notify_cancel()  # who waits for it may leave, and it can still be set
+        self.refused.set_running_or_notify_cancel()  # its waiter may leave, and it can still be set
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
         self._repeats = Repeats()
-        self._failed = ""  # why the last try to plan came to nothing
+        self._failed = ""  # the reason why the last plan failed
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
@@ -93,7 +95,7 @@ class SliceController:
             self._stopped = True
             self._wake.notify_all()
         self._publisher.stop()
-        self._thread.join(1.0)  # it may be in a call to a hung GPU; it is a daemon and holds nothing
+        self._thread.join(1.0)  # it may be in a call to a hung GPU; it is a daemon thread and holds nothing
 
     def nudge(self) -> None:
         """Plan again now, because something on the node has changed."""
@@ -103,11 +105,11 @@ class SliceController:
 
     @property
     def inventory(self) -> Inventory:
-        """What the node offers now."""
+        """The present offer of the node."""
         return self._planner.inventory
 
     def problem(self) -> str | None:
-        """Why the API server does not have what this node offers, or None if it has."""
+        """The reason why the API server does not have the node's offer, or None if it has the offer."""
         if self._failed:
             return self._failed
         return None if self._publisher.published.is_set() else self._publisher.status.error or self._problem
@@ -116,7 +118,7 @@ class SliceController:
 
     def _run(self) -> None:
         features = self._probe()
-        with self._wake:  # `stop` comes before, or finds it started
+        with self._wake:  # `stop` comes before this, or finds the thread started
             if features is not None and not self._stopped:
                 self._publisher.start()
         retry = Backoff(self._backoff)
@@ -143,7 +145,7 @@ class SliceController:
             log.warning("cannot plan the ResourceSlices of this node; the driver tries again: %s", error)
 
     def _probe(self) -> Features | None:
-        """None where we are to stop, or where `refused` says why no answer is to be expected."""
+        """The features of the API server. None if the controller has to stop, or if `refused` has an error."""
         retry, hopelessness = Backoff(self._backoff), Hopelessness(self._backoff)
         while not self._stopped:
             try:
@@ -159,7 +161,7 @@ class SliceController:
                 return features
             except ApiError as e:
                 self._problem, lasting = str(e), isinstance(e, LastingApiError)
-            except Exception as e:  # an answer that no API server gives; a thread that died would be silence for ever
+            except Exception as e:  # no real answer; if the thread died, nothing would be published any more
                 log.debug("the API server's answer is not understood", exc_info=True)
                 self._problem, lasting = f"the API server gave an answer that is not understood ({e!r})", False
             if self._repeats.is_news(self._problem, time.monotonic()):
@@ -169,16 +171,16 @@ class SliceController:
                 self.refused.set_exception(LastingApiError(f"{self._problem}; {_END}"))
                 return None
             delay_s = hopelessness.shorten(retry.delay_s(random.random()), now)  # noqa: S311 - not a secret
-            with self._wake:  # a nudge tells news of the node, not of the API server
+            with self._wake:  # a nudge reports a change of the node, not of the API server
                 self._wake.wait_for(lambda: self._stopped, delay_s)
         return None
 
     def _serves_claims(self) -> bool:
-        """Whether there is something to unprepare, which needs no API server."""
+        """Whether there are claims to unprepare. Unprepare needs no API server."""
         return bool(self._checkpoint.records() or self._checkpoint.broken())
 
     def _without_dropped(self, features: Features) -> Features:
-        """What the probe promised, less what the server was seen to drop since (an API server that was downgraded)."""
+        """The features of the probe, without those that the server has dropped since (a downgraded API server)."""
         dropped = self._publisher.status.dropped
         return Features(
             partitionable=features.partitionable and PARTITIONABLE not in dropped,

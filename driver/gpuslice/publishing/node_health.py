@@ -1,4 +1,4 @@
-"""One look at the node for what is unavailable now: lost or hung GPUs, foreign partitions, a MIG mode that is stuck."""
+"""One look at the node that finds unavailable devices: lost or hung GPUs, foreign partitions, a wrong MIG mode."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gpuslice.nvml.api import Nvml
 log = logging.getLogger(__name__)
 
 
-# As for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
+# Same limit as for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
 LIMIT_S = 15.0
 
 PendingLook = concurrent.futures.Future[LiveGpu]
 
 
 class HangGuard:
-    """Looks at GPUs in a thread that is left behind where a look hangs, so that one dead card hides no other."""
+    """Looks at GPUs in a thread. If a look hangs, the thread is abandoned, so that one dead card hides no other card."""
 
     def __init__(self, nvml: Nvml, limit_s: float = LIMIT_S) -> None:
         self._nvml, self._limit_s = nvml, limit_s
@@ -35,7 +35,7 @@ class HangGuard:
         self._stuck: dict[GpuUuid, PendingLook] = {}
 
     def look(self, gpu: GpuUuid) -> LiveGpu:
-        """Look at one GPU. DeviceError from NVML; HungError if no answer comes in time, and then until an answer comes."""
+        """Look at one GPU. DeviceError from NVML. HungError if no answer comes in time, and also later until it comes."""
         stuck = self._stuck.get(gpu)
         if stuck is not None and not stuck.done():
             raise self._hung(gpu)
@@ -56,7 +56,7 @@ class HangGuard:
             gpu, look = questions.get()
             try:
                 look.set_result(self._nvml.look(gpu))
-            except BaseException as e:  # noqa: BLE001 - handed to the caller
+            except BaseException as e:  # noqa: BLE001 - passed to the caller
                 look.set_exception(e)
 
     def _hung(self, gpu: GpuUuid) -> HungError:
@@ -80,16 +80,16 @@ class NodeHealth:
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
-        """Taints of all devices; logs taints that come or go. Blocks, but does not look at a hung GPU."""
+        """Taints of all devices. Logs new and removed taints. It blocks, but does not look at a hung GPU."""
         taints = self.survey(inventory).taints
         self._log_changes(taints)
         return taints
 
     def survey(self, inventory: Inventory) -> NodeLook:
-        """The whole node as it is now, and logs nothing."""
+        """The present state of the whole node. Logs nothing."""
         hung = self._hung()
         unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
-        # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
+        # Records before and after the look: a partition of ours has a record before its creation and until it is gone.
         records = self._checkpoint.records()
         live: dict[GpuUuid, LiveGpu] = {}
         for pool in inventory.pools:
@@ -107,7 +107,7 @@ class NodeHealth:
         return NodeLook(inventory, live, records, taints)
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
-        """MPS daemons that are not well; asked only where a card offers MPS."""
+        """MPS daemons with a problem. The supervisor is asked only if a card offers MPS."""
         if not any(isinstance(device.offer.sharing, Mps) for pool in inventory.pools for device in pool.devices):
             return {}
         try:

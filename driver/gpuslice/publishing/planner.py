@@ -1,4 +1,4 @@
-"""What to publish now: look at the node, plan its pools, and hold changes back while claims hold devices."""
+"""Decides what to publish now: looks at the node, plans its pools, and delays changes while claims hold devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpuslice.publishing.shapes import Shapes
 
 
 class PoolPlanner:
-    """Plans anew only where the features, the taints or the held devices have changed. For one thread."""
+    """Plans again only if the features, the taints or the held devices have changed. For one thread."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class PoolPlanner:
         self._on_taints_changed = on_taints_changed
         self._planned_from: tuple[Features, Taints, frozenset[DeviceRef]] | None = None
         self._wanted: tuple[PoolSlices, ...] = ()
-        self.inventory = dynamic  # the one that was planned last
+        self.inventory = dynamic  # the last plan
 
     def plan(self, features: Features, *, published: bool) -> tuple[PoolSlices, ...]:
-        """The pools; `published` says that those of the last plan are in force. DriverError where it cannot be planned."""
+        """The pools. `published`: the API has the pools of the last plan. DriverError if there can be no plan."""
         inventory = self.inventory = self._dynamic if features.partitionable else self._static
         taints = self._health.look(inventory)
         records = tuple(self._checkpoint.records().values())

@@ -1,13 +1,12 @@
-"""Make the API's ResourceSlices those that are wanted, and keep them so when others delete or change them.
+"""Writes the wanted ResourceSlices to the API, and writes them again when others delete or change them.
 
-Two threads. The *watcher* lists and watches our slices into a `SliceCache`; the *writer* compares the cache with what is
-wanted (`core.pools.reconcile`) and writes the difference. Nothing here ever fails for good: what the API server refuses or
-does not answer is tried again, more and more rarely, and prepare and unprepare do not notice.
+There are two threads. The *watcher* lists and watches our slices into a `SliceCache`. The *writer* compares the cache with
+the wanted pools (`core.pools.reconcile`) and writes the difference. No failure is final: if the API server refuses a write
+or does not answer, the writer tries again, with growing delays. Prepare and unprepare are not affected.
 
-Others write, too. The kubelet deletes all slices of its node when it starts, in the background, so perhaps after we
-have published again: each foreign change is answered, after a moment of quiet, and every answer that meets another
-foreign change within a minute doubles that moment. This also keeps two instances of different versions from writing
-against each other for ever.
+Others write, too. When the kubelet starts, it deletes all slices of its node in the background, perhaps after the driver
+has published again. The driver answers each foreign change after a quiet time. If another foreign change follows an answer
+within a minute, the quiet time doubles. So two instances of different versions do not write against each other for ever.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Keeps a driver's ResourceSlices on a node as `publish` last wanted them.
+    """Keeps the ResourceSlices of a driver on a node equal to the pools of the last `publish`.
 
-    `published` is set while the API shows exactly that. `changed` is called with each new `Status`, from a thread of
-    the publisher; it must not block. Nothing is written before the first `publish`.
+    `published` is set while the API has exactly these pools. `changed` is called with each new `Status`, from a thread
+    of the publisher; it must not block. Nothing is written before the first `publish`.
     """
 
     def __init__(
@@ -67,16 +66,16 @@ class Publisher:
             thread.start()
 
     def stop(self) -> None:
-        """End both threads; what is published stays, because a restart must not cost the node its devices."""
+        """End both threads. The published slices stay, because the node must keep its devices during a restart."""
         self._state.stop()
         watch = self._watch
         if watch is not None:
             watch.close()
         for thread in self._threads:
-            thread.join(2.0)  # it may be in a call that hangs; it is a daemon and holds nothing
+            thread.join(2.0)  # it may be in a call that hangs; it is a daemon thread and holds nothing
 
     def publish(self, desired: Sequence[PoolSlices]) -> None:
-        """Want exactly these pools from now on; returns at once."""
+        """Set the wanted pools. Returns at once."""
         self._state.want(desired)
 
     # ------------------------------------------------------------ the watcher
@@ -91,12 +90,12 @@ class Publisher:
                 pass
             except ApiError as e:
                 self._reporter.report(error=str(e))
-            except Exception:  # a thread that died would be silence for ever
+            except Exception:  # if the thread died, the driver would never notice a change again
                 log.exception("the watch of ResourceSlices failed unexpectedly; the driver starts it again")
             lasted_s = time.monotonic() - began
             if lasted_s > CALM_S:
                 retry = Backoff(self._backoff)
-            if lasted_s < self._backoff.relist_s:  # else it is time for a new list anyway
+            if lasted_s < self._backoff.relist_s:  # else a new list is due anyway
                 stopped.wait(retry.delay_s(random.random()))  # noqa: S311 - not a secret
 
     def _list(self) -> str:
@@ -105,13 +104,13 @@ class Publisher:
         return version
 
     def _follow(self, version: str) -> None:
-        """Watch until it is time to list again. ApiError: the watch broke. ExpiredError: it would reach too far back."""
+        """Watch until a new list is due. ApiError: the watch broke. ExpiredError: its resource version is too old."""
         stopped, end = self._state.stopped, time.monotonic() + self._backoff.relist_s
         while not stopped.is_set() and (left_s := end - time.monotonic()) > 0:
             began = time.monotonic()
             timeout_s = max(1, int(min(self._backoff.watch_s, left_s)))
             watch = self._kube.watch_resource_slices(self._driver, self._node, version, timeout_s)
-            # In this order: `stop` sets the event first and then closes what it finds here.
+            # In this order, because `stop` sets the event first and then closes the watch that it finds here.
             self._watch = watch
             if stopped.is_set():
                 watch.close()

@@ -19,26 +19,26 @@ log = logging.getLogger(__name__)
 
 
 class Shapes:
-    """The shapes that were last published, on disk: they outlive the kubelet's wipe and a new version of the driver.
+    """The last published shapes, on disk. They survive the kubelet's deletion of slices and an update of the driver.
 
-    Two instances of a rolling update take turns, and each reads what the other has left: neither may forget a shape of
-    which claims hold devices.
+    Two instances of a rolling update take turns, and each one reads the file of the other. Neither may lose a shape while
+    claims hold devices of it.
     """
 
     def __init__(self, path: Path, kube: Kube, driver: str, node: str) -> None:
         self._path, self._kube, self._driver, self._node = path, kube, driver, node
         self._kept: dict[PoolName, PoolSlices] = {}
-        self._version: Version | None = None  # of the file that `_kept` is
+        self._version: Version | None = None  # version of the file from which `_kept` was read
         self._cordoned: set[PoolName] = set()
         self.only_taints_awaited = False  # a pool could change its shape as soon as its taints are in force
 
     def admit(
         self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool
     ) -> tuple[PoolSlices, ...]:
-        """What may be published now: each pool as wanted, or still its old shape, cordoned, while claims hold it.
+        """The pools that may be published now: the wanted pool, or its old shape with taints while claims hold devices.
 
-        `published` says that what was admitted last is in force: only then do taints keep the scheduler away. Blocks
-        on the API server while a change waits (ApiError where it does not answer).
+        `published`: the API has the last admitted pools. Only then do taints keep the scheduler away. While a change
+        waits, it asks the API server and blocks (ApiError if there is no answer).
         """
         with files.locked(self._path.with_suffix(".lock")):
             self._read()
@@ -64,7 +64,7 @@ class Shapes:
         return ours | set(shape.pools_of(self._kube.claims(), self._driver))
 
     def _read(self) -> None:
-        """Read the file if it has changed; where it is lost or torn, take the shapes that the API server has."""
+        """Read the file if it has changed. If the file is missing or damaged, take the shapes of the API server."""
         try:
             version = Version.of(self._path.stat())
             if version == self._version:
@@ -81,7 +81,7 @@ class Shapes:
 
     def _keep(self, kept: dict[PoolName, PoolSlices]) -> None:
         same = kept.keys() == self._kept.keys() and all(shape.same(kept[name], self._kept[name]) for name in kept)
-        self._kept = kept  # also where it is equal: the same objects compare at once the next time
+        self._kept = kept  # also if it is equal, because identical objects compare fast the next time
         if not same:
             self._write()
 

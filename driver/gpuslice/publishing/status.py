@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    error: str = ""  # why the API does not show what is wanted; it is tried again
+    error: str = ""  # the reason why the API does not have the wanted pools; the publisher tries again
     rejected: tuple[str, ...] = ()  # pools with faults of our own making: not sent, not tried again until they change
-    dropped: frozenset[str] = frozenset()  # gates the API server turned out not to have: plan again without them
+    dropped: frozenset[str] = frozenset()  # gates that the API server does not have: plan again without them
 
 
 class StatusReporter:
-    """The status as it is now. Each new one is passed on from the thread that reports it, and logged where it is news."""
+    """The present status. Passes each new status on, in the thread that reports it, and logs it if it is new."""
 
     def __init__(self, changed: Callable[[Status], None]) -> None:
         self.status = Status()
@@ -36,7 +36,7 @@ class StatusReporter:
         rejected: tuple[str, ...] | None = None,
         dropped: frozenset[str] = frozenset(),
     ) -> None:
-        """Replace the given parts; gates that were dropped stay dropped."""
+        """Replace the given parts. Dropped gates stay dropped."""
         with self._lock:
             old = self.status
             new = Status(

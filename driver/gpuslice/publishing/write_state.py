@@ -1,4 +1,4 @@
-"""What watcher and writer share: the wanted pools, our slices as the API has them, and when to compare the two next."""
+"""The state that watcher and writer share: the wanted pools, our slices in the API, and the time of the next comparison."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from gpuslice.core.pools.slice_cache import SliceCache
 
 
 class WriteState:
-    """Every method takes the lock and may be called from any thread. `published`: the API shows exactly what is wanted."""
+    """Every method takes the lock and may be called from any thread. `published`: the API has exactly the wanted pools."""
 
     def __init__(self, backoff: BackoffConfig) -> None:
         self.published, self.stopped = threading.Event(), threading.Event()
-        self._lock = threading.Condition()  # guards what follows
+        self._lock = threading.Condition()  # guards the fields below
         self._cache = SliceCache()
         self._listed = False
         self._wanted: tuple[PoolSlices, ...] | None = None
         self._owner: Owner | None = None
-        self._due: float | None = None  # when the writer is to look
+        self._due: float | None = None  # the time of the writer's next look
         self._writing = False
         self._debounce = Debounce(backoff)
 
     def want(self, desired: Sequence[PoolSlices]) -> None:
-        """Want exactly these pools from now on."""
+        """Set the wanted pools."""
         with self._lock:
             if self._wanted != tuple(desired):
                 self._wanted = tuple(desired)
@@ -41,7 +41,7 @@ class WriteState:
             self._lock.notify_all()
 
     def look_in(self, delay_s: float) -> None:
-        """Have the writer look after this delay, or earlier if that is planned already."""
+        """Let the writer look after this delay, or earlier if an earlier look is planned."""
         with self._lock:
             self._wake(delay_s)
 
@@ -55,7 +55,7 @@ class WriteState:
     def take_list(self, bodies: Sequence[Body], version: str) -> None:
         with self._lock:
             self._cache.replace(bodies, version)
-            self._owner = None  # the Node may be another one of the same name by now
+            self._owner = None  # the Node may have been replaced by a Node of the same name
             self._listed = True
             self._wake(0.0)
 
@@ -70,14 +70,14 @@ class WriteState:
     def _answer_foreign(self) -> None:
         if self._cache.foreign():
             self.published.clear()
-            # Not `_wake`: each further change of a wipe puts the answer off.
+            # Not `_wake`: when many slices are deleted, each further deletion delays the answer.
             self._due = self._debounce.due(time.monotonic())
             self._lock.notify_all()
 
     # ------------------------------------------------------------ the writer
 
     def next_look(self) -> tuple[PoolSlices, ...] | None:
-        """Wait until there is something to compare: the wanted pools, or None when we are to stop."""
+        """Wait for the next comparison. Returns the wanted pools, or None if the writer has to stop."""
         with self._lock:
             while not self.stopped.is_set():
                 now = time.monotonic()
@@ -89,12 +89,12 @@ class WriteState:
         return None
 
     def owner(self) -> Owner | None:
-        """None where the UID of the Node has to be asked again."""
+        """The owner. None if the UID of the Node has to be read again."""
         with self._lock:
             return self._owner
 
     def start_writing(self, owner: Owner) -> list[Body]:
-        """Our slices as the API has them. Foreign changes are answered only when the writing has ended."""
+        """Our slices in the API. Foreign changes get an answer only after the end of the writing."""
         with self._lock:
             self._owner = owner
             self._writing = True
@@ -109,12 +109,12 @@ class WriteState:
             self._cache.remove(body)
 
     def abort_writing(self) -> None:
-        """Writing failed unexpectedly, so nothing is known of its result."""
+        """Record that writing failed unexpectedly, so its result is unknown."""
         with self._lock:
             self._writing = False
 
     def end_writing(self, wanted: tuple[PoolSlices, ...], *, wrote: bool, complete: bool) -> None:
-        """`complete`: all that `wanted` needs was written; so it is published, if nothing new has come meanwhile."""
+        """`complete`: everything for `wanted` was written. Then it is published, if there was no change in the meantime."""
         with self._lock:
             self._writing = False
             self._debounce.record_answer(time.monotonic(), wrote=wrote)

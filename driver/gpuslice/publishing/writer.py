@@ -1,4 +1,4 @@
-"""One look of the writer: compare what is wanted with what the API has, and write the difference."""
+"""One look of the writer: compare the wanted pools with the slices in the API, and write the difference."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from gpuslice.publishing.write_state import WriteState
 
 log = logging.getLogger(__name__)
 
-_WRITERS = 4  # pools written at once; more cost more in TLS handshakes than they save (measured, 8 pools on 2 cores)
+_WRITERS = 4  # parallel pools; more cost more in TLS handshakes than they save (measured, 8 pools on 2 cores)
 
 
 class _Hazard(Exception):  # noqa: N818 - not an error of ours
-    """The server dropped counters: the rest of the pool must not follow, because it would be given out twice."""
+    """The server dropped counters. The rest of the pool must not follow: the scheduler would allocate its devices twice."""
 
 
 class SliceWriter:
-    """Used by one thread; the pools of one look are written by several."""
+    """For one thread. It writes the pools of one look in several threads."""
 
     def __init__(self, kube: Kube, driver: str, node: str, state: WriteState, reporter: StatusReporter) -> None:
         self._kube, self._driver, self._node = kube, driver, node
@@ -37,7 +37,7 @@ class SliceWriter:
         self._lock = threading.Lock()  # guards `_sendable`
 
     def sync(self, wanted: tuple[PoolSlices, ...]) -> None:
-        """Compare, write, report. ApiError, the first, when something could not be written."""
+        """Compare, write, report. If a write failed, it raises the first ApiError."""
         with self._lock:
             self._sendable.want(wanted)
             pools, faults = self._sendable.pools(), self._sendable.faults()
@@ -99,7 +99,7 @@ class SliceWriter:
         self._state.take_removed(body)
 
     def _take_answer(self, change: Update | Create, returned: Body) -> None:
-        """Take in what the server made of a write. Fields that it dropped are reported, and not sent again."""
+        """Take over the server's answer to a write. Dropped fields are reported and not sent again."""
         self._state.take_written(reconcile.sharing(change.body["spec"], returned))
         with self._lock:
             lost = self._sendable.learn(change, returned)

@@ -51,7 +51,7 @@ _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.default_authority", "l
 
 
 class KubeletError(Exception):
-    """What the kubelet would report of a plugin or a pod."""
+    """An error that the kubelet would report for a plugin or a pod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -258,7 +258,7 @@ class _Search:
         return device.id not in self._allocated and all(pick.request.admin for pick in beside)
 
     def _counters_allow(self, device: _Device, beside: Sequence[_Pick], picks: tuple[_Pick, ...]) -> bool:
-        """Admin access pays too: that is a defect of the real one (kubernetes #140729), and drivers must live with it."""
+        """Admin access is charged too: a defect of the real scheduler (kubernetes #140729) that drivers must tolerate."""
         if device.shared and (beside or device.id in self._allocated.consumed):
             return True
         name = device.id[:2]

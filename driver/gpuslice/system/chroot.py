@@ -1,8 +1,8 @@
-"""Paths below a root, resolved as a process with chroot(2) into that root would resolve them.
+"""Paths below a root, resolved in the same way as in a process with chroot(2) into that root.
 
-The driver root is a folder that others fill: a driver container, an image, a mount. An absolute link in it means a path
-below it. A link that climbs out with ".." means nothing that may be mounted or run, so it is refused and not clamped to the
-root as the kernel does: what it names would be another file than its author meant.
+Other programs fill the driver root: a driver container, an image, a mount. An absolute link in it means a path below it. A
+link that leaves the root with ".." is refused, because its target must not be mounted or run. The kernel would clamp such
+a link to the root, but the result would be another file than the author of the link wanted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _REMEDY = "name the folder that holds the NVIDIA driver's own files as the drive
 
 
 def resolve(root: Path, path: Path | str) -> Path:
-    """The path below the root with all links in it followed; what it names need not exist.
+    """The path below the root with all links followed. The file need not exist.
 
-    DeviceError where a link leads out of the root or in a circle: the sentence names the link.
+    DeviceError if a link leads out of the root or in a circle. The sentence names the link.
     """
     todo: list[tuple[str, Path | None]] = [(part, None) for part in reversed(Path(path).parts)]
     here: list[str] = []
@@ -45,7 +45,7 @@ def resolve(root: Path, path: Path | str) -> Path:
 
 
 def regular_file(root: Path, path: Path | str) -> Path | None:
-    """The regular file behind this path, links followed; None where there is none below the root."""
+    """The regular file behind this path, with links followed. None if there is none below the root."""
     try:
         real = resolve(root, path)
         return real if real.is_file() else None

@@ -1,4 +1,4 @@
-"""YAML documents that people write (JSON is YAML too), read so that a mistake of the text is one sentence with its place."""
+"""Reads YAML documents that people write (JSON is YAML too). A mistake in the text is one sentence with its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word, so that a setting is lost; here two are an error."""
+    """PyYAML silently keeps the last of two equal keys, so that a setting is lost. Here two equal keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         lines: dict[object, int] = {}

@@ -1,8 +1,8 @@
 """The files of one installed NVIDIA driver that a container needs, wherever its root keeps them.
 
-Roots differ: a distribution's "/", a driver container, a folder of the driver's own such as /usr/local/nvidia. What a
-container finds does not: libraries under the names that programs ask for, programs on its PATH, data where the loaders of
-Vulkan, EGL and OpenCL look.
+Roots differ: the "/" of a distribution, a driver container, a folder only for the driver such as /usr/local/nvidia.
+Containers always have the same layout: libraries under the names that programs use, programs on the PATH, and data in
+the folders that the loaders of Vulkan, EGL and OpenCL search.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DriverFiles:
 def search(root: Path, loaded: str | None) -> DriverFiles:
     """The files below this root. `loaded`: the version of the kernel module, None where it is not known.
 
-    DeviceError where there is no library, or none of the module's version.
+    DeviceError if there is no library, or none with the module's version.
     """
     if not root.is_dir():
         raise DeviceError(f"driver root {root} does not exist; mount the NVIDIA driver's root or name another")

@@ -1,9 +1,9 @@
-"""Files of our own: whole-or-absent writes, locks between two instances, news of deleted files.
+"""Files of the driver: atomic writes, locks between two instances, notifications of deleted files.
 
-The atomic write does **not** fsync. What our files guard (partitions, compute modes, MPS daemons) does not survive a
-reboot either, and a killed process loses nothing that it had written: the page cache belongs to the kernel. So fsync
-would buy durability for records that the next boot drops unread (`checkpoint.py` keeps one folder per boot), at
-milliseconds for each of a prepare's writes.
+The atomic write does **not** fsync. Our files describe partitions, compute modes and MPS daemons, which do not survive a
+reboot either. A killed process loses none of its writes, because the page cache belongs to the kernel. So fsync would only
+protect records that the driver ignores after the next boot (`checkpoint.py` keeps one folder for each boot), and it would
+cost milliseconds for each write of a prepare.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MINE = f"{os.getpid()}-{os.urandom(4).hex()}"
 
 
 class Version(NamedTuple):
-    """What tells one content of a file from another without reading it.
+    """Distinguishes contents of a file without reading them.
 
     The size is part of it because the kernel's clock is coarse (4 ms) and an inode is used again at once: of three quick
     writes the third may look like the first by those two alone.
@@ -119,7 +119,7 @@ def ensure_folder(path: Path, mode: int = 0o750) -> Path:
 
 
 def _obstacle(path: Path, error: OSError) -> str:
-    """Why this folder cannot be made, and what to do."""
+    """Why this folder cannot be created, and the remedy."""
     try:
         file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
     except OSError:

@@ -1,4 +1,4 @@
-"""The node around the GPUs: what a container needs besides its card, device numbers, the boot, places in sysfs.
+"""The node around the GPUs: files that a container needs besides its card, device numbers, boot id, places in sysfs.
 
 Every root is a parameter. `driver_root` is where *we* see the NVIDIA driver's files (the node's "/", or the root of a
 driver container); `host_root` is the path of that place on the node, because runtimes mount and run by paths of the
@@ -32,7 +32,7 @@ _KERNEL_MODULE = re.compile(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s")
 
 
 class Host(Protocol):
-    """What the driver asks of the node itself. Everything is read at each call, because drivers are reloaded under us."""
+    """The driver's interface to the node itself. Each call reads everything, because the NVIDIA driver may be reloaded."""
 
     def boot_id(self) -> str:
         """Changes with every boot of the node, and only then."""
@@ -41,7 +41,7 @@ class Host(Protocol):
         """The same card with its NUMA node and PCIe root, None where sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
-        """What every container with a GPU needs. DeviceError if there is no NVIDIA driver."""
+        """The edits that every container with a GPU needs. DeviceError if there is no NVIDIA driver."""
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
         """Nodes of the card /dev/nvidia<minor>, or of one partition of it: the card and its two capabilities.
@@ -147,7 +147,7 @@ class RealHost:
     # ---------------------------------------------------------------- files of the driver
 
     def _driver(self) -> DriverFiles:
-        """The driver's files, searched again when the library they were found by is gone or the module is another."""
+        """The NVIDIA driver's files. A new search runs if their main library is gone or the module has another version."""
         loaded = _loaded_version(self._proc)
         found = self._found
         if found is None or loaded not in (None, found.version) or not (self._root / found.anchor[1:]).exists():
@@ -182,7 +182,7 @@ def check_hook(hook: Path, driver_root: Path, host_root: Path) -> None:
 
 
 def _hooks(program: str, driver: DriverFiles) -> tuple[Hook, ...]:
-    """Links first, then the loader's cache, which is to see them. `nvidia-cdi-hook` is the toolkit's own program."""
+    """Links first, then the loader's cache, which needs them. `nvidia-cdi-hook` is a program of NVIDIA's toolkit."""
     name = "nvidia-cdi-hook"
     links = [argument for link, library in driver.links for argument in ("--link", f"{Path(library).name}::{link}")]
     folders = [argument for folder in driver.folders for argument in ("--folder", folder)]

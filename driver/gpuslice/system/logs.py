@@ -1,8 +1,8 @@
 """How a process of ours writes its log: to standard error, one line for one record.
 
 Claim names, API messages, paths of HTTP requests and names of files are text from outside. A newline in one of them must
-not begin a line that looks like ours, and an escape sequence must not reach a terminal. So it is made harmless here, once,
-and no caller has to think of it.
+not begin a line that looks like ours, and an escape sequence must not reach a terminal. So this module escapes all text, and
+no caller has to do it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""NVIDIA's own programs: where they are below a driver root, and how to run one with a time limit.
+"""NVIDIA's own programs: find them below a driver root, and run them with a time limit.
 
 They are linked against the libraries of the driver root. Where that is not "/", its library folder cannot simply go into
 LD_LIBRARY_PATH: it often holds the node's C library as well, which does not fit our loader. So NVIDIA's libraries and
@@ -59,7 +59,7 @@ def find(root: Path, name: str) -> Path:
 
 
 def environment(root: Path, ours: Path) -> dict[str, str]:
-    """What a program of this driver root needs besides our own environment.
+    """The variables that a program of this driver root needs besides our own environment.
 
     `ours` is a folder to be filled with links to NVIDIA's libraries, and to the programs that its programs start.
     """

@@ -1,4 +1,4 @@
-"""The page at `/`: is this node well, what is on its cards, who holds what. A pure function of facts, without scripts."""
+"""The page at `/`: the health of the node, the use of its cards, the claims. A pure function of facts, without scripts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """An HTTP server that strangers cannot exhaust: a ceiling for connections, and a time limit for each.
 
-A connection is one request; it is closed with the answer. At the ceiling the oldest connection makes room for the newest
-one, so that a probe of the kubelet is served whatever others keep open: idle clients once took a thread and a descriptor
-each, until prepares failed because the process had no descriptors left.
+Each connection has one request and is closed with the answer. At the ceiling the server closes the oldest connection for
+the newest one, so that it always serves the kubelet's probes. Without the ceiling, idle clients took a thread and a
+descriptor each, until prepares failed because the process had no descriptors left.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             return Answer("internal error of the driver, see its log\n", status=500)
 
     def _is_local(self) -> bool:
-        """Whether a person on this node asks, or on the other end of a port-forward, and nobody on behalf of another."""
+        """Whether a person on this node asks, or at the other end of a port-forward, and nobody on behalf of another."""
         forwarded = any(name in self.headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
         return not forwarded and _is_loopback(str(self.client_address[0])) and _is_local_name(self.headers.get("Host"))
 
@@ -181,8 +181,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_local_name(host: str | None) -> bool:
-    """Whether the browser was sent here by such a name. Any other may be a stranger's, who points it to this address so
-    that the scripts of his own page can read ours (DNS rebinding)."""
+    """Whether the browser used a local name. An attacker could point another name to this address, so that the scripts of
+    the attacker's page can read ours (DNS rebinding)."""
     if host is None:
         return True
     try:

@@ -17,7 +17,7 @@ _TURN_S = 5.0
 
 
 def public(*, metrics: Callable[[], bytes], healthy: Check, ready: Check) -> Answers:
-    """What everybody gets: no name of a claim is in it."""
+    """The answer for every client. It has no names of claims."""
     return {
         "/metrics": lambda: Answer(metrics(), _METRICS),
         "/healthz": lambda: _probe(healthy),

@@ -1,1 +1,1 @@
-"""What the operator lets each card offer: the policy document, its schema and its rules."""
+"""The operator's policy for the offer of each card: the document, its schema and its rules."""

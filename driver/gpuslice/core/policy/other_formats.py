@@ -1,4 +1,4 @@
-"""Files of other tools, told by what is in them, so that one of them in the place of a policy is called by its name."""
+"""Recognises files of other tools by their content, so that an error can name the tool if its file replaces a policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KINDS = {
 
 
 def name(body: object) -> str | None:
-    """What this document is, where it is known and no policy."""
+    """The format of this document, if it is a known format and no policy."""
     match body:
         case {"mig-configs": _}:
             return _MIG_PARTED

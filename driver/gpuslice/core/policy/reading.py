@@ -1,6 +1,6 @@
-"""A policy document, read strictly: a setting without an effect is an error, not a wish.
+"""Strict reader of a policy document: a setting without effect is an error.
 
-Only what the document says of itself is judged here; what needs the cards at hand is in `rules`.
+This module checks only the document itself. Checks that need the cards of the node are in `rules`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT])")
 
 
 def read(body: object) -> tuple[Section, tuple[Rule, ...]]:
-    """The section for every card, and the entries in order. ConfigError names the path, the limit and the remedy."""
+    """The default section and the entries in order. ConfigError names the path, the limit and the remedy."""
     other = other_formats.name(body)
     if other is not None:
         strict.fail(
@@ -53,7 +53,7 @@ def read(body: object) -> tuple[Section, tuple[Rule, ...]]:
 
 
 def _check_reached(rule: Rule, before: Sequence[Rule]) -> None:
-    """Refuse an entry to which those before it leave no card."""
+    """Refuse an entry that no card can reach, because earlier entries match all its cards."""
     takers = [
         next((earlier.path for earlier in before if earlier.match.covers(one)), "") for one in rule.match.alternatives()
     ]
@@ -99,7 +99,7 @@ def _values(body: Mapping[str, object], key: str, path: str) -> Iterable[tuple[o
 
 
 def _section(body: Mapping[str, object], path: str, base: Section) -> Section:
-    """One section's settings. Each must have an effect with what is in force there."""
+    """The settings of one section. Each setting must have an effect together with the inherited settings."""
     mps = strict.mapping(body.get("mps", {}), f"{path}.mps", ("shares", "clients"))
     timeslice = strict.mapping(body.get("timeslice", {}), f"{path}.timeslice", ("shares", "interval"))
     section = Section(
@@ -122,18 +122,18 @@ def _section(body: Mapping[str, object], path: str, base: Section) -> Section:
     return section
 
 
-_NEEDED = {  # one of these modes, or the setting changes nothing
+_NEEDED = {  # without one of these modes the setting has no effect
     "profiles": (Mode.MIG,),
     "suffixes": (Mode.MIG,),
     "sharedPartitions": (Mode.MIG,),
-    "reserve": (Mode.GPU, *SHARED),  # a partition's memory is what NVML says of it
+    "reserve": (Mode.GPU, *SHARED),  # NVML reports the memory of a partition; the policy cannot change it
     "mps": (Mode.MPS,),
     "timeslice": (Mode.TIMESLICE,),
 }
 
 
 def _check_effect(body: Mapping[str, object], path: str, section: Section, in_force: Section) -> None:
-    """Refuse what has no effect in this section, given the modes that are in force for its cards."""
+    """Refuse settings of this section that have no effect with the modes of its cards."""
     modes = set(in_force.modes or ALL_MODES)
     shared_partitions = set(in_force.shared_partitions or ()) if Mode.MIG in modes else set[Mode]()
     needed = _NEEDED | {"static": (section.static.mode if isinstance(section.static, Parts) else Mode.MIG,)}
@@ -154,7 +154,7 @@ _CHANGED_BY = {Setting.COMPUTE_MODE: (Mode.MPS,), Setting.TIME_SLICE: (Mode.GPU,
 
 
 def _check_kept(path: str, section: Section, in_force: Section) -> None:
-    """Refuse to keep what nothing would change, and to change what is kept."""
+    """Refuse `keep` for a setting that the driver would not change, and a value for a setting that it keeps."""
     modes = set(in_force.modes or ALL_MODES)
     for setting in section.keep or ():
         if not modes.intersection(_CHANGED_BY[setting]):
@@ -162,7 +162,7 @@ def _check_kept(path: str, section: Section, in_force: Section) -> None:
             strict.fail(
                 f"{path}.keep", f"names {setting}, which has no effect: only mode {changing} changes it; leave it out"
             )
-    # Where this mode is left out, an inherited interval is set on no card, so there is nothing to contradict.
+    # Without this mode, the driver sets an inherited interval on no card, so there is no contradiction.
     interval = in_force.timeslice_interval or "default"
     if Setting.TIME_SLICE in (in_force.keep or ()) and Mode.TIMESLICE in modes and interval != "default":
         strict.fail(
@@ -173,7 +173,7 @@ def _check_kept(path: str, section: Section, in_force: Section) -> None:
 
 
 def _check_consistent(body: Mapping[str, object], path: str, in_force: Section) -> None:
-    """Refuse what this section says in vain beside what it says too, or what is in force."""
+    """Refuse settings that have no effect because of other settings of this section or inherited settings."""
     for key in SHARED:
         if key in body and not body[key]:
             strict.fail(

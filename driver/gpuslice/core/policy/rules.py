@@ -1,10 +1,9 @@
-"""What each GPU of a node may offer: the operator's policy, applied to a card at hand.
+"""The possible offer of each GPU of a node: the operator's policy, applied to a real card.
 
-`default` speaks for every card, each entry of `gpus` for the cards that it matches, and overrides the default key by
-key. The **first** entry that matches a card counts, so that the order is read from top to bottom; an entry to which
-an earlier one leaves nothing is an error. So is any setting without an effect, because its author means another thing
-than the driver does.
-An entry for cards that this node does not have is no error, because one policy serves a fleet: `Policy.unused` names
+`default` applies to every card. Each entry of `gpus` applies to the cards that it matches, and overrides the default key
+by key. Only the **first** entry that matches a card applies, so the order reads from top to bottom. An entry is an error
+if earlier entries match all its cards. A setting without effect is an error too, because the author expects an effect.
+An entry for cards that this node does not have is no error, because one policy serves many nodes: `Policy.unused` names
 such entries, one sentence each.
 """
 
@@ -25,24 +24,24 @@ _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPolicy:
-    """What one card may offer."""
+    """The possible offer of one card."""
 
     modes: frozenset[Mode]
     profiles: tuple[MigProfile, ...]  # empty while `mig` is not among the modes
-    reserve_bytes: int  # memory of the whole card that is not sold
+    reserve_bytes: int  # memory of the whole card that is not offered
     mps_shares: int
     mps_clients: int  # CUDA contexts that one MPS daemon serves on the whole card
     timeslice_shares: int
     interval: str  # one of `INTERVALS`, for the whole card
     shared_partitions: frozenset[Mode] = (
         frozenset()
-    )  # in what manner partitions are shared too; none while `mig` is not offered
+    )  # modes in which claims share partitions; empty without the mode `mig`
     static: tuple[tuple[MigProfile, int], ...] | Parts = ()  # for clusters without partitionable devices
-    keep: frozenset[Setting] = frozenset()  # what is not changed on this card
-    paths: Mapping[str, str] = field(default_factory=dict, compare=False)  # of keys that the document has, for errors
+    keep: frozenset[Setting] = frozenset()  # settings that the driver does not change on this card
+    paths: Mapping[str, str] = field(default_factory=dict, compare=False)  # of the document's keys, for errors
 
     def path(self, key: str) -> str:
-        """Where the document says it: "gpus[1].reserve"; without a word of it, the key alone."""
+        """Path of the key in the document: "gpus[1].reserve". If the document does not have the key, the key alone."""
         return self.paths.get(key, key)
 
 
@@ -53,16 +52,16 @@ class Policy:
 
     @staticmethod
     def default() -> Policy:
-        """Every mode, every profile without a suffix, what NVML says is reserved, no shared partitions."""
+        """Every mode, every profile without a suffix, the reserved memory that NVML reports, no shared partitions."""
         return Policy()
 
     @staticmethod
     def parse(body: object) -> Policy:
-        """An already loaded document. ConfigError names the path, the limit and the remedy."""
+        """Parse a loaded document. ConfigError names the path, the limit and the remedy."""
         return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
-        """What this card may offer. ConfigError if the policy asks for what this card certainly cannot do."""
+        """The possible offer of this card. ConfigError if the policy asks for a thing that this card certainly cannot do."""
         rule, section = self._rule(gpu), self._section(gpu)
         if rule is not None and rule.match.certain():
             for missing in _missing(rule.section, [gpu]):
@@ -89,11 +88,11 @@ class Policy:
         return {key: f"default.{key}" for key in self.base.said()} | own
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
-        """The settings of this policy without an effect on these cards, one sentence each."""
+        """One sentence for each setting of this policy that has no effect on these cards."""
         return tuple(self._unused(tuple(gpus)))
 
     def path(self, gpu: Gpu) -> str:
-        """The part of the document that counts for this card: "default", or "gpus[1]", to which `default` adds."""
+        """The section of the document for this card: "gpus[1]", which inherits from "default", or "default" alone."""
         rule = self._rule(gpu)
         return "default" if rule is None else rule.path
 
@@ -105,7 +104,7 @@ class Policy:
         return self.base if rule is None else rule.section.merged_over(self.base)
 
     def _missed(self, rule: Rule, gpus: Sequence[Gpu]) -> str:
-        """Why the entry counts for none of these cards."""
+        """Why the entry applies to none of these cards."""
         first = dict.fromkeys(self.path(gpu) for gpu in gpus if gpu in rule.match)
         if first:
             return f"counts for no GPU of this node, because {' and '.join(first)} matches those GPUs first"
@@ -132,13 +131,13 @@ class Policy:
 
 
 def _near(ref: ProfileRef, profiles: Iterable[MigProfile]) -> str:
-    """What may have been meant."""
+    """The value that the author probably means."""
     found = difflib.get_close_matches(str(ref), dict.fromkeys(profile.name for profile in profiles), 1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
-    """References of this section that none of the cards can follow. No card, no complaint."""
+    """One clause for each profile, suffix or mode of this section that no card has. Empty if there are no cards."""
     profiles = [profile for gpu in gpus for profile in gpu.profiles]
     if not gpus:
         return
@@ -156,7 +155,7 @@ def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
 
 
 def _excess(section: Section, gpu: Gpu) -> Iterator[str]:
-    """What this card's NVIDIA driver serves less of than this section asks for; another driver may serve it."""
+    """Limits of this card's NVIDIA driver that are lower than this section's values. Another driver may have higher ones."""
     most = client_limit(gpu)
     for count, what in ((section.mps_clients, "clients"), (section.mps_shares, "shares")):
         if count is not None and count > most and _has_mps(gpu):
@@ -166,7 +165,7 @@ def _excess(section: Section, gpu: Gpu) -> Iterator[str]:
 def client_limit(gpu: Gpu) -> int:
     """CUDA contexts that one MPS daemon serves on a whole card (NVIDIA's MPS documentation, as of CUDA 13.1).
 
-    The 16 of cards before Volta are not here: such a card offers no MPS.
+    The limit of cards before Volta (16) is not here, because such a card offers no MPS.
     """
     return 60 if _numbers(gpu.cuda_version) >= (13, 1) else 48
 
@@ -180,7 +179,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _static(section: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
-    """What this card is cut into; nothing where it cannot, or may not. ConfigError for an unknown profile."""
+    """The static parts of this card. Empty if card or policy do not allow any. ConfigError for an unknown profile."""
     if isinstance(section.static, Parts):
         return section.static if section.static.mode in modes else ()
     if not gpu.profiles or Mode.MIG not in modes:

@@ -1,4 +1,4 @@
-"""What a policy document says, as nouns. `reading` makes them of the document."""
+"""The parts of a policy document as classes. `reading` creates their objects from the document."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from enum import StrEnum
 from gpuslice.core.model import Gpu, MigProfile, Setting
 
 KEYS = ("modes", "profiles", "suffixes", "reserve", "mps", "timeslice", "sharedPartitions", "static", "keep")
-SHARES = 4  # of a shared device, where the policy says nothing: a claim that says nothing gets a quarter of it
+SHARES = 4  # default number of shares: a claim without a capacity request gets a quarter of the device
 
 
 class Mode(StrEnum):
-    """How a card may be used. A card has one mode at a time, because the counters exclude all others."""
+    """How claims may use a card. A card has one mode at a time, because the counters exclude all others."""
 
     GPU = "gpu"
     MIG = "mig"
@@ -22,8 +22,8 @@ class Mode(StrEnum):
     TIMESLICE = "timeslice"
 
 
-SHARED = (Mode.MPS, Mode.TIMESLICE)  # many claims on one device, in the order in which they are offered
-ProfileRef = str | int  # a name ("1g.10gb"), or the GPU-instance profile id, which no driver update renames
+SHARED = (Mode.MPS, Mode.TIMESLICE)  # modes with many claims on one device, in the order of the offer
+ProfileRef = str | int  # a name ("1g.10gb"), or the GPU-instance profile id, which no driver update changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """Which cards an entry speaks for: all named facts must agree, each with any of its values. () is "any"."""
+    """The cards of an entry. A card must match all named facts, and of each fact one value. () matches every card."""
 
     index: tuple[int, ...] = ()
     uuid: tuple[str, ...] = ()
-    product: tuple[str, ...] = ()  # "*" stands for any text; upper and lower case are the same
+    product: tuple[str, ...] = ()  # "*" matches any text; upper and lower case are equal
 
     def __contains__(self, gpu: Gpu) -> bool:
         return (
@@ -50,7 +50,7 @@ class Match:
         )
 
     def covers(self, other: Match) -> bool:
-        """Whether every card that `other` matches is matched here too."""
+        """Whether this match includes every card that `other` matches."""
         return (
             (not self.index or (bool(other.index) and set(other.index) <= set(self.index)))
             and (not self.uuid or (bool(other.uuid) and set(other.uuid) <= set(self.uuid)))
@@ -58,11 +58,11 @@ class Match:
         )
 
     def _names(self, glob: str) -> bool:
-        """A star of the other glob is an ordinary character here, which only a star of ours can match: that covers."""
+        """Whether a glob of ours covers the other glob. Its star is treated as a character that only our star can match."""
         return any(_glob(mine, glob) for mine in self.product)
 
     def alternatives(self) -> Iterator[Match]:
-        """The same cards, as matches that name one value of each fact: what several others cover together is one by one."""
+        """The same cards as several matches with one value of each fact. Several other matches may cover them one by one."""
         for index in self.index or (None,):
             for uuid in self.uuid or (None,):
                 for product in self.product or (None,):
@@ -73,7 +73,7 @@ class Match:
                     )
 
     def certain(self) -> bool:
-        """Whether the author knew which product this is, so that a profile which it lacks is a mistake."""
+        """Whether the match names an exact card or product. Then a profile that the product does not have is a mistake."""
         return bool(self.uuid) or (len(self.product) == 1 and "*" not in self.product[0])
 
 
@@ -84,7 +84,7 @@ def _glob(glob: str, text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """What one section of the policy says; None where it says nothing."""
+    """The settings of one section of the policy. None for each setting that the section does not have."""
 
     modes: tuple[Mode, ...] | None = None
     profiles: tuple[ProfileRef, ...] | None = None
@@ -99,14 +99,14 @@ class Section:
     keep: tuple[Setting, ...] | None = None
 
     def merged_over(self, base: Section) -> Section:
-        """This section where it says something, else the base. `profiles` and `suffixes` are one question."""
+        """The settings of this section, else of the base. `profiles` and `suffixes` count as one setting."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if self.profiles is not None or self.suffixes is not None:
             base = replace(base, profiles=None, suffixes=None)
         return replace(base, **given)
 
     def said(self) -> list[str]:
-        """The document's keys of what this section says, of those that errors about a card name."""
+        """The keys that this section has, as the document spells them. Only the keys that errors about a card can name."""
         fields_of = {
             "reserve": self.reserve_bytes,
             "mps": self.mps_shares or self.mps_clients,

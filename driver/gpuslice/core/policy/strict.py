@@ -1,4 +1,4 @@
-"""The plain shapes that a policy document is made of, read strictly: each refusal names the path and the remedy."""
+"""Strict readers for the plain values of a policy document. Each error names the path and the remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def mapping(value: object, path: str, known: Sequence[str]) -> Mapping[str, obje
 
 
 def optional(body: Mapping[str, object], key: str, path: str, read: Callable[[object, str], _T]) -> _T | None:
-    """What `read` makes of this key, or None where the body does not have it."""
+    """The result of `read` for this key, or None if the body does not have the key."""
     return read(body[key], f"{path}.{key}") if key in body else None
 
 

@@ -1,1 +1,1 @@
-"""A node's pools of ResourceSlices: planned, checked against the API's limits, compared with what is published."""
+"""The pools of ResourceSlices of a node: their plan, the check against the API's limits, the comparison with the API."""

@@ -1,10 +1,10 @@
-"""How long to wait before the next try: after failures, and after changes by others. Callers pass the time in."""
+"""Waiting times before the next try: after failures, and after changes by others. Callers pass the time as argument."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-CALM_S = 60.0  # a watch, or a quiet spell, of this length starts the waiting times anew
+CALM_S = 60.0  # after a watch or a quiet time of this length, waiting times start from the minimum again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,32 +12,32 @@ class BackoffConfig:
     """Waiting times in seconds."""
 
     quiet_s: float = 0.5  # after a foreign change
-    quiet_most_s: float = 15.0  # statement 59: wiped slices are back within about 30 s
+    quiet_most_s: float = 15.0  # statement 59: deleted slices are back within about 30 s
     retry_s: float = 0.5  # full jitter, doubling
     retry_most_s: float = 30.0
     relist_s: float = 600.0
     watch_s: int = 300
-    hopeless_s: float = 10.0  # how long the same refusal is borne that waiting does not change
+    hopeless_s: float = 10.0  # how long the driver accepts a refusal that waiting does not change
 
 
 DEFAULT_BACKOFF = BackoffConfig()
 
 
 class Backoff:
-    """The delay before each further try: random, with a maximum that doubles."""
+    """The delay before each further try. It is random, and its maximum doubles."""
 
     def __init__(self, config: BackoffConfig) -> None:
         self._config, self._most_s = config, config.retry_s
 
     def delay_s(self, chance: float) -> float:
-        """chance: from 0 to 1, the caller's random number."""
+        """`chance`: the caller's random number from 0 to 1."""
         delay_s = chance * self._most_s
         self._most_s = min(self._most_s * 2, self._config.retry_most_s)
         return delay_s
 
 
 class Repeats:
-    """Which sentences are news. One that comes back within a minute is none, so that trouble which alternates is told once."""
+    """Decides which sentences are new. A sentence that returns within a minute is not, so alternating problems log once."""
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
@@ -50,25 +50,25 @@ class Repeats:
 
 
 class Hopelessness:
-    """Whether to stop waiting: only such answers that waiting does not change, for `hopeless_s`."""
+    """Decides when to stop waiting: if for `hopeless_s` all answers are of a kind that waiting does not change."""
 
     def __init__(self, config: BackoffConfig) -> None:
         self._limit_s = config.hopeless_s
         self._since: float | None = None
 
     def reached(self, now: float, *, lasting: bool) -> bool:
-        """`lasting`: the answer just now is one that waiting does not change."""
+        """`lasting`: waiting does not change the latest answer."""
         self._since = (now if self._since is None else self._since) if lasting else None
         return self._since is not None and now - self._since >= self._limit_s
 
     def shorten(self, delay_s: float, now: float) -> float:
-        """The delay before the next try, which does not sleep over the moment when this is reached."""
+        """The delay before the next try, cut so that it does not go past the end of `hopeless_s`."""
         left_s = 0.0 if self._since is None else self._since + self._limit_s - now
         return min(delay_s, left_s) if left_s > 0 else delay_s
 
 
 class Debounce:
-    """When to answer foreign changes: after a moment of quiet, which doubles each time that our answer does not last."""
+    """When to answer foreign changes: after a quiet time, which doubles each time that another change undoes our answer."""
 
     def __init__(self, config: BackoffConfig) -> None:
         self._config, self._quiet_s = config, config.quiet_s
@@ -76,7 +76,7 @@ class Debounce:
         self._since: float | None = None
 
     def due(self, now: float) -> float:
-        """The time to answer, given one more change now; a stream of changes cannot put it off for ever."""
+        """The time of the answer after one more change now. A stream of changes cannot delay it for ever."""
         if self._answered is not None:
             lasted = now - self._answered > CALM_S
             self._quiet_s = self._config.quiet_s if lasted else min(self._quiet_s * 2, self._config.quiet_most_s)
@@ -85,7 +85,7 @@ class Debounce:
         return min(now + self._quiet_s, self._since + 5 * self._quiet_s)
 
     def record_answer(self, now: float, *, wrote: bool) -> None:
-        """The foreign changes up to now are answered; `wrote`: the answer changed something."""
+        """Record that the foreign changes up to now have an answer. `wrote`: the answer changed something."""
         self._since = None
         if wrote:
             self._answered = now

@@ -1,11 +1,11 @@
-"""The fewest counters that make "the scheduler's counters allow it" and "the hardware accepts it" the same thing.
+"""The smallest number of counters with which the scheduler allows exactly the sets that the hardware accepts.
 
-A set of devices of one card must be refused when the hardware refuses it (`layout`), when it holds the whole card and
-anything else, or when it holds two devices that share one place. Every counter offered here is a relaxation of one
-hardware rule (memory slices of an interval, one engine's total, one profile's instance count), so none of them forbids
-a legal set. What is left is to forbid every *minimal* illegal set with the cheapest choice of counters: a weighted set
-cover, cheap being the number of counter entries over all devices, because half of the scheduler's time goes into reading
-them again for each pod (measured, Kubernetes 1.37.1).
+The counters must refuse a set of devices of one card if the hardware refuses it (`layout`), if it contains the whole card
+and another device, or if it contains two devices at one place. Every candidate counter is a relaxation of one hardware
+rule (memory slices of an interval, the total of one engine, the instance count of one profile). So no candidate forbids a
+legal set. The remaining task is to forbid every *minimal* illegal set with the cheapest choice of counters: a weighted
+set cover. The cost is the number of counter entries over all devices, because the scheduler spends half of its time on
+reading them again for each pod (measured, Kubernetes 1.37.1).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from gpuslice.core import layout
 from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import MigProfile
 
-_ENTRY = 1000  # one entry outweighs any number of counters; among equally many entries, fewer counters win
+_ENTRY = 1000  # one entry costs more than any number of counters; with equal numbers of entries, fewer counters win
 
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """A counter of a card; `taken` says for each published place what a device there consumes."""
+    """A counter of a card. `taken` has the amount that a device at each published place consumes."""
 
     name: str  # DNS label
     capacity: int
@@ -32,17 +32,17 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """The counters of one card. Empty where nothing that is published excludes anything else."""
+    """The counters of one card. Empty if no published device excludes another one."""
 
     places: tuple[ProfilePlacement, ...]
     chosen: tuple[Counter, ...]
 
     def whole(self) -> dict[str, int]:
-        """What a device consumes that takes the whole card: everything."""
+        """Consumption of a device that takes the whole card: everything."""
         return {counter.name: counter.capacity for counter in self.chosen}
 
     def at(self, place: ProfilePlacement) -> dict[str, int]:
-        """What each device at this place consumes. ValueError for a place that was not named."""
+        """Consumption of each device at this place. ValueError for an unknown place."""
         i = self.places.index(place)
         return {counter.name: counter.taken[i] for counter in self.chosen if counter.taken[i]}
 
@@ -71,7 +71,7 @@ def minimal(
 
 
 def entries(counter: Counter, devices: Sequence[int]) -> int:
-    """On how many devices this counter has to be written, whole cards apart."""
+    """The number of devices with an entry for this counter, whole cards not included."""
     return sum(count for count, amount in zip(devices, counter.taken, strict=True) if amount)
 
 
@@ -80,15 +80,15 @@ def _mask(bits: Iterable[bool]) -> int:
 
 
 def _biters(pool: Sequence[Counter], illegal: tuple[int, ...]) -> int:
-    """The candidates that keep this set from being allocated."""
+    """The candidates that forbid this set."""
     return _mask(sum(counter.taken[i] for i in illegal) > counter.capacity for counter in pool)
 
 
 def candidates(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> Iterator[Counter]:
-    """Every counter that relaxes one rule of the hardware, in the order in which ties are broken."""
+    """Every counter that is a relaxation of one hardware rule. Of equally cheap candidates, the earlier one wins."""
     yield Counter("card", 1, (0,) * len(places))
     width = max((place.placement.start + place.placement.size for place in places), default=0)
-    for size in range(width, 0, -1):  # where a wide and a narrow one do the same, the wide one reads better
+    for size in range(width, 0, -1):  # if two have the same effect, the wide counter is easier to read
         for start in range(width - size + 1):
             window = ((1 << size) - 1) << start
             name = f"memory-slice-{start}" if size == 1 else f"memory-slices-{start}-{start + size - 1}"
@@ -134,7 +134,7 @@ def _cover(rows: Iterable[int], weights: Sequence[int]) -> int:
 
 
 def _hardest(rows: Iterable[int]) -> list[int]:
-    """Rows that no other row implies: a choice that meets a subset meets the superset too."""
+    """Rows that no other row implies. A choice that meets a row also meets every superset of the row."""
     hardest: list[int] = []
     for row in sorted(set(rows), key=lambda row: (row.bit_count(), row)):
         if not any(kept & row == kept for kept in hardest):
@@ -143,7 +143,7 @@ def _hardest(rows: Iterable[int]) -> list[int]:
 
 
 def _worthwhile(rows: list[int], weights: Sequence[int]) -> list[int]:
-    """The rows without candidates that another one, no dearer, outdoes in every row."""
+    """The rows without dominated candidates: another candidate costs no more and covers the same rows or more."""
     met = {k: _mask(bool(row >> k & 1) for row in rows) for k in range(len(weights))}
     order = sorted((k for k in met if met[k]), key=lambda k: (weights[k], -met[k].bit_count(), k))
     kept: list[int] = []
@@ -155,7 +155,7 @@ def _worthwhile(rows: list[int], weights: Sequence[int]) -> list[int]:
 
 
 def _bound(todo: list[int], weights: Sequence[int]) -> int:
-    """No cover is cheaper: rows without a common candidate each need one of their own."""
+    """A lower bound for the cost of a cover: rows without a common candidate need one candidate each."""
     seen = cost = 0
     for row in sorted(todo, key=int.bit_count):
         if not row:

@@ -1,16 +1,16 @@
-"""Inventory and taints → the ResourceSlices of each pool, planned as a whole and the same byte for byte each time.
+"""Inventory and taints → the ResourceSlices of each pool, planned as a whole. Equal input gives equal bytes.
 
-Two rules make selectors safe, because one that names a missing key is a CEL error, and the scheduler fails the pod
-again and again: every device carries the same attribute keys of our domain ("" where one has no meaning) and the same
-capacity names ("0" where it has none, or where the hardware does not say).
+A selector that names a missing key is a CEL error, and the scheduler then fails the pod again and again. Two rules
+prevent this. Every device has the same attribute keys of our domain ("" if one has no meaning). Every device has the same
+capacity names ("0" if it has none of it, or if the hardware does not report it).
 
-The set of devices is static. A device in use that vanishes frees its counters and is given out twice
-(kubernetes/kubernetes#140802), so what cannot be used now is tainted; and counters are computed from everything that the
-inventory offers, whatever of it is published at the moment.
+The set of devices is static: if an allocated device vanished, the scheduler would free its counters and allocate it a
+second time (kubernetes/kubernetes#140802). So an unusable device gets a taint. Counters are computed from the whole
+inventory, also from devices that are not published at the moment.
 
-A shared device has a request policy for each capacity, because the first share takes all of one that has none. What
-cannot be had in shares (engines, or clients of a time slice) is shown with its value for selectors, and has a policy by
-which a share takes nothing and a request for any of it is refused.
+A shared device has a request policy for each capacity, because without a policy the first share takes the whole capacity.
+Some capacities cannot be divided (engines, or clients of a time slice). Selectors see their value, but a share takes
+nothing of them, and the policy refuses every request for them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from gpuslice.core.pools import counters
 from gpuslice.core.pools.counters import Counters
 from gpuslice.errors import StateError
 
-COUNTER_SET = "card"  # one per pool; unique in its pool, as it has to be
-DEVICES_PER_SLICE = 64  # with taints or counters; without them 128, but a first taint must not move devices about
+COUNTER_SET = "card"  # one per pool; the API needs a name that is unique in the pool
+DEVICES_PER_SLICE = 64  # with taints or counters; 128 without, but a first taint must not move devices
 _TEXT = 64  # characters of a string attribute
 _ALL_SMS = 100  # percent
 _NOTHING = {"default": "0", "validValues": ["0"]}  # the policy of a capacity that no share takes
@@ -52,7 +52,7 @@ _NOTHING = {"default": "0", "validValues": ["0"]}  # the policy of a capacity th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """What the API server keeps of what we publish; what it drops must not be relied on."""
+    """The fields of ResourceSlices that the API server keeps. The driver must not rely on fields that it drops."""
 
     partitionable: bool  # DRAPartitionableDevices
     consumable: bool  # DRAConsumableCapacity
@@ -61,10 +61,10 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class PoolSlices:
-    """One pool as it should be: the part of each slice's spec that is the pool's own, in order.
+    """The wanted state of one pool: the part of each slice's spec that depends on the pool, in order.
 
-    Each is `{"sharedCounters": […]}` or `{"devices": […]}`, never both. Driver, node, generation, slice count and names
-    are the publisher's to add.
+    Each part is `{"sharedCounters": […]}` or `{"devices": […]}`, never both. The publisher adds driver, node, generation,
+    slice count and names.
     """
 
     name: PoolName
@@ -81,10 +81,10 @@ def resource_slices(
 ) -> tuple[PoolSlices, ...]:
     """The slices of every pool. `driver` is the domain of the taints' keys.
 
-    `held` are the devices that claims have now: they stay published whatever happens to them, while other tainted
-    devices are left out where the API server knows no taints. Shared devices are left out where it knows no consumable
-    capacity, held or not, because a single claim would get the whole card there. StateError where a pool needs counters
-    that the API server drops, because it would then give the same memory out twice.
+    `held`: the devices that claims hold now. They always stay published. Other tainted devices are left out if the API
+    server has no taints. All shared devices are left out if it has no consumable capacity, because a single claim would
+    get the whole card. StateError if a pool needs counters that the API server drops, because the scheduler would then
+    allocate the same memory twice.
     """
     return tuple(_pool(pool, taints, driver, features, held) for pool in inventory.pools)
 
@@ -123,12 +123,12 @@ def _chunks(bodies: Sequence[ReadOnlyBody]) -> Iterator[Sequence[ReadOnlyBody]]:
 
 
 def counters_of(pool: Pool) -> Counters:
-    """The counters that keep this pool's devices apart; none where they exclude nothing."""
+    """The counters that keep this pool's devices apart. Empty if no device excludes another one."""
     at: dict[ProfilePlacement, int] = {}
     wholes = 0
     for device in pool.devices:
         if isinstance(device.offer.sharing, Monitor) or _part(device.offer.sharing) is not None:
-            continue  # what takes nothing, or stands beside its like by plan
+            continue  # devices that take nothing, and fixed parts of a static plan, which exist together
         match device.offer.slice_:
             case WholeGpu():
                 wholes += 1
@@ -161,7 +161,7 @@ def _values(amounts: Mapping[str, int]) -> dict[str, ReadOnlyBody]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedDevice:
-    """What a device shows of itself that depends on what it is: one of these for each kind of offer."""
+    """The published fields that depend on the kind of the device. Each kind of offer has its own values."""
 
     uuid: str = ""
     profile: str = ""
@@ -173,7 +173,7 @@ class PublishedDevice:
     engines: MigProfile | None = None  # the profile whose engine counts the device has
     consumed: Mapping[str, int]
     policies: Mapping[str, ReadOnlyBody] | None = (
-        None  # of the capacities that a share takes; None: an exclusive device
+        None  # request policies of the capacities that a share takes; None: an exclusive device
     )
 
 
@@ -201,7 +201,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
                 engines=layout.full(gpu.profiles),
                 consumed=needed.whole(),
             )
-        case MigSlice(_, profile, placement):  # it has a UUID only while it exists
+        case MigSlice(_, profile, placement):  # a partition has a UUID only while it exists
             return PublishedDevice(
                 profile=profile.name,
                 memory_mib=profile.memory_mib,
@@ -214,7 +214,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
 
 
 def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
-    """The same hardware, shared; a fixed part has its part of all that can be divided.
+    """The same hardware, shared. A fixed part has its fraction of all divisible capacities.
 
     `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, because MPS counts them so
     (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE).
@@ -238,9 +238,9 @@ def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
 def _timeslice(sharing: TimeSlicing, alone: PublishedDevice) -> PublishedDevice:
     shared = replace(
         alone,
-        interval="" if alone.profile else sharing.interval,  # of partitions it cannot be set
+        interval="" if alone.profile else sharing.interval,  # partitions have no adjustable interval
         memory_mib=sharing.memory_mib,
-        sm_percent=0,  # turns have no ceiling
+        sm_percent=0,  # time-slicing has no ceiling on compute
         shares=sharing.shares,
     )
     if sharing.part is not None:
@@ -253,13 +253,13 @@ def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevic
 
 
 def _memory_policy(sharing: Mps | TimeSlicing) -> ReadOnlyBody:
-    """Whole MiB, and an equal part by default."""
+    """Whole MiB. The default is an equal part."""
     default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
     return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
 
 
 def _policy(default: int, least: int, value: int) -> ReadOnlyBody:
-    """Whole numbers from `least` on; where there is only one, by name, because the API wants room for a step in a range."""
+    """Whole numbers from `least`. A single possible value is listed, because the API requires that a range has one step."""
     if value <= least:
         return {"default": str(value), "validValues": [str(value)]}
     return {"default": str(default), "validRange": {"min": str(least), "step": "1"}}
@@ -282,7 +282,7 @@ def _device(device: Device, shown: PublishedDevice, taints: Iterable[Taint], dri
 
 
 def _attributes(offer: Offer, shown: PublishedDevice) -> ReadOnlyBody:
-    """NVIDIA's names where it has one. `parentUUID` is the card's on the card itself too: it shows what lies together."""
+    """NVIDIA's names if they exist. Whole cards have their own UUID as `parentUUID`, so it groups all devices of a card."""
     gpu = offer.gpu
     found: dict[str, ReadOnlyBody] = {
         "architecture": _text(gpu.architecture),
@@ -307,7 +307,7 @@ def _attributes(offer: Offer, shown: PublishedDevice) -> ReadOnlyBody:
 
 
 def _capacity(shown: PublishedDevice) -> ReadOnlyBody:
-    """Memory, what shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
+    """Memory, the capacities that shares divide, and the engine counts by NVIDIA's names (KEP-4815)."""
     engines = shown.engines
     found = {"memory": {"value": quantity.mebibytes(shown.memory_mib)}} | _values(
         {
@@ -332,6 +332,6 @@ def _text(value: str) -> ReadOnlyBody:
 
 
 def _version(value: str) -> ReadOnlyBody:
-    """Strict semver of three numbers: the API refuses "580.65.06" for its leading zero."""
+    """Strict semver of three numbers. The API refuses "580.65.06", because of the leading zero."""
     numbers = [str(int(part)) for part in re.findall(r"\d+", value)]
     return {"version": ".".join([*numbers, "0", "0", "0"][:3])}

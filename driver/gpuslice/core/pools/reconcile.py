@@ -1,9 +1,9 @@
-"""What to write so that the API's ResourceSlices become the wanted ones: the rules of Kubernetes' own controller.
+"""The writes that turn the API's ResourceSlices into the wanted ones, by the rules of Kubernetes' own controller.
 
-The order is the point. Consumers read only the highest generation of a pool and use it only when it is complete, so
-content moves from one generation to the next without a moment at which half of it counts: obsolete slices go first,
-then what stays is brought to the new generation, then what is new is added. One changed slice alone is atomic anyway
-and keeps the generation (k8s.io/dynamic-resource-allocation, resourceslicecontroller.go; the DRA contract 4.3).
+The order of the writes matters. Consumers read only the highest generation of a pool, and only when it is complete. So
+no consumer ever sees half of a new state: first the driver deletes obsolete slices, then it updates the remaining slices
+to the new generation, then it adds new slices. A change of a single slice is atomic and keeps the generation
+(k8s.io/dynamic-resource-allocation, resourceslicecontroller.go; the DRA contract 4.3).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Owner:
 @dataclass(frozen=True, slots=True)
 class Delete:
     pool: PoolName
-    body: Body  # as it exists: deleted only in this very state
+    body: Body  # the existing object; the delete succeeds only if it is unchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ Change = Delete | Update | Create
 
 
 def bodies(pool: PoolSlices) -> tuple[ReadOnlyBody, ...]:
-    """At least one: a pool without devices is published as an empty slice, which says "the driver is up"."""
+    """At least one body: a pool without devices is one empty slice, which shows that the driver runs."""
     return pool.specs or ({},)
 
 
@@ -88,16 +88,16 @@ def _pool_changes(wanted: PoolSlices, existing: list[Body], owner: Owner) -> Ite
     yield from (Delete(wanted.name, body) for body in obsolete)
     for index in sorted(kept if generation != current else changed):
         yield Update(wanted.name, index, _updated(kept[index], _spec(wanted, index, generation, owner), owner))
-    # Counters before the devices that draw on them: should the server drop counters, no device is out yet.
+    # Counters before the devices that consume them. If the server drops counters, no device is published yet.
     for index in sorted(missing, key=lambda i: ("sharedCounters" not in bodies(wanted)[i], i)):
         meta = {"generateName": name_base(index, len(bodies(wanted)), owner), "ownerReferences": [owner.reference()]}
         yield Create(wanted.name, index, _object(meta, _spec(wanted, index, generation, owner)))
 
 
 def _matched(existing: list[Body], count: int, generation: int) -> tuple[dict[int, Body], list[Body]]:
-    """Slices by the index in their name, and those that are outdated, out of range, misnamed or there twice.
+    """Slices by the index in their name, and slices that are outdated, out of range, misnamed or duplicate.
 
-    Of two with one index the older stays, so that two instances of the driver which both created it agree.
+    Of two slices with one index, the older slice stays. So two instances of the driver that both created it agree.
     """
     kept: dict[int, Body] = {}
     obsolete: list[Body] = []
@@ -124,7 +124,7 @@ def _index(name: str, count: int) -> int | None:
 
 
 def name_base(index: int, count: int, owner: Owner) -> str:
-    """What the name of the index-th of `count` slices begins with, in hex digits enough for the last of them.
+    """The start of the name of the index-th of `count` slices. The index has as many hex digits as the last index needs.
 
     The index comes first: the API server cuts the base of a generated name at 58 characters.
     """
@@ -177,23 +177,23 @@ def _taint(taint: Body) -> tuple[str, str, str]:
     return taint["key"], taint.get("value", ""), taint["effect"]
 
 
-# ---------------------------------------------------------------- comparing with what a server made of it
+# ---------------------------------------------------------------- comparison with the server's answers
 
 
 def same(one: ReadOnlyBody, other: ReadOnlyBody) -> bool:
-    """Whether devices and counters are the same, as the API means it.
+    """Whether devices and counters are equal for the API.
 
-    The order of lists counts. The spelling of quantities does not (a server answers 2Gi to 2048Mi), nor empty fields,
-    nor the times of taints: the server sets those, and rounds them.
+    The order of lists matters. The spelling of quantities does not matter (a server answers 2Gi to 2048Mi). Empty fields
+    and the times of taints do not matter either, because the server sets and rounds the times.
     """
-    # A plain comparison first: mostly they are equal to the letter.
+    # First a plain comparison, because usually both are exactly equal.
     return all(one.get(key) == other.get(key) or _plain(one.get(key)) == _plain(other.get(key)) for key in _CONTENT)
 
 
 def sharing(sent: ReadOnlyBody, returned: Body) -> Body:
-    """The returned body with what came back to the letter replaced by the very objects that were sent.
+    """The returned body, in which the sent objects replace all returned objects that are equal.
 
-    Keeping both costs a megabyte for eight cards (measured).
+    To keep both costs a megabyte for eight cards (measured).
     """
     spec = returned["spec"]
     return {
@@ -219,7 +219,7 @@ def _plain(node: Any, key: str = "") -> Any:
 
 
 def dropped(sent: ReadOnlyBody, returned: ReadOnlyBody) -> frozenset[str]:
-    """The gates that are off in the server, seen by what it left out of a slice's spec; empty if it kept all."""
+    """The gates that are off in the server: it dropped their fields from a slice's spec. Empty if it kept all fields."""
     if same(sent, returned):
         return frozenset()
     theirs = {device["name"]: device for device in returned.get("devices") or ()}
@@ -239,7 +239,7 @@ def _shared(device: ReadOnlyBody) -> bool:
 
 
 def probes(driver: str) -> dict[str, tuple[Body, ...]]:
-    """By gate, slices that come back whole only from a server that has it; for dry runs, never to be published."""
+    """Test slices by gate. Only a server with the gate returns all their fields. Only for dry runs."""
     consumption = {"counterSet": "probe", "counters": {"probe": {"value": "1"}}}
     policy = {"default": "1Mi", "validRange": {"min": "1Mi", "step": "1Mi"}}
     shares = {"memory": {"value": "2Mi", "requestPolicy": policy}}

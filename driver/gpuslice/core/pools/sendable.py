@@ -1,4 +1,4 @@
-"""The part of the wanted pools that may be sent, as the answers of the API server to earlier writes show."""
+"""The part of the wanted pools that the driver may send. It depends on the API server's answers to earlier writes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from gpuslice.core.pools.reconcile import Create, Update
 
 
 class SendablePools:
-    """No pool with a fault of ours, none whose counters the API server drops, and no field that it drops.
+    """Leaves out pools with a fault of ours, pools whose counters the API server drops, and fields that it drops.
 
-    A field that the server drops is never sent again: writer and server would change it for ever. Not for several threads
-    at once: its owner locks.
+    The driver never sends a dropped field again, because writer and server would change it for ever. Not thread-safe: the
+    owner locks.
     """
 
     def __init__(self) -> None:
         self._wanted: tuple[PoolSlices, ...] = ()
         self._faults: dict[PoolName, tuple[str, ...]] = {}
-        self._refused: dict[PoolName, PoolSlices] = {}  # the server dropped their counters
-        self._kept: dict[tuple[PoolName, int], tuple[ReadOnlyBody, ReadOnlyBody]] = {}  # sent → what the server kept
+        self._refused: dict[PoolName, PoolSlices] = {}  # pools whose counters the server dropped
+        self._kept: dict[tuple[PoolName, int], tuple[ReadOnlyBody, ReadOnlyBody]] = {}  # sent → kept by the server
 
     def want(self, wanted: tuple[PoolSlices, ...]) -> None:
-        """Take these pools as the wanted ones and check them. The same pools again cost nothing."""
+        """Set the wanted pools and check them. A second call with the same pools costs nothing."""
         if self._wanted != wanted:
             self._wanted, self._faults = wanted, {pool.name: validation.problems(pool) for pool in wanted}
 
@@ -31,11 +31,11 @@ class SendablePools:
         return tuple(fault for found in self._faults.values() for fault in found)
 
     def pools(self) -> list[PoolSlices]:
-        """The pools that may be sent, each slice as the server is known to keep it."""
+        """The pools that may be sent. Each slice has only fields that the server keeps, as far as this is known."""
         return [self._as_kept(pool) for pool in self._wanted if self._may_send(pool)]
 
     def writable(self, name: str) -> bool:
-        """Whether slices of this pool may be changed or deleted: a wanted pool that may not be sent keeps what it has."""
+        """Whether slices of this pool may be changed or deleted. A wanted pool that may not be sent keeps its slices."""
         return all(self._may_send(pool) for pool in self._wanted if pool.name == name)
 
     def learn(self, change: Update | Create, returned: Body) -> frozenset[str]:

@@ -1,8 +1,8 @@
-"""The shape of a published pool: which devices it has and what each of them costs.
+"""The shape of a published pool: its devices and the counters that each device consumes.
 
-The scheduler reckons what is used from the devices as they are published *now*: one that vanishes, or whose counters
-change while it is allocated, frees what it uses and is given out twice (kubernetes/kubernetes#140802). So a pool changes
-its shape only when nobody holds anything of it; attributes, taints and further devices may change at any time.
+The scheduler computes the use of a pool from the devices that are published *now*. If an allocated device vanishes or its
+counters change, the scheduler frees them and allocates the device twice (kubernetes/kubernetes#140802). So a pool changes
+its shape only when no claim holds a device of it. Attributes and taints may change, and devices may be added, at any time.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def allows(kept: PoolSlices, wanted: PoolSlices) -> bool:
 
 
 def same(one: PoolSlices, other: PoolSlices) -> bool:
-    """Whether two states of a pool have one shape, whatever else differs."""
+    """Whether two states of a pool have the same shape."""
     return one is other or (_counters(one) == _counters(other) and _costs(one) == _costs(other))
 
 
 def cordoned(kept: PoolSlices, driver: str) -> PoolSlices:
-    """The old shape with every device tainted, so that nothing new is allocated from it while it empties."""
+    """The old shape with a taint on every device, so that the scheduler allocates no device until all claims have left."""
     taint = {"key": f"{driver}/{TAINT}", "value": "pending", "effect": "NoSchedule"}
     return PoolSlices(
         kept.name,
@@ -46,7 +46,7 @@ def cordoned(kept: PoolSlices, driver: str) -> PoolSlices:
 
 
 def pools_of(claims: Iterable[ReadOnlyBody], driver: str) -> Iterator[PoolName]:
-    """Pools of this driver from which any of these ResourceClaims holds a device."""
+    """Pools of this driver with a device that one of these ResourceClaims holds."""
     for claim in claims:
         allocation = (claim.get("status") or {}).get("allocation") or {}
         for result in (allocation.get("devices") or {}).get("results") or ():
@@ -55,7 +55,7 @@ def pools_of(claims: Iterable[ReadOnlyBody], driver: str) -> Iterator[PoolName]:
 
 
 def published(bodies: Iterable[ReadOnlyBody]) -> dict[PoolName, PoolSlices]:
-    """The pools that these ResourceSlices are, the newest generation of each."""
+    """The pools of these ResourceSlices, the newest generation of each pool."""
     found: dict[PoolName, tuple[int, list[ReadOnlyBody]]] = {}
     for body in bodies:
         spec = body["spec"]

@@ -1,4 +1,4 @@
-"""The ResourceSlices of this driver in the API, as far as it knows: events of the watch and its own writes together."""
+"""The ResourceSlices of this driver in the API, as known from the events of the watch and from its own writes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from gpuslice.core.json import Body
 
 
 class SliceCache:
-    """Our slices as the API has them; what we wrote counts at once, long before the watch shows it.
+    """The state of our slices in the API. Our own writes count at once, before the watch shows them.
 
-    Without that, a watch that lags makes a writer create everything twice (the DRA contract, statement 60). Resource
-    versions are compared as numbers, which Kubernetes promises since KEP-5504 and has always kept. Not for several
-    threads at once: its owner locks.
+    Otherwise a late watch makes the writer create everything twice (the DRA contract, statement 60). Resource versions
+    are compared as numbers: Kubernetes promises this since KEP-5504, and it was always true. Not thread-safe: the owner
+    locks.
     """
 
     def __init__(self) -> None:
         self._bodies: dict[str, Body] = {}
         self._deleted: set[str] = set()  # UIDs that must not come back with late events
-        self._unexplained: dict[str, int] = {}  # UID → version that we did not write, or not yet know to have written
+        self._unexplained: dict[str, int] = {}  # UID → version that we did not write, as far as we know now
 
     def bodies(self) -> list[Body]:
         return list(self._bodies.values())
 
     def replace(self, bodies: Sequence[Body], version: str) -> None:
-        """Take over a list, except for slices that the driver wrote after the server made the list."""
+        """Take over a list, except for slices that the driver wrote after the server created the list."""
         alive = {b["metadata"]["name"]: b for b in bodies if b["metadata"]["uid"] not in self._deleted}
         newer = {name: body for name, body in self._bodies.items() if _version(body) > int(version)}
         self._bodies = alive | newer
@@ -48,7 +48,7 @@ class SliceCache:
         if self._unexplained.get(uid) == _version(body):
             del self._unexplained[uid]
         elif uid in self._unexplained or uid in self._deleted:
-            return  # the watch is ahead of us: somebody has already changed or deleted it
+            return  # the watch has a newer state: another writer has already changed or deleted the slice
         self._bodies[name] = body
 
     def remove(self, body: Body) -> None:
@@ -58,9 +58,9 @@ class SliceCache:
         self._bodies.pop(body["metadata"]["name"], None)
 
     def foreign(self) -> bool:
-        """Whether somebody else changed something since the last time this was asked.
+        """Whether another writer changed something since the last call.
 
-        To be asked when no write is under way: the watch may show our own write before its answer is here.
+        Call it only while no write is in progress: the watch may show our own write before its answer arrives.
         """
         found, self._unexplained = bool(self._unexplained), {}
         return found

@@ -1,7 +1,7 @@
-"""What the API refuses, or worse accepts and the scheduler then ignores, looked for before anything is sent.
+"""The check before each write: finds faults that the API refuses, and faults that it accepts but the scheduler ignores.
 
-A pool is checked over all its slices, which no API server does. Where a device is named twice, or draws on a counter
-that no slice of the pool has, the scheduler ignores the whole pool, and no event or log says so. Figures:
+It checks all slices of a pool together; no API server does that. If two devices have one name, or a device consumes a
+counter that no slice of the pool has, the scheduler ignores the whole pool, without event or log. Figures:
 resource.k8s.io/v1 types and validation, Kubernetes 1.37 (the DRA contract 4.1, statements 55, 61, 62).
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class VisibleError(Exception):
-    """What CUDA_VISIBLE_DEVICES names is not there; the text is what the daemon ends with."""
+    """CUDA_VISIBLE_DEVICES names a device that does not exist. The text is the last message of the daemon."""
 
 
 def visible(node: Path, names: str | None) -> tuple[str, ...]:

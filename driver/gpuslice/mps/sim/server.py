@@ -1,4 +1,4 @@
-"""What the simulated daemon knows: ceilings, clients, and servers, which are processes so that they can be killed."""
+"""The state of the simulated daemon: ceilings, clients, and servers. Servers are processes, so that tests can kill them."""
 
 from __future__ import annotations
 

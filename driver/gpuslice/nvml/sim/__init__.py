@@ -1,1 +1,1 @@
-"""A simulated node of GPUs, in memory and on disk, that refuses what a real one refuses. Nothing here runs on a real node."""
+"""A simulated GPU node, in memory and on disk, with the refusals of a real node. Nothing here runs on a real node."""

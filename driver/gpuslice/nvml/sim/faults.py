@@ -1,8 +1,8 @@
-"""Faults on cue and XID events of the simulated node: files in its folder, so that any process can cue them.
+"""Injected faults (cues) and XID events of the simulated node: files in its folder, so that any process can create them.
 
-cues/<id>.json      what to do to which call; removing the file withdraws it and ends its hang
-cues/<id>.<n>.hung  a call hangs on this cue; there as long as it does
-events/<n>.json     the XIDs raised, in order; a reboot keeps them; a reader gets only those that come after its first call
+cues/<id>.json      a fault and the call that it hits; removing the file withdraws the fault and ends its hang
+cues/<id>.<n>.hung  exists while a call hangs on this cue
+events/<n>.json     the raised XIDs, in order; a reboot keeps them; a reader gets only XIDs after its first call
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _ANYWHERE = frozenset({Code.UNINITIALIZED, Code.INVALID_ARGUMENT, Code.NOT_SUPPO
 _CHANGE = _ANYWHERE | {Code.NO_PERMISSION, Code.IN_USE}
 _INSTANCE = _CHANGE | {Code.NOT_FOUND}
 
-# What nvml.h documents for the functions behind each verb; a cue with another code is refused, because code that copes
-# with it would cope with nothing real.
+# The codes that nvml.h documents for the functions behind each verb. A cue with another code is refused, because no real
+# node returns it.
 CODES: Mapping[str, frozenset[Code]] = {
     "gpus": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND, Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH},
     "look": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND, Code.INSUFFICIENT_SIZE},
@@ -43,7 +43,7 @@ CODES: Mapping[str, frozenset[Code]] = {
     "memory": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND},
     "compute_mode": _ANYWHERE,
     "set_compute_mode": _ANYWHERE | {Code.NO_PERMISSION},
-    # Not NVML's: what nvidia-smi says is translated to these.
+    # Not from NVML: the output of nvidia-smi is translated to these codes.
     "time_slice": _ANYWHERE | {Code.NO_PERMISSION},
     "set_time_slice": _ANYWHERE | {Code.NO_PERMISSION},
     "wait_event": frozenset({Code.UNINITIALIZED, Code.INVALID_ARGUMENT, Code.GPU_IS_LOST, Code.UNKNOWN}),
@@ -55,8 +55,8 @@ _KEPT_EVENTS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cue:
-    """One fault to come. `call` is a verb of `Nvml` or "*", `gpu` None any card; `skip` calls go through first, then
-    `times` calls are hit (None: until withdrawn). `done`: the call takes effect first, and only then fails or hangs."""
+    """One planned fault. `call`: a verb of `Nvml` or "*". `gpu`: None for any card. The first `skip` calls succeed, then the
+    fault hits `times` calls (None: until withdrawn). `done`: the call takes effect first, and only then fails or hangs."""
 
     effect: Effect
     call: str = "*"
@@ -88,10 +88,10 @@ class Cues:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = folder.parent / "cues.lock"  # its mtime grows with each cue added
-        with locked(self._lock):  # made where it is missing, its mtime left alone
+        self._lock = folder.parent / "cues.lock"  # its mtime grows with each new cue
+        with locked(self._lock):  # created if missing; its mtime stays
             pass
-        self._none_at: int | None = None  # no cue was pending when the mtime was this
+        self._none_at: int | None = None  # at this mtime, no cue was pending
         self._hanging: set[int] = set()  # one eventfd(2) for each hang of this process
         self._guard = threading.Lock()
         self._closed = False
@@ -112,14 +112,14 @@ class Cues:
                 remove(file)
 
     def pending(self) -> dict[str, Cue]:
-        """Cues still to come or in effect, by name."""
+        """Cues that are planned or in effect, by name."""
         added_at = self._added_at()
         if added_at == self._none_at:
             return {}
         found = self._found()
         self._none_at = (
             None if found else added_at
-        )  # from before the folder was read, so that a cue added meanwhile is seen
+        )  # read before the folder, so that a cue which is added in between is seen
         return found
 
     def _added_at(self) -> int:
@@ -130,7 +130,7 @@ class Cues:
         return {name: cue for name in sorted(names) if (cue := self._get(name)) is not None}
 
     def take(self, call: str, gpu: GpuUuid | None, done: bool) -> tuple[str, Cue] | None:
-        """The cue that hits this call, counted as used. A hang stays until it is withdrawn."""
+        """The cue that hits this call; it is counted as used. A hang stays until it is withdrawn."""
         if not any(cue.meets(call, gpu, done) for cue in self.pending().values()):
             return None
         with locked(self._lock):
@@ -152,7 +152,7 @@ class Cues:
         return True
 
     def hang(self, name: str) -> bool:
-        """Block until the cue is withdrawn; False where this process closed the node instead."""
+        """Block until the cue is withdrawn. False if this process closed the node instead."""
         mark = self._folder / f"{name}.{os.getpid()}-{uuid.uuid4().hex}.hung"
         with contextlib.closing(FolderWatch(self._folder)) as watch, self._closing() as closing:
             try:
@@ -206,7 +206,7 @@ class Cues:
 
 
 class Events:
-    """The folder of XID events; `next` is for one caller, and starts with what comes after its first call."""
+    """The folder of XID events. `next` is for one caller, and starts with events after its first call."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -232,7 +232,7 @@ class Events:
             self._seen = max(self._numbers(), default=0)
 
     def next(self, timeout_s: float) -> XidEvent | None:
-        """The next event; None after the timeout, or when the node is closed meanwhile."""
+        """The next event. None after the timeout, or if the node is closed in the meantime."""
         with self._waiting:
             self.subscribe()
             return None if self._closing < 0 else self._next(time.monotonic() + timeout_s)

@@ -1,8 +1,8 @@
-"""Which sets of GPU instances a card accepts. Pure; the simulator decides by it, and tests check counters against it.
+"""Decides which sets of GPU instances a card accepts. Pure. The simulator uses it, and tests check counters with it.
 
-A set is realisable iff every instance sits at a place of its own profile, the memory slices do not overlap, no profile
-stands more often than its `max_instances`, and no engine is used beyond the card's total. On 7-slice products the first
-three imply the fourth; on an A30 and an RTX PRO 6000 they do not (two media profiles of different width).
+A card accepts a set if and only if every instance is at a place of its own profile, the memory slices do not overlap, no
+profile has more than its `max_instances`, and no engine exceeds the card's total. On 7-slice products the first three rules
+imply the fourth. On an A30 and an RTX PRO 6000 they do not (two media profiles of different width).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Instance = tuple[MigProfile, Placement]
 
 
 def legal(total_engines: Mapping[str, int], instances: Sequence[Instance]) -> bool:
-    """Whether the card can hold all of these at once; `total_engines` as `MigProfile.engines` names them."""
+    """Whether the card can have all these instances at once. `total_engines` has the names of `MigProfile.engines`."""
     return all(
         placement in profile.placements and refusal(total_engines, instances[:at], profile, placement) is None
         for at, (profile, placement) in enumerate(instances)
@@ -25,7 +25,7 @@ def legal(total_engines: Mapping[str, int], instances: Sequence[Instance]) -> bo
 def refusal(
     total_engines: Mapping[str, int], standing: Sequence[Instance], profile: MigProfile, placement: Placement
 ) -> str | None:
-    """Why one more instance finds no room beside those that stand, as the end of a sentence; None where it does."""
+    """Why the existing instances leave no room for one more, as the end of a sentence. None if there is room."""
     for other, there in standing:
         if placement.overlaps(there):
             return f"memory slices {placement.start} to {placement.start + placement.size - 1} overlap a {other.name}"
@@ -39,10 +39,10 @@ def refusal(
 
 
 def instance_id(memory_slices: int, placement: Placement, taken: Iterable[int]) -> int:
-    """The id that NVML gives a new GPU instance: ids are used again, are not dense and say little about the place.
+    """The id that NVML gives a new GPU instance. NVML reuses ids. They are not dense and do not give the place.
 
     On 8-slice cards an instance gets the smallest free id of its width: 8 slices 0, 4 slices 1 to 2, 2 slices 3 to 6,
-    1 slice 7 to 14 (A100 listings of the MIG user guide). Elsewhere we take the smallest free one.
+    1 slice 7 to 14 (A100 listings of the MIG user guide). On other cards the simulator uses the smallest free id.
     """
     first = 8 // placement.size - 1 if memory_slices == 8 and 8 % placement.size == 0 else 0
     used = set(taken)

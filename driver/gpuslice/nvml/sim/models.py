@@ -1,7 +1,7 @@
-"""The products that can be simulated, from models.json: our own record of what NVIDIA's MIG guide and listings show.
+"""The products of the simulator, from models.json: our own record of the figures in NVIDIA's MIG guide and listings.
 
-Only the simulator reads it; of real cards everything comes from NVML. Values that no listing of the very product showed
-are named in `inferred`. A product with a value missing is refused, and the refusal says what is missing.
+Only the simulator reads it; for real cards everything comes from NVML. `inferred` names the values that are not from a
+listing of the same product. A product with a missing value is refused, and the error names the missing value.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROFILE_FIELDS = ("name", "id", *_COUNTS, "max_instances", "starts", "size")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """One card as NVML would describe it; `inferred` names what no listing of this very product showed."""
+    """One card with NVML's facts. `inferred` names the values that are not from a listing of this product."""
 
     key: str  # "h100"
     name: str  # nvmlDeviceGetName
@@ -47,18 +47,18 @@ class Product:
 
     @property
     def memory_slices(self) -> int:
-        """Memory slices of the card, where the furthest placement ends: 8, but 4 on an A30, 12 on an RTX PRO 6000."""
+        """Memory slices of the card: the end of the last placement. Usually 8; 4 on an A30, 12 on an RTX PRO 6000."""
         return max((p.start + p.size for profile in self.profiles for p in profile.placements), default=0)
 
     @property
     def engines(self) -> dict[str, int]:
-        """Engine totals of the card, which are those of its widest profile (`MigProfile.engines`)."""
+        """Engine totals of the card: the engines of its widest profile (`MigProfile.engines`)."""
         return max(self.profiles, key=lambda profile: profile.multiprocessors).engines() if self.profiles else {}
 
 
 @cache
 def catalogue() -> Mapping[str, Mapping[str, object]]:
-    """What models.json holds, by product key; pass an entry on to `product`."""
+    """The content of models.json, by product key. Pass an entry on to `product`."""
     text = resources.files("gpuslice.nvml.sim").joinpath("models.json").read_text(encoding="utf-8")
     return cast("Mapping[str, Mapping[str, object]]", json.loads(text)["products"])
 
@@ -71,7 +71,7 @@ def known() -> tuple[str, ...]:
 def product(key: str, own: Mapping[str, Mapping[str, object]] | None = None) -> Product:
     """The product of this key, from `own` (a node file's section) or the catalogue.
 
-    Raises ConfigError where the key is unknown or something is not known of the product.
+    Raises ConfigError if the key is unknown or a value of the product is unknown.
     """
     body = _body(key, own or {})
     _check(f"product {key!r}", body, (*_CARD_FIELDS, "profiles"), ("inferred",))

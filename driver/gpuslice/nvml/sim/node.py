@@ -1,7 +1,7 @@
-"""The simulated node seen from outside NVML: what a test, a demo or a command does to it, while a driver runs on it.
+"""The simulated node outside of NVML: actions of a test, a demo or a command on the node while a driver runs on it.
 
-The folder is the node: opened again it is found as it was, by another process just as well. Nothing here costs
-simulated time, and nothing waits for a hung call.
+The folder is the node. Any process that opens the folder again finds the node unchanged. Nothing here costs simulated
+time, and nothing waits for a hung call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpuslice.nvml.sim.state import GpuState, StateFolder
 
 
 class SimNode:
-    """A node in `folder`, made from `node` (see spec.py) or found there; ConfigError where it is another one."""
+    """A node in `folder`, created from `node` (see spec.py) or found there. ConfigError if the found node differs."""
 
     def __init__(self, folder: Path, node: str | Path | None = None) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class SimNode:
             pcie_root=f"pci0000:{bus - 2:02x}",
         )
 
-    # ------------------------------------------------------------ what is there
+    # ------------------------------------------------------------ state
 
     @property
     def cards(self) -> tuple[Gpu, ...]:
@@ -61,11 +61,11 @@ class SimNode:
         return self._gpus
 
     def boot_id(self) -> str:
-        """What /proc/sys/kernel/random/boot_id would say on this node."""
+        """The content of /proc/sys/kernel/random/boot_id on this node."""
         return self._state.boot_id()
 
     def inferred(self) -> tuple[str, ...]:
-        """One sentence for each product of which some values are not from a listing of this very product."""
+        """One sentence for each product with values that are not from a listing of this product."""
         return tuple(
             f"the simulated {p.name} has values that were inferred, because no listing shows them: {', '.join(p.inferred)}"
             for p in dict.fromkeys(self._products)
@@ -81,7 +81,7 @@ class SimNode:
         return f"GPU {index} ({self._gpus[index].bus_id})"
 
     def find(self, uuid_: MigUuid) -> tuple[int, Partition]:
-        """The card and the partition that has this UUID now; NOT_FOUND where there is none."""
+        """The card and the partition with this UUID now. NOT_FOUND if there is none."""
         for index in range(len(self._gpus)):
             for partition in self._state.read(index).live.partitions:
                 if partition.uuid == uuid_:
@@ -93,7 +93,7 @@ class SimNode:
         assert profile is not None, "a partition is only ever made from a profile of its card"
         return profile
 
-    # ------------------------------------------------------------ faults on cue
+    # ------------------------------------------------------------ injected faults
 
     def cue(
         self,
@@ -112,7 +112,7 @@ class SimNode:
         return self._cues.add(Cue(effect=effect, call=call, gpu=gpu, code=int(code), times=times, skip=skip, done=done))
 
     def withdraw(self, cue: str | None = None) -> None:
-        """Withdraw this cue, or all; calls that hang on it go on at once."""
+        """Withdraw this cue, or all cues. Calls that hang on it continue at once."""
         self._cues.withdraw(cue)
 
     def cues(self) -> dict[str, Cue]:
@@ -122,10 +122,10 @@ class SimNode:
         """Block until some call hangs on this cue; False after the timeout."""
         return self._cues.wait_hung(cue, timeout_s)
 
-    # ------------------------------------------------------------ what happens on a node
+    # ------------------------------------------------------------ events of a node
 
     def lose(self, gpu: GpuUuid) -> None:
-        """The GPU falls off the bus: its calls fail until `reset` or `reboot`; the XID does not say which it was."""
+        """The GPU falls off the bus. Its calls fail until `reset` or `reboot`. The XID does not name the GPU."""
         index = self.index(gpu)
         self._state.change(index, lambda state: replace(state, lost=True))
         self._events.add(XidEvent(gpu=None, xid=XID_OFF_THE_BUS))
@@ -148,9 +148,9 @@ class SimNode:
         used_bytes: int = 0,
         mps: bool = False,
     ) -> int:
-        """Start a process on a card or a partition and return its pid; refused where CUDA would not start.
+        """Start a process on a card or a partition and return its pid. Refused if CUDA would not start.
 
-        `mps`: it is a client of the MPS server there, and so it is let in beside it in EXCLUSIVE_PROCESS.
+        `mps`: the process is a client of the MPS server there, so EXCLUSIVE_PROCESS allows it beside the server.
         """
         if device.startswith("MIG-"):
             index, partition = self.find(MigUuid(device))
@@ -207,11 +207,11 @@ class SimNode:
         raise DeviceError(f"pid {pid} runs on no GPU of this node; list the processes of each GPU", Code.NOT_FOUND)
 
     def set_mig_pending(self, gpu: GpuUuid, on: bool) -> None:
-        """A MIG mode that waits for the next reset, as an administrator's nvidia-smi leaves it behind."""
+        """Set a MIG mode that waits for the next reset, like nvidia-smi of an administrator."""
         self._state.change(self.index(gpu), lambda state: state.with_mig(state.live.mig, pending=on))
 
     def reset(self, gpu: GpuUuid) -> None:
-        """Reset a GPU: partitions go, a pending MIG mode becomes current, a lost GPU is back. IN_USE with processes."""
+        """Reset a GPU: removes partitions, applies a pending MIG mode, brings back a lost GPU. IN_USE with processes."""
         index = self.index(gpu)
 
         def again(state: GpuState) -> GpuState:
@@ -224,7 +224,7 @@ class SimNode:
         self._state.change(index, again)
 
     def reboot(self) -> None:
-        """Lose what a reboot loses: partitions, processes, compute modes, cues, and MIG mode, which Ampere keeps."""
+        """Remove the state that a reboot removes: partitions, processes, compute modes, cues; MIG mode except on Ampere."""
         for index, gpu in enumerate(self._gpus):
             self._state.change(index, partial(_booted, gpu.resetless))
         self._cues.withdraw(None)

@@ -1,8 +1,8 @@
-"""A node that refuses what a real one refuses, with NVML's own code for each refusal. A feature: docs/simulator.md.
+"""A simulated node with the refusals of a real node, and NVML's code for each refusal. It is a feature: docs/simulator.md.
 
-No GPU is needed, nor any library of NVIDIA. Each verb first waits for its turn, then meets the faults on cue, then
-takes its time, then acts. Changes of one GPU take turns, reads do not, and GPUs never wait for each other unless the
-latency is "serial", where every call of every process on this node waits for the one before it.
+It needs no GPU and no library of NVIDIA. Each verb first waits for its turn, then for injected faults, then for its
+latency, then acts. Changes of one GPU run one after the other; reads do not wait. GPUs never wait for each other, except
+with the latency "serial": then every call of every process on this node waits for the call before it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gpuslice.nvml.sim.state import GpuState, Mutation
 
 Latency = Literal["realistic", "zero", "serial"]
 
-# First compute capability whose time slice we let be set. Pascal is split over it, and nobody lists which of its cards
-# are in; Volta and later are.
+# First compute capability with an adjustable time slice here. Volta and later have it. Some Pascal cards have it too, but
+# no source lists them.
 _TIME_SLICED = 7
 
-# Seconds a call takes: orders of magnitude, not measurements. NVIDIA's DRA driver notes about 1 s for destroying a GPU
-# instance and the like for creating one in its comments; the others are our guess at their proportion to that.
+# Seconds of a call: orders of magnitude, not measurements. Comments in NVIDIA's DRA driver give about 1 s for the destroy
+# of a GPU instance, and about the same for a create. The others are our guess in proportion to that.
 SECONDS = {
     "gpus": 0.02,
     "look": 0.002,
@@ -84,7 +84,7 @@ class SimNvml(SimNode):
         return self._read("look", gpu).live
 
     def minor(self, gpu: GpuUuid) -> int:
-        """The index, but beyond all indices while a resetless card is in MIG mode: legal, and wrong in any cache."""
+        """The index. For a resetless card in MIG mode, a number above all indices: legal, and it shows stale caches."""
         state, index = self._read("minor", gpu), self.index(gpu)
         return index + len(self.cards) if state.live.mig and self.cards[index].resetless else index
 
@@ -107,7 +107,7 @@ class SimNvml(SimNode):
 
     def wait_event(self, timeout_s: float) -> XidEvent | None:
         self._check_open()
-        # Before the faults: an XID that is raised while a cued call hangs must not be missed.
+        # Before the faults, so that an XID during a hung call is not missed.
         self._events.subscribe()
         self._meet("wait_event", None, done=False)
         return self._events.next(timeout_s)
@@ -264,11 +264,11 @@ class SimNvml(SimNode):
         return state
 
     def close(self) -> None:
-        """End this session; calls that hang or wait fail as uninitialized. The node stays as it is."""
+        """End this session. Hung and waiting calls fail as uninitialized. The node does not change."""
         self._closing.set()
         super().close()
 
-    # ------------------------------------------------------------ one call's way
+    # ------------------------------------------------------------ the path of one call
 
     def _read(self, call: str, gpu: GpuUuid) -> GpuState:
         index = self.index(gpu)
@@ -300,7 +300,7 @@ class SimNvml(SimNode):
             raise DeviceError("NVML is not initialized; the driver has closed it", Code.UNINITIALIZED)
 
     def _meet(self, call: str, gpu: GpuUuid | None, *, done: bool) -> None:
-        """Suffer what is cued for this call."""
+        """Apply the cues for this call."""
         taken = self._cues.take(call, gpu, done)
         if taken is None:
             return
@@ -318,7 +318,7 @@ class SimNvml(SimNode):
                 raise DeviceError(f"{here}: {call} failed with {Code(cue.code).name}, as cued", cue.code)
 
     def _spend(self, call: str) -> None:
-        # The one place where waiting out a time is the purpose; the event ends it when the session is closed.
+        # The only place that waits for a fixed time on purpose. The event ends the wait when the session is closed.
         if self._latency != "zero" and self._closing.wait(SECONDS[call]):
             raise DeviceError(f"NVML was closed during {call}", Code.UNINITIALIZED)
 

@@ -1,4 +1,4 @@
-"""What a simulated node consists of: `h100x8`, `a100-40gx2:mig+l4`, or a YAML file.
+"""The description of a simulated node: `h100x8`, `a100-40gx2:mig+l4`, or a YAML file.
 
 node  = card *("+" card)
 card  = product ["x" count] [":mig"]      ":mig": MIG mode is on from the start
@@ -36,7 +36,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """A node before it exists; compared by value, so that a folder can tell whether it is asked for another one."""
+    """The description of a node. Compared by value, so that a folder can find out whether another node is wanted."""
 
     cards: tuple[Card, ...]
     driver_version: str = _DRIVER
@@ -48,7 +48,7 @@ class NodeSpec:
         return tuple(product(card.product, self.products) for card in self.cards)
 
     def json(self) -> dict[str, object]:
-        """The same node as a node file would say it, one entry a card."""
+        """The same node as the content of a node file, one entry for each card."""
         gpus = [{"product": c.product, "mig": c.mig, "numaNode": c.numa_node} for c in self.cards]
         return {
             "driverVersion": self.driver_version,
@@ -59,7 +59,7 @@ class NodeSpec:
 
 
 def parse(node: str | Path) -> NodeSpec:
-    """A node from the grammar above or from a file; ConfigError says what is wrong with it."""
+    """A node from the grammar above or from a file. ConfigError names the mistake."""
     text = str(node)
     if isinstance(node, Path) or "/" in text or text.endswith((".yaml", ".yml", ".json")):
         return from_body(text, documents.read(Path(node), "node file", "docs/simulator.md"))

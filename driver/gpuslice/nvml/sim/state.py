@@ -1,8 +1,8 @@
-"""The simulated node on disk: one file per GPU, written under its lock, read without.
+"""The simulated node on disk: one file for each GPU. Writes take the lock of the file, reads do not.
 
     node.json       the node's spec and the seed of its UUIDs; written once
     boot_id         a UUID, new at each reboot
-    gpu<N>.json     what card N is doing; gpu<N>.lock guards changes, gpu<N>.turn is the queue of NVML calls
+    gpu<N>.json     the state of card N; gpu<N>.lock guards changes, gpu<N>.turn is the queue of NVML calls
     cues/ events/   see faults.py
 
 Two processes may use one folder. A reader trusts its cache as long as inode and mtime of the file stay the same; the
@@ -30,7 +30,7 @@ from gpuslice.system.files import Version, ensure_folder, locked, write_atomic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuState:
-    """One card now. `lost`: fallen off the bus, every call fails until a reset or a reboot."""
+    """The present state of one card. `lost`: the card fell off the bus; every call fails until a reset or a reboot."""
 
     live: LiveGpu
     compute_mode: ComputeMode = ComputeMode.DEFAULT
@@ -52,7 +52,7 @@ Mutation = Callable[[GpuState], GpuState]
 
 
 class StateFolder:
-    """The folder of one node. `spec` None finds the node that is there; another spec than that one's is refused."""
+    """The folder of one node. `spec` None: use the existing node. A spec that differs from the existing node is refused."""
 
     def __init__(self, folder: Path, spec: NodeSpec | None) -> None:
         self.path = ensure_folder(folder)
@@ -77,7 +77,7 @@ class StateFolder:
             live = LiveGpu(mig=card.mig, mig_pending=card.mig)
             write_atomic(self._file(index), _encode(GpuState(live=live)))
         write_atomic(self.path / "boot_id", f"{uuid.uuid4()}\n", mode=0o644)
-        # Last, because its presence says that the node is complete.
+        # Last, because its presence shows that the node is complete.
         body = {"format": 1, "seed": str(uuid.uuid4()), "node": spec.json()}
         write_atomic(self.path / "node.json", json.dumps(body, indent=1) + "\n")
 
@@ -93,14 +93,14 @@ class StateFolder:
         return self._part(f"gpu{index}.json")
 
     def _part(self, name: str) -> Path:
-        """A file of the folder. Kept, because each call on a GPU asks for some, and a Path costs as much as its use."""
+        """A file of the folder. Cached, because each call on a GPU needs some, and a Path costs as much as its use."""
         path = self._parts.get(name)
         if path is None:
             path = self._parts[name] = self.path / name
         return path
 
     def read(self, index: int) -> GpuState:
-        """The card's state, from the cache where the file is still the same."""
+        """The card's state, from the cache if the file is unchanged."""
         path = self._file(index)
         try:
             key = Version.of(os.stat(path))  # noqa: PTH116  twice as fast as Path.stat, and `look` calls nothing else
@@ -114,7 +114,7 @@ class StateFolder:
         return state
 
     def change(self, index: int, change: Mutation) -> GpuState:
-        """Apply `change` to the card's state under its lock and return what it made; an error leaves it as it was."""
+        """Apply `change` to the card's state under its lock and return the result. After an error, the state is unchanged."""
         path = self._file(index)
         with locked(self._part(f"gpu{index}.lock")):
             state = change(self.read(index))
@@ -124,7 +124,7 @@ class StateFolder:
 
     @contextmanager
     def turn(self, index: int | None) -> Iterator[None]:
-        """Wait for this card's turn, or with None for the whole node's, in whatever process others wait."""
+        """Wait for this card's turn, or with None for the whole node's turn. The queue includes all processes."""
         with locked(self._part("node.turn" if index is None else f"gpu{index}.turn")):
             yield
 
@@ -172,7 +172,7 @@ def _decode(body: Mapping[str, object]) -> GpuState:
     return GpuState(
         live=live,
         compute_mode=ComputeMode(cast("int", body["computeMode"])),
-        time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release does not say
+        time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release does not have it
         processes=tuple(
             GpuProcess(pid=p["pid"], name=str(p["name"]), gi=p["gi"], ci=p["ci"], used_bytes=p["usedBytes"])
             for p in processes
