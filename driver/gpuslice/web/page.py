@@ -18,7 +18,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1f2933; background: #fff; 
 body { padding: 0 1rem } h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
 table { border-collapse: collapse; width: 100%; margin: .4rem 0 }
 th, td { text-align: left; vertical-align: top; padding: .2rem .6rem; border-bottom: 1px solid #d9e2ec }
-td { overflow-wrap: anywhere } .facts { color: #627d98; margin: 0 }
+td:first-child { overflow-wrap: anywhere } .facts { color: #627d98; margin: 0 }
 .map { table-layout: fixed } .map th, .map td { text-align: center; border: 2px solid #fff; color: #627d98 }
 .map th { font-weight: normal; padding: 0 } .map td { border-radius: 6px; padding: .4rem .2rem; background: #f0f4f8 }
 .map td.held { background: #bae3ff; color: #003e6b } .map td.shared { background: #c6f7e2; color: #014d40 }
