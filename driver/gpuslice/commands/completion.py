@@ -80,8 +80,8 @@ def _fish(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in _flags(at):
             names = " ".join(f"-l {o[2:]}" if o.startswith("--") else f"-s {o[1:]}" for o in action.option_strings)
             value = f" -a {shlex.quote(' '.join(values(action)))}" if values(action) else ""
-            force = " -F" if action.metavar in ("FILE", "FOLDER") else ""
-            yield f"complete -c gpuslice -n {shlex.quote(seen)} {names} -r{force}{value}"
+            files = "-r -F" if action.metavar in ("FILE", "FOLDER") else "-x"  # -x: a value, and no file
+            yield f"complete -c gpuslice -n {shlex.quote(seen)} {names} {files}{value}"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
