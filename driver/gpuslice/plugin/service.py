@@ -79,7 +79,11 @@ class ClaimService:
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
         """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
         tickets."""
-        unfinished = await self._in_pool(self._preparer.unfinished)
+        try:
+            unfinished = await self._in_pool(self._preparer.unfinished)
+        except DriverError as e:
+            log.error("cannot tell what was left incomplete, trying again: %s", e)
+            return
         wanted = (uid for uid in unfinished if only is None or uid in only)
         await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
 
@@ -108,7 +112,11 @@ class ClaimService:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices; and undo what
         was left on lost cards."""
         await self.recover()
-        records = await self._in_pool(self._preparer.records)
+        try:
+            records = await self._in_pool(self._preparer.records)
+        except DriverError as e:
+            log.error("cannot tell which claims have records, trying again: %s", e)
+            return
         for uid in self._absent_since.keys() - records.keys():
             del self._absent_since[uid]
         for uid, record in records.items():

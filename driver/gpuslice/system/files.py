@@ -45,6 +45,33 @@ class Version(NamedTuple):
         return cls(stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
+# What a person can do, by the error's number. Anything else is a matter of permissions and space.
+_REMEDIES = {
+    errno.EMFILE: "raise the limit of open files of the driver's container",
+    errno.ENFILE: "raise fs.file-max of the node",
+    errno.ENOMEM: "give the driver's container more memory",
+    errno.EROFS: "mount its file system writable, or look in the kernel log why it no longer is",
+    errno.EIO: "its disk fails: look in the kernel log, and drain the node",
+    errno.ELOOP: "it is a link, and no file of ours is: remove it",
+    errno.EISDIR: "it is a folder, and a file is wanted there: move it away",
+    errno.ENAMETOOLONG: "give the driver a shorter folder",
+}
+
+
+@contextlib.contextmanager
+def translated(verb: str, path: Path | str) -> Iterator[None]:
+    """Turn an OSError into a StateError that says what cannot be done with which path."""
+    try:
+        yield
+    except OSError as e:
+        raise _refused(verb, path, e) from e
+
+
+def _refused(verb: str, path: Path | str, error: OSError) -> StateError:
+    remedy = _REMEDIES.get(error.errno or 0, "check permissions and free space of its folder")
+    return StateError(f"cannot {verb} {path}: {error.strerror}; {remedy}")
+
+
 def write_atomic(
     path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None, spares: Spares | None = None
 ) -> Version:
@@ -72,7 +99,7 @@ def write_atomic(
     except OSError as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)  # noqa: PTH108
-        raise StateError(f"cannot write {path}: {e.strerror}; check permissions and free space of its folder") from e
+        raise _refused("write", path, e) from e
     return version
 
 
@@ -85,14 +112,14 @@ def _write(descriptor: int, text: str) -> None:
 def append(path: Path, text: str) -> Version:
     """Add `text` to the end of an existing file. A process that is killed here may leave a part of the text."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             _write(descriptor, text)
             return Version.of(os.fstat(descriptor))
         finally:
             os.close(descriptor)
     except OSError as e:
-        raise StateError(f"cannot write {path}: {e.strerror}; check permissions and free space of its folder") from e
+        raise _refused("write", path, e) from e
 
 
 def remove(path: Path) -> bool:
