@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from gpuslice.core import claims
 from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.model import PoolName
 from gpuslice.core.pools.pool import PoolSlices
@@ -45,13 +46,12 @@ def cordoned(kept: PoolSlices, driver: str) -> PoolSlices:
     )
 
 
-def pools_of(claims: Iterable[ReadOnlyBody], driver: str) -> Iterator[PoolName]:
+def pools_of(bodies: Iterable[ReadOnlyBody], driver: str) -> Iterator[PoolName]:
     """Pools of this driver from which any of these ResourceClaims holds a device."""
-    for claim in claims:
-        allocation = (claim.get("status") or {}).get("allocation") or {}
-        for result in (allocation.get("devices") or {}).get("results") or ():
-            if result.get("driver") == driver:
-                yield PoolName(result["pool"])
+    for body in bodies:
+        for result in claims.results(body, driver):
+            if isinstance(pool := result.get("pool"), str):
+                yield PoolName(pool)
 
 
 def published(bodies: Iterable[ReadOnlyBody]) -> dict[PoolName, PoolSlices]:
