@@ -152,7 +152,7 @@ def harm(node: Node, text: str) -> list[str]:
             wrong.append(f"{what}: {type(e).__name__}: {e}"[:300])
             return None
 
-    trying("the node's life", lambda: asyncio.run(_life(rig, Api(node.others))))
+    trying("the node's life", lambda: asyncio.run(life(rig, Api(node.others))))
     for uid, before in node.given.items():
         again = trying(f"prepare of {uid}", partial(rig.prepare, _of(node, uid)))
         if isinstance(again, PreparedClaim) and again != before:
@@ -186,7 +186,7 @@ def _own_claim(rig: Rig, victim: Claim, wrong: list[str]) -> None:
             wrong.append(f"the claim itself: {type(e).__name__}: {e}"[:300])
 
 
-async def _life(rig: Rig, api: Api) -> None:
+async def life(rig: Rig, api: Api) -> None:
     """What the process does by itself: recovery at start, the daemons, the collector until it counts a claim as gone."""
     with ThreadPoolExecutor(1) as executor:
         service = ClaimService(
@@ -194,6 +194,7 @@ async def _life(rig: Rig, api: Api) -> None:
         )
         await service.recover()
         await service.ensure_daemons()
+        await service.mend()
         for now in (0.0, 700.0):
             await service.collect(now)
         await service.close(1)

@@ -210,8 +210,9 @@ class App:
         return http.close
 
     async def _collect(self, service: ClaimService) -> str:
-        """Give back what vanished claims hold, and what lost cards kept, once a minute."""
+        """Give back what vanished claims hold, and what lost cards kept, once a minute. CDI files are put right at once."""
         while True:
+            await service.mend()
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
 

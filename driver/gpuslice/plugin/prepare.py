@@ -116,6 +116,21 @@ class Preparer:
                 self._undo(record)
             return None
 
+    def mend(self, uid: ClaimUid, scope: Scope) -> Scope | None:
+        """Have the claim's CDI file as its finished record wants it, and none where there is no record."""
+        with self._locked(uid, scope):
+            record = self._checkpoint.get(uid)
+            if record != scope.record:
+                return self.scope(uid)
+            if record is None:
+                log.warning("removing a CDI file without a record claim=%s", uid)
+                self._cdi_writer.remove(uid)
+            elif record.prepared is not None:
+                live = self._look(record.plan.named)
+                if plan.stands(record, live):  # else the next prepare makes it anew
+                    self._cdi_writer.ensure(record, live)
+            return None
+
     def ensure_daemons(self, gpu: GpuUuid) -> None:
         """Have the MPS daemons of a card as its records want them, because the supervisor may have lost some. All are tried,
         and the first error is raised."""
@@ -135,6 +150,11 @@ class Preparer:
 
     def unfinished(self) -> tuple[ClaimUid, ...]:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
+
+    def to_mend(self) -> tuple[ClaimUid, ...]:
+        """Claims whose CDI file may not be as it should, those without a record among them."""
+        strays = self._cdi_writer.sweep(self._checkpoint.uids())
+        return (*strays, *self._cdi_writer.doubtful(self._checkpoint.records()))
 
     def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
         """Claims that would still hold what this one needs if those in `gone` had left."""

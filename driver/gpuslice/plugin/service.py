@@ -85,7 +85,21 @@ class ClaimService:
             log.error("cannot tell what was left incomplete, trying again: %s", e)
             return
         wanted = (uid for uid in unfinished if only is None or uid in only)
-        await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
+        await asyncio.gather(
+            *(self._alone(uid, "recover", self._preparer.recover) for uid in wanted if not self._queue.busy(uid))
+        )
+
+    async def mend(self) -> None:
+        """Have the CDI files as the records want them: what somebody removed, changed or left is put right, not only when
+        the kubelet asks."""
+        try:
+            uids = await self._in_pool(self._preparer.to_mend)
+        except DriverError as e:
+            log.error("cannot compare the CDI files with the records, trying again: %s", e)
+            return
+        await asyncio.gather(
+            *(self._alone(uid, "mend", self._preparer.mend) for uid in uids if not self._queue.busy(uid))
+        )
 
     async def ensure_daemons(self) -> None:
         """Have the MPS daemons of all records running, each card in its job; the first error, after all were tried."""
@@ -181,15 +195,17 @@ class ClaimService:
         unprepare = partial(self._preparer.unprepare, uid)
         await self._work(scope, self.tickets.arrive(), job, f"unprepare {uid}", unprepare)
 
-    async def _recover(self, uid: ClaimUid) -> None:
+    async def _alone(self, uid: ClaimUid, name: str, verb: Callable[[ClaimUid, Scope], Scope | None]) -> None:
+        """Do something for a claim that nobody asked for; an error is only logged, because it is tried again."""
+
         async def work(job: Job) -> None:
-            recover = partial(self._preparer.recover, uid)
-            await self._work(self._preparer.scope(uid), self.tickets.arrive(), job, f"recover {uid}", recover)
+            scope = self._preparer.scope(uid)
+            await self._work(scope, self.tickets.arrive(), job, f"{name} {uid}", partial(verb, uid))
 
         try:
-            await self._queue.run(uid, "recover", work)
+            await self._queue.run(uid, name, work)
         except DriverError as e:
-            log.error("cannot undo what was left incomplete claim=%s: %s", uid, e)
+            log.error("cannot %s yet, trying again claim=%s: %s", name, uid, e)
 
     # ------------------------------------------------------------ parts
 
