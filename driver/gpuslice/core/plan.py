@@ -122,9 +122,21 @@ def serves(record: Record, claim: Claim) -> bool:
 
 
 def stands(record: Record, live: Live) -> bool:
-    """Whether the hardware is still what was made for a finished record."""
+    """Whether the hardware is still what was made for a finished record, and what it watches still what it was shown."""
     there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
-    return {done.uuid for done in record.done if done.uuid is not None} <= there
+    made = {done.uuid for done in record.done if done.uuid is not None}
+    devices = () if record.prepared is None else record.prepared.devices
+    watched = {
+        (grant.gpu, grant.slot, device.uuid)
+        for grant, device in zip(record.plan.grants, devices, strict=False)
+        if isinstance(grant.sharing, Monitor) and grant.slot is not None
+    }
+    now = {
+        (gpu, MigSlot(gpu, partition.profile, partition.placement), partition.uuid)
+        for gpu, look in live.items()
+        for partition in look.partitions
+    }
+    return made <= there and watched <= now
 
 
 def prepared_claim(record: Record, live: Live, kind: str) -> PreparedClaim:
