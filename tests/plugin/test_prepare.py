@@ -466,7 +466,9 @@ def test_a_watcher_does_not_keep_what_its_owner_gives_back(node: Rig) -> None:
 
 
 def test_a_watcher_is_refused_when_what_it_watches_is_gone(node: Rig) -> None:
-    holder, watcher = (a_claim(name, node.device("mig-1g-19-0"), admin=name == "watcher") for name in ("one", "watcher"))
+    holder, watcher = (
+        a_claim(name, node.device("mig-1g-19-0"), admin=name == "watcher") for name in ("one", "watcher")
+    )
     node.prepare(holder)
     node.prepare(watcher)
     node.unprepare(holder)
