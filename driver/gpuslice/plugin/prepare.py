@@ -161,6 +161,12 @@ class Preparer:
         others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
         return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
 
+    def held_under_other_names(self, claim: Claim) -> frozenset[ClaimRef]:
+        """Claims that hold a card of this one from a pool of another name, of which the scheduler cannot know."""
+        records = tuple(self._others(claim.ref.uid).values())
+        wanted = {(g.gpu, g.allocation.device.pool) for g in plan.grants(claim, self._inventory)}
+        return frozenset(ref for gpu, pool in wanted for ref, _ in shared.under_other_names(gpu, pool, records))
+
     def in_use(self, record: Record) -> bool:
         """Whether a process runs on what the record holds; a GPU that cannot be asked counts as in use."""
         made = {(done.slot.gpu, done.gi) for done in record.done}

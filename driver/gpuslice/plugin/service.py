@@ -252,8 +252,14 @@ class ClaimService:
                 gone.add(holder.uid)
         still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
         if still:
+            names = ", ".join(map(str, still))
+            if set(still) <= await self._in_pool(partial(self._preparer.held_under_other_names, claim)):
+                raise ClaimError(
+                    f"claim {claim.ref} was given devices of a card that {names} holds from a pool of another name, because "
+                    "the node was renamed or the card was moved; delete the pods that hold it, it is tried again"
+                )
             raise ClaimError(
-                f"claim {claim.ref} was given devices that {', '.join(map(str, still))} holds; this is a double allocation: "
+                f"claim {claim.ref} was given devices that {names} holds; this is a double allocation: "
                 "delete this pod to have it scheduled again, and update a scheduler older than 1.36.2"
             )
         return frozenset(gone)
