@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gpuslice import node as node_module
 from gpuslice import report
-from gpuslice.core import codec
+from gpuslice.config import Config
+from gpuslice.core import codec, gpucodec
+from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import MIB, Claim, Settings
 from gpuslice.core.policy.rules import Policy
+from gpuslice.core.pools import shape
+from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
 from gpuslice.core.record import PreparedClaim
 from gpuslice.errors import DriverError, NotFoundError
 from gpuslice.mps import control
@@ -27,6 +33,7 @@ from gpuslice.plugin.service import ClaimService
 from gpuslice.publishing.node_health import NodeHealth
 
 from tests.kit import mutation
+from tests.kit.builders import a_gpu
 from tests.kit.rig import Rig, a_claim, a_share
 
 POLICY = Policy.parse(
@@ -234,3 +241,57 @@ def test_no_value_of_a_record_harms_another_claim_or_ends_the_process(node: Node
     assert tried > 400
     assert read
     print(f"{tried} edits, {read.total()} lives")  # noqa: T201 - pytest -s shows the figures
+
+
+# ---------------------------------------------------------------- the other files of the plugin's folder
+
+
+@pytest.mark.parametrize("product", ["h100", "a100-40g", "l4"])
+def test_no_value_of_the_cards_that_were_seen_last_takes_another_card_or_the_start(product: str) -> None:
+    lost, here = a_gpu(product, 0), a_gpu("h100", 1)
+    body = json.loads(json.dumps(gpucodec.encode([lost, here])))
+    tried = 0
+
+    assert gpucodec.decode(body) == (lost, here)
+    for path, what, changed in mutation.edits(body[:1]):
+        cards = (*gpucodec.decode(changed), *gpucodec.decode(body[1:]))
+        assert here in cards, f"{path} = {what}"
+        tried += 1
+        for static in (False, True) if len(cards) > 1 else ():
+            pools = Inventory.of(cards, POLICY, "node-1", static=static).pools
+            assert here.uuid in {pool.gpu.uuid for pool in pools}, f"{path} = {what}"
+
+    assert tried > 200
+
+
+def test_no_value_of_the_shapes_is_published_as_no_shape(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    pools = resource_slices(
+        rig.inventory, {}, driver="gpuslice.dev", features=Features(partitionable=True, consumable=True, taints=True)
+    )
+    small = [PoolSlices(pool.name, tuple({k: v[:2] for k, v in spec.items()} for spec in pool.specs)) for pool in pools]
+    body = json.loads(json.dumps(shape.encode(small)))
+
+    assert shape.decode(body) == {pool.name: pool for pool in small}
+    for path, what, changed in mutation.edits(body):
+        try:
+            read = shape.decode(changed)
+        except ValueError:
+            continue
+        for name, kept in read.items():
+            for wanted in small:
+                shape.allows(kept, wanted)
+                shape.same(kept, wanted)
+            assert shape.cordoned(kept, "gpuslice.dev").name == name, f"{path} = {what}"
+
+
+def test_no_value_of_the_settings_of_the_driver_is_more_than_a_sentence(tmp_path: Path) -> None:
+    config = Config(kubelet_plugins_directory_path=tmp_path)
+    config.plugin_folder.mkdir()
+    node_module.save_settings(replace(config, node_name="n", policy=tmp_path / "p", simulate="h100"))
+    path = config.plugin_folder / "running.json"
+
+    for _, _, changed in mutation.edits(json.loads(path.read_text())):
+        path.write_text(json.dumps(changed))
+        with contextlib.suppress(DriverError), node_module.snapshot(config):
+            pass

@@ -27,8 +27,9 @@ class Fields:
     def text(self, key: str) -> str:
         return self._text(key, self._needed(key))
 
-    def optional_text(self, key: str) -> str | None:
-        return None if self._body.get(key) is None else self.text(key)
+    def optional_text(self, key: str, *, empty: bool = False) -> str | None:
+        value = self._body.get(key)
+        return None if value is None or (empty and value == "") else self.text(key)
 
     def number(self, key: str, least: int = 0, most: int = MOST) -> int:
         value = self._needed(key)

@@ -70,7 +70,7 @@ class Shapes:
             if version == self._version:
                 return
             self._kept, self._version = shape.decode(json.loads(self._path.read_bytes())), version
-        except (OSError, ValueError, LookupError, TypeError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             if not isinstance(e, FileNotFoundError):
                 log.warning("%s cannot be read (%s); what is published counts instead", self._path, e)
             bodies, _ = self._kube.resource_slices(self._driver, self._node)

@@ -72,10 +72,25 @@ def encode(pools: Sequence[PoolSlices]) -> dict[str, object]:
 
 
 def decode(body: Any) -> dict[PoolName, PoolSlices]:
-    """What `encode` wrote. ValueError, LookupError or TypeError for anything else, a newer format among it."""
+    """What `encode` wrote. ValueError for anything else, a newer format among it: a wrong shape would be published."""
+    if not isinstance(body, dict) or type(body.get("format")) is not int or not isinstance(body.get("pools"), dict):
+        raise ValueError("it holds no pools")
     if body["format"] != 1:
         raise ValueError(f"format {body['format']} is not 1")
+    for name, specs in body["pools"].items():
+        if not isinstance(specs, list) or not all(map(_is_part, specs)):
+            raise ValueError(f"pool {name[:100]} is no list of slices")
     return {PoolName(name): PoolSlices(PoolName(name), tuple(specs)) for name, specs in body["pools"].items()}
+
+
+def _is_part(spec: object) -> bool:
+    """Whether it has the form of a slice, as far as it is read here: named devices, and lists of counters."""
+    if not isinstance(spec, dict):
+        return False
+    lists = [spec.get("devices", []), spec.get("sharedCounters", [])]
+    return all(isinstance(items, list) for items in lists) and all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) for items in lists for item in items
+    )
 
 
 def _devices(pool: PoolSlices) -> Iterator[ReadOnlyBody]:
