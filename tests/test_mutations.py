@@ -159,6 +159,8 @@ def harm(node: Node, text: str) -> list[str]:
             wrong.append(f"{what}: {type(e).__name__}: {e}"[:300])
             return None
 
+    trying("a newcomer at once", partial(rig.prepare, node.newcomer))
+    trying("the end of the newcomer", partial(rig.unprepare, node.newcomer))
     trying("the node's life", lambda: asyncio.run(life(rig, Api(node.others))))
     for uid, before in node.given.items():
         again = trying(f"prepare of {uid}", partial(rig.prepare, _of(node, uid)))

@@ -13,7 +13,9 @@ import pytest
 from gpuslice.core import claims, params
 from gpuslice.core.json import parse
 from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef, PoolName
-from gpuslice.core.pools import shape
+from gpuslice.core.pools import reconcile, shape
+from gpuslice.core.pools.pool import PoolSlices
+from gpuslice.core.pools.reconcile import Owner
 from gpuslice.errors import ApiError, ClaimError
 from gpuslice.kube import Kube
 
@@ -44,13 +46,23 @@ CONFIG = {
     },
 }
 CLAIM = {"metadata": META, "status": {"allocation": {"devices": {"results": [RESULT], "config": [CONFIG]}}}}
-SLICE = {"metadata": META, "spec": {"pool": {"name": "n/p", "generation": 1}, "devices": [{"name": "gpu"}]}}
+OWNER = Owner("gpuslice.dev", "n", "uid-n")
+TAINT = {"key": "gpuslice.dev/gpu", "value": "lost", "effect": "NoSchedule"}
+SLICE = {
+    "metadata": META | {"name": f"{reconcile.name_base(0, 1, OWNER)}abcde", "ownerReferences": [OWNER.reference()]},
+    "spec": {
+        "driver": "gpuslice.dev",
+        "nodeName": "n",
+        "pool": {"name": "n/p", "generation": 1},
+        "devices": [{"name": "gpu", "taints": [TAINT | {"timeAdded": "2026-01-01T00:00:00Z"}]}],
+    },
+}
 VERBS: dict[str, Callable[[Kube], object]] = {
     "version": lambda kube: kube.version(),
     "node": lambda kube: kube.node_uid("n"),
     "claim": lambda kube: kube.claim("ns", "c"),
     "claims": lambda kube: list(shape.pools_of(kube.claims(), "gpuslice.dev")),
-    "slices": lambda kube: shape.published(kube.resource_slices("gpuslice.dev", "n")[0]),
+    "slices": lambda kube: compared(kube.resource_slices("gpuslice.dev", "n")[0]),
     "watch": lambda kube: watched(kube),
     "bookmark": lambda kube: watched(kube),
     "create": lambda kube: kube.create_resource_slice(SLICE)["spec"]["pool"]["name"],
@@ -71,6 +83,12 @@ GOOD: dict[str, Any] = {
     "update": SLICE,
     "delete": {"kind": "Status"},
 }
+
+
+def compared(found: list[Any]) -> object:
+    """What the publisher does with a list."""
+    wanted = [PoolSlices(PoolName("n/p"), ({"devices": [{"name": "gpu", "taints": [TAINT]}]},))]
+    return shape.published(found), reconcile.changes(wanted, found, OWNER)
 
 
 def watched(kube: Kube) -> object:

@@ -78,9 +78,18 @@ def _is_spec(spec: object) -> bool:
         isinstance(pool, dict)
         and _texts(pool, "name")
         and type(pool.get("generation", 0)) is int
-        and isinstance(devices, list)
-        and all(isinstance(device, dict) and _texts(device, "name") for device in devices)
+        and _objects(devices, "name")
+        and all(_objects(device.get("taints"), "key", "effect") for device in devices)
+        and all(isinstance(t.get("value", ""), str) for device in devices for t in device.get("taints") or ())
+        and _objects(spec.get("sharedCounters"), "name")
     )
+
+
+def _objects(items: object, *texts: str) -> bool:
+    """Whether it is a list of objects that have these texts, or is missing."""
+    if not items:
+        return items is None or items == []
+    return isinstance(items, list) and all(isinstance(item, dict) and _texts(item, *texts) for item in items)
 
 
 def _texts(body: Body, *keys: str) -> bool:

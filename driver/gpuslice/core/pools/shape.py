@@ -73,10 +73,12 @@ def encode(pools: Sequence[PoolSlices]) -> dict[str, object]:
 
 def decode(body: Any) -> dict[PoolName, PoolSlices]:
     """What `encode` wrote. ValueError for anything else, a newer format among it: a wrong shape would be published."""
-    if not isinstance(body, dict) or type(body.get("format")) is not int or not isinstance(body.get("pools"), dict):
-        raise ValueError("it holds no pools")
+    if not isinstance(body, dict) or type(body.get("format")) is not int:
+        raise ValueError("it has no format")
     if body["format"] != 1:
         raise ValueError(f"format {body['format']} is not 1")
+    if not isinstance(body.get("pools"), dict):
+        raise ValueError("it has no pools")
     for name, specs in body["pools"].items():
         if not isinstance(specs, list) or not all(map(_is_part, specs)):
             raise ValueError(f"pool {name[:100]} is no list of slices")
