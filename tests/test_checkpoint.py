@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +90,64 @@ def test_a_bad_file_is_named_and_harms_nobody_else(tmp_path: Path, text: str) ->
         checkpoint.get(ClaimUid("uid-bad"))
     assert checkpoint.records() == {"uid-fine": a_record("fine")}
     assert len(checkpoint.broken()) == 1
+
+
+def test_a_record_under_the_name_of_another_claim_is_not_read_as_that_claim_s(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    checkpoint.put(a_record("fine"))
+    shutil.copy(checkpoint.folder / "uid-fine.json", checkpoint.folder / "uid-bad.json")
+
+    assert checkpoint.records() == {"uid-fine": a_record("fine")}
+    assert "it is of claim default/fine (uid-fine)" in checkpoint.broken()[0]
+
+
+def test_what_cannot_be_read_is_logged_once_for_each_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    for text in ("{}\n", "{}\n", "[]\n"):
+        (checkpoint.folder / "uid-bad.json").write_text(text)
+        checkpoint.records()
+        checkpoint.records()
+
+    assert [("has no format" in line, "an object" in line) for line in caplog.messages] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_a_state_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    checkpoint.put(a_record())
+    size = (checkpoint.folder / "uid-one.json").stat().st_size
+
+    for _ in range(1440):
+        checkpoint.put(a_record())
+
+    assert (checkpoint.folder / "uid-one.json").stat().st_size == size
+
+
+def test_a_file_that_has_grown_long_is_written_anew(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    for number in range(6000):
+        checkpoint.put(a_renamed(f"name-{number}"))
+
+    assert (checkpoint.folder / "uid-one.json").stat().st_size < 300_000
+    assert Checkpoint(tmp_path, "boot-1").get(ClaimUid("uid-one")) == a_renamed("name-5999")
+
+
+def test_a_process_without_descriptors_reads_nothing_rather_than_a_part(
+    tmp_path: Path,
+) -> None:
+    Checkpoint(tmp_path, "boot-1").put(a_record())
+    checkpoint = Checkpoint(tmp_path, "boot-1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # those of a process are open already
+    try:
+        with pytest.raises(StateError, match="raise the limit of open files"):
+            checkpoint.records()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert checkpoint.records() == {"uid-one": a_record()}
 
 
 def test_temporary_files_of_a_killed_writer_are_no_records(tmp_path: Path) -> None:

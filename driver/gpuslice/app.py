@@ -94,8 +94,7 @@ class App:
         dynamic = Inventory.of(gpus, policy, config.node_name)
         inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
-        for sentence in self._checkpoint.broken():
-            log.error("%s", sentence)
+        self._checkpoint.records()  # what cannot be read is named in the log
         self._mps = MpsClient(config.mps_root)
         cdi_writer = CdiWriter(
             host=host, nvml=self._nvml, mps=self._mps, inventory=inventory, folder=config.cdi_root, kind=kind
@@ -244,8 +243,9 @@ class App:
         return http.close
 
     async def _collect(self, service: ClaimService) -> str:
-        """Once a minute, unprepare claims that were deleted, and undo what was left on lost cards."""
+        """Once a minute, unprepare claims that were deleted, and undo what was left on lost cards. Mend CDI files at once."""
         while True:
+            await service.mend()
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
 

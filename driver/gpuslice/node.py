@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,10 +18,10 @@ from gpuslice.config import Config
 from gpuslice.core import gpucodec, health
 from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu
 from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Record
+from gpuslice.core.typed import Fields
 from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Nvml
 from gpuslice.system import files
@@ -62,9 +63,11 @@ def known_gpus(nvml: Nvml, host: Host, path: Path) -> tuple[Gpu, ...]:
 
 def _last_seen(path: Path) -> tuple[Gpu, ...]:
     try:
+        if not path.is_file():
+            return ()  # the first start; or a pipe, which has no end
         return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return ()  # the first start, or a torn file of a power loss: then only what is here now is known
+    except (OSError, ValueError, RecursionError):
+        return ()  # a torn file of a power loss: then only what is here now is known
 
 
 # ---------------------------------------------------------------- a look from outside
@@ -116,19 +119,20 @@ def _as_running(config: Config) -> Config:
     if config.node_name or config.simulate or not path.exists():
         return replace(config, node_name=config.node_name or "this-node")
     try:
-        return _with_settings(config, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError) as e:
+        settings = Fields(json.loads(path.read_text(encoding="utf-8")), "")
+        return replace(config, **_settings(settings, config))
+    except (OSError, ValueError, RecursionError) as e:
         raise StateError(
             f"{path} cannot be read ({type(e).__name__}: {e}); give --node-name, and --simulate if the node is simulated"
         ) from e
 
 
-def _with_settings(config: Config, settings: ReadOnlyBody) -> Config:
-    return replace(
-        config,
-        node_name=settings["node_name"],
-        policy=config.policy or (Path(settings["policy"]) if settings["policy"] else None),
-        simulate=settings["simulate"],
-        simulate_folder=Path(settings["simulate_folder"]) if settings["simulate_folder"] else None,
-        simulate_latency=settings.get("simulate_latency", config.simulate_latency),
-    )
+def _settings(settings: Fields, config: Config) -> dict[str, Any]:
+    policy, folder = settings.optional_text("policy", empty=True), settings.optional_text("simulate_folder", empty=True)
+    return {
+        "node_name": settings.text("node_name"),
+        "policy": config.policy or (Path(policy) if policy else None),
+        "simulate": settings.optional_text("simulate", empty=True) or "",
+        "simulate_folder": Path(folder) if folder else None,
+        "simulate_latency": settings.optional_text("simulate_latency") or config.simulate_latency,
+    }

@@ -463,3 +463,31 @@ def test_a_watcher_does_not_keep_what_its_owner_gives_back(node: Rig) -> None:
     assert node.partitions() == ()
     node.unprepare(watcher)
     node.assert_empty()
+
+
+def test_a_watcher_is_refused_when_what_it_watches_is_gone(node: Rig) -> None:
+    holder, watcher = (
+        a_claim(name, node.device("mig-1g-19-0"), admin=name == "watcher") for name in ("one", "watcher")
+    )
+    node.prepare(holder)
+    node.prepare(watcher)
+    node.unprepare(holder)
+
+    with pytest.raises(ClaimError, match="does not exist now"):
+        node.prepare(watcher)
+
+
+def test_a_watcher_is_shown_the_partition_that_is_there_now_not_its_predecessor_s(node: Rig) -> None:
+    slot = node.device("mig-1g-19-0")
+    holder, watcher = a_claim("one", slot), a_claim("watcher", slot, admin=True)
+    node.prepare(holder)
+    before = node.prepare(watcher).devices[0].uuid
+    node.unprepare(holder)
+    made = node.prepare(a_claim("another", node.device("mig-1g-19-1")))
+    now = node.prepare(a_claim("next", slot)).devices[0].uuid
+
+    again = node.prepare(watcher).devices[0].uuid
+
+    assert again == now
+    assert again not in (before, made.devices[0].uuid)
+    assert f"GPUSLICE_GPU_0_UUID={now}" in devices_of(node.cdi(watcher))[0]["containerEdits"]["env"]

@@ -255,6 +255,24 @@ async def test_a_device_of_a_living_holder_is_refused_as_a_double_allocation(wor
     answer = await world.prepare(world.claim("new", world.device("gpu")))
 
     assert "double allocation" in answer.error
+
+
+async def test_a_card_that_is_held_under_the_old_name_of_the_node_is_not_the_scheduler_s_fault(world: World) -> None:
+    rig = world.rig
+    holder = world.claim("old", world.device("gpu"))
+    await world.must_prepare(holder)
+    record = rig.checkpoint.folder / f"{holder.uid}.json"
+    old_name = f"old-name/{world.device('gpu').pool.partition('/')[2]}"
+    record.write_text(record.read_text().replace(world.device("gpu").pool, old_name))
+    body = world.api.get("resourceclaims", "old", "default")
+    body["status"]["allocation"]["devices"]["results"][0]["pool"] = old_name
+    world.api.update("resourceclaims", body)
+
+    answer = await world.prepare(world.claim("new", world.device("gpu")))
+
+    assert "double allocation" not in answer.error
+    assert "default/old" in answer.error
+    assert "from a pool of another name, because the node was renamed" in answer.error
     assert str(holder) in answer.error
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from gpuslice.core import layout, plan, share
-from gpuslice.core.inventory import Inventory
+from gpuslice.core import layout, plan, share, shared
+from gpuslice.core.inventory import Inventory, Pool
 from gpuslice.core.model import (
     ClaimUid,
     DeviceRef,
@@ -58,11 +58,13 @@ def taints(
         gpu = pool.gpu
         now = live.get(gpu.uuid)
         foreign = () if now is None else plan.foreign_partitions(gpu.uuid, now, known)
+        renamed = tuple(_other_pool(pool, known))
         for device in pool.devices:
             here = [unwell[gpu.uuid]] if gpu.uuid in unwell else []
             if now is not None and not isinstance(device.offer.sharing, Monitor):
                 here += _mode(device.offer, gpu, now)
                 here += _foreign(device.offer, gpu, foreign)
+            here += () if isinstance(device.offer.sharing, Monitor) else renamed
             here += _daemon(device.offer, daemons)
             if here:
                 found[device.ref] = tuple(sorted(set(here)))
@@ -76,6 +78,18 @@ def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:
         yield Taint("mig-mode", "pending", reason=plan.mode_advice(gpu, live, on=wanted))
     elif live.mig != wanted and not gpu.resetless and gpu.profiles:
         yield Taint("mig-mode", "on" if live.mig else "off", reason=plan.mode_advice(gpu, live, on=wanted))
+
+
+def _other_pool(pool: Pool, records: Iterable[Record]) -> Iterator[Taint]:
+    """The whole card, because the counters of its pool know nothing of what claims hold from the other one."""
+    if held := shared.under_other_names(pool.gpu.uuid, pool.name, records):
+        names = ", ".join(f"{ref} ({other})" for ref, other in held)
+        yield Taint(
+            "other-pool",
+            "held",
+            reason=f"GPU {pool.gpu.index} is held from a pool of another name by {names}, because the node was renamed or the "
+            "card was moved; delete their pods to free it",
+        )
 
 
 def _foreign(offer: Offer, gpu: Gpu, foreign: tuple[Partition, ...]) -> Iterator[Taint]:

@@ -168,6 +168,7 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int
                 stderr=output,
                 env=env,
                 cwd="/",
+                umask=0o022,  # clients have uids of their own, and connect to sockets that it makes
                 start_new_session=True,  # a terminal's ctrl-C is ours, not its
             )
     except OSError as e:

@@ -116,6 +116,21 @@ class Preparer:
                 self._undo(record)
             return None
 
+    def mend(self, uid: ClaimUid, scope: Scope) -> Scope | None:
+        """Have the claim's CDI file as its finished record wants it, and none where there is no record."""
+        with self._locked(uid, scope):
+            record = self._checkpoint.get(uid)
+            if record != scope.record:
+                return self.scope(uid)
+            if record is None:
+                log.warning("removing a CDI file without a record claim=%s", uid)
+                self._cdi_writer.remove(uid)
+            elif record.prepared is not None:
+                live = self._look(record.plan.named)
+                if plan.stands(record, live):  # else the next prepare makes it anew
+                    self._cdi_writer.ensure(record, live)
+            return None
+
     def ensure_daemons(self, gpu: GpuUuid) -> None:
         """Make the MPS daemons of a card run as its records say, because the supervisor may have lost some. It tries all,
         and then raises the first error."""
@@ -136,10 +151,21 @@ class Preparer:
     def unfinished(self) -> tuple[ClaimUid, ...]:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
 
+    def to_mend(self) -> tuple[ClaimUid, ...]:
+        """Claims whose CDI file may not be as it should, those without a record among them."""
+        strays = self._cdi_writer.sweep(self._checkpoint.uids())
+        return (*strays, *self._cdi_writer.doubtful(self._checkpoint.records()))
+
     def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
         """Claims that hold what this claim needs, apart from those in `gone`."""
         others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
         return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
+
+    def held_under_other_names(self, claim: Claim) -> frozenset[ClaimRef]:
+        """Claims that hold a card of this one from a pool of another name, of which the scheduler cannot know."""
+        records = tuple(self._others(claim.ref.uid).values())
+        wanted = {(g.gpu, g.allocation.device.pool) for g in plan.grants(claim, self._inventory)}
+        return frozenset(ref for gpu, pool in wanted for ref, _ in shared.under_other_names(gpu, pool, records))
 
     def in_use(self, record: Record) -> bool:
         """Whether a process runs on what the record holds; a GPU that cannot be asked counts as in use."""

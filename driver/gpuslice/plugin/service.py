@@ -37,6 +37,8 @@ MOST_WAIT_S = 40.0
 _SPARE_S = 5.0
 # Records of claims that the API server has not had for so long are collected (a force-deleted pod may still run).
 ORPHAN_AGE_S = 600.0
+# What the driver does for a claim without being asked, for the sentence about its failure.
+_AIMS = {"recover": "undo a prepare that did not end", "mend": "put the CDI file right"}
 
 
 class ClaimReader(Protocol):
@@ -79,9 +81,27 @@ class ClaimService:
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
         """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
         tickets."""
-        unfinished = await self._in_pool(self._preparer.unfinished)
+        try:
+            unfinished = await self._in_pool(self._preparer.unfinished)
+        except DriverError as e:
+            log.error("cannot read which prepares did not end, trying again later: %s", e)
+            return
         wanted = (uid for uid in unfinished if only is None or uid in only)
-        await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
+        await asyncio.gather(
+            *(self._alone(uid, "recover", self._preparer.recover) for uid in wanted if not self._queue.busy(uid))
+        )
+
+    async def mend(self) -> None:
+        """Have the CDI files as the records want them: what somebody removed, changed or left is put right, not only when
+        the kubelet asks."""
+        try:
+            uids = await self._in_pool(self._preparer.to_mend)
+        except DriverError as e:
+            log.error("cannot compare the CDI files with the records, trying again later: %s", e)
+            return
+        await asyncio.gather(
+            *(self._alone(uid, "mend", self._preparer.mend) for uid in uids if not self._queue.busy(uid))
+        )
 
     async def ensure_daemons(self) -> None:
         """Make the MPS daemons of all records run, one job for each card. It tries all, and then raises the first error."""
@@ -108,7 +128,11 @@ class ClaimService:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices; and undo what
         was left on lost cards."""
         await self.recover()
-        records = await self._in_pool(self._preparer.records)
+        try:
+            records = await self._in_pool(self._preparer.records)
+        except DriverError as e:
+            log.error("cannot tell which claims have records, trying again: %s", e)
+            return
         for uid in self._absent_since.keys() - records.keys():
             del self._absent_since[uid]
         for uid, record in records.items():
@@ -181,15 +205,17 @@ class ClaimService:
         unprepare = partial(self._preparer.unprepare, uid)
         await self._work(scope, self.tickets.arrive(), job, f"unprepare {uid}", unprepare)
 
-    async def _recover(self, uid: ClaimUid) -> None:
+    async def _alone(self, uid: ClaimUid, name: str, verb: Callable[[ClaimUid, Scope], Scope | None]) -> None:
+        """Do something for a claim that nobody asked for; an error is only logged, because it is tried again."""
+
         async def work(job: Job) -> None:
-            recover = partial(self._preparer.recover, uid)
-            await self._work(self._preparer.scope(uid), self.tickets.arrive(), job, f"recover {uid}", recover)
+            scope = self._preparer.scope(uid)
+            await self._work(scope, self.tickets.arrive(), job, f"{name} {uid}", partial(verb, uid))
 
         try:
-            await self._queue.run(uid, "recover", work)
+            await self._queue.run(uid, name, work)
         except DriverError as e:
-            log.error("cannot undo a prepare that did not end claim=%s: %s", uid, e)
+            log.error("cannot %s, trying again later claim=%s: %s", _AIMS[name], uid, e)
 
     # ------------------------------------------------------------ parts
 
@@ -236,9 +262,15 @@ class ClaimService:
                 gone.add(holder.uid)
         still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
         if still:
+            names = ", ".join(map(str, still))
+            if set(still) <= await self._in_pool(partial(self._preparer.held_under_other_names, claim)):
+                raise ClaimError(
+                    f"claim {claim.ref} was allocated devices of a card that is held by {names} from a pool of another name, "
+                    "because the node was renamed or the card was moved; delete the pods that hold it, and the kubelet tries "
+                    "again"
+                )
             raise ClaimError(
-                f"claim {claim.ref} was allocated devices that are held by {', '.join(map(str, still))}; this is a double "
-                "allocation: "
+                f"claim {claim.ref} was allocated devices that are held by {names}; this is a double allocation: "
                 "delete this pod to have it scheduled again, and update the scheduler if it is older than 1.36.2"
             )
         return frozenset(gone)

@@ -28,6 +28,10 @@ TAINTS = {
         "gpu, mps and timeslice of the card, and partitions that overlap",
         "a partition that the driver did not make is on the card. The value names its profile id and its first memory slice",
     ),
+    ("other-pool", "held"): (
+        "every device but monitor",
+        "claims hold the card from a pool of another name: the node was renamed, or the card was moved. Delete their pods",
+    ),
     ("mps", "fault"): ("devices of this MPS daemon", "the MPS daemon has a problem"),
     ("mps", "supervisor-away"): ("every device of type mps", "no MPS supervisor answers on the node"),
     (shape.TAINT, "pending"): (
