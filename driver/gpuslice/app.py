@@ -19,7 +19,7 @@ from gpuslice.config import Config
 from gpuslice.core import cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError
+from gpuslice.errors import ConfigError, HungError
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
 from gpuslice.plugin import gauges
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
+_DRIVER_PERIOD_S = 2.0  # from one try to list the cards to the next, only where they could not be listed at the start
 
 
 def run(config: Config) -> int:
@@ -48,6 +49,11 @@ def run(config: Config) -> int:
     libc.use_one_arena()
     app = App(config)
     code = asyncio.run(app.serve())
+    if app.again:
+        # As a new process, because a driver that was loaded meanwhile may have brought another library.
+        logging.shutdown()
+        sys.stderr.flush()
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line
     if app.hanging:
         # A thread that hangs in NVML would keep the interpreter from ending, and the DaemonSet from starting anew.
         logging.shutdown()
@@ -60,11 +66,14 @@ class App:
     """One driver process, built but not yet running."""
 
     def __init__(self, config: Config) -> None:
-        """Build all that needs no event loop. ConfigError, StateError or DeviceError where the node is not ready for us."""
+        """Build all that needs no event loop. ConfigError or StateError where the node is not ready for us.
+
+        Cards that cannot be listed are no reason not to serve: see `nvml/session.py`.
+        """
         if not config.node_name:
             raise ConfigError("the node has no name; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)")
         self._config = config
-        self.hanging = False
+        self.hanging, self.again = False, False
         kind = cdi.kind_of(config.driver_name)
         folder = files.ensure_folder(config.plugin_folder)
         files.ensure_folder(config.kubelet_registrar_directory_path)
@@ -72,7 +81,7 @@ class App:
         self._kube = Kube(config.kubeconfig)
         self._telemetry = Telemetry()
         self._releases = Releases()
-        self._nvml, host = hardware.open_node(config)
+        self._nvml, host = hardware.open_session(config)
         gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
@@ -112,6 +121,7 @@ class App:
             work = (
                 service.recover(),
                 _retry_lost(service, changed),
+                self._await_cards(service),
                 self._collect(service),
                 MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run(),
             )
@@ -126,7 +136,7 @@ class App:
             finally:
                 await self._close(jobs, server, service, controller)
         if reason:
-            log.error("%s", reason)
+            log.log(logging.WARNING if self.again else logging.ERROR, "%s", reason)
         return 1 if reason else 0
 
     async def _close(
@@ -205,10 +215,24 @@ class App:
         )
         if not self._config.http_endpoint:
             return lambda: None
-        ready: Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
+        ready: Check = lambda: self._nvml.problem or controller.problem() or server.status.refusal  # noqa: E731
         http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=server.probe, ready=ready)
         log.info("metrics and probes on %s", http.address)
         return http.close
+
+    async def _await_cards(self, service: ClaimService) -> str | None:
+        """Where the cards could not be listed at the start: wait until they can be, and then start anew to offer them."""
+        if not self._nvml.problem:
+            return None
+        log.error("no card is offered, and claims are only unprepared: %s", self._nvml.problem)
+        try:
+            while not await service.call_apart(self._nvml.comes, "the start of NVML"):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(_DRIVER_PERIOD_S)
+        except HungError as e:
+            log.error("no card is offered until this process is started again: %s", e)
+            return None
+        self.again = True
+        return "the cards can be listed now; the process starts anew to offer them"
 
     async def _collect(self, service: ClaimService) -> str:
         """Give back what vanished claims hold, and what lost cards kept, once a minute."""

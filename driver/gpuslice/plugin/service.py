@@ -135,6 +135,11 @@ class ClaimService:
         except HungError:
             return True
 
+    async def call_apart(self, call: Callable[[], T], name: str) -> T:
+        """Run a call for no claim in a thread that may be left behind; HungError where it does not come back."""
+        ticket = await self.tickets.take((), self.tickets.arrive())
+        return await self.workers.run(ticket, Job(), call, name)
+
     async def close(self, timeout_s: float) -> bool:
         """Refuse and wake whoever waits, let running work end; False when something hangs."""
         self._closed = ClaimError("the driver is shutting down; the kubelet asks its successor again")

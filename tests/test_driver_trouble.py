@@ -1,0 +1,111 @@
+"""The driver as a process on a node where something it needs is missing or ends: what is served all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from gpuslice.core.model import ClaimRef, ClaimUid
+from gpuslice.nvml.api import Code
+from gpuslice.nvml.sim.node import SimNode
+from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster
+from gpuslice.standin.scheduler import Request
+from gpuslice.system import files
+
+MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
+
+
+@pytest.fixture
+async def cluster(short: Path) -> AsyncIterator[StandInCluster]:
+    async with StandInCluster(short) as cluster:
+        yield cluster
+
+
+def simulated(cluster: StandInCluster) -> SimNode:
+    return SimNode(files.ensure_folder(cluster.node_folder), cluster.simulate)
+
+
+async def asked(driver: DriverProcess, path: str) -> tuple[int, str]:
+    """Status and text of a probe."""
+    port = driver.log.read_text().rpartition("probes on 127.0.0.1:")[2].split()[0]
+
+    def get() -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as e:
+            return e.code, e.read().decode()
+
+    return await asyncio.to_thread(get)
+
+
+def lost(cluster: StandInCluster) -> set[str]:
+    """Pools of which a device is tainted because its card cannot be read."""
+    return {
+        body["spec"]["pool"]["name"]
+        for body in cluster.api.all("resourceslices")
+        for device in body["spec"].get("devices", [])
+        if any(taint["key"] == f"{DRIVER}/gpu" for taint in device.get("taints", []))
+    }
+
+
+# ---------------------------------------------------------------- no loaded NVIDIA driver
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("start", Code.DRIVER_NOT_LOADED), ("gpus", Code.UNKNOWN)],
+)
+async def test_without_a_loaded_nvidia_driver_pods_end_and_the_cards_are_offered_when_it_comes(
+    cluster: StandInCluster, call: str, code: Code
+) -> None:
+    node = simulated(cluster)
+    cue = node.cue("fail", call, code=code, times=None)
+    driver = await cluster.start("--http-endpoint", "127.0.0.1:0", ready=False)
+    await cluster.kubelet.wait_registered(DRIVER)
+    of_before_the_reboot = ClaimRef("default", "old", ClaimUid("uid-old"))
+
+    assert await cluster.kubelet.unprepare([of_before_the_reboot]) == {of_before_the_reboot.uid: ""}
+    status, text = await asked(driver, "/readyz")
+    assert (status, code.name in text) == (503, True), text
+    assert (await asked(driver, "/healthz"))[0] == 200
+    assert cluster.api.all("resourceslices") == []
+
+    node.withdraw(cue)
+    await cluster.wait_published()
+    await cluster.kubelet.wait_registered(DRIVER)
+    assert await cluster.run(cluster.claim("one", MIG))
+    assert driver.alive
+    node.close()
+
+
+async def test_what_a_claim_holds_is_given_up_without_the_nvidia_driver_and_undone_when_it_comes(
+    cluster: StandInCluster,
+) -> None:
+    driver = await cluster.start()
+    claim = cluster.claim("one", MIG)
+    await cluster.run(claim)
+    assert await driver.terminate() == 0
+    node = SimNvml(cluster.node_folder, latency="zero")
+    cue = node.cue("fail", "start", code=Code.DRIVER_NOT_LOADED, times=None)
+    await cluster.start(ready=False)
+    await cluster.kubelet.wait_registered(DRIVER, after=1)
+
+    await asyncio.to_thread(cluster.api.wait, lambda: len(lost(cluster)) == 2, 20)  # cards that were seen before stay
+    await cluster.end(claim)
+    assert any(node.look(gpu.uuid).partitions for gpu in node.gpus())
+
+    node.withdraw(cue)
+    again = [plugin.order for plugin in cluster.kubelet.plugins(DRIVER)]
+    await cluster.kubelet.wait_registered(DRIVER, after=max(again))
+    await asyncio.to_thread(cluster.api.wait, lambda: not lost(cluster), 20)
+    await cluster.run(cluster.claim("two", MIG))  # behind the recovery, which has the first ticket of the card
+    records = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
+    assert len(list(records)) == 1
+    assert sum(len(node.look(gpu.uuid).partitions) for gpu in node.gpus()) == 1
+    node.close()
