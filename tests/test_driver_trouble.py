@@ -109,3 +109,22 @@ async def test_what_a_claim_holds_is_given_up_without_the_nvidia_driver_and_undo
     assert len(list(records)) == 1
     assert sum(len(node.look(gpu.uuid).partitions) for gpu in node.gpus()) == 1
     node.close()
+
+
+# ---------------------------------------------------------------- a start that fails
+
+
+@pytest.mark.parametrize("folder", ["plugin", "registry"])
+async def test_a_socket_that_cannot_be_bound_is_named_and_nothing_else_is_said(
+    cluster: StandInCluster, folder: str
+) -> None:
+    plugin = files.ensure_folder(cluster.plugins / DRIVER)
+    path = plugin / "dra.sock" if folder == "plugin" else cluster.registry / f"{DRIVER}-reg.sock"
+    path.write_text("")
+
+    driver = await cluster.start(ready=False)
+
+    assert await driver.wait() == 2
+    said = driver.log.read_text()
+    assert f"{path} exists and is no socket; remove it" in said.splitlines()[-1]
+    assert "Traceback" not in said

@@ -33,6 +33,7 @@ from gpuslice.plugin.steps import StepExecutor
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.system import files, libc
+from gpuslice.system.threads import ThreadWatch
 from gpuslice.telemetry import Check, HttpServer, Telemetry, setup_logging
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class App:
         with ThreadPoolExecutor(_FETCHES_AT_ONCE, "claims") as executor, contextlib.ExitStack() as stack:
             service = self._build_service(executor)
             changed = asyncio.Event()
-            controller = self._build_controller(service, partial(_set, loop, changed))
+            threads = ThreadWatch(partial(_call_in, loop, _end, stop))
+            controller = self._build_controller(service, partial(_call_in, loop, changed.set), threads)
             stack.callback(self._watch_records(loop, controller))
             server = self._build_server(service)
             work = (
@@ -130,7 +132,7 @@ class App:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before the server can let anybody in
                 await server.open()
                 controller.start()
-                stack.callback(self._serve_http(server, controller, service))
+                stack.callback(self._serve_http(server, controller, service, threads))
                 jobs.append(loop.create_task(_guarded(_lost(server), stop)))
                 reason = await stop
             finally:
@@ -175,7 +177,9 @@ class App:
             telemetry=self._telemetry,
         )
 
-    def _build_controller(self, service: ClaimService, on_taints_changed: Callable[[], object]) -> SliceController:
+    def _build_controller(
+        self, service: ClaimService, on_taints_changed: Callable[[], object], threads: ThreadWatch
+    ) -> SliceController:
         dynamic, static = self._inventories
         health = NodeHealth(nvml=self._nvml, mps=self._mps, checkpoint=self._checkpoint, hung=service.tickets.hung)
         return SliceController(
@@ -188,6 +192,7 @@ class App:
             checkpoint=self._checkpoint,
             folder=self._config.plugin_folder,
             on_taints_changed=on_taints_changed,
+            threads=threads,
         )
 
     def _watch_records(self, loop: asyncio.AbstractEventLoop, controller: SliceController) -> Callable[[], None]:
@@ -208,7 +213,7 @@ class App:
         return stop
 
     def _serve_http(
-        self, server: PluginServer, controller: SliceController, service: ClaimService
+        self, server: PluginServer, controller: SliceController, service: ClaimService, threads: ThreadWatch
     ) -> Callable[[], None]:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
@@ -216,7 +221,8 @@ class App:
         if not self._config.http_endpoint:
             return lambda: None
         ready: Check = lambda: self._nvml.problem or controller.problem() or server.status.refusal  # noqa: E731
-        http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=server.probe, ready=ready)
+        healthy: Check = lambda: threads.problem() or server.probe()  # noqa: E731
+        http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=healthy, ready=ready)
         log.info("metrics and probes on %s", http.address)
         return http.close
 
@@ -241,10 +247,10 @@ class App:
             await service.collect(time.monotonic())
 
 
-def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
     """From another thread, which may outlive the loop."""
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(event.set)
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:

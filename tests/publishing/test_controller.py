@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,11 +21,13 @@ from gpuslice.core.pools import pool
 from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
+from gpuslice.mps.client import MpsClient
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.shapes import Shapes
 from gpuslice.standin.apiserver import StandInApiServer
+from gpuslice.system.threads import ThreadWatch
 
 from tests.kit.builders import a_gpu
 from tests.kit.publishing import DRIVER, NODE, a_publisher, an_api_server
@@ -161,6 +165,63 @@ class _Trouble(Checkpoint):
         if self.trouble:
             raise OSError(24, "Too many open files")
         return super().records()
+
+
+def a_controller(server: StandInApiServer, folder: Path, **more: Any) -> SliceController:
+    """Of a node with one L4."""
+    nvml = SimNvml(folder / "node", "l4", latency="zero")
+    found = Inventory.of(nvml.gpus(), Policy.default(), NODE)
+    checkpoint = Checkpoint(folder / "claims", "boot")
+    health = NodeHealth(nvml=nvml, mps=MpsClient(folder / "mps"), checkpoint=checkpoint, hung=dict)
+    return SliceController(
+        kube=Kube(server.kubeconfig),
+        driver=DRIVER,
+        node=NODE,
+        dynamic=found,
+        static=found,
+        health=health,
+        checkpoint=checkpoint,
+        folder=folder,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("path", ["/version", "dryRun"])
+@pytest.mark.parametrize("answer", ["refused", "cut off", "odd"])
+def test_no_first_answer_of_the_api_server_ends_the_offering(
+    server: StandInApiServer, short: Path, path: str, answer: str
+) -> None:
+    threads = ThreadWatch()
+    controller = a_controller(server, short, threads=threads)
+    match answer:
+        case "refused":
+            server.fail(500, path=path)
+        case "cut off":
+            server.cut(3, path=path)  # the client itself tries a dead connection again
+        case _:
+            server.fail(200, path=path)  # a Status object where another kind belongs
+    try:
+        controller.start()
+        server.wait(lambda: bool(server.all("resourceslices")), 20)
+        assert threads.problem() is None
+    finally:
+        controller.stop()
+
+
+def test_a_thread_of_the_controller_that_ends_is_told(server: StandInApiServer, short: Path) -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threads = ThreadWatch(told.put)
+    controller = a_controller(server, short, threads=threads, on_taints_changed=sys.exit)
+    try:
+        controller.start()
+        server.wait(lambda: bool(server.all("resourceslices")), 20)
+        node = SimNvml(short / "node", latency="zero")
+        node.lose(node.gpus()[0].uuid)
+        controller.nudge()
+        assert "thread controller ended by SystemExit" in told.get(timeout=10)
+        assert "thread controller ended" in (threads.problem() or "")
+    finally:
+        controller.stop()
 
 
 def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(

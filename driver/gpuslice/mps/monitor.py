@@ -208,23 +208,23 @@ class DaemonMonitor:
 
     def _watch(self) -> None:
         while not self._retired.is_set():
-            state = self._state
-            assert state is not None, "the thread starts with the first state"
-            process = (state.process.pidfd.descriptor,) if state.process else ()
-            wait(max(0.0, self._due - time.monotonic()), self._wakeup.descriptor, *process)
-            if self._wakeup.clear():
-                continue
-            with self._turn:
-                if not self._retired.is_set() and self._state is state:
-                    self._check_or_log(state)
+            try:
+                self._wait_and_check()
+            except Exception:
+                # No descriptors, no memory, a bug: a thread that ended of it would leave the daemon to itself.
+                log.exception("an MPS daemon could not be looked after key=%s", self._key)
+                self._retired.wait(_AGAIN_S)
 
-    def _check_or_log(self, state: _Snapshot) -> None:
-        try:
-            self._check(state)
-        except OSError:
-            # No descriptors, no memory: a thread that ended of it would leave the daemon to itself.
-            log.exception("an MPS daemon could not be looked after key=%s", self._key)
-            self._retired.wait(_AGAIN_S)
+    def _wait_and_check(self) -> None:
+        state = self._state
+        assert state is not None, "the thread starts with the first state"
+        process = (state.process.pidfd.descriptor,) if state.process else ()
+        wait(max(0.0, self._due - time.monotonic()), self._wakeup.descriptor, *process)
+        if self._wakeup.clear():
+            return
+        with self._turn:
+            if not self._retired.is_set() and self._state is state:
+                self._check(state)
 
     def _check(self, state: _Snapshot) -> None:
         process, restarts = state.process, state.running.restarts

@@ -26,6 +26,7 @@ from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.planner import PoolPlanner
 from gpuslice.publishing.publisher import Publisher
 from gpuslice.publishing.shapes import Shapes
+from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class SliceController:
         checkpoint: Checkpoint,
         folder: Path,
         on_taints_changed: Callable[[], object] = lambda: None,
+        threads: ThreadWatch | None = None,
     ) -> None:
         """`on_taints_changed` is called, from a thread of the controller, when the devices' taints are others than before."""
         self._kube, self._driver, self._node = kube, driver, node
@@ -60,23 +62,23 @@ class SliceController:
             shapes=self._shapes,
             on_taints_changed=on_taints_changed,
         )
-        self._publisher = Publisher(kube, driver, node, changed=lambda _: self.nudge())
+        self._threads = threads or ThreadWatch()
+        self._publisher = Publisher(kube, driver, node, changed=lambda _: self.nudge(), threads=self._threads)
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
         self._failed = ""  # why the last try to plan came to nothing
-        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
         self._publisher.start()
-        self._thread.start()
+        self._threads.start("controller", self._run)
 
     def stop(self) -> None:
+        self._threads.stopping()
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
         self._publisher.stop()
-        self._thread.join(1.0)  # it may be in a call to a hung GPU; it is a daemon and holds nothing
 
     def nudge(self) -> None:
         """Something changed on the node: plan again now."""
@@ -119,13 +121,15 @@ class SliceController:
         while not self._stopped:
             try:
                 features = probe(self._kube, self._driver, self._node)
+                log.info("API server %s: %s", self._kube.version(), features)
+                return features
             except ApiError as e:
                 self._problem = str(e)
                 log.warning("cannot ask the API server what it supports, trying again: %s", e)
-                self._pause(_RETRY_S)
-                continue
-            log.info("API server %s: %s", self._kube.version(), features)
-            return features
+            except Exception as e:  # an answer that nobody thought of; a thread that died would be silence for ever
+                self._problem = f"unexpected: {e!r}"
+                log.exception("asking the API server what it supports failed unexpectedly; trying again")
+            self._pause(_RETRY_S)
         return None
 
     def _without_dropped(self, features: Features) -> Features:

@@ -41,8 +41,13 @@ class HangGuard:
             raise self._hung(gpu)
         self._stuck.pop(gpu, None)
         if self._questions is None:
-            self._questions = queue.SimpleQueue()
-            threading.Thread(target=self._answer, args=(self._questions,), name="look at the node", daemon=True).start()
+            questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]] = queue.SimpleQueue()
+            self._questions = questions  # the thread looks at it
+            try:
+                threading.Thread(target=self._answer, args=(questions,), name="look at the node", daemon=True).start()
+            except RuntimeError:
+                self._questions = None  # or the next look waits for a thread that never was
+                raise
         look = PendingLook()
         self._questions.put((gpu, look))
         try:
