@@ -41,14 +41,9 @@ class Pulse:
         finally:
             self.call, self.beat = "", time.monotonic()
 
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Hear of the calls of this thread, or of this context, meanwhile."""
-        token = _pulse.set(self)
-        try:
-            yield
-        finally:
-            _pulse.reset(token)
+    def listen(self, context: contextvars.Context) -> None:
+        """Hear of the calls that run in this context."""
+        context.run(_pulse.set, self)
 
 
 _pulse: contextvars.ContextVar[Pulse] = contextvars.ContextVar("pulse")
