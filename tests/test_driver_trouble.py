@@ -111,6 +111,46 @@ async def test_what_a_claim_holds_is_given_up_without_the_nvidia_driver_and_undo
     node.close()
 
 
+# ---------------------------------------------------------------- a session that dies
+
+
+async def test_cards_that_cannot_be_read_make_the_driver_unready_until_one_can(cluster: StandInCluster) -> None:
+    driver = await cluster.start("--http-endpoint", "127.0.0.1:0")
+    claim = cluster.claim("one", MIG)
+    await cluster.run(claim)
+    node = simulated(cluster)
+    node.cue("fail", "look", code=Code.UNKNOWN, times=None)
+
+    await cluster.end(claim)  # the end of a record makes the driver look
+    await asyncio.to_thread(cluster.api.wait, lambda: len(lost(cluster)) == 2, 20)
+    status, text = await asked(driver, "/readyz")
+    assert (status, "no card can be read" in text) == (503, True), text
+    assert (await asked(driver, "/healthz"))[0] == 200, "a restart mends no card"
+    node.close()
+
+
+async def test_an_nvml_that_dies_and_does_not_start_again_makes_the_process_start_anew(cluster: StandInCluster) -> None:
+    """As when a driver container brings another version: the library in this process does not fit any more."""
+    driver = await cluster.start()
+    claim = cluster.claim("one", MIG)
+    await cluster.run(claim)
+    node = simulated(cluster)
+    node.cue("fail", "look", code=Code.UNKNOWN, times=None)
+    node.cue("fail", "start", code=Code.LIB_RM_VERSION_MISMATCH, times=None)
+    before = max(plugin.order for plugin in cluster.kubelet.plugins(DRIVER))
+
+    await cluster.end(claim)
+    await cluster.kubelet.wait_registered(DRIVER, after=before)
+    assert await cluster.kubelet.unprepare([claim]) == {claim.uid: ""}
+
+    node.withdraw(None)
+    await cluster.kubelet.wait_registered(DRIVER, after=before + 1)
+    await asyncio.to_thread(cluster.api.wait, lambda: not lost(cluster), 20)
+    await cluster.run(cluster.claim("two", MIG))
+    assert driver.alive
+    node.close()
+
+
 # ---------------------------------------------------------------- a start that fails
 
 

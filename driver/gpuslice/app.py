@@ -117,13 +117,15 @@ class App:
             service = self._build_service(executor)
             changed = asyncio.Event()
             threads = ThreadWatch(partial(_call_in, loop, _end, stop))
-            controller = self._build_controller(service, partial(_call_in, loop, changed.set), threads)
+            anew = partial(self._start_anew, stop)
+            health = self._build_health(service, partial(self._renew, partial(_call_in, loop, anew)))
+            controller = self._build_controller(health, partial(_call_in, loop, changed.set), threads)
             stack.callback(self._watch_records(loop, controller))
             server = self._build_server(service)
             work = (
                 service.recover(),
                 _retry_lost(service, changed),
-                self._await_cards(service),
+                self._await_cards(service, anew),
                 self._collect(service),
                 MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run(),
             )
@@ -132,7 +134,9 @@ class App:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before the server can let anybody in
                 await server.open()
                 controller.start()
-                stack.callback(self._serve_http(server, controller, service, threads))
+                healthy: Check = lambda: threads.problem() or server.probe()  # noqa: E731
+                ready = partial(self._unready, health, controller, server)
+                stack.callback(self._serve_http(controller, service, healthy, ready))
                 jobs.append(loop.create_task(_guarded(_lost(server), stop)))
                 reason = await stop
             finally:
@@ -177,11 +181,19 @@ class App:
             telemetry=self._telemetry,
         )
 
+    def _build_health(self, service: ClaimService, renew: Callable[[], bool]) -> NodeHealth:
+        return NodeHealth(
+            nvml=self._nvml,
+            mps=self._mps,
+            checkpoint=self._checkpoint,
+            hung=service.tickets.hung,
+            renew=renew,
+        )
+
     def _build_controller(
-        self, service: ClaimService, on_taints_changed: Callable[[], object], threads: ThreadWatch
+        self, health: NodeHealth, on_taints_changed: Callable[[], object], threads: ThreadWatch
     ) -> SliceController:
         dynamic, static = self._inventories
-        health = NodeHealth(nvml=self._nvml, mps=self._mps, checkpoint=self._checkpoint, hung=service.tickets.hung)
         return SliceController(
             kube=self._kube,
             driver=self._config.driver_name,
@@ -213,32 +225,44 @@ class App:
         return stop
 
     def _serve_http(
-        self, server: PluginServer, controller: SliceController, service: ClaimService, threads: ThreadWatch
+        self, controller: SliceController, service: ClaimService, healthy: Check, ready: Check
     ) -> Callable[[], None]:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
         )
         if not self._config.http_endpoint:
             return lambda: None
-        ready: Check = lambda: self._nvml.problem or controller.problem() or server.status.refusal  # noqa: E731
-        healthy: Check = lambda: threads.problem() or server.probe()  # noqa: E731
         http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=healthy, ready=ready)
         log.info("metrics and probes on %s", http.address)
         return http.close
 
-    async def _await_cards(self, service: ClaimService) -> str | None:
+    def _unready(self, health: NodeHealth, controller: SliceController, server: PluginServer) -> str | None:
+        return self._nvml.problem or health.unreadable or controller.problem() or server.status.refusal
+
+    def _start_anew(self, stop: asyncio.Future[str], reason: str) -> None:
+        self.again = self.again or not stop.done()
+        _end(stop, reason)
+
+    def _renew(self, anew: Callable[[str], None]) -> bool:
+        """Start NVML anew; where that fails, the whole process: the library may be another one by now."""
+        if not self._nvml.renew():
+            return False
+        if problem := self._nvml.problem:
+            anew(f"NVML does not start anew, so the process does: {problem}")
+        return True
+
+    async def _await_cards(self, service: ClaimService, anew: Callable[[str], None]) -> None:
         """Where the cards could not be listed at the start: wait until they can be, and then start anew to offer them."""
         if not self._nvml.problem:
-            return None
+            return
         log.error("no card is offered, and claims are only unprepared: %s", self._nvml.problem)
         try:
             while not await service.call_apart(self._nvml.comes, "the start of NVML"):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(_DRIVER_PERIOD_S)
         except HungError as e:
             log.error("no card is offered until this process is started again: %s", e)
-            return None
-        self.again = True
-        return "the cards can be listed now; the process starts anew to offer them"
+        else:
+            anew("the cards can be listed now; the process starts anew to offer them")
 
     async def _collect(self, service: ClaimService) -> str:
         """Give back what vanished claims hold, and what lost cards kept, once a minute."""

@@ -22,6 +22,7 @@ from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
+from gpuslice.nvml.session import Session
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
@@ -151,6 +152,86 @@ def test_a_card_that_answers_again_is_well_again(short: Path) -> None:
     thread.join(10)
 
     assert not any(t.key == "gpu" for taints in health.look(rig.inventory).values() for t in taints)
+
+
+class Opener:
+    """Opens the simulated NVML of a rig anew, and counts."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig, self.opened = rig, list[SimNvml]()
+
+    def __call__(self) -> SimNvml:
+        self.opened.append(SimNvml(self.rig.folder / "node", latency="zero"))
+        return self.opened[-1]
+
+
+def over_a_session(rig: Rig, limit_s: float = 15.0) -> tuple[NodeHealth, Session, Opener]:
+    opener = Opener(rig)
+    session = Session(opener)
+    health = NodeHealth(
+        nvml=session, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict, renew=session.renew, limit_s=limit_s
+    )
+    return health, session, opener
+
+
+def on_cards(found: Mapping[DeviceRef, tuple[Taint, ...]]) -> set[tuple[str, str]]:
+    return {(ref.pool, t.value) for ref, taints in found.items() for t in taints if t.key == "gpu"}
+
+
+def test_a_session_through_which_no_card_can_be_read_is_opened_anew(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig)
+    opener.opened[0].close()  # every call fails from now on
+
+    found = health.look(rig.inventory)
+
+    assert on_cards(found) == set()
+    assert health.unreadable == ""
+    assert len(opener.opened) == 2
+    session.close()
+
+
+def test_a_card_that_comes_and_goes_never_costs_the_others_their_session(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig)
+    for _ in range(3):
+        cue = rig.nvml.cue("fail", "look", rig.gpus[0].uuid, times=None)
+        assert on_cards(health.look(rig.inventory)) == {(rig.inventory.pools[0].name, "lost")}
+        assert health.unreadable == ""
+        rig.nvml.withdraw(cue)
+        assert on_cards(health.look(rig.inventory)) == set()
+
+    assert len(opener.opened) == 1
+    session.close()
+
+
+def test_cards_that_stay_lost_are_told_and_need_no_session_at_each_look(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig)
+    for gpu in rig.gpus:
+        rig.nvml.lose(gpu.uuid)
+
+    for _ in range(3):
+        assert len(on_cards(health.look(rig.inventory))) == 2
+        assert health.unreadable.startswith("no card can be read: ")
+
+    assert len(opener.opened) == 2
+    session.close()
+
+
+def test_a_session_in_which_a_call_hangs_is_not_pulled_away(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig, limit_s=0.2)
+    rig.nvml.lose(rig.gpus[1].uuid)
+    rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
+
+    found = health.look(rig.inventory)
+
+    assert {value for _, value in on_cards(found)} == {"hung", "lost"}
+    assert len(opener.opened) == 1
+    assert not session.renew()
+    rig.nvml.withdraw(None)
+    session.close()
 
 
 # ---------------------------------------------------------------- the thread

@@ -54,7 +54,7 @@ class Session:
 
     def __init__(self, opener: Callable[[], Nvml]) -> None:
         self._opener = opener
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
         self._nvml: Nvml | None = None
         self._calls = 0
         self._refusal = DeviceError("NVML has not been started yet")
@@ -68,13 +68,15 @@ class Session:
         return str(self._refusal) if self._nvml is None else self._unlisted
 
     def renew(self) -> bool:
-        """Open a new session instead of this one; False where a call is under way, or the last one is too young."""
+        """Open a new session instead of this one and list the cards; False where there is none, a call is under way in it, or
+        it is too young."""
         with self._lock:
-            if self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
+            if self._nvml is None or self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
                 return False
             self._close()
             self._open()
             self._renewed_at = time.monotonic()
+        self.gpus()  # finds their handles again
         log.warning("NVML was started anew, because no card could be read: %s", self.problem or "it answers")
         return True
 
