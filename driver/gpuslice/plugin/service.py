@@ -79,13 +79,13 @@ class ClaimService:
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
         """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
         tickets."""
-        unfinished = await self._in_pool(self._preparer.unfinished)
+        unfinished = await asyncio.to_thread(self._preparer.unfinished)
         wanted = (uid for uid in unfinished if only is None or uid in only)
         await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
 
     async def ensure_daemons(self) -> None:
         """Have the MPS daemons of all records running, each card in its job; the first error, after all were tried."""
-        records = await self._in_pool(self._preparer.records)
+        records = await asyncio.to_thread(self._preparer.records)
         gpus = {step.gpu for step in shared.daemons_of(records.values())}
         errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
         if errors:
@@ -108,7 +108,7 @@ class ClaimService:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices; and undo what
         was left on lost cards."""
         await self.recover()
-        records = await self._in_pool(self._preparer.records)
+        records = await asyncio.to_thread(self._preparer.records)
         for uid in self._absent_since.keys() - records.keys():
             del self._absent_since[uid]
         for uid, record in records.items():
@@ -153,7 +153,7 @@ class ClaimService:
         while True:
             if self._closed is not None:
                 raise self._closed
-            claim, scope = await self._in_pool(lambda: self._read(ref))
+            claim, scope = await self._fetched(lambda: self._read(ref))
             with self._releases.listening() as news:
                 prepare = partial(self._preparer.prepare, claim)
                 answer: PreparedClaim | Busy = await self._work(scope, arrival, job, f"prepare {ref.uid}", prepare)
@@ -218,7 +218,7 @@ class ClaimService:
         if job.listeners:
             return
         try:
-            await self._in_pool(lambda: self._fetch(ref))
+            await self._fetched(lambda: self._fetch(ref))
         except ClaimError:
             await self._unprepare(ref.uid, job)
         except ApiError as e:
@@ -226,12 +226,12 @@ class ClaimService:
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
         """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
-        records: Mapping[ClaimUid, Record] = await self._in_pool(self._preparer.records)
+        records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
         gone: set[ClaimUid] = set()
         for holder in busy.holders:
             if holder.uid not in records or not await self._held(records[holder.uid]):
                 gone.add(holder.uid)
-        still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
+        still = await asyncio.to_thread(self._preparer.blockers, claim, frozenset(gone))
         if still:
             raise ClaimError(
                 f"claim {claim.ref} was given devices that {', '.join(map(str, still))} holds; this is a double allocation: "
@@ -243,12 +243,16 @@ class ClaimService:
         """Whether the API server still gives the record's devices to its claim."""
         ref = record.plan.ref
         try:
-            body = await self._in_pool(lambda: self._api.claim(ref.namespace, ref.name))
+            body = await self._fetched(lambda: self._api.claim(ref.namespace, ref.name))
         except NotFoundError:
             return False
         return claims.is_held(body, ref.uid, [grant.allocation.device for grant in record.plan.grants], self._driver)
 
-    async def _in_pool(self, call: Callable[[], T]) -> T:
-        """Run a short blocking call with this task's context (`run_in_executor` alone drops the `op=` id)."""
+    async def _fetched(self, call: Callable[[], T]) -> T:
+        """Run a call to the API server with this task's context (`run_in_executor` alone drops the `op=` id).
+
+        These have threads of their own: a silent API server keeps them for many seconds, and what is read on the node
+        must not wait behind them.
+        """
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, call)
