@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -168,3 +169,17 @@ async def test_a_socket_that_cannot_be_bound_is_named_and_nothing_else_is_said(
     said = driver.log.read_text()
     assert f"{path} exists and is no socket; remove it" in said.splitlines()[-1]
     assert "Traceback" not in said
+
+
+async def test_a_driver_that_is_still_starting_ends_by_sigterm_as_process_1_too(
+    cluster: StandInCluster, short: Path
+) -> None:
+    """Process 1 has no default action for a signal: without a handler SIGTERM is lost, and here it would kill."""
+    os.mkfifo(short / "policy.yaml")
+    driver = await cluster.start("--policy", str(short / "policy.yaml"), ready=False)
+    writer = await asyncio.to_thread(open, short / "policy.yaml", "w")  # returns when the driver reads
+
+    assert await driver.terminate() == 0
+
+    writer.close()
+    assert driver.log.read_text() == ""
