@@ -33,14 +33,15 @@ class MpsClient:
         raise DeviceError(f"cannot {what}: the MPS supervisor did not say what runs; see its log")
 
     def stop(self, key: str) -> None:
-        """Also succeeds without a supervisor where the daemon's folder is not there: it is made before any daemon starts.
+        """Also succeeds without a supervisor where no daemon can run: its folder is not there, which is made before any
+        daemon starts, or says that the daemon has ended with its supervisor.
 
-        So a claim that never got its daemon is given back while the supervisor is away.
+        The next supervisor starts the latter again; who looks after the daemons stops it then.
         """
         try:
             self._list(f"stop MPS daemon {key}", {"op": "stop", "key": key}, _CHANGE_S)
         except DeviceError:
-            if self._paths.folder(key).exists():
+            if self._paths.folder(key).exists() and not self._paths.ended(key).exists():
                 raise
 
     def statuses(self) -> tuple[DaemonStatus, ...]:

@@ -15,6 +15,7 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 from gpuslice.mps.daemon import MpsDaemon, Timeouts
 from gpuslice.mps.paths import Paths
 from gpuslice.mps.process import Wakeup, wait
+from gpuslice.system.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +152,19 @@ class DaemonMonitor:
                 daemons.remove(self._paths, self._key)
 
     def close(self) -> None:
-        """For the supervisor's own end: drain and end the daemon; its folder stays, because containers hold it."""
+        """For the supervisor's own end: drain and end the daemon; its folder stays, because containers hold it.
+
+        The folder says that the daemon has ended, so that claims can be unprepared while no supervisor runs.
+        """
         with self._turn:
             if not self._retired.is_set():
                 self._end()
+                try:
+                    write_atomic(self._paths.ended(self._key), "")
+                except DriverError as e:
+                    log.warning(
+                        "claims of an MPS daemon are not unprepared without a supervisor key=%s: %s", self._key, e
+                    )
 
     def _end(self) -> None:
         self._retire()

@@ -21,7 +21,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol, TypeVar
 
-from gpuslice.core import claims, shared
+from gpuslice.core import claims
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
 from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
@@ -84,10 +84,10 @@ class ClaimService:
         await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
 
     async def ensure_daemons(self) -> None:
-        """Have the MPS daemons of all records running, each card in its job; the first error, after all were tried."""
-        records = await asyncio.to_thread(self._preparer.records)
-        gpus = {step.gpu for step in shared.daemons_of(records.values())}
-        errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
+        """Have the MPS daemons of all records running and no others, each card in its job; the first error, after all were
+        tried."""
+        gpus = await asyncio.to_thread(self._preparer.with_daemons)
+        errors = [error for gpu in gpus if (error := await self._ensure_daemons(gpu))]
         if errors:
             raise errors[0]
 
