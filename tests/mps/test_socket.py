@@ -45,6 +45,8 @@ def test_the_supervisor_greets_with_its_incarnation_and_release(node: MpsNode) -
     }
     assert answer == {"running": []}
     assert node.client.incarnation() == supervisor.incarnation
+    running = node.client.ensure(node.daemon())
+    assert node.client.seen() == (supervisor.incarnation, (running,))
 
 
 def test_the_highest_version_that_both_speak_is_spoken(node: MpsNode) -> None:

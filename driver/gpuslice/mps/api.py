@@ -55,6 +55,9 @@ class MpsDaemons(Protocol):
     def statuses(self) -> tuple[DaemonStatus, ...]:
         """All daemons, by key, those in trouble included."""
 
+    def seen(self) -> tuple[str, tuple[DaemonStatus, ...]]:
+        """`incarnation` and `statuses` by one question, for who asks all the time."""
+
     def incarnation(self) -> str:
         """Another one each time that the supervisor process was replaced: then ensure everything from the records."""
 

@@ -47,6 +47,10 @@ class MpsClient:
     def statuses(self) -> tuple[DaemonStatus, ...]:
         return self._list("list the MPS daemons", {"op": "running"}, _ANSWER_S)
 
+    def seen(self) -> tuple[str, tuple[DaemonStatus, ...]]:
+        greeting, answer = self._ask("list the MPS daemons", {"op": "running"}, _ANSWER_S)
+        return str(greeting.get("incarnation")), _statuses(answer)
+
     def incarnation(self) -> str:
         greeting, _ = self._ask("greet it", {"op": "hello"}, _ANSWER_S)
         return str(greeting.get("incarnation"))
@@ -61,9 +65,7 @@ class MpsClient:
         return self._paths.log(key)
 
     def _list(self, what: str, message: UncheckedBody, timeout_s: float) -> tuple[DaemonStatus, ...]:
-        _, answer = self._ask(what, message, timeout_s)
-        body = answer.get("running")
-        return tuple(wire.running_of(entry) for entry in body) if isinstance(body, list) else ()
+        return _statuses(self._ask(what, message, timeout_s)[1])
 
     def _ask(self, what: str, message: UncheckedBody, timeout_s: float) -> tuple[UncheckedBody, UncheckedBody]:
         """Greeting and answer of the supervisor; `what` completes "cannot …"."""
@@ -90,6 +92,11 @@ class MpsClient:
         if "error" in answer:
             raise DeviceError(str(answer["error"]))
         return greeting, answer
+
+
+def _statuses(answer: UncheckedBody) -> tuple[DaemonStatus, ...]:
+    body = answer.get("running")
+    return tuple(wire.running_of(entry) for entry in body) if isinstance(body, list) else ()
 
 
 def _greet(stream: wire.Stream) -> Mapping[str, object]:
