@@ -19,7 +19,7 @@ from gpuslice.config import Config
 from gpuslice.core import cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError, LastingApiError
+from gpuslice.errors import ConfigError, HungError, LastingApiError
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
 from gpuslice.plugin import gauges
@@ -34,6 +34,7 @@ from gpuslice.publishing import node_health
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.system import files, libc
+from gpuslice.system.threads import ThreadWatch
 from gpuslice.telemetry import Telemetry, setup_logging
 from gpuslice.web import site
 from gpuslice.web.endpoint import Endpoint
@@ -44,10 +45,8 @@ log = logging.getLogger(__name__)
 _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
-_LOOK_S, _GLANCE_S = (
-    15.0,
-    1.0,
-)  # a look at a card that takes longer counts as hung; a person waits for a page not so long
+_GLANCE_S = 1.0  # a person waits for a page not as long as `node_health.LIMIT_S`
+_DRIVER_PERIOD_S = 2.0  # from one try to list the cards to the next, only if they could not be listed at the start
 _FAILED, _API_REFUSES = 1, 4  # exit codes, as `gpuslice --help` has them
 
 Stop = asyncio.Future[tuple[int, str]]  # the exit code, and why
@@ -59,6 +58,11 @@ def run(config: Config) -> int:
     libc.use_one_arena()
     app = App(config)
     code = asyncio.run(app.serve())
+    if app.again:
+        # As a new process, because a driver that was loaded meanwhile may have brought another library.
+        logging.shutdown()
+        sys.stderr.flush()
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line
     if app.hanging:
         # A thread that hangs in NVML would keep the interpreter from ending, and the DaemonSet from starting anew.
         logging.shutdown()
@@ -71,13 +75,16 @@ class App:
     """One driver process, built but not yet running."""
 
     def __init__(self, config: Config) -> None:
-        """Build all parts that need no event loop. ConfigError, StateError or DeviceError if the node is not ready."""
+        """Build all parts that need no event loop. ConfigError or StateError if the node is not ready.
+
+        Without cards that can be listed the driver serves all the same: see `nvml/session.py`.
+        """
         if not config.node_name:
             raise ConfigError(
                 "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
             )
         self._config = config
-        self.hanging = False
+        self.hanging, self.again = False, False
         self._endpoint = Endpoint.parse(config.http_endpoint) if config.http_endpoint else None
         kind = cdi.kind_of(config.driver_name)
         folder = files.ensure_folder(config.plugin_folder)
@@ -86,7 +93,7 @@ class App:
         self._kube = Kube(config.kubeconfig)
         self._telemetry = Telemetry()
         self._releases = Releases()
-        self._nvml, host = hardware.open_node(config)
+        self._nvml, host = hardware.open_session(config)
         gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
         for sentence in (*policy.unused(gpus), *host.advice()):
             log.warning("%s", sentence)
@@ -119,12 +126,18 @@ class App:
         with ThreadPoolExecutor(_FETCHES_AT_ONCE, "claims") as executor, contextlib.ExitStack() as stack:
             service = self._build_service(executor)
             changed = asyncio.Event()
-            controller = self._build_controller(service, partial(_set, loop, changed))
+            threads = ThreadWatch(partial(_call_in, loop, _end, stop, _FAILED))
+            anew = partial(self._start_anew, stop)
+            health = self._build_health(
+                service, node_health.LIMIT_S, partial(self._renew, partial(_call_in, loop, anew))
+            )
+            controller = self._build_controller(health, partial(_call_in, loop, changed.set), threads)
             stack.callback(self._watch_records(loop, controller))
             server = self._build_server(service)
             work = (
                 service.recover(),
                 _retry_lost(service, changed),
+                self._await_cards(service, anew),
                 self._collect(service),
                 MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run(),
             )
@@ -133,14 +146,16 @@ class App:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before the server can let anybody in
                 await server.open()
                 controller.start()
-                stack.callback(self._serve_http(server, controller, service))
+                healthy: site.Check = lambda: threads.problem() or server.probe()  # noqa: E731
+                ready = partial(self._unready, health, controller, server)
+                stack.callback(self._serve_http(controller, service, healthy, ready))
                 last = (_lost(server), _refused(controller))
                 jobs += [loop.create_task(_guarded(job, stop)) for job in last]
                 code, reason = await stop
             finally:
                 await self._close(jobs, server, service, controller)
         if reason:
-            log.error("%s", reason)
+            log.log(logging.WARNING if self.again else logging.ERROR, "%s", reason)
         return code
 
     async def _close(
@@ -179,16 +194,21 @@ class App:
             telemetry=self._telemetry,
         )
 
-    def _build_health(self, service: ClaimService, limit_s: float) -> NodeHealth:
+    def _build_health(
+        self, service: ClaimService, limit_s: float, renew: Callable[[], bool] = lambda: False
+    ) -> NodeHealth:
         return NodeHealth(
             nvml=self._nvml,
             mps=self._mps,
             checkpoint=self._checkpoint,
             hung=service.tickets.hung,
+            renew=renew,
             limit_s=limit_s,
         )
 
-    def _build_controller(self, service: ClaimService, on_taints_changed: Callable[[], object]) -> SliceController:
+    def _build_controller(
+        self, health: NodeHealth, on_taints_changed: Callable[[], object], threads: ThreadWatch
+    ) -> SliceController:
         dynamic, static = self._inventories
         return SliceController(
             kube=self._kube,
@@ -196,10 +216,11 @@ class App:
             node=self._config.node_name,
             dynamic=dynamic,
             static=static,
-            health=self._build_health(service, node_health.LIMIT_S),
+            health=health,
             checkpoint=self._checkpoint,
             folder=self._config.plugin_folder,
             on_taints_changed=on_taints_changed,
+            threads=threads,
         )
 
     def _watch_records(self, loop: asyncio.AbstractEventLoop, controller: SliceController) -> Callable[[], None]:
@@ -220,7 +241,7 @@ class App:
         return stop
 
     def _serve_http(
-        self, server: PluginServer, controller: SliceController, service: ClaimService
+        self, controller: SliceController, service: ClaimService, healthy: site.Check, ready: site.Check
     ) -> Callable[[], None]:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
@@ -228,19 +249,48 @@ class App:
         if self._endpoint is None:
             return lambda: None
         health = self._build_health(service, _GLANCE_S)
-        ready: site.Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
         http = HttpServer(
             self._endpoint,
-            site.public(metrics=self._telemetry.exposition, healthy=server.probe, ready=ready),
+            site.public(metrics=self._telemetry.exposition, healthy=healthy, ready=ready),
             private=site.private(
                 node=self._config.node_name,
                 survey=lambda: health.survey(controller.inventory),
-                healthy=server.probe,
+                healthy=healthy,
                 ready=ready,
             ),
         )
         log.info("serving metrics and probes on %s", http.address)
         return http.close
+
+    def _unready(self, health: NodeHealth, controller: SliceController, server: PluginServer) -> str | None:
+        return self._nvml.problem or health.unreadable or controller.problem() or server.status.refusal
+
+    def _start_anew(self, stop: Stop, reason: str) -> None:
+        self.again = self.again or not stop.done()
+        _end(stop, _FAILED, reason)
+
+    def _renew(self, anew: Callable[[str], None]) -> bool:
+        """Start NVML anew. If that fails, start the whole process anew, because the library may be another one by now."""
+        if not self._nvml.renew():
+            return False
+        if problem := self._nvml.problem:
+            anew(f"NVML does not start anew, so the process does: {problem}")
+        return True
+
+    async def _await_cards(self, service: ClaimService, anew: Callable[[str], None]) -> None:
+        """If the cards could not be listed at the start, wait until they can be, and then start anew to offer them."""
+        if not self._nvml.problem:
+            return
+        log.error(
+            "offering no card, and only unpreparing claims, because the cards cannot be listed: %s", self._nvml.problem
+        )
+        try:
+            while not await service.call_apart(self._nvml.comes, "the start of NVML"):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(_DRIVER_PERIOD_S)
+        except HungError as e:
+            log.error("offering no card until this process is started again: %s", e)
+        else:
+            anew("the cards can be listed now; the process starts anew to offer them")
 
     async def _collect(self, service: ClaimService) -> str:
         """Once a minute, unprepare claims that were deleted, and undo what was left on lost cards. Mend CDI files at once."""
@@ -250,10 +300,10 @@ class App:
             await service.collect(time.monotonic())
 
 
-def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set the event from another thread, which may run longer than the loop."""
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    """Make a call in the loop from another thread, which may run longer than the loop."""
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(event.set)
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:

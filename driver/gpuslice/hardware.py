@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from gpuslice.config import Config
 
 if TYPE_CHECKING:
     from gpuslice.nvml.api import Nvml
+    from gpuslice.nvml.session import Session
     from gpuslice.nvml.sim.nvml import Latency
     from gpuslice.system.host import Host
 
@@ -18,6 +20,19 @@ log = logging.getLogger(__name__)
 
 def open_node(config: Config) -> tuple[Nvml, Host]:
     """The GPUs and the node around them. DeviceError if NVML does not start; ConfigError for a wrong simulated node."""
+    opener, host = _choose(config)
+    return opener(), host
+
+
+def open_session(config: Config) -> tuple[Session, Host]:
+    """The same, but NVML may start later, and anew."""
+    from gpuslice.nvml.session import Session
+
+    opener, host = _choose(config)
+    return Session(opener), host
+
+
+def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
     from gpuslice.system.host import RealHost, SimHost
 
     if config.simulate:
@@ -25,16 +40,21 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
         from gpuslice.system import files
 
         folder = files.ensure_folder(config.simulated_node)
-        nvml = SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency))
-        for sentence in nvml.inferred():
-            log.info("%s", sentence)
-        return nvml, SimHost(folder)
+        latency = cast("Latency", config.simulate_latency)
+
+        def simulated() -> Nvml:
+            nvml = SimNvml(folder, config.simulate, latency=latency)
+            for sentence in nvml.inferred():
+                log.info("%s", sentence)
+            return nvml
+
+        return simulated, SimHost(folder)
     from gpuslice.nvml.real import RealNvml
 
     host = RealHost(
         config.driver_root_ctr_path, host_root=config.nvidia_driver_root, cdi_hook=config.nvidia_cdi_hook_path
     )
-    return RealNvml(config.driver_root_ctr_path), host
+    return partial(RealNvml, config.driver_root_ctr_path), host
 
 
 def mps_control(config: Config) -> Sequence[str]:

@@ -45,6 +45,8 @@ def test_the_supervisor_greets_with_its_incarnation_and_release(node: MpsNode) -
     }
     assert answer == {"running": []}
     assert node.client.incarnation() == supervisor.incarnation
+    running = node.client.ensure(node.daemon())
+    assert node.client.seen() == (supervisor.incarnation, (running,))
 
 
 def test_the_highest_version_that_both_speak_is_spoken(node: MpsNode) -> None:
@@ -93,7 +95,7 @@ def test_what_is_no_greeting_is_answered_in_one_sentence(node: MpsNode, line: by
         ),
         (
             b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "threads_percent": 101}}',
-            "101 % of the multiprocessors is no ceiling; use 1 to 100, or none",
+            "101 % of the multiprocessors is not a valid ceiling; use 1 to 100, or none",
         ),
         (
             b'{"op": "ensure", "daemon": {"key": "a", "device": "GPU-1", "memory_mib": "much"}}',
@@ -153,6 +155,20 @@ def test_without_a_supervisor_a_daemon_that_never_was_is_stopped_and_one_that_ma
 
     with pytest.raises(DeviceError, match=r"no MPS supervisor answers at"):
         node.client.stop("gpu-0")
+
+
+def test_a_daemon_that_ended_with_its_supervisor_is_stopped_and_one_that_was_started_since_is_not(
+    node: MpsNode,
+) -> None:
+    node.supervise()
+    node.client.ensure(node.daemon())
+    node.close()
+    node.client.stop("gpu-0")
+    assert node.client.pipe("gpu-0").exists(), "the driver may only read there"
+
+    node.supervise()
+    (daemon,) = node.client.statuses()
+    assert not (node.root / daemon.key / "ended").exists()
 
 
 def test_a_supervisor_that_does_not_greet_back_is_told(node: MpsNode) -> None:

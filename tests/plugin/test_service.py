@@ -201,7 +201,9 @@ async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Pa
         nvml = world.rig.nvml
         cue = nvml.cue("hang", "create_gpu_instance")
         first = world.claim("one", world.device("mig-1g-19-0"))
-        assert "counts as hung" in (await world.prepare(first)).error
+        told = (await world.prepare(first)).error
+        assert f"create_gpu_instance on {world.rig.gpus[0].uuid} (prepare {first.uid}) has not come back" in told
+        assert "counts as hung" in told
 
         assert "counts as hung" in (await world.prepare(world.claim("two", world.device("mig-1g-19-1")))).error
         assert "counts as hung" in (await world.kubelet.unprepare([first]))[first.uid]
@@ -210,6 +212,23 @@ async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Pa
         nvml.withdraw(cue)
         assert await world.instances[0].service.workers.drained(10)
         await world.must_prepare(first)
+
+
+async def test_what_is_read_on_the_node_does_not_wait_behind_fetches_that_hang(world: World) -> None:
+    service, stands = world.instances[0].service, world.claim("stands", world.device("mig-1g-19-0"))
+    await world.must_prepare(stands)
+    claims = [world.claim(f"c{n}", world.device(f"mig-1g-19-{n % 7}", 1)) for n in range(8)]
+    world.api.hang(8, path="resourceclaims/c")
+    hanging = [asyncio.create_task(world.prepare(claim)) for claim in claims]
+    await asyncio.to_thread(world.api.wait, lambda: all(fetches(world, claim) for claim in claims))
+
+    await asyncio.wait_for(service.recover(), 5)
+    await asyncio.wait_for(service.ensure_daemons(), 5)
+    await asyncio.wait_for(world.unprepare(stands), 5)
+
+    assert not any(task.done() for task in hanging)
+    world.api.release()
+    await asyncio.gather(*hanging)
 
 
 # ---------------------------------------------------------------- waiting for a holder that leaves

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpuslice.checkpoint import Checkpoint
-from gpuslice.core import plan, shared
+from gpuslice.core import plan, share, shared
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu
 from gpuslice.core.plan import Live
@@ -132,10 +132,11 @@ class Preparer:
             return None
 
     def ensure_daemons(self, gpu: GpuUuid) -> None:
-        """Make the MPS daemons of a card run as its records say, because the supervisor may have lost some. It tries all,
-        and then raises the first error."""
+        """Make the MPS daemons of a card run as its records say, because the supervisor may have lost some, or has started
+        some again that no claim has any more. It tries all, and then raises the first error."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
+            self._steps.stop_unwanted(gpu, records)
             self._steps.ensure_daemons(shared.daemons_of(records, gpu), records)
 
     def make_spares(self) -> None:
@@ -147,6 +148,13 @@ class Preparer:
 
     def records(self) -> Mapping[ClaimUid, Record]:
         return self._checkpoint.records()
+
+    def with_daemons(self) -> tuple[GpuUuid, ...]:
+        """The cards that have MPS daemons, or are to have some, sorted."""
+        keys = self._steps.daemons()
+        wanted = {step.gpu for step in shared.daemons_of(self._checkpoint.records().values())}
+        running = {p.gpu.uuid for p in self._inventory.pools if any(share.is_on(key, p.gpu.uuid) for key in keys)}
+        return tuple(sorted(wanted | running))
 
     def unfinished(self) -> tuple[ClaimUid, ...]:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)

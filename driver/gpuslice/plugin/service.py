@@ -21,7 +21,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol, TypeVar
 
-from gpuslice.core import claims, shared
+from gpuslice.core import claims
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
 from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
@@ -82,7 +82,7 @@ class ClaimService:
         """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
         tickets."""
         try:
-            unfinished = await self._in_pool(self._preparer.unfinished)
+            unfinished = await asyncio.to_thread(self._preparer.unfinished)
         except DriverError as e:
             log.error("cannot read which prepares did not end, trying again later: %s", e)
             return
@@ -95,7 +95,7 @@ class ClaimService:
         """Have the CDI files as the records want them: what somebody removed, changed or left is put right, not only when
         the kubelet asks."""
         try:
-            uids = await self._in_pool(self._preparer.to_mend)
+            uids = await asyncio.to_thread(self._preparer.to_mend)
         except DriverError as e:
             log.error("cannot compare the CDI files with the records, trying again later: %s", e)
             return
@@ -104,10 +104,10 @@ class ClaimService:
         )
 
     async def ensure_daemons(self) -> None:
-        """Make the MPS daemons of all records run, one job for each card. It tries all, and then raises the first error."""
-        records = await self._in_pool(self._preparer.records)
-        gpus = {step.gpu for step in shared.daemons_of(records.values())}
-        errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
+        """Make the MPS daemons of all records run and no others, one job for each card. It tries all, and then raises the
+        first error."""
+        gpus = await asyncio.to_thread(self._preparer.with_daemons)
+        errors = [error for gpu in gpus if (error := await self._ensure_daemons(gpu))]
         if errors:
             raise errors[0]
 
@@ -129,9 +129,9 @@ class ClaimService:
         was left on lost cards."""
         await self.recover()
         try:
-            records = await self._in_pool(self._preparer.records)
+            records = await asyncio.to_thread(self._preparer.records)
         except DriverError as e:
-            log.error("cannot tell which claims have records, trying again: %s", e)
+            log.error("cannot read which claims have records, trying again later: %s", e)
             return
         for uid in self._absent_since.keys() - records.keys():
             del self._absent_since[uid]
@@ -167,6 +167,11 @@ class ClaimService:
         except HungError:
             return True
 
+    async def call_apart(self, call: Callable[[], T], name: str) -> T:
+        """Run a call for no claim in a thread that may be left behind; HungError where it does not come back."""
+        ticket = await self.tickets.take((), self.tickets.arrive())
+        return await self.workers.run(ticket, Job(), call, name)
+
     async def close(self, timeout_s: float) -> bool:
         """Refuse all jobs that wait, and let running work end. False if some work hangs."""
         self._closed = ClaimError("the driver is shutting down; the kubelet asks the next instance")
@@ -180,7 +185,7 @@ class ClaimService:
         while True:
             if self._closed is not None:
                 raise self._closed
-            claim, scope = await self._in_pool(lambda: self._read(ref))
+            claim, scope = await self._fetched(lambda: self._read(ref))
             with self._releases.listening() as news:
                 prepare = partial(self._preparer.prepare, claim)
                 answer: PreparedClaim | Busy = await self._work(scope, arrival, job, f"prepare {ref.uid}", prepare)
@@ -247,7 +252,7 @@ class ClaimService:
         if job.listeners:
             return
         try:
-            await self._in_pool(lambda: self._fetch(ref))
+            await self._fetched(lambda: self._fetch(ref))
         except ClaimError:
             await self._unprepare(ref.uid, job)
         except ApiError as e:
@@ -255,15 +260,15 @@ class ClaimService:
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
         """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
-        records: Mapping[ClaimUid, Record] = await self._in_pool(self._preparer.records)
+        records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
         gone: set[ClaimUid] = set()
         for holder in busy.holders:
             if holder.uid not in records or not await self._held(records[holder.uid]):
                 gone.add(holder.uid)
-        still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
+        still = await asyncio.to_thread(self._preparer.blockers, claim, frozenset(gone))
         if still:
             names = ", ".join(map(str, still))
-            if set(still) <= await self._in_pool(partial(self._preparer.held_under_other_names, claim)):
+            if set(still) <= await asyncio.to_thread(self._preparer.held_under_other_names, claim):
                 raise ClaimError(
                     f"claim {claim.ref} was allocated devices of a card that is held by {names} from a pool of another name, "
                     "because the node was renamed or the card was moved; delete the pods that hold it, and the kubelet tries "
@@ -279,12 +284,16 @@ class ClaimService:
         """Whether the API server still gives the record's devices to its claim."""
         ref = record.plan.ref
         try:
-            body = await self._in_pool(lambda: self._api.claim(ref.namespace, ref.name))
+            body = await self._fetched(lambda: self._api.claim(ref.namespace, ref.name))
         except NotFoundError:
             return False
         return claims.is_held(body, ref.uid, [grant.allocation.device for grant in record.plan.grants], self._driver)
 
-    async def _in_pool(self, call: Callable[[], T]) -> T:
-        """Run a short blocking call with this task's context (`run_in_executor` alone drops the `op=` id)."""
+    async def _fetched(self, call: Callable[[], T]) -> T:
+        """Run a call to the API server with this task's context (`run_in_executor` alone drops the `op=` id).
+
+        These have threads of their own: a silent API server keeps them for many seconds, and what is read on the node
+        must not wait behind them.
+        """
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, call)

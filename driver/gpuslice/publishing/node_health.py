@@ -41,8 +41,13 @@ class HangGuard:
             raise self._hung(gpu)
         self._stuck.pop(gpu, None)
         if self._questions is None:
-            self._questions = queue.SimpleQueue()
-            threading.Thread(target=self._answer, args=(self._questions,), name="look at the node", daemon=True).start()
+            questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]] = queue.SimpleQueue()
+            self._questions = questions  # the thread looks at it
+            try:
+                threading.Thread(target=self._answer, args=(questions,), name="look at the node", daemon=True).start()
+            except RuntimeError:
+                self._questions = None  # or the next look waits for a thread that never was
+                raise
         look = PendingLook()
         self._questions.put((gpu, look))
         try:
@@ -71,12 +76,15 @@ class NodeHealth:
         mps: MpsDaemons,
         checkpoint: Checkpoint,
         hung: Callable[[], Mapping[GpuUuid, str]],
+        renew: Callable[[], bool] = lambda: False,
         limit_s: float = LIMIT_S,
     ) -> None:
+        """`renew` starts NVML anew, and says whether it did; called when no card at all can be read."""
         self._guard = HangGuard(nvml, limit_s)
         self._mps = mps
         self._checkpoint = checkpoint
-        self._hung = hung
+        self._hung, self._renew = hung, renew
+        self.unreadable = ""  # why no card could be read, "" where one could
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
@@ -86,12 +94,22 @@ class NodeHealth:
         return taints
 
     def survey(self, inventory: Inventory) -> NodeLook:
-        """The whole node as it is now, and logs nothing."""
-        hung = self._hung()
-        unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
+        """The whole node as it is now. The log hears of a new session only."""
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
         records = self._checkpoint.records()
+        live, unwell = self._look_at_all(inventory)
+        # One card that answers shows that the session is well, and so does one that hangs: it must not be pulled away.
+        if not live and unwell and all(taint.value == "lost" for taint in unwell.values()) and self._renew():
+            live, unwell = self._look_at_all(inventory)
+        self.unreadable = "" if live or not unwell else f"no card can be read: {min(unwell.values()).reason}"
+        records |= self._checkpoint.records()
+        taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
+        return NodeLook(inventory, live, records, taints)
+
+    def _look_at_all(self, inventory: Inventory) -> tuple[dict[GpuUuid, LiveGpu], dict[GpuUuid, Taint]]:
+        """Each card as it is, or what is wrong with it."""
         live: dict[GpuUuid, LiveGpu] = {}
+        unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in self._hung().items()}
         for pool in inventory.pools:
             uuid = pool.gpu.uuid
             if uuid in unwell:
@@ -102,9 +120,7 @@ class NodeHealth:
                 unwell[uuid] = Taint("gpu", "hung", reason=str(e))
             except DeviceError as e:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
-        records |= self._checkpoint.records()
-        taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
-        return NodeLook(inventory, live, records, taints)
+        return live, unwell
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
         """MPS daemons that are not well; asked only where a card offers MPS."""

@@ -56,6 +56,7 @@ class SimNvml(SimNode):
         self._latency = latency
         self._closing = threading.Event()
         self._lost: tuple[str, ...] = ()
+        self._meet("start", None, done=False)
 
     # ------------------------------------------------------------ reading
 
