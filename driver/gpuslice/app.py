@@ -74,10 +74,10 @@ class App:
         self._releases = Releases()
         self._nvml, host = hardware.open_node(config)
         gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
-        for sentence in (*policy.unused(gpus), *host.advice()):
-            log.warning("%s", sentence)
         static = Inventory.of(gpus, policy, config.node_name, static=True)
         dynamic = Inventory.of(gpus, policy, config.node_name)
+        for sentence in dict.fromkeys((*policy.unused(gpus), *dynamic.notes, *static.notes, *host.advice())):
+            log.warning("%s", sentence)
         inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         for sentence in self._checkpoint.broken():
