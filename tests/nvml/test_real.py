@@ -5,12 +5,9 @@ Each test runs in a process of its own: a loaded library stays loaded, and pynvm
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,18 +30,6 @@ node = RealNvml(Path(sys.argv[1]))
 (gpu,) = node.gpus()
 uuid = gpu.uuid
 """
-
-
-@pytest.fixture(scope="session")
-def driver_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc here, which builds the stand-in for libnvidia-ml.so.1")
-    root = tmp_path_factory.mktemp("driver-root")
-    (root / "usr/lib64").mkdir(parents=True)
-    library = root / "usr/lib64/libnvidia-ml.so.1"
-    flags = ["-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run(["gcc", *flags, "-o", library, Path(__file__).parent / "stub/nvml.c"], check=True)
-    return root
 
 
 def told(root: Path, text: str) -> list[str]:
