@@ -47,7 +47,7 @@ def taints(
         now = live.get(gpu.uuid)
         foreign = () if now is None else plan.foreign_partitions(gpu.uuid, now, known)
         for device in pool.devices:
-            here = [unwell[gpu.uuid]] if gpu.uuid in unwell else []
+            here = [unwell[gpu.uuid]] if gpu.uuid in unwell and _is_hit(device.offer, unwell[gpu.uuid]) else []
             if now is not None and not isinstance(device.offer.sharing, Monitor):
                 here += _mode(device.offer, gpu, now)
                 here += _foreign(device.offer, gpu, foreign)
@@ -55,6 +55,12 @@ def taints(
             if here:
                 found[device.ref] = tuple(sorted(set(here)))
     return found
+
+
+def _is_hit(offer: Offer, unwell: Taint) -> bool:
+    """A lost card is what a monitoring pod is to see, and the pod waits for the monitors of all cards (DRA contract, C6);
+    a call on a hung card would hang the pod's prepare too."""
+    return not isinstance(offer.sharing, Monitor) or unwell.value != "lost"
 
 
 def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:

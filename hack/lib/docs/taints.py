@@ -14,7 +14,7 @@ from hack.lib.docs.text import code, paired, table
 
 TAINTS = {
     ("gpu", "lost"): (
-        "every device of the card",
+        "every device of the card but monitor",
         "the card does not answer NVML: it fell off the bus. Reset the card, or restart the node",
     ),
     ("gpu", "hung"): ("every device of the card", "an NVML call has not come back for 15 s"),
