@@ -16,7 +16,7 @@ from functools import partial
 from gpuslice import hardware, node
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config
-from gpuslice.core import cdi
+from gpuslice.core import cards, cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
 from gpuslice.errors import ConfigError
@@ -73,7 +73,8 @@ class App:
         self._telemetry = Telemetry()
         self._releases = Releases()
         self._nvml, host = hardware.open_node(config)
-        gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
+        self._cards = node.Cards(self._nvml, host, folder)
+        self._gpus = gpus = self._cards.remember()
         static = Inventory.of(gpus, policy, config.node_name, static=True)
         dynamic = Inventory.of(gpus, policy, config.node_name)
         for sentence in dict.fromkeys((*policy.unused(gpus), *dynamic.notes, *static.notes, *host.advice())):
@@ -205,16 +206,18 @@ class App:
         )
         if not self._config.http_endpoint:
             return lambda: None
-        ready: Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
+        ready: Check = lambda: controller.problem() or server.status.refusal or next(cards.none_of(self._gpus), None)  # noqa: E731
         http = HttpServer(self._config.http_endpoint, self._telemetry, healthy=server.probe, ready=ready)
         log.info("metrics and probes on %s", http.address)
         return http.close
 
     async def _collect(self, service: ClaimService) -> str:
-        """Give back what vanished claims hold, and what lost cards kept, once a minute."""
+        """Once a minute give back what vanished claims hold, and what lost cards kept; ends when there is a new card."""
         while True:
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
+            if news := await asyncio.to_thread(self._cards.news, self._gpus):
+                return news
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -47,7 +47,7 @@ class Versions:
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class CardFacts:
     gpu: Gpu
     label: str
     notes: tuple[str, ...]  # what it does not tell, or what had to be taken on trust
@@ -79,7 +79,7 @@ def versions() -> tuple[Versions, tuple[str, ...]]:
     return Versions(driver=driver, cuda=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda > 0 else ""), tuple(node.notes)
 
 
-def read(index: int, of: Versions) -> tuple[Card, Handle]:
+def read(index: int, of: Versions) -> tuple[CardFacts, Handle]:
     """The card of this index. DeviceError where it has no identity, or is lost."""
     with asking(f"GPU {index}", "read it"):
         device = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -90,7 +90,7 @@ def read(index: int, of: Versions) -> tuple[Card, Handle]:
     with asking(f"GPU {index}", "read its place on the bus"):
         bus_id = _bus_id(pynvml.nvmlDeviceGetPciInfo(device))
     card = _Asker(f"GPU {index} ({bus_id})")
-    return Card(_described(card, device, index, uuid, bus_id, of), card.label, tuple(card.notes)), device
+    return CardFacts(_described(card, device, index, uuid, bus_id, of), card.label, tuple(card.notes)), device
 
 
 def _described(card: _Asker, device: Handle, index: int, uuid: GpuUuid, bus_id: str, of: Versions) -> Gpu:

@@ -20,7 +20,7 @@ import pynvml
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
 from gpuslice.nvml import card, mig
 from gpuslice.nvml.api import TIME_SLICES, XID_OFF_THE_BUS, Code, ComputeMode, GpuProcess, Memory, XidEvent
-from gpuslice.nvml.card import Card
+from gpuslice.nvml.card import CardFacts
 from gpuslice.nvml.library import asking, find, refusal, start
 from gpuslice.nvml.listing import LIMIT_S, Listing
 from gpuslice.nvml.mig import Handle, tolerating
@@ -40,7 +40,7 @@ class RealNvml:
         start(driver_root)
         self._smi = Smi(driver_root, find(driver_root) if driver_root else None)
         self._versions, self._unknown = card.versions()
-        self._listing: Listing[Card] = Listing(hang_limit_s)
+        self._listing: Listing[CardFacts] = Listing(hang_limit_s)
         self._handles: dict[GpuUuid, Handle] = {}
         self._labels: dict[GpuUuid, str] = {}
         self._slices: dict[GpuUuid, dict[int, int]] = {}  # compute slices by profile id
@@ -68,7 +68,7 @@ class RealNvml:
     def notes(self) -> tuple[str, ...]:
         return self._notes
 
-    def _gpu(self, index: int) -> Card:
+    def _gpu(self, index: int) -> CardFacts:
         found, device = card.read(index, self._versions)
         uuid = found.gpu.uuid
         self._handles[uuid], self._labels[uuid] = device, found.label
