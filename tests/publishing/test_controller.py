@@ -19,13 +19,14 @@ from gpuslice.core.pools import pool
 from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
+from gpuslice.nvml.api import Code
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.shapes import Shapes
 from gpuslice.standin.apiserver import StandInApiServer
 
-from tests.kit.builders import a_gpu
+from tests.kit.builders import a_gpu, a_policy
 from tests.kit.publishing import DRIVER, NODE, a_publisher, an_api_server
 from tests.kit.rig import Rig, a_claim
 
@@ -147,6 +148,48 @@ def test_a_card_that_answers_again_is_well_again(short: Path) -> None:
     thread.join(10)
 
     assert not any(t.key == "gpu" for taints in health.look(rig.inventory).values() for t in taints)
+
+
+@pytest.mark.parametrize(
+    ("product", "verb", "hit", "taint"),
+    [
+        ("l4", "minor", {"mps", "timeslice", "gpu"}, "device-node=none"),
+        ("l4", "time_slice", {"timeslice"}, "time-slice=unsupported"),
+        ("p4", "", {"timeslice"}, "time-slice=unsupported"),
+        ("l4", "compute_mode", {"mps"}, "compute-mode=unsupported"),
+    ],
+)
+def test_what_a_card_refuses_for_good_is_tainted_from_the_start_and_asked_once(
+    short: Path, product: str, verb: str, hit: set[str], taint: str
+) -> None:
+    rig = Rig(
+        short, f"{product}+l4" if product != "p4" else _with_a_p4(short), a_policy(timeslice={"interval": "short"})
+    )
+    if verb:
+        rig.nvml.cue("fail", verb, rig.gpus[0].uuid, code=Code.NOT_SUPPORTED)
+    health = a_surveyor(rig)
+
+    for _ in range(2):  # the second time nothing fails any more, and it is not asked
+        found = health.look(rig.inventory)
+        told = {
+            (ref.pool, ref.device) for ref, taints in found.items() for t in taints if f"{t.key}={t.value}" == taint
+        }
+        assert told == {(rig.inventory.pools[0].name, device) for device in hit}
+
+
+def test_a_refusal_that_passes_taints_nothing(short: Path) -> None:
+    rig = Rig(short, "l4", a_policy(timeslice={"interval": "short"}))
+    rig.nvml.cue("fail", "time_slice", code=Code.UNKNOWN)
+
+    assert not any(t.key == "time-slice" for taints in a_surveyor(rig).look(rig.inventory).values() for t in taints)
+
+
+def _with_a_p4(folder: Path) -> str:
+    p4 = {"name": "Tesla P4", "architecture": "Pascal", "compute_capability": "6.1", "memory_mib": 7680}
+    body = p4 | {"reserved_mib": 0, "pci_device_id": "0x1BB310DE", "resetless": False, "profiles": []}
+    path = folder / "node.json"
+    path.write_text(json.dumps({"gpus": [{"product": "p4"}, {"product": "l4"}], "products": {"p4": body}}))
+    return str(path)
 
 
 # ---------------------------------------------------------------- the thread

@@ -7,9 +7,10 @@ given out twice (kubernetes/kubernetes#140802). So whatever cannot be used at th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from gpuslice.core import layout, plan, share
-from gpuslice.core.inventory import Inventory
+from gpuslice.core.inventory import Inventory, Pool
 from gpuslice.core.model import (
     DeviceRef,
     Gpu,
@@ -22,6 +23,7 @@ from gpuslice.core.model import (
     Offer,
     Partition,
     Taint,
+    TimeSlicing,
 )
 from gpuslice.core.record import Record
 
@@ -34,11 +36,12 @@ def taints(
     unwell: Mapping[GpuUuid, Taint],
     records: Iterable[Record],
     daemons: Mapping[str, Taint],
+    unable: Mapping[GpuUuid, tuple[Taint, ...]] | None = None,
 ) -> Taints:
     """Taints of every device that has any.
 
     `unwell` names GPUs that cannot be looked at (lost, hung), with their taint; `daemons` MPS daemons that are, by key,
-    or all of them by "" (the supervisor is away).
+    or all of them by "" (the supervisor is away). `unable` says what a card refuses for good (see `needs`).
     """
     known = tuple(records)
     found: dict[DeviceRef, tuple[Taint, ...]] = {}
@@ -52,9 +55,42 @@ def taints(
                 here += _mode(device.offer, gpu, now)
                 here += _foreign(device.offer, gpu, foreign)
             here += _daemon(device.offer, daemons)
+            here += [taint for taint in (unable or {}).get(gpu.uuid, ()) if _is_needed(device.offer, taint)]
             if here:
                 found[device.ref] = tuple(sorted(set(here)))
     return found
+
+
+_REFUSED = {
+    "minor": Taint("device-node", "none"),
+    "time_slice": Taint("time-slice", "unsupported"),
+    "compute_mode": Taint("compute-mode", "unsupported"),
+}
+
+
+def needs(pool: Pool, live: LiveGpu) -> Iterator[str]:
+    """The verbs of NVML that the card must know for what it offers, as far as they can be asked now."""
+    yield "minor"
+    offers = [device.offer for device in pool.devices]
+    for verb in ("time_slice", "compute_mode"):
+        if not live.mig and any(_is_needed(offer, _REFUSED[verb]) for offer in offers):
+            yield verb
+
+
+def refused(verb: str, reason: str) -> Taint:
+    """The taint of a card that refuses this verb for good."""
+    return replace(_REFUSED[verb], reason=reason)
+
+
+def _is_needed(offer: Offer, taint: Taint) -> bool:
+    """Whether a claim of this device cannot be served with what the card refuses."""
+    match offer.sharing:
+        case TimeSlicing(interval=interval) if taint.key == "time-slice":
+            return offer.slot is None and interval != "default"
+        case Mps(enforced=enforced) if taint.key == "compute-mode":
+            return offer.slot is None and enforced
+        case sharing:
+            return taint.key == "device-node" and not isinstance(sharing, Monitor)
 
 
 def _is_hit(offer: Offer, unwell: Taint) -> bool:

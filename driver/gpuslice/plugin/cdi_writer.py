@@ -93,12 +93,16 @@ class CdiWriter:
         return replace(client, nodes=nodes, env={**client.env, **env})
 
     def _nodes(self, grant: Grant, partition: Partition | None) -> tuple[cdi.DeviceNode, ...]:
-        """Of the card or the partition; none of a lost card that is only watched, because it has none now."""
+        """Of the card or the partition; none of a card that is only watched and has none: it is lost, or never had one."""
         try:
             # The minor is asked for now: a switch of MIG mode may have changed it.
             minor = self._nvml.minor(grant.gpu)
         except DeviceError as e:
-            if isinstance(grant.sharing, Monitor) and partition is None and e.code == Code.GPU_IS_LOST:
+            if (
+                isinstance(grant.sharing, Monitor)
+                and partition is None
+                and e.code in (Code.GPU_IS_LOST, Code.NOT_SUPPORTED)
+            ):
                 return ()
             raise
         return self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)

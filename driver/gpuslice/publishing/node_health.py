@@ -6,35 +6,39 @@ import concurrent.futures
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core import health
 from gpuslice.core.health import Taints
-from gpuslice.core.inventory import Inventory
+from gpuslice.core.inventory import Inventory, Pool
 from gpuslice.core.model import GpuUuid, LiveGpu, Mps, Taint
 from gpuslice.errors import DeviceError, HungError
 from gpuslice.mps.api import MpsDaemons
-from gpuslice.nvml.api import Nvml
+from gpuslice.nvml.api import Code, Nvml
 
 log = logging.getLogger(__name__)
 
 
 # As for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
 _LIMIT_S = 15.0
+_FOR_GOOD = (Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND)
 
-PendingLook = concurrent.futures.Future[LiveGpu]
+Answer = TypeVar("Answer")
+Pending = concurrent.futures.Future[Any]
 
 
 class HangGuard:
-    """Looks at GPUs in a thread that is left behind where a look hangs, so that one dead card hides no other."""
+    """Asks GPUs in a thread that is left behind where a call hangs, so that one dead card hides no other."""
 
-    def __init__(self, nvml: Nvml, limit_s: float = _LIMIT_S) -> None:
-        self._nvml, self._limit_s = nvml, limit_s
-        self._questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]] | None = None
-        self._stuck: dict[GpuUuid, PendingLook] = {}
+    def __init__(self, limit_s: float = _LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._questions: queue.SimpleQueue[tuple[Callable[[], Any], Pending]] | None = None
+        self._stuck: dict[GpuUuid, Pending] = {}
 
-    def look(self, gpu: GpuUuid) -> LiveGpu:
+    def ask(self, verb: Callable[[GpuUuid], Answer], gpu: GpuUuid) -> Answer:
         """DeviceError from NVML; HungError where no answer came in time, and from then on until one comes."""
         stuck = self._stuck.get(gpu)
         if stuck is not None and not stuck.done():
@@ -43,21 +47,21 @@ class HangGuard:
         if self._questions is None:
             self._questions = queue.SimpleQueue()
             threading.Thread(target=self._answer, args=(self._questions,), name="look at the node", daemon=True).start()
-        look = PendingLook()
-        self._questions.put((gpu, look))
+        answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()
+        self._questions.put((partial(verb, gpu), answer))
         try:
-            return look.result(self._limit_s)
+            return answer.result(self._limit_s)
         except TimeoutError:
-            self._questions, self._stuck[gpu] = None, look
+            self._questions, self._stuck[gpu] = None, answer
             raise self._hung(gpu) from None
 
-    def _answer(self, questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]]) -> None:
+    def _answer(self, questions: queue.SimpleQueue[tuple[Callable[[], Any], Pending]]) -> None:
         while questions is self._questions or not questions.empty():
-            gpu, look = questions.get()
+            question, answer = questions.get()
             try:
-                look.set_result(self._nvml.look(gpu))
+                answer.set_result(question())
             except BaseException as e:  # noqa: BLE001 - handed to the caller
-                look.set_exception(e)
+                answer.set_exception(e)
 
     def _hung(self, gpu: GpuUuid) -> HungError:
         return HungError.overdue(f"a look at GPU {gpu}", [gpu], self._limit_s)
@@ -73,7 +77,14 @@ class NodeHealth:
         hung: Callable[[], Mapping[GpuUuid, str]],
         limit_s: float = _LIMIT_S,
     ) -> None:
-        self._guard = HangGuard(nvml, limit_s)
+        self._nvml = nvml
+        self._guard = HangGuard(limit_s)
+        self._verbs: dict[str, Callable[[GpuUuid], object]] = {
+            "minor": nvml.minor,
+            "time_slice": nvml.time_slice,
+            "compute_mode": nvml.compute_mode,
+        }
+        self._answered: dict[tuple[GpuUuid, str], Taint | None] = {}  # for good: a card does not learn a verb
         self._mps = mps
         self._checkpoint = checkpoint
         self._hung = hung
@@ -91,15 +102,39 @@ class NodeHealth:
             if uuid in unwell:
                 continue
             try:
-                live[uuid] = self._guard.look(uuid)
+                live[uuid] = self._guard.ask(self._nvml.look, uuid)
+                self._learn(pool, live[uuid])
             except HungError as e:
                 unwell[uuid] = Taint("gpu", "hung", reason=str(e))
             except DeviceError as e:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
         records |= self._checkpoint.records()
-        taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
+        taints = health.taints(
+            inventory, live, unwell, records.values(), self._daemons(inventory), self._unable(inventory)
+        )
         self._log_changes(taints)
         return taints
+
+    def _learn(self, pool: Pool, live: LiveGpu) -> None:
+        """Ask once for each verb that claims of this card will need; what is no refusal for good is asked again."""
+        uuid = pool.gpu.uuid
+        for verb in health.needs(pool, live):
+            if (uuid, verb) in self._answered:
+                continue
+            try:
+                self._guard.ask(self._verbs[verb], uuid)
+                self._answered[uuid, verb] = None
+            except HungError:
+                raise
+            except DeviceError as e:
+                if e.code in _FOR_GOOD:
+                    self._answered[uuid, verb] = health.refused(verb, str(e))
+
+    def _unable(self, inventory: Inventory) -> dict[GpuUuid, tuple[Taint, ...]]:
+        def of(gpu: GpuUuid) -> Iterator[Taint]:
+            return (taint for (uuid, _), taint in self._answered.items() if uuid == gpu and taint is not None)
+
+        return {pool.gpu.uuid: tuple(of(pool.gpu.uuid)) for pool in inventory.pools}
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
         """MPS daemons that are not well; asked only where a card offers MPS."""

@@ -28,6 +28,18 @@ TAINTS = {
         "gpu, mps and timeslice of the card, and partitions that overlap",
         "a partition that the driver did not make is on the card. The value names its profile id and its first memory slice",
     ),
+    ("device-node", "none"): (
+        "every device of the card but monitor",
+        "NVML names no device minor of the card, so a container cannot be given its device node",
+    ),
+    ("time-slice", "unsupported"): (
+        "timeslice of the card",
+        "the policy sets an interval, and the card has none to set (Pascal and older)",
+    ),
+    ("compute-mode", "unsupported"): (
+        "mps of the card",
+        "the card has no compute mode, so nothing would keep other programs out of an MPS share",
+    ),
     ("mps", "fault"): ("devices of this MPS daemon", "the MPS daemon has a problem"),
     ("mps", "supervisor-away"): ("every device of type mps", "no MPS supervisor answers on the node"),
     (shape.TAINT, "pending"): (
