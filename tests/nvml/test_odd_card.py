@@ -37,7 +37,7 @@ FUNCTIONS = {
     "nvmlDeviceGetMPSComputeRunningProcesses_v3": "processes(uuid)",
 }
 NODE_FUNCTIONS = ("nvmlSystemGetDriverVersion", "nvmlSystemGetCudaDriverVersion_v2", "nvmlDeviceGetCount_v2")
-HANG, FILL, EMPTY = -1, -2, -3
+HANG, FILL, EMPTY, TWIN = -1, -2, -3, -4
 IDENTITY = ("nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetPciInfo_v3")
 
 _PRELUDE = """
@@ -133,6 +133,28 @@ for effect in (3, 13, 999, {FILL}, {EMPTY}):
     )
     counted = ["3", "13", "999", "2 True", "0 False"]
     assert told(driver_root, text) == (counted if "Count" in function else ["2 True"] * 5)
+
+
+def test_of_two_cards_with_one_uuid_none_is_worked_on(driver_root: Path) -> None:
+    text = (
+        _PRELUDE
+        + f"""
+odd(b"nvmlDeviceGetUUID", {TWIN})
+print(len(well.gpus()), *well.lost())
+for verb in (well.minor, well.look, well.memory, lambda gpu: well.create_gpu_instance(gpu, 9, Placement(4, 4))):
+    try:
+        print(verb(UUID))
+    except DeviceError as e:
+        print("several cards" in str(e))
+odd(b"nothing", 0)
+print(len(well.gpus()), well.minor(UUID))
+"""
+    )
+
+    named, *refused, again = told(driver_root, text)
+
+    assert named.startswith("0 GPU GPU-00000000-1111-2222-3333-444444444444: several cards of this node have this UUID")
+    assert (refused, again) == (["True"] * 4, "2 3")
 
 
 def test_a_card_without_a_uuid_has_no_identity_and_says_so(driver_root: Path) -> None:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pynvml
 
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
+from gpuslice.errors import DeviceError
 from gpuslice.nvml import card, mig
 from gpuslice.nvml.api import TIME_SLICES, XID_OFF_THE_BUS, Code, ComputeMode, GpuProcess, Memory, XidEvent
 from gpuslice.nvml.card import CardFacts
@@ -40,11 +43,12 @@ class RealNvml:
         start(driver_root)
         self._smi = Smi(driver_root, find(driver_root) if driver_root else None)
         self._versions, self._unknown = card.versions()
-        self._listing: Listing[CardFacts] = Listing(hang_limit_s)
+        self._listing: Listing[tuple[CardFacts, Handle]] = Listing(hang_limit_s)
         self._handles: dict[GpuUuid, Handle] = {}
         self._labels: dict[GpuUuid, str] = {}
         self._slices: dict[GpuUuid, dict[int, int]] = {}  # compute slices by profile id
         self._lost: tuple[str, ...] = ()
+        self._doubled: frozenset[GpuUuid] = frozenset()
         self._notes: tuple[str, ...] = ()
         self._events: Handle | None = None
         self._waiting = threading.Lock()
@@ -58,9 +62,14 @@ class RealNvml:
         notes = list(self._unknown)
         if count > _MOST_CARDS:
             notes.append(f"NVML counts {count} GPUs on this node; only the first {_MOST_CARDS} are asked")
-        read, self._lost = self._listing.read(range(min(count, _MOST_CARDS)), self._gpu)
-        self._notes = (*notes, *(note for found in read for note in found.notes))
-        return tuple(found.gpu for found in read)
+        read, lost = self._listing.read(range(min(count, _MOST_CARDS)), partial(card.read, of=self._versions))
+        times = Counter(found.gpu.uuid for found, _ in read)
+        self._doubled = frozenset(uuid for uuid, number in times.items() if number > 1)
+        for found, device in read:
+            self._keep(found, device)
+        self._lost = (*lost, *map(_doubled, sorted(self._doubled)))
+        self._notes = (*notes, *(note for found, _ in read for note in found.notes))
+        return tuple(found.gpu for found, _ in read if found.gpu.uuid not in self._doubled)
 
     def lost(self) -> tuple[str, ...]:
         return self._lost
@@ -68,13 +77,11 @@ class RealNvml:
     def notes(self) -> tuple[str, ...]:
         return self._notes
 
-    def _gpu(self, index: int) -> CardFacts:
-        found, device = card.read(index, self._versions)
+    def _keep(self, found: CardFacts, device: Handle) -> None:
         uuid = found.gpu.uuid
         self._handles[uuid], self._labels[uuid] = device, found.label
         if found.gpu.profiles:
             self._slices[uuid] = {profile.id: profile.compute_slices for profile in found.gpu.profiles}
-        return found
 
     # ------------------------------------------------------------ one card now
 
@@ -214,6 +221,8 @@ class RealNvml:
 
     def _device(self, gpu: GpuUuid) -> tuple[Handle, str]:
         """The handle of a card and what to call it."""
+        if gpu in self._doubled:  # a handle, and so a device minor, could be the other card's
+            raise DeviceError(_doubled(gpu), Code.INVALID_ARGUMENT)
         if gpu not in self._handles:
             with asking(gpu, "find it"):
                 self._handles[gpu] = pynvml.nvmlDeviceGetHandleByUUID(gpu)
@@ -223,6 +232,10 @@ class RealNvml:
         if gpu not in self._slices:
             self._slices[gpu] = {profile.id: profile.compute_slices for profile in mig.profiles(device)[0]}
         return self._slices[gpu]
+
+
+def _doubled(gpu: GpuUuid) -> str:
+    return f"GPU {gpu}: several cards of this node have this UUID; update the NVIDIA driver or take one of them out"
 
 
 def _subscribe() -> Handle | None:
