@@ -16,13 +16,13 @@ from gpuslice.system.host import SimHost
 
 class Machine:
     def __init__(self, folder: Path) -> None:
-        self.nvml = SimNvml(folder / "node", "h100x2+l4", latency="zero", hang_limit_s=0.2)
+        self.nvml = SimNvml(folder / "node", "h100x2+l4", latency="zero", hang_limit_s=1.0)
         self.host = SimHost(folder / "node")
         self.plugin = files.ensure_folder(folder / "plugin")
         self.odd, *self.good = self.nvml.cards
 
     def start(self) -> node.Cards:
-        return node.Cards(self.nvml, self.host, self.plugin, limit_s=0.5)
+        return node.Cards(self.nvml, self.host, self.plugin, limit_s=2.0)
 
     def has_run(self) -> None:
         """As a driver of this boot leaves the node."""

@@ -66,7 +66,7 @@ for function, verb in {functions}.items():
     for effect in effects:
         tried += 1
         odd(function.encode(), effect)
-        node = RealNvml(root, hang_limit_s=0.1)
+        node = RealNvml(root, hang_limit_s=0.5 if effect == {hang} else 15.0)
         found = node.gpus()
         if found[:1] != (good,) or (node.look(good.uuid), node.minor(good.uuid)) != now:
             print("harmed", function, effect, found)
