@@ -16,7 +16,7 @@ from functools import partial
 from gpuslice import hardware, node
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config
-from gpuslice.core import cdi
+from gpuslice.core import cards, cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
 from gpuslice.errors import ConfigError, HungError, LastingApiError
@@ -94,11 +94,12 @@ class App:
         self._telemetry = Telemetry()
         self._releases = Releases()
         self._nvml, host = hardware.open_session(config)
-        gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
-        for sentence in (*policy.unused(gpus), *host.advice()):
-            log.warning("%s", sentence)
+        self._cards = node.Cards(self._nvml, host, folder)
+        self._gpus = gpus = self._cards.remember()
         static = Inventory.of(gpus, policy, config.node_name, static=True)
         dynamic = Inventory.of(gpus, policy, config.node_name)
+        for sentence in dict.fromkeys((*policy.unused(gpus), *dynamic.notes, *static.notes, *host.advice())):
+            log.warning("%s", sentence)
         inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         self._checkpoint.records()  # what cannot be read is named in the log
@@ -138,7 +139,7 @@ class App:
                 service.recover(),
                 _retry_lost(service, changed),
                 self._await_cards(service, anew),
-                self._collect(service),
+                self._collect(service, anew),
                 MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run(),
             )
             jobs = [loop.create_task(_guarded(job, stop)) for job in work]
@@ -263,7 +264,8 @@ class App:
         return http.close
 
     def _unready(self, health: NodeHealth, controller: SliceController, server: PluginServer) -> str | None:
-        return self._nvml.problem or health.unreadable or controller.problem() or server.status.refusal
+        problem = self._nvml.problem or health.unreadable or controller.problem() or server.status.refusal
+        return problem or next(cards.none_of(self._gpus), None)
 
     def _start_anew(self, stop: Stop, reason: str) -> None:
         self.again = self.again or not stop.done()
@@ -292,12 +294,15 @@ class App:
         else:
             anew("the cards can be listed now; the process starts anew to offer them")
 
-    async def _collect(self, service: ClaimService) -> str:
-        """Once a minute, unprepare claims that were deleted, and undo what was left on lost cards. Mend CDI files at once."""
+    async def _collect(self, service: ClaimService, anew: Callable[[str], None]) -> None:
+        """Mend CDI files at once and each minute. Once a minute, unprepare claims that were deleted, undo what was left on
+        lost cards, and start anew if there is a new card."""
         while True:
             await service.mend()
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
+            if news := await asyncio.to_thread(self._cards.news, self._gpus):
+                anew(news)
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:

@@ -173,6 +173,8 @@ def _devices(parsed: argparse.Namespace) -> int:
 
     with node.snapshot(config.read(parsed)) as seen:
         print(report.node(seen.inventory, seen.live, seen.records.values(), seen.taints))
+        for note in seen.notes:
+            print(f"gpuslice: {note}", file=sys.stderr)
     return 0
 
 

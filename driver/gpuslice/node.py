@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ import yaml
 from gpuslice import hardware
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config
-from gpuslice.core import gpucodec, health
+from gpuslice.core import cards, gpucodec, health
 from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu
+from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu, Taint
 from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Record
 from gpuslice.core.typed import Fields
-from gpuslice.errors import ConfigError, DeviceError, StateError
+from gpuslice.errors import ConfigError, StateError
 from gpuslice.nvml.api import Nvml
+from gpuslice.nvml.listing import LIMIT_S, Listing
 from gpuslice.system import files
 from gpuslice.system.host import Host
 
@@ -44,21 +45,41 @@ def read_policy(path: Path | None) -> Policy:
         raise ConfigError(f"policy file {path}: {e}") from e
 
 
-def known_gpus(nvml: Nvml, host: Host, path: Path) -> tuple[Gpu, ...]:
-    """The cards in bus order. A card that cannot be read now has its values of the last start, and keeps its pool."""
-    seen = tuple(host.locate(gpu) for gpu in nvml.gpus())
-    lost = nvml.lost()
-    for sentence in (*lost, *nvml.notes()):
-        log.warning("%s", sentence)
-    before = {gpu.bus_id: gpu for gpu in _last_seen(path)}
-    here = {gpu.bus_id: gpu for gpu in seen}
-    # Drivers of about 535 list no profiles while MIG mode is off (NVML field 199): then the list of last time counts.
-    for bus_id, gpu in here.items():
-        if not gpu.profiles and bus_id in before and before[bus_id].uuid == gpu.uuid:
-            here[bus_id] = replace(gpu, profiles=before[bus_id].profiles)
-    gpus = tuple(gpu for _, gpu in sorted({**(before if lost else {}), **here}.items()))
-    files.write_atomic(path, json.dumps(gpucodec.encode(gpus)))
-    return gpus
+class Cards:
+    """The cards of the node. One that cannot be read now is as it was when last seen, so that its pool stays."""
+
+    def __init__(self, nvml: Nvml, host: Host, folder: Path, limit_s: float = 2 * LIMIT_S) -> None:
+        """`folder` is the plugin's. `limit_s` is for listing all cards, of which each has a limit of its own."""
+        self._nvml, self._host = nvml, host
+        self._path, self._claims = folder / "gpus.json", folder / "claims"
+        self._listing: Listing[tuple[Gpu, ...]] = Listing(limit_s, name=lambda _: "the list of this node's GPUs")
+
+    def known(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+        """In bus order, with one sentence for each thing that is not as it should be. Nothing is written."""
+        listed, hung = self._listed()
+        lost = hung or self._nvml.lost()
+        # A folder of this boot says that a driver of ours ran in it, so a card that is missing was lost while it ran.
+        same_boot = (self._claims / self._host.boot_id()).is_dir()
+        gpus, sentences = cards.known(listed, _last_seen(self._path), keep_missing=same_boot or bool(lost))
+        return gpus, (*lost, *sentences, *cards.none_of(gpus))
+
+    def remember(self) -> tuple[Gpu, ...]:
+        """Those that are known, which are written down for the next start; what is wrong is logged."""
+        gpus, sentences = self.known()
+        for sentence in (*sentences, *self._nvml.notes()):
+            log.warning("%s", sentence)
+        files.write_atomic(self._path, json.dumps(gpucodec.encode(gpus)))
+        return gpus
+
+    def news(self, served: Iterable[Gpu]) -> str:
+        """Why a process that serves these cards should start anew: cards that it does not know. "" if there are none."""
+        listed, _ = self._listed()
+        names = ", ".join(f"{gpu.uuid} ({gpu.product}, {gpu.bus_id})" for gpu in cards.new(listed, served))
+        return f"{names}: new on this node; the process starts anew to offer the new cards" if names else ""
+
+    def _listed(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+        found, hung = self._listing.read((0,), lambda _: self._nvml.gpus())
+        return tuple(self._host.locate(gpu) for gpus in found for gpu in gpus), hung
 
 
 def _last_seen(path: Path) -> tuple[Gpu, ...]:
@@ -81,6 +102,7 @@ class Node:
     live: Mapping[GpuUuid, LiveGpu]
     records: Mapping[ClaimUid, Record]
     taints: Taints
+    notes: tuple[str, ...]  # what is wrong with cards, one sentence each
 
 
 @contextlib.contextmanager
@@ -89,17 +111,25 @@ def snapshot(config: Config) -> Iterator[Node]:
     config = _as_running(config)
     nvml, host = hardware.open_node(config)
     try:
-        inventory = Inventory.of(nvml.gpus(), read_policy(config.policy), config.node_name)
+        gpus, sentences = Cards(nvml, host, config.plugin_folder).known()
+        inventory = Inventory.of(gpus, read_policy(config.policy), config.node_name)
         folder = config.plugin_folder / "claims" / host.boot_id()
         checkpoint = Checkpoint(folder.parent, folder.name) if folder.is_dir() else None
-        live: dict[GpuUuid, LiveGpu] = {}
-        for pool in inventory.pools:
-            with contextlib.suppress(DeviceError):
-                live[pool.gpu.uuid] = nvml.look(pool.gpu.uuid)
+        live, unwell = _looks(nvml, [pool.gpu.uuid for pool in inventory.pools])
         records = checkpoint.records() if checkpoint is not None else {}
-        yield Node(inventory, live, records, health.taints(inventory, live, {}, records.values(), {}))
+        found = health.taints(inventory, live, unwell, records.values(), {})
+        yield Node(inventory, live, records, found, (*sentences, *inventory.notes))
     finally:
         nvml.close()
+
+
+def _looks(nvml: Nvml, gpus: Sequence[GpuUuid]) -> tuple[Mapping[GpuUuid, LiveGpu], Mapping[GpuUuid, Taint]]:
+    """What each card shows, and why one shows nothing."""
+    looks: Listing[tuple[GpuUuid, LiveGpu]] = Listing(name=lambda index: f"GPU {gpus[index]}")
+    found, lost = looks.read(range(len(gpus)), lambda index: (gpus[index], nvml.look(gpus[index])))
+    live = dict(found)
+    silent = [uuid for uuid in gpus if uuid not in live]
+    return live, {uuid: Taint("gpu", "lost", reason=why) for uuid, why in zip(silent, lost, strict=True)}
 
 
 def save_settings(config: Config) -> None:

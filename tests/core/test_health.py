@@ -56,11 +56,13 @@ def test_a_pending_change_of_mig_mode_closes_all_but_the_watcher() -> None:
     assert "monitor" not in found
 
 
-def test_a_lost_card_is_tainted_as_a_whole() -> None:
-    found = tainted(a_gpu("h100", 0), None, Taint("gpu", "lost", reason="fell off the bus"))
+@pytest.mark.parametrize(("value", "watched"), [("lost", False), ("hung", True)])
+def test_a_lost_card_is_tainted_but_for_its_monitor_and_a_hung_one_as_a_whole(value: str, watched: bool) -> None:
+    found = tainted(a_gpu("h100", 0), None, Taint("gpu", value, reason="does not answer"))
 
-    assert set(map(frozenset, found.values())) == {frozenset({"gpu=lost"})}
-    assert "monitor" in found
+    assert set(map(frozenset, found.values())) == {frozenset({f"gpu={value}"})}
+    assert {"gpu", "mps", "timeslice", "mig-1g-19-0"} < set(found)
+    assert ("monitor" in found) == watched
 
 
 def test_a_foreign_partition_taints_what_overlaps_it_and_the_whole_card() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from gpuslice.core.model import Placement
@@ -374,6 +374,20 @@ def test_a_lost_card_does_not_touch_the_other(node: Rig) -> None:
         node.prepare(a_claim("one", node.device("gpu", 0)))
     assert refusal.value.code == Code.GPU_IS_LOST
     node.prepare(a_claim("two", node.device("mig-1g-19-0", 1)))
+
+
+def test_a_pod_that_watches_all_cards_gets_those_that_are_there_and_none_of_a_lost_one(node: Rig) -> None:
+    node.nvml.lose(node.gpus[0].uuid)
+    claim = a_claim("one", node.device("monitor", 0), node.device("monitor", 1), admin=True)
+
+    node.prepare(claim)
+
+    devices = cast("list[dict[str, Any]]", node.cdi(claim)["devices"])
+    nodes = [device["containerEdits"].get("deviceNodes", []) for device in devices]
+    assert [len(found) for found in nodes] == [0, 1]
+    assert node.prepare(claim) == node.prepare(claim)
+    node.unprepare(claim)
+    assert node.records() == set()
 
 
 def test_a_claim_that_left_a_lost_card_is_served_on_another(node: Rig) -> None:

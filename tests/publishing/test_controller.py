@@ -22,6 +22,7 @@ from gpuslice.core.pools import pool
 from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
+from gpuslice.nvml.api import Code
 from gpuslice.nvml.session import Session
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.publishing.controller import SliceController
@@ -30,7 +31,7 @@ from gpuslice.publishing.shapes import Shapes
 from gpuslice.standin.apiserver import StandInApiServer
 from gpuslice.system.threads import ThreadWatch
 
-from tests.kit.builders import a_gpu
+from tests.kit.builders import a_gpu, a_policy
 from tests.kit.publishing import DRIVER, NODE, a_publisher, an_api_server
 from tests.kit.rig import Rig, a_claim
 
@@ -155,7 +156,7 @@ def test_a_card_that_answers_again_is_well_again(short: Path) -> None:
 
 
 def test_a_card_with_a_call_that_hangs_is_tainted_and_not_asked(short: Path) -> None:
-    rig = Rig(short, "l4x2", a_policy("gpu"))
+    rig = Rig(short, "l4x2", a_policy(modes=["gpu"]))
     rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
     hung = {rig.gpus[0].uuid: "prepare of claim one hangs"}
     health = NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=lambda: hung)
@@ -249,6 +250,48 @@ def test_a_session_in_which_a_call_hangs_is_not_pulled_away(short: Path) -> None
     session.close()
 
 
+@pytest.mark.parametrize(
+    ("product", "verb", "hit", "taint"),
+    [
+        ("l4", "minor", {"mps", "timeslice", "gpu"}, "device-node=none"),
+        ("l4", "time_slice", {"timeslice"}, "time-slice=unsupported"),
+        ("p4", "", {"timeslice"}, "time-slice=unsupported"),
+        ("l4", "compute_mode", {"mps"}, "compute-mode=unsupported"),
+    ],
+)
+def test_what_a_card_refuses_for_good_is_tainted_from_the_start_and_asked_once(
+    short: Path, product: str, verb: str, hit: set[str], taint: str
+) -> None:
+    rig = Rig(
+        short, f"{product}+l4" if product != "p4" else _with_a_p4(short), a_policy(timeslice={"interval": "short"})
+    )
+    if verb:
+        rig.nvml.cue("fail", verb, rig.gpus[0].uuid, code=Code.NOT_SUPPORTED)
+    health = a_surveyor(rig)
+
+    for _ in range(2):  # the second time nothing fails any more, and it is not asked
+        found = health.look(rig.inventory)
+        told = {
+            (ref.pool, ref.device) for ref, taints in found.items() for t in taints if f"{t.key}={t.value}" == taint
+        }
+        assert told == {(rig.inventory.pools[0].name, device) for device in hit}
+
+
+def test_a_refusal_that_passes_taints_nothing(short: Path) -> None:
+    rig = Rig(short, "l4", a_policy(timeslice={"interval": "short"}))
+    rig.nvml.cue("fail", "time_slice", code=Code.UNKNOWN)
+
+    assert not any(t.key == "time-slice" for taints in a_surveyor(rig).look(rig.inventory).values() for t in taints)
+
+
+def _with_a_p4(folder: Path) -> str:
+    p4 = {"name": "Tesla P4", "architecture": "Pascal", "compute_capability": "6.1", "memory_mib": 7680}
+    body = p4 | {"reserved_mib": 0, "pci_device_id": "0x1BB310DE", "resetless": False, "profiles": []}
+    path = folder / "node.json"
+    path.write_text(json.dumps({"gpus": [{"product": "p4"}, {"product": "l4"}], "products": {"p4": body}}))
+    return str(path)
+
+
 # ---------------------------------------------------------------- the thread
 
 
@@ -321,10 +364,6 @@ def a_controller(
     finally:
         controller.stop()
         kube.close()
-
-
-def a_policy(*modes: str) -> Policy:
-    return Policy.parse({"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"modes": list(modes)}})
 
 
 def devices(server: StandInApiServer, tainted: bool = False) -> set[str]:
@@ -451,11 +490,11 @@ def test_a_card_that_is_lost_and_comes_back_is_tainted_and_told_each_time(
 def test_a_new_policy_is_in_force_once_the_old_devices_were_tainted_even_where_a_write_fails(
     server: StandInApiServer, short: Path
 ) -> None:
-    old = Rig(short / "rig", "l4", a_policy("gpu", "mps"))
+    old = Rig(short / "rig", "l4", a_policy(modes=["gpu", "mps"]))
     with a_line(PUBLISHED) as published, a_controller(server, old, short):
         assert published.wait(10)
         assert "mps" in devices(server)
-    new = Rig(short / "rig", "l4", a_policy("gpu"))
+    new = Rig(short / "rig", "l4", a_policy(modes=["gpu"]))
     server.fail(500, times=2, method="PUT", path="/resourceslices")
 
     with a_controller(server, new, short):

@@ -38,6 +38,10 @@ _REMEDIES = {
 }
 
 
+# What Python makes of a text in another encoding, an absurd number, or a value that no enumeration has.
+_UNREADABLE = (ValueError, OverflowError, LookupError, MemoryError, ctypes.ArgumentError)
+
+
 @contextmanager
 def asking(where: str, what: str) -> Iterator[None]:
     """Translate NVML's errors below: `where` names the GPU, `what` completes "cannot …"."""
@@ -45,6 +49,9 @@ def asking(where: str, what: str) -> Iterator[None]:
         yield
     except pynvml.NVMLError as e:
         raise refusal(where, what, e.value) from e
+    except _UNREADABLE as e:
+        text = f"{where}: cannot {what}: what NVML answers cannot be read ({e!r}); update the NVIDIA driver"
+        raise DeviceError(text, Code.UNKNOWN) from e
 
 
 def refusal(where: str, what: str, code: int) -> DeviceError:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from gpuslice.core import cdi, plan, share
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Mps
+from gpuslice.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Monitor, Mps, Partition
 from gpuslice.core.record import Grant, PreparedClaim, PreparedDevice, Record
 from gpuslice.core.share import Share
-from gpuslice.errors import StateError
+from gpuslice.errors import DeviceError, StateError
 from gpuslice.mps.api import MpsDaemons
-from gpuslice.nvml.api import Nvml
+from gpuslice.nvml.api import Code, Nvml
 from gpuslice.system import files
 from gpuslice.system.files import Identity
 from gpuslice.system.host import Host
@@ -108,9 +108,7 @@ class CdiWriter:
         self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
     ) -> cdi.ContainerEdits:
         partition = live[grant.gpu].at(grant.slot) if grant.slot is not None else None
-        # The minor is asked for now: a switch of MIG mode may have changed it.
-        minor = self._nvml.minor(grant.gpu)
-        nodes = self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
+        nodes = self._nodes(grant, partition)
         part = share.of(grant)
         client = self._client(grant, part)
         env = cdi.limit_env(
@@ -123,6 +121,21 @@ class CdiWriter:
             profile=self._profile_name(grant),
         )
         return replace(client, nodes=nodes, env={**client.env, **env})
+
+    def _nodes(self, grant: Grant, partition: Partition | None) -> tuple[cdi.DeviceNode, ...]:
+        """Of the card or the partition; none of a card that is only watched and has none: it is lost, or never had one."""
+        try:
+            # The minor is asked for now: a switch of MIG mode may have changed it.
+            minor = self._nvml.minor(grant.gpu)
+        except DeviceError as e:
+            if (
+                isinstance(grant.sharing, Monitor)
+                and partition is None
+                and e.code in (Code.GPU_IS_LOST, Code.NOT_SUPPORTED)
+            ):
+                return ()
+            raise
+        return self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
 
     def _client(self, grant: Grant, part: Share | None) -> cdi.ContainerEdits:
         if not isinstance(grant.sharing, Mps) or part is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core import plan, share, shared
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu
+from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu, Monitor
 from gpuslice.core.plan import Live
 from gpuslice.core.record import Busy, Grant, Plan, PreparedClaim, Record
 from gpuslice.errors import DeviceError, DriverError
@@ -126,7 +126,7 @@ class Preparer:
                 log.warning("removing a CDI file without a record claim=%s", uid)
                 self._cdi_writer.remove(uid)
             elif record.prepared is not None:
-                live = self._look(record.plan.named)
+                live = self._look_for(record.plan)
                 if plan.stands(record, live):  # else the next prepare makes it anew
                     self._cdi_writer.ensure(record, live)
             return None
@@ -193,7 +193,7 @@ class Preparer:
 
     def _standing(self, record: Record) -> PreparedClaim | None:
         """What a finished record gives, its daemons and its CDI file made good; None where the hardware has changed."""
-        live = self._look(record.plan.named)
+        live = self._look_for(record.plan)
         if not plan.stands(record, live):
             return None
         if daemons := shared.daemons_of([record]):
@@ -202,7 +202,7 @@ class Preparer:
         return record.prepared
 
     def _make(self, claim: Claim, wanted: tuple[Grant, ...]) -> PreparedClaim | Busy:
-        live = self._look(Plan(claim.ref, wanted, ()).named)
+        live = self._look_for(Plan(claim.ref, wanted, ()))
         others = tuple(self._others(claim.ref.uid).values())
         decision = plan.make(claim.ref, wanted, self._inventory, others, live)
         return decision if isinstance(decision, Busy) else self._carry_out(decision, others, live)
@@ -217,7 +217,7 @@ class Preparer:
                     self._checkpoint.put(other)
                     # Its file names what vanished; the claim's next prepare writes it again.
                     self._cdi_writer.remove(other.plan.ref.uid)
-            finished = self._cdi_writer.inject(record, self._look(decided.named))
+            finished = self._cdi_writer.inject(record, self._look_for(decided))
             self._checkpoint.put(finished)
         except DriverError:
             self._undo_failed(decided.ref.uid)
@@ -304,6 +304,21 @@ class Preparer:
 
     def _others(self, uid: ClaimUid) -> dict[ClaimUid, Record]:
         return {other: record for other, record in self._checkpoint.records().items() if other != uid}
+
+    def _look_for(self, wanted: Plan) -> dict[GpuUuid, LiveGpu]:
+        """A card that is only watched may be lost, because that is what its watcher is there to see."""
+        used = {
+            grant.gpu for grant in wanted.grants if not isinstance(grant.sharing, Monitor) or grant.slot is not None
+        }
+        live = dict[GpuUuid, LiveGpu]()
+        for gpu in dict.fromkeys(wanted.named):
+            try:
+                live[gpu] = self._nvml.look(gpu)
+            except DeviceError:
+                if gpu in used:
+                    raise
+                live[gpu] = LiveGpu(mig=False, mig_pending=False)
+        return live
 
     def _look(self, gpus: Iterable[GpuUuid]) -> dict[GpuUuid, LiveGpu]:
         return {gpu: self._nvml.look(gpu) for gpu in dict.fromkeys(gpus)}

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 
 from gpuslice.core.model import Gpu, MigProfile, Setting
 from gpuslice.core.policy import reading
-from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, Rule, Section
-from gpuslice.errors import ConfigError
+from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, ProfileRef, Rule, Section
 
 _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
 
@@ -56,11 +55,8 @@ class Policy:
         return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
-        """What this card may offer. ConfigError if the policy asks for what this card certainly cannot do."""
-        rule, section = self._rule(gpu), self._section(gpu)
-        if rule is not None and rule.match.certain():
-            for missing in _missing(rule.section, [gpu]):
-                raise ConfigError(f"policy: {rule.path} {missing}; {_has(gpu)}")
+        """What this card may offer. What the policy asks for and the card cannot do is left out, and `misfits` names it."""
+        section = self._section(gpu)
         modes = frozenset(section.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
         mig = Mode.MIG in modes
         clients = min(section.mps_clients or client_limit(gpu), client_limit(gpu))
@@ -77,6 +73,10 @@ class Policy:
             keep=frozenset(section.keep or ()),
         )
 
+    def misfits(self, gpu: Gpu) -> tuple[str, ...]:
+        """What the policy asks of this card, by name, that the card does not have: one sentence each."""
+        return tuple(self._misfits(gpu))
+
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
         """The settings of this policy without an effect on these cards, one sentence each."""
         return tuple(self._unused(tuple(gpus)))
@@ -87,6 +87,17 @@ class Policy:
     def _section(self, gpu: Gpu) -> Section:
         rule = self._rule(gpu)
         return self.base if rule is None else rule.section.merged_over(self.base)
+
+    def _misfits(self, gpu: Gpu) -> Iterator[str]:
+        rule, section = self._rule(gpu), self._section(gpu)
+        if rule is not None and rule.match.certain():
+            for missing in _missing(rule.section, [gpu]):
+                yield f"policy: {rule.path} {missing}; {_has(gpu)}"
+        for ref in _static_strangers(section, gpu):
+            yield (
+                f"policy: the static layout of GPU {gpu.index} ({gpu.product}) names profile {ref}, which it does not"
+                f" have; {_has(gpu)}, or give this product an entry of its own"
+            )
 
     def _unused(self, gpus: tuple[Gpu, ...]) -> Iterator[str]:
         for rule in self.rules:
@@ -151,21 +162,26 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _static(section: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
-    """What this card is cut into; nothing where it cannot, or may not. ConfigError for an unknown profile."""
+    """What this card is cut into; nothing where it cannot, or may not."""
     if isinstance(section.static, Parts):
         return section.static if section.static.mode in modes else ()
-    if not gpu.profiles or Mode.MIG not in modes:
+    if not gpu.profiles or Mode.MIG not in modes or any(_static_strangers(section, gpu)):
         return ()
-    layout = []
-    for ref, count in section.static or ():
-        profile = next((profile for profile in gpu.profiles if ref in (profile.id, profile.name)), None)
-        if profile is None:
-            raise ConfigError(
-                f"policy: the static layout of GPU {gpu.index} ({gpu.product}) names profile {ref}, which it does not"
-                f" have; {_has(gpu)}, or give this product an entry of its own"
-            )
-        layout.append((profile, count))
-    return tuple(layout)
+    return tuple(
+        (profile, count)
+        for ref, count in section.static or ()
+        for profile in gpu.profiles
+        if ref in (profile.id, profile.name)
+    )
+
+
+def _static_strangers(section: Section, gpu: Gpu) -> Iterator[ProfileRef]:
+    """Profiles of the static layout that this card lacks; none where it cannot be partitioned at all."""
+    if isinstance(section.static, Parts) or not gpu.profiles or Mode.MIG not in (section.modes or ALL_MODES):
+        return
+    for ref, _ in section.static or ():
+        if not any(ref in (profile.id, profile.name) for profile in gpu.profiles):
+            yield ref
 
 
 def _has(gpu: Gpu) -> str:
