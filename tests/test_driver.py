@@ -414,7 +414,7 @@ async def test_devices_and_claims_show_the_node_of_a_running_driver_without_flag
     where = ("--kubelet-plugins-directory-path", str(cluster.plugins))
 
     devices = await asyncio.to_thread(command, "devices", *where)
-    claims = await asyncio.to_thread(command, "claims", *where)
+    claims = await asyncio.to_thread(command, "claims", "-o", "wide", *where)
 
     assert devices.returncode == claims.returncode == 0, devices.stderr + claims.stderr
     assert "[1g.10gb]" in devices.stdout

@@ -62,6 +62,11 @@ def test_the_version_and_the_uid_of_a_node(server: StandInApiServer, kube: Kube)
     assert kube.node_uid("n1") == uid
 
 
+def test_a_node_that_is_not_there_is_named_with_what_to_do(kube: Kube) -> None:
+    with pytest.raises(NotFoundError, match=r"there is no Node 'other' in the cluster of .*kubectl get nodes lists"):
+        kube.node_uid("other")
+
+
 @pytest.mark.contract(66)
 def test_a_server_without_the_v1_group_is_told_with_its_version(tmp_path: Path) -> None:
     with StandInApiServer(tmp_path, "1.33") as server, pytest.raises(ApiError) as refused:

@@ -9,20 +9,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 from gpuslice import hardware, node
 from gpuslice.checkpoint import Checkpoint
-from gpuslice.config import Config
+from gpuslice.config import Config, check_cdi_root
 from gpuslice.core import cards, cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError, HungError, LastingApiError
+from gpuslice.errors import ConfigError, HungError
+from gpuslice.jobs import FAILED, Stop, call_in, end, guarded
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
-from gpuslice.plugin import gauges
+from gpuslice.plugin import gauges, sockets
 from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.claim_queue import Releases
 from gpuslice.plugin.mps_upkeep import MpsUpkeep
@@ -47,9 +48,6 @@ _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace
 _FETCHES_AT_ONCE = 8
 _GLANCE_S = 1.0  # a person waits for a page not as long as `node_health.LIMIT_S`
 _DRIVER_PERIOD_S = 2.0  # from one try to list the cards to the next, only if they could not be listed at the start
-_FAILED, _API_REFUSES = 1, 4  # exit codes, as `gpuslice --help` has them
-
-Stop = asyncio.Future[tuple[int, str]]  # the exit code, and why
 
 
 def run(config: Config) -> int:
@@ -79,28 +77,31 @@ class App:
 
         Without cards that can be listed the driver serves all the same: see `nvml/session.py`.
         """
-        if not config.node_name:
-            raise ConfigError(
-                "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
-            )
+        _check(config)
         self._config = config
         self.hanging, self.again = False, False
         self._endpoint = Endpoint.parse(config.http_endpoint) if config.http_endpoint else None
         kind = cdi.kind_of(config.driver_name)
-        folder = files.ensure_folder(config.plugin_folder)
-        files.ensure_folder(config.kubelet_registrar_directory_path)
+        folder = config.plugin_folder
         policy = node.read_policy(config.policy)
         self._kube = Kube(config.kubeconfig)
+        check_cdi_root(config.cdi_root)
         self._telemetry = Telemetry()
         self._releases = Releases()
         self._nvml, host = hardware.open_session(config)
         self._cards = node.Cards(self._nvml, host, folder)
-        self._gpus = gpus = self._cards.remember()
+        gpus, sentences = self._cards.known()
+        self._gpus = gpus
         static = Inventory.of(gpus, policy, config.node_name, static=True)
         dynamic = Inventory.of(gpus, policy, config.node_name)
-        for sentence in dict.fromkeys((*policy.unused(gpus), *dynamic.notes, *static.notes, *host.advice())):
+        misfits = node.sentences((*dynamic.notes, *static.notes), config.policy)
+        for sentence in (*sentences, *self._nvml.notes(), *policy.unused(gpus), *misfits, *host.advice()):
             log.warning("%s", sentence)
         inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
+        # Folders only now: a start that fails at its settings leaves none.
+        files.ensure_folder(folder)
+        files.ensure_folder(config.kubelet_registrar_directory_path)
+        self._cards.save(gpus)
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         self._checkpoint.records()  # what cannot be read is named in the log
         self._mps = MpsClient(config.mps_root)
@@ -123,16 +124,16 @@ class App:
         loop = asyncio.get_running_loop()
         stop: Stop = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _end, stop, 0, "")
+            loop.add_signal_handler(number, end, stop, 0, "")
         with ThreadPoolExecutor(_FETCHES_AT_ONCE, "claims") as executor, contextlib.ExitStack() as stack:
             service = self._build_service(executor)
             changed = asyncio.Event()
-            threads = ThreadWatch(partial(_call_in, loop, _end, stop, _FAILED))
+            threads = ThreadWatch(partial(call_in, loop, end, stop, FAILED))
             anew = partial(self._start_anew, stop)
             health = self._build_health(
-                service, node_health.LIMIT_S, partial(self._renew, partial(_call_in, loop, anew))
+                service, node_health.LIMIT_S, partial(self._renew, partial(call_in, loop, anew))
             )
-            controller = self._build_controller(health, partial(_call_in, loop, changed.set), threads)
+            controller = self._build_controller(health, partial(call_in, loop, changed.set), threads)
             stack.callback(self._watch_records(loop, controller))
             server = self._build_server(service)
             work = (
@@ -142,7 +143,7 @@ class App:
                 self._collect(service, anew),
                 MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run(),
             )
-            jobs = [loop.create_task(_guarded(job, stop)) for job in work]
+            jobs = [loop.create_task(guarded(job, stop)) for job in work]
             try:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before the server can let anybody in
                 await server.open()
@@ -151,7 +152,7 @@ class App:
                 ready = partial(self._unready, health, controller, server)
                 stack.callback(self._serve_http(controller, service, healthy, ready))
                 last = (_lost(server), _refused(controller))
-                jobs += [loop.create_task(_guarded(job, stop)) for job in last]
+                jobs += [loop.create_task(guarded(job, stop)) for job in last]
                 code, reason = await stop
             finally:
                 await self._close(jobs, server, service, controller)
@@ -269,7 +270,7 @@ class App:
 
     def _start_anew(self, stop: Stop, reason: str) -> None:
         self.again = self.again or not stop.done()
-        _end(stop, _FAILED, reason)
+        end(stop, FAILED, reason)
 
     def _renew(self, anew: Callable[[str], None]) -> bool:
         """Start NVML anew. If that fails, start the whole process anew, because the library may be another one by now."""
@@ -305,10 +306,19 @@ class App:
                 anew(news)
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
-    """Make a call in the loop from another thread, which may run longer than the loop."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call, *arguments)
+def _check(config: Config) -> None:
+    """ConfigError for what is wrong before anything is opened or made."""
+    if not config.node_name:
+        raise ConfigError(
+            "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
+        )
+    sockets.paths(
+        driver=config.driver_name,
+        registry=config.kubelet_registrar_directory_path,
+        plugin_folder=config.plugin_folder,
+        pod_uid=config.pod_uid,
+        registration_socket=config.registration_socket,
+    )
 
 
 async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:
@@ -325,26 +335,3 @@ async def _lost(server: PluginServer) -> str:
 
 async def _refused(controller: SliceController) -> None:
     await asyncio.wrap_future(controller.refused)
-
-
-async def _guarded(job: Coroutine[None, None, str | None], stop: Stop) -> None:
-    """Run a background job. The process ends if the job fails or returns a reason, but not if it just finishes."""
-    try:
-        reason = await job
-    except LastingApiError as e:
-        _end(stop, _API_REFUSES, str(e))
-        return
-    except Exception as e:  # a bug: better a new process than half a driver
-        name = getattr(job, "__qualname__", "unnamed")
-        log.exception("a background job of the driver failed unexpectedly job=%s", name)
-        reason = (
-            f"background job {name} of the driver failed ({type(e).__name__}: {e}); "
-            "the process ends, so that the kubelet starts a new one"
-        )
-    if reason:
-        _end(stop, _FAILED, reason)
-
-
-def _end(stop: Stop, code: int, reason: str) -> None:
-    if not stop.done():
-        stop.set_result((code, reason))

@@ -6,88 +6,61 @@ Imports of the driver proper happen inside the commands: `--help` and a wrong fl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from gpuslice import __version__, config
+from gpuslice.commands import completion, output, texts, trouble
+from gpuslice.commands.parser import CommandParser, add, make, parse
+from gpuslice.commands.texts import EXIT_CODES as EXIT_CODES
 from gpuslice.errors import ApiError, ConfigError, DriverError
-
-EXIT_CODES = """\
-exit codes:
-  0  the command succeeded, or SIGTERM or SIGINT ended it
-  1  the command started and then failed; the last line on standard error says why
-  2  a flag, an environment variable or the policy file is wrong
-  3  the node is not ready: GPUs, NVIDIA driver, folders or records
-  4  the API server refused a request or did not answer it
-  130  Ctrl-C ended the command before it was done (demo, devices, claims)
-"""
-
-_ABOUT = """\
-A Kubernetes DRA driver for NVIDIA GPU slices: whole cards, MIG, MPS and time-slicing from the same card,
-chosen by each claim.
-
-  gpuslice demo                          show every feature on a simulated node: no GPU, no cluster, half a minute
-  gpuslice run --simulate h100x2         run the kubelet plugin on a node with simulated cards
-  gpuslice run                           run the kubelet plugin on a GPU node
-  gpuslice mps-supervisor                run the MPS daemons of the node, in a process beside the plugin
-  gpuslice devices                       show what each GPU offers, which claims hold it, and a map of its memory
-  gpuslice claims                        list the prepared claims of this node
-"""
-
-_RUN = """\
-Run the kubelet plugin: publish the node's GPUs as ResourceSlices, and prepare the claims that the kubelet asks for.
-
-The plugin needs the name of its Node, an API server (by the service account of its pod, or --kubeconfig), the two plugin
-folders of the kubelet, and the CDI folder of the container runtime. It keeps its records below the plugin folder. You may
-kill it at any moment: the next start makes node, records and CDI files agree.
-"""
-
-_SUPERVISOR = """\
-Run the MPS daemons of this node: one daemon for each card or partition that claims share by MPS.
-
-Start the supervisor beside `gpuslice run`, with the same --mps-root. It is a process of its own, so MPS clients keep running
-when you restart or upgrade the driver. It runs nvidia-cuda-mps-control from the driver root; with --simulate, it runs a
-stand-in for that program.
-"""
-
-_DEMO = """\
-Show every feature on this machine, without a GPU and without a cluster.
-
-The demo starts the real driver as a process on a simulated node, with stand-ins for API server, scheduler and kubelet. It
-makes claims for whole cards, MIG partitions, MPS and time-slicing. After each step it shows what each claim got and a map of
-the cards. At the end it removes everything.
-"""
-
-_DEVICES = """\
-Show each GPU of this node: a map of its memory slices, what it offers, which claims hold it, and what is unavailable and why.
-
-If you gave folders or --simulate to `gpuslice run`, give the same ones here. The command changes nothing.
-"""
-
-_CLAIMS = """\
-List the prepared claims of this node, with the devices and the share of each.
-
-If you gave folders or --simulate to `gpuslice run`, give the same ones here. The command changes nothing.
-"""
+from gpuslice.playground import commands as playground
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit; an error is one sentence on standard error."""
-    parsed = parser().parse_args(arguments)
-    try:
-        code = parsed.command(parsed)
-    except DriverError as e:
-        print(f"gpuslice: {e}", file=sys.stderr)
-        code = exit_code(e)
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
-        code = 0
-    sys.stdout.flush()
+    """Run one command and exit; every error is one sentence on standard error."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of any kind of bytes
+    code = _outcome(arguments)
     sys.exit(code)
+
+
+def _outcome(arguments: Sequence[str] | None) -> int:
+    try:
+        try:
+            parsed = parse(parser(), arguments)
+            code: int = parsed.command(parsed)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        return code
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else 0
+    except DriverError as e:
+        return _ends(e, exit_code(e))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _silence()
+        return 0
+    except Exception as e:
+        _silence()  # an output that fails would fail again at the end of the interpreter
+        return _ends(trouble.sentence(e), 1)
+
+
+def _ends(sentence: object, code: int) -> int:
+    from gpuslice.system.logs import printable
+
+    print(f"gpuslice: {printable(str(sentence))}", file=sys.stderr)
+    return code
+
+
+def _silence() -> None:
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_code(error: DriverError) -> int:
@@ -96,68 +69,73 @@ def exit_code(error: DriverError) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command takes; docs/reference/ is made of it too."""
-    gpuslice = _command_parser(argparse.ArgumentParser, prog="gpuslice", about=_ABOUT)
+    """What the command takes; docs/reference/ and the completion scripts are made of it too."""
+    gpuslice = make(CommandParser, prog="gpuslice", about=texts.ABOUT, examples=texts.EXAMPLES)
     gpuslice.add_argument("--version", action="version", version=f"gpuslice {__version__}")
     commands = gpuslice.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    run = _add(commands, "run", "run the kubelet plugin", _RUN, _run)
+    _add_services(commands)
+    _add_looks(commands)
+    shell = add(commands, "completion", "print a completion script for a shell", _completion,
+                about=texts.COMPLETION, examples=texts.COMPLETION_EXAMPLES, usage="SHELL")  # fmt: skip
+    shell.add_argument("shell", choices=completion.SHELLS, metavar="SHELL", help=", ".join(completion.SHELLS))
+    shown = add(commands, "help", "show the help of a command", _help,
+                about=texts.HELP, examples=texts.HELP_EXAMPLES, usage="[COMMAND ...]")  # fmt: skip
+    shown.add_argument("names", nargs="*", metavar="COMMAND", help="such as run, or policy check")
+    return gpuslice
+
+
+def _add_services(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = add(commands, "run", "run the kubelet plugin", _run, about=texts.RUN, examples=texts.RUN_EXAMPLES)
     config.add_flags(run)
-    supervisor = _add(commands, "mps-supervisor", "run the MPS daemons of this node", _SUPERVISOR, _supervise)
+    supervisor = add(commands, "mps-supervisor", "run the MPS daemons of this node", _supervise,
+                     about=texts.SUPERVISOR, examples=texts.SUPERVISOR_EXAMPLES)  # fmt: skip
     config.add_flags(supervisor, *config.SUPERVISOR_FLAGS)
-    demo = _add(commands, "demo", "show every feature on a simulated node", _DEMO, _demo)
+    demo = add(commands, "demo", "show every feature on a simulated node", _demo,
+               about=texts.DEMO, examples=texts.DEMO_EXAMPLES)  # fmt: skip
     demo.add_argument(
         "--simulate",
         default="h100x2",
         metavar="NODE",
         help="cards of the simulated node, e.g. a100-40gx2+l4; default h100x2",
     )
-    devices = _add(commands, "devices", "show each GPU, its offers and its claims", _DEVICES, _devices)
-    config.add_flags(devices, *config.NODE_FLAGS)
-    claims = _add(commands, "claims", "list the prepared claims of this node", _CLAIMS, _claims)
-    config.add_flags(claims, *config.NODE_FLAGS)
-    return gpuslice
+    play = add(commands, "playground", "try claims of your own on simulated cards", None,
+               about=texts.PLAYGROUND, examples=texts.PLAYGROUND_EXAMPLES, usage="COMMAND ...")  # fmt: skip
+    playground.add_commands(play)
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    short: str,
-    about: str,
-    command: Callable[[argparse.Namespace], int],
-) -> argparse.ArgumentParser:
-    made = _command_parser(commands.add_parser, name, about=about, help=short)
-    made.set_defaults(command=command)
-    return made
-
-
-def _command_parser(
-    make: Callable[..., argparse.ArgumentParser], *names: str, about: str, **more: object
-) -> argparse.ArgumentParser:
-    return make(
-        *names,
-        description=about,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        **more,
-    )
+def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    devices = add(commands, "devices", "show each GPU, its offers and its claims", _devices,
+                  about=texts.DEVICES, examples=texts.DEVICES_EXAMPLES)  # fmt: skip
+    claims = add(commands, "claims", "list the prepared claims of this node", _claims,
+                 about=texts.CLAIMS, examples=texts.CLAIMS_EXAMPLES)  # fmt: skip
+    for command in (devices, claims):
+        output.add_format(command)
+        config.add_flags(command, *config.NODE_FLAGS)
+    policy = add(commands, "policy", "work on a policy file", None,
+                 about=texts.POLICY, examples=texts.CHECK_EXAMPLES, usage="COMMAND ...")  # fmt: skip
+    below = policy.add_subparsers(prog=policy.prog, title="commands", metavar="COMMAND", required=True)
+    check = add(below, "check", "print what each GPU would offer", _check,
+                about=texts.CHECK, examples=texts.CHECK_EXAMPLES, usage="FILE [flags]")  # fmt: skip
+    check.add_argument("policy", metavar="FILE", help="the policy file")
+    config.add_flags(check, *config.POLICY_FLAGS)
 
 
 # ---------------------------------------------------------------- commands
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    settings = config.check_paths(config.read(parsed))
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core writes lines of its own format otherwise
     from gpuslice import app
 
-    return app.run(config.read(parsed))
+    return app.run(settings)
 
 
 def _supervise(parsed: argparse.Namespace) -> int:
+    settings = config.check_paths(config.read(parsed))
     from gpuslice import hardware
     from gpuslice.mps import supervisor
 
-    settings = config.read(parsed)
     return supervisor.run(settings.mps_root, hardware.mps_control(settings), settings.log_level)
 
 
@@ -169,18 +147,28 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _devices(parsed: argparse.Namespace) -> int:
-    from gpuslice import node, report
+    from gpuslice.commands import show
 
-    with node.snapshot(config.read(parsed)) as seen:
-        print(report.node(seen.inventory, seen.live, seen.records.values(), seen.taints))
-        for note in seen.notes:
-            print(f"gpuslice: {note}", file=sys.stderr)
-    return 0
+    return show.devices(parsed)
 
 
 def _claims(parsed: argparse.Namespace) -> int:
-    from gpuslice import node, report
+    from gpuslice.commands import show
 
-    with node.snapshot(config.read(parsed)) as seen:
-        print(report.claims(seen.records))
+    return show.claims(parsed)
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from gpuslice.commands import show
+
+    return show.check(parsed)
+
+
+def _completion(parsed: argparse.Namespace) -> int:
+    print(completion.script(parser(), parsed.shell), end="")
+    return 0
+
+
+def _help(parsed: argparse.Namespace) -> int:
+    parser().parse_args([*parsed.names, "--help"])
     return 0

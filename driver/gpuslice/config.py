@@ -45,10 +45,11 @@ class Config:
     simulate_latency: str = "realistic"
 
     def __post_init__(self) -> None:
-        if len(self.driver_name) > _LONGEST_DRIVER_NAME or not _DNS.fullmatch(self.driver_name):
+        _check_driver_name(self.driver_name)
+        if "/" in self.registration_socket or self.registration_socket in (".", ".."):
             raise ConfigError(
-                f"driver name {self.driver_name!r} must be a lower-case DNS name of at most {_LONGEST_DRIVER_NAME} "
-                "characters, because it is part of socket paths; choose another --driver-name"
+                f"--registration-socket is {self.registration_socket!r} and must be the name of a file in the kubelet's "
+                "registry folder; leave the folder out"
             )
         _one_of("log level", self.log_level, LEVELS)
         _one_of("simulated latency", self.simulate_latency, LATENCIES)
@@ -65,6 +66,43 @@ class Config:
     @property
     def simulated_node(self) -> Path:
         return self.simulate_folder or self.plugin_folder / "simulated"
+
+
+# Other processes get these paths as they are typed, and their working folder is another one.
+_READ_BY = {
+    "kubelet_registrar_directory_path": "the kubelet",
+    "kubelet_plugins_directory_path": "the kubelet",
+    "cdi_root": "the container runtime",
+    "nvidia_driver_root": "the container runtime",
+    "driver_root_ctr_path": "a program from this folder",
+    "nvidia_cdi_hook_path": "the container runtime",
+    "mps_root": "each container",
+}
+
+# Where container runtimes look for CDI files, if their configuration says nothing else.
+_USUAL_CDI_ROOTS = (Path("/var/run/cdi"), Path("/run/cdi"), Path("/etc/cdi"))
+
+
+def check_paths(config: Config) -> Config:
+    """The same config. ConfigError where a path would mean another place, or nothing, to the process that gets it."""
+    for name, reader in _READ_BY.items():
+        path: Path | None = getattr(config, name)
+        if path is not None and not path.is_absolute():
+            raise ConfigError(
+                f"{_flag(name)} is {str(path)!r}, a relative path, which {reader} would look for elsewhere; give the whole "
+                f"path, such as {str(Path.cwd() / path)!r}"
+            )
+    return config
+
+
+def check_cdi_root(folder: Path) -> None:
+    """Refuse a folder that no runtime reads, as a mistyped one is: its containers would fail, each on its own."""
+    if folder not in _USUAL_CDI_ROOTS and not folder.exists():
+        usual = " and ".join(str(path) for path in _USUAL_CDI_ROOTS if path != Path("/run/cdi"))
+        raise ConfigError(
+            f"--cdi-root is {folder}, which is not there; container runtimes read {usual}, so name one of them, or create "
+            "the folder where the configuration of the runtime names it"
+        )
 
 
 # What `mps-supervisor` needs of them.
@@ -89,6 +127,33 @@ NODE_FLAGS = (
     "simulate",
     "simulate_folder",
 )
+
+# What `policy check` needs of them.
+POLICY_FLAGS = ("nvidia_driver_root", "driver_root_ctr_path", "simulate")
+
+# The values of the flags that take one of a few.
+CHOICES = {"log_level": LEVELS, "simulate_latency": LATENCIES}
+
+_KINDS = {
+    "driver_name": "NAME",
+    "node_name": "NAME",
+    "pod_uid": "UID",
+    "kubeconfig": "FILE",
+    "kubelet_registrar_directory_path": "FOLDER",
+    "kubelet_plugins_directory_path": "FOLDER",
+    "registration_socket": "NAME",
+    "cdi_root": "FOLDER",
+    "nvidia_driver_root": "FOLDER",
+    "driver_root_ctr_path": "FOLDER",
+    "nvidia_cdi_hook_path": "FILE",
+    "policy": "FILE",
+    "mps_root": "FOLDER",
+    "http_endpoint": "ENDPOINT",
+    "log_level": "LEVEL",
+    "simulate": "NODE",
+    "simulate_folder": "FOLDER",
+    "simulate_latency": "LATENCY",
+}
 
 _HELP = {
     "driver_name": "name of the DRA driver, and the domain of its attributes",
@@ -121,7 +186,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         shown = f"; default {default}" if default else ""
         parser.add_argument(
             _flag(field.name),
-            metavar="…",
+            metavar=_KINDS[field.name],
             help=f"{_HELP[field.name]} (env {field.name.upper()}{shown})",
         )
 
@@ -140,6 +205,17 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _check_driver_name(name: str) -> None:
+    if len(name) > _LONGEST_DRIVER_NAME:
+        raise ConfigError(
+            f"driver name {name!r} has {len(name)} characters and may have at most {_LONGEST_DRIVER_NAME} characters, "
+            "because it is part of socket paths; choose another --driver-name"
+        )
+    if not _DNS.fullmatch(name):
+        remedy = f"write {name.lower()}" if _DNS.fullmatch(name.lower()) else f"write one such as {DRIVER_NAME}"
+        raise ConfigError(f"driver name {name!r} must be a DNS name of lower-case letters, digits, - and .; {remedy}")
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

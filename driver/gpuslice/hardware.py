@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from gpuslice.config import Config
+from gpuslice.errors import StateError
 
 if TYPE_CHECKING:
     from gpuslice.nvml.api import Nvml
@@ -33,8 +37,10 @@ def open_session(config: Config) -> tuple[Session, Host]:
 
 
 def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
-    from gpuslice.system.host import RealHost, SimHost
+    from gpuslice.system.host import RealHost, SimHost, check_hook
 
+    if config.nvidia_cdi_hook_path is not None:
+        check_hook(config.nvidia_cdi_hook_path, config.driver_root_ctr_path, config.nvidia_driver_root)
     if config.simulate:
         from gpuslice.nvml.sim.nvml import SimNvml
         from gpuslice.system import files
@@ -57,8 +63,43 @@ def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
     return partial(RealNvml, config.driver_root_ctr_path), host
 
 
+@contextlib.contextmanager
+def visit(config: Config, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
+    """As `open_node`, for one look. A simulated node that does not exist yet, or is wanted `anew`, is gone after the look."""
+    import tempfile
+
+    with contextlib.ExitStack() as stack:
+        if config.simulate and (anew or not _exists(config.simulated_node / "node.json")):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
+            config = replace(config, simulate_folder=Path(folder))
+        nvml, host = open_node(config)
+        stack.callback(nvml.close)
+        yield nvml, host
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as e:
+        from gpuslice.system import files
+
+        raise StateError(files.unreadable(path, e)) from e
+
+
+def boot_id(config: Config) -> str:
+    """Of the node, without its GPUs."""
+    from gpuslice.system.host import RealHost, SimHost
+
+    return (SimHost(config.simulated_node) if config.simulate else RealHost()).boot_id()
+
+
 def mps_control(config: Config) -> Sequence[str]:
     """The command of the MPS control program. DeviceError if the driver root does not have the program."""
     from gpuslice.mps import control
 
-    return control.stand_in(config.simulated_node) if config.simulate else control.program(config.driver_root_ctr_path)
+    if not config.simulate:
+        return control.program(config.driver_root_ctr_path)
+    from gpuslice.nvml.sim import spec
+
+    spec.parse(config.simulate)  # ConfigError, instead of daemons that find no node
+    return control.stand_in(config.simulated_node)

@@ -6,11 +6,9 @@ used: it brings TLS, kubeconfig with all its kinds of login, rotation of the ser
 Requests go straight to its connection pool, because its own way there costs as much as the request (measured: 0.2 ms).
 
 resource.k8s.io/v1 only, which Kubernetes has since 1.34 (the DRA contract, statement 66). Clusters that have only v1beta1,
-which nests devices differently, or v1beta2, whose types are those of v1, cannot share a GPU safely. An older server is
-answered with one sentence that says so.
+which nests devices differently, or v1beta2, whose types are those of v1, cannot share a GPU safely. An older one is told so.
 
-Calls block, and are safe from any number of threads. Claims have a connection pool of their own: slices on their way,
-however slow, never delay a pod.
+Calls block, and are safe from any number of threads. Claims have connections of their own: slices never delay a pod.
 """
 
 from __future__ import annotations
@@ -33,7 +31,8 @@ from gpuslice import __version__
 from gpuslice.core import json as bodies
 from gpuslice.core.json import Body
 from gpuslice.core.model import RESOURCE_API
-from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, LastingApiError, NotFoundError
+from gpuslice.errors import ApiError, ConflictError, ExpiredError, LastingApiError, NotFoundError
+from gpuslice.kubeconfig import read, usable
 
 _CONNECT_S, _READ_S = 3.0, 8.0
 _TIMEOUT = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
@@ -105,10 +104,11 @@ class Kube:
     """
 
     def __init__(self, kubeconfig: Path | None = None) -> None:
-        configuration = _configuration(kubeconfig)
-        self.server = urlsplit(configuration.host).netloc
-        self._connections = _Connections(configuration)
-        self._claims = _Connections(configuration)
+        with usable(kubeconfig):
+            configuration = read(kubeconfig)
+            self.server = urlsplit(configuration.host).netloc
+            self._connections = _Connections(configuration)
+            self._claims = _Connections(configuration)
 
     def close(self) -> None:
         self._connections.close()
@@ -122,7 +122,14 @@ class Kube:
         return version
 
     def node_uid(self, name: str) -> str:
-        uid = self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}")).get("metadata", {}).get("uid")
+        try:
+            body = self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}"))
+        except NotFoundError as e:
+            said = (
+                f"there is no Node {name!r} in the cluster of {self.server}; give a name that kubectl get nodes lists"
+            )
+            raise NotFoundError(f"{said}, with --node-name or NODE_NAME", e.status) from e
+        uid = body.get("metadata", {}).get("uid")
         if not isinstance(uid, str):
             raise self._odd(f"a node {name} without UID")
         return uid
@@ -237,31 +244,9 @@ class Kube:
         except (urllib3.exceptions.HTTPError, config.ConfigException, OSError) as e:
             raise _unreachable(self.server, e) from e
         if answer.status == 404 and call.collection:
-            raise LastingApiError(
-                f"API server {self.version()} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed",
-                404,
-            )
+            said = f"API server {self.version()} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed"
+            raise LastingApiError(said, 404)
         raise _refused(call, answer.status, text)
-
-
-def _configuration(kubeconfig: Path | None) -> Configuration:
-    configuration = Configuration()
-    try:
-        if kubeconfig is None:
-            config.load_incluster_config(client_configuration=configuration)
-        else:
-            config.load_kube_config(str(kubeconfig), client_configuration=configuration, persist_config=False)
-    except (config.ConfigException, OSError) as e:
-        where = "this pod's service account" if kubeconfig is None else f"kubeconfig {kubeconfig}"
-        raise ConfigError(f"cannot use {where} for the API server: {e}; give a usable one with --kubeconfig") from e
-    configuration.connection_pool_maxsize = 16
-    configuration.keep_alive = True  # TCP keepalive: without it a half-open watch hangs for ever
-    # A kept-alive connection may have died unnoticed, so one more try; what a status means is decided by our callers
-    # (urllib3 on its own would sleep for a Retry-After, however long, inside a prepare).
-    configuration.retries = urllib3.Retry(
-        total=2, connect=1, read=1, redirect=0, status=0, status_forcelist=(), respect_retry_after_header=False
-    )
-    return configuration
 
 
 class _Connections:

@@ -4,45 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gpuslice import hardware
-from gpuslice.checkpoint import Checkpoint
+from gpuslice.checkpoint import Records
 from gpuslice.config import Config
 from gpuslice.core import cards, gpucodec, health
 from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu, Taint
-from gpuslice.core.policy.rules import Policy
+from gpuslice.core.policy.rules import Misfit, Policy
 from gpuslice.core.record import Record
 from gpuslice.core.typed import Fields
 from gpuslice.errors import ConfigError, StateError
 from gpuslice.nvml.api import Nvml
 from gpuslice.nvml.listing import LIMIT_S, Listing
-from gpuslice.system import files
+from gpuslice.system import documents, files
 from gpuslice.system.host import Host
 
-log = logging.getLogger(__name__)
+_OF_POLICY = "policy: "  # how sentences about a policy begin
 
 
 def read_policy(path: Path | None) -> Policy:
     """The policy file, or the default of everything. ConfigError names the file."""
     if path is None:
         return Policy.default()
-    try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"policy file {path} cannot be read ({' '.join(str(e).split())}); see docs/policy.md") from e
+    body = documents.read(path, "policy file", "docs/policy.md")
     try:
         return Policy.parse({} if body is None else body)
     except ConfigError as e:
-        raise ConfigError(f"policy file {path}: {e}") from e
+        raise ConfigError(_of_file(path, f"{_OF_POLICY}{str(e).removeprefix(_OF_POLICY)}")) from e
+
+
+def sentences(misfits: Iterable[Misfit], path: Path | None) -> tuple[str, ...]:
+    """What the policy of this file asks of cards in vain: each sentence once, with the file."""
+    return tuple(_of_file(path, sentence) for sentence in dict.fromkeys(misfit.sentence for misfit in misfits))
+
+
+def _of_file(path: Path | None, sentence: str) -> str:
+    of_policy = sentence.removeprefix(_OF_POLICY)
+    return sentence if path is None or of_policy == sentence else f"policy file {path}: {of_policy}"
 
 
 class Cards:
@@ -59,17 +63,13 @@ class Cards:
         listed, hung = self._listed()
         lost = hung or self._nvml.lost()
         # A folder of this boot says that a driver of ours ran in it, so a card that is missing was lost while it ran.
-        same_boot = (self._claims / self._host.boot_id()).is_dir()
+        same_boot = _is_folder(self._claims / self._host.boot_id())
         gpus, sentences = cards.known(listed, _last_seen(self._path), keep_missing=same_boot or bool(lost))
         return gpus, (*lost, *sentences, *cards.none_of(gpus))
 
-    def remember(self) -> tuple[Gpu, ...]:
-        """Those that are known, which are written down for the next start; what is wrong is logged."""
-        gpus, sentences = self.known()
-        for sentence in (*sentences, *self._nvml.notes()):
-            log.warning("%s", sentence)
-        files.write_atomic(self._path, json.dumps(gpucodec.encode(gpus)))
-        return gpus
+    def save(self, gpus: Iterable[Gpu]) -> None:
+        """Write down what `known` falls back on at the next start."""
+        files.write_atomic(self._path, json.dumps(gpucodec.encode(tuple(gpus))))
 
     def news(self, served: Iterable[Gpu]) -> str:
         """Why a process that serves these cards should start anew: cards that it does not know. "" if there are none."""
@@ -96,31 +96,60 @@ def _last_seen(path: Path) -> tuple[Gpu, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What the commands `devices` and `claims` show of a node."""
+    """What the commands `devices` and `claims` show of a node. `notes`: what is wrong beside that, one sentence each."""
 
     inventory: Inventory
     live: Mapping[GpuUuid, LiveGpu]
     records: Mapping[ClaimUid, Record]
     taints: Taints
-    notes: tuple[str, ...]  # what is wrong with cards, one sentence each
+    notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
 def snapshot(config: Config) -> Iterator[Node]:
     """One look at the node, while a driver may run; changes nothing. Settings that are not given are those of `run`."""
     config = _as_running(config)
-    nvml, host = hardware.open_node(config)
-    try:
-        gpus, sentences = Cards(nvml, host, config.plugin_folder).known()
-        inventory = Inventory.of(gpus, read_policy(config.policy), config.node_name)
-        folder = config.plugin_folder / "claims" / host.boot_id()
-        checkpoint = Checkpoint(folder.parent, folder.name) if folder.is_dir() else None
+    policy = read_policy(config.policy)
+    with hardware.visit(config) as (nvml, host):
+        gpus, lost = Cards(nvml, host, config.plugin_folder).known()
+        inventory = Inventory.of(gpus, policy, config.node_name)
         live, unwell = _looks(nvml, [pool.gpu.uuid for pool in inventory.pools])
-        records = checkpoint.records() if checkpoint is not None else {}
-        found = health.taints(inventory, live, unwell, records.values(), {})
-        yield Node(inventory, live, records, found, (*sentences, *inventory.notes))
-    finally:
-        nvml.close()
+        found, broken = _records(config)
+        taints = health.taints(inventory, live, unwell, found.values(), {})
+        notes = (*lost, *policy.unused(gpus), *sentences(inventory.notes, config.policy), *broken)
+        yield Node(inventory, live, found, taints, notes)
+
+
+def records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
+    """What is prepared on the node, and a sentence for whatever cannot be read. Needs no GPU and no NVML."""
+    try:
+        found, notes = _records(_as_running(config))
+    except StateError as e:
+        found, notes = _records(config)
+        return found, (str(e), *notes)
+    return found, notes if found or config.plugin_folder.exists() else (_nothing_here(config),)
+
+
+def _records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
+    folder = config.plugin_folder / "claims"
+    if not _is_folder(folder) or not _is_folder(folder := folder / hardware.boot_id(config)):
+        return {}, ()
+    kept = Records(folder)
+    return kept.records(), kept.broken()
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as e:
+        raise StateError(files.unreadable(path, e)) from e
+
+
+def _nothing_here(config: Config) -> str:
+    return (
+        f"no driver has run with the folder {config.plugin_folder}; if one has run with another folder, give its "
+        "--kubelet-plugins-directory-path and --driver-name"
+    )
 
 
 def _looks(nvml: Nvml, gpus: Sequence[GpuUuid]) -> tuple[Mapping[GpuUuid, LiveGpu], Mapping[GpuUuid, Taint]]:
@@ -136,28 +165,42 @@ def save_settings(config: Config) -> None:
     """Save the settings, so that `devices` and `claims` need no flags on the node of a running driver."""
     settings = {
         "node_name": config.node_name,
-        "policy": str(config.policy or ""),
-        "simulate": config.simulate,
-        "simulate_folder": str(config.simulate_folder or ""),
+        "policy": str(config.policy.absolute() if config.policy else ""),
+        "simulate": _absolute(config.simulate),
+        "simulate_folder": str(config.simulate_folder.absolute() if config.simulate_folder else ""),
         "simulate_latency": config.simulate_latency,
     }
     files.write_atomic(config.plugin_folder / "running.json", json.dumps(settings))
 
 
+def _absolute(simulate: str) -> str:
+    """A node file is named by its whole path, because the next command is typed elsewhere."""
+    return str(Path(simulate).absolute()) if "/" in simulate or Path(simulate).suffix else simulate
+
+
 def _as_running(config: Config) -> Config:
     path = config.plugin_folder / "running.json"
-    if config.node_name or config.simulate or not path.exists():
+    if config.node_name or config.simulate:
         return replace(config, node_name=config.node_name or "this-node")
     try:
-        settings = Fields(json.loads(path.read_text(encoding="utf-8")), "")
-        return replace(config, **_settings(settings, config))
-    except (OSError, ValueError, RecursionError) as e:
-        raise StateError(
-            f"{path} cannot be read ({type(e).__name__}: {e}); give --node-name, and --simulate if the node is simulated"
-        ) from e
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return replace(config, node_name="this-node")  # no driver has run
+    except OSError as e:
+        raise StateError(files.unreadable(path, e)) from e
+    except (ValueError, RecursionError) as e:
+        raise StateError(f"{path} is not JSON ({e}); {_INSTEAD}") from e
+    try:
+        return replace(config, **_settings(Fields(body, ""), config))
+    except (ValueError, ConfigError) as e:
+        raise StateError(f"{path} is not what a driver writes ({e}); {_INSTEAD}") from e
+
+
+_INSTEAD = "start the driver again, or give --node-name, and --simulate if the node is simulated"
 
 
 def _settings(settings: Fields, config: Config) -> dict[str, Any]:
+    """What the driver wrote down of its own settings."""
     policy, folder = settings.optional_text("policy", empty=True), settings.optional_text("simulate_folder", empty=True)
     return {
         "node_name": settings.text("node_name"),

@@ -35,7 +35,7 @@ def names(inventory: Inventory, pool: int = 0) -> list[str]:
 
 
 def said(inventory: Inventory, pattern: str) -> bool:
-    return any(re.search(pattern, note) for note in inventory.notes)
+    return any(re.search(pattern, note.sentence) for note in inventory.notes)
 
 
 def test_a_card_is_a_pool_named_after_its_place_on_the_bus() -> None:
@@ -228,7 +228,7 @@ def test_the_smallest_partition_serves_at_least_one_client() -> None:
 def test_of_shares_too_small_to_be_asked_for_there_are_fewer_and_a_note_says_so() -> None:
     inventory = an_inventory(policy=a_policy(timeslice={"shares": 50000}))
 
-    assert said(inventory, r"50000 shares of GPU 0 .* would have less than 2Mi each of 81152Mi")
+    assert said(inventory, r"default.timeslice: 50000 shares of GPU 0 .* would have less than 2 MiB each of 81152 MiB")
     assert sold(inventory, "timeslice").sharing == TimeSlicing(40576, 81152)
 
 
@@ -309,7 +309,7 @@ def test_an_inventory_that_knows_another_finds_its_devices_and_publishes_its_own
 def test_of_a_reserve_of_the_whole_card_only_what_the_driver_keeps_is_reserved() -> None:
     inventory = an_inventory(policy=a_policy(reserve="100Gi"))
 
-    assert said(inventory, r"reserve of GPU 0 .* is 107374182400 bytes, but the card has only")
+    assert said(inventory, r"default.reserve is 102400 MiB, but GPU 0 \(NVIDIA H100 80GB HBM3\) has only 81559 MiB")
     assert inventory.pools == an_inventory().pools
 
 

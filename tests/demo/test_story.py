@@ -1,11 +1,17 @@
 """`gpuslice demo`, the first thing that a newcomer runs: the whole story, and what it leaves behind."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from tests.kit import processes
 
 
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +26,7 @@ def test_the_demo_tells_its_story_on_two_simulated_cards_and_leaves_nothing_behi
 
     assert (told.returncode, told.stderr) == (0, "")
     assert "small has node-1/0000-0a-00-0/mig-1g-19-6" in told.stdout
-    assert "thirty has node-1/0000-0a-00-0/mig-3g-9-0" in told.stdout
+    assert "min-30gi has node-1/0000-0a-00-0/mig-3g-9-0" in told.stdout
     assert "train has node-1/0000-18-00-0/gpu" in told.stdout
     assert "the pod stays Pending" in told.stdout
     assert "this is a double allocation" in told.stdout
@@ -29,16 +35,72 @@ def test_the_demo_tells_its_story_on_two_simulated_cards_and_leaves_nothing_behi
     assert "notebook has node-1/0000-18-00-0/timeslice, 16384 MiB, 1 of 4 turns" in told.stdout
     assert "[                        mps 40960 of 81152 MiB                        ]" in told.stdout
     assert "checked: 3 partitions, and each of them has a record" in told.stdout
-    assert told.stdout.rstrip().endswith("nothing is left on this machine.")
+    assert told.stdout.rstrip().endswith("Nothing is left on this machine.")
     assert list(short.iterdir()) == []
 
 
-@pytest.mark.parametrize("node", ["l4", "a30:mig+l4"])
-def test_the_demo_goes_on_where_a_node_has_no_room_for_a_part_of_it(short: Path, node: str) -> None:
-    told = demo(short, "--simulate", node)
+def test_two_ctrl_c_end_it_as_one_does_and_leave_nothing(short: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(short), "OF_THIS_TEST": str(short)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "gpuslice", "demo"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as telling:
+        assert telling.stdout is not None
+        driver = os.pidfd_open(processes.named_in(next(line for line in telling.stdout if "gpuslice run" in line)))
+        next(line for line in telling.stdout if line.startswith("Step 5"))
+        telling.send_signal(signal.SIGINT)
+        processes.wait_end(driver)  # the clean-up has begun
+        telling.send_signal(signal.SIGINT)
+        _, said = telling.communicate(timeout=30)
 
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "checked: no CDI file is left" in told.stdout
+    assert (telling.returncode, said) == (130, "")
+    assert list(short.iterdir()) == []
+    assert processes.with_environment("OF_THIS_TEST", short) == []
+
+
+NODES = {
+    "few": ("h100", "h200", "h100x2:mig", "rtx-pro-6000x2"),
+    "many": ("h100x4", "h100x8", "h100x16", "h100+l4x3"),
+    "ampere": ("a30", "a30:mig+l4", "a100-40gx2+l4", "a100-40gx2:mig"),
+    "no-mig": ("l4", "l4x2", "t4"),
+}
+
+
+@pytest.mark.parametrize("nodes", NODES.values(), ids=NODES)
+def test_the_story_follows_the_node_within_80_columns(short: Path, nodes: tuple[str, ...]) -> None:
+    folders = [short / str(number) for number in range(len(nodes))]
+    for folder in folders:
+        folder.mkdir()
+
+    with ThreadPoolExecutor(4) as several:  # a demo mostly waits
+        told = [*several.map(lambda folder, node: demo(folder, "--simulate", node), folders, nodes)]
+
+    for node, one in zip(nodes, told, strict=True):
+        assert (one.returncode, one.stderr) == (0, ""), f"{node}: {one.stderr}"
+        assert max(map(len, one.stdout.splitlines())) <= 80, node
+        assert "checked: no CDI file is left" in one.stdout, node
+    assert [path for folder in folders for path in folder.iterdir()] == []
+
+
+def test_all_that_has_to_wait_is_what_the_story_says(short: Path) -> None:
+    told = demo(short, "--simulate", "h100x3")
+
+    waits = [before for before, line in pairwise(told.stdout.splitlines()) if "Pending" in line]
+    assert waits == ["  claim late: one more whole card", "  claim notebook: a time-slicing share: 16Gi"]
+
+
+def test_numbers_maps_and_counters_are_explained_where_they_appear_first(short: Path) -> None:
+    told = demo(short, "--simulate", "h100")
+    text = " ".join(told.stdout.split())
+
+    assert "Step 1 of 14. The driver and the MPS supervisor start" in text
+    assert "memory-slices-0-1=2 means: the card has 2 memory slices with the numbers 0 to 1" in text
+    assert "A 1g.10gb takes 1 of that, and gpu takes 2." in text
+    assert text.index("The map of the cards: one column") < text.index("GPU 0 0 1 2 3 4 5 6 7")
+    assert re.search(r"The demo took \d+ s, \d+ of them before the first step", text)
 
 
 def test_the_demo_refuses_a_node_that_nobody_can_simulate_in_one_sentence(short: Path) -> None:

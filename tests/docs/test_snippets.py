@@ -33,7 +33,7 @@ CLASSES = {
 
 # What looks like YAML and is none, by how it begins, and why.
 NOT_YAML = {
-    "policy: gpus[1].match": "a sentence of the driver",
+    "policy file policy.yaml: gpus[1].match": "a sentence of the driver",
 }
 # YAML that nothing reads as it stands, by how it begins, and why.
 SHORTENED = {

@@ -76,4 +76,4 @@ def test_a_work_folder_of_somebody_else_is_not_touched(elsewhere: dict[str, str]
     _put(elsewhere, "runc", "openssl", "unshare", "mount", "busybox")
     Path(elsewhere["TMPDIR"], "gpuslice-cluster").symlink_to(elsewhere["PATH"])
 
-    assert "is not a folder of ours" in _refused(elsewhere, "down")
+    assert "is not a folder of hack/cluster" in _refused(elsewhere, "down")

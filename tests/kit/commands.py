@@ -109,7 +109,7 @@ def _parsed(parse: Callable[[Words], object]) -> Callable[[Words], None]:
 def _gpuslice(arguments: Words) -> None:
     parsed = cli.parser().parse_args(arguments or ["--help"])
     config.read(parsed, {})  # ConfigError: a value that no start would take
-    _cards(parsed.simulate)
+    _cards(getattr(parsed, "simulate", None))
 
 
 def _cluster(arguments: Words) -> None:

@@ -13,8 +13,8 @@ import pytest
 from gpuslice.core import cdi
 from gpuslice.core.cdi import CdiDevice, ContainerEdits, DeviceNode
 from gpuslice.core.model import Gpu, GpuUuid
-from gpuslice.errors import DeviceError, StateError
-from gpuslice.system.host import Host, RealHost, SimHost
+from gpuslice.errors import ConfigError, DeviceError, StateError
+from gpuslice.system.host import Host, RealHost, SimHost, check_hook
 
 from tests.kit.cdi_rules import faults
 from tests.kit.node_tree import DEBIAN, RHEL, VERSION, fill_driver_root, fill_proc, write
@@ -423,3 +423,19 @@ def test_the_file_of_a_simulated_claim_is_one_that_runtimes_accept(tmp_path: Pat
     devices = [CdiDevice(cdi.device_name(UID, 0), ContainerEdits(nodes=host.nodes(0)))]
 
     assert faults(cdi.spec(UID, "gpuslice.dev/claim", devices, host.common())) == []
+
+
+def test_a_hook_that_is_not_below_the_driver_root_is_refused(node: Path) -> None:
+    write(node / "root/usr/bin/nvidia-cdi-hook")
+    there, gone = Path("/run/nvidia/driver/usr/bin/nvidia-cdi-hook"), Path("/run/nvidia/driver/usr/bin/nvidia-hook")
+
+    check_hook(there, node / "root", Path("/run/nvidia/driver"))
+
+    with pytest.raises(
+        ConfigError, match="--nvidia-cdi-hook-path is /run/nvidia/driver/usr/bin/nvidia-hook, and there is no"
+    ):
+        check_hook(gone, node / "root", Path("/run/nvidia/driver"))
+
+
+def test_a_hook_outside_of_the_driver_root_cannot_be_seen_and_is_taken(node: Path) -> None:
+    check_hook(Path("/opt/toolkit/nvidia-cdi-hook"), node / "root", Path("/run/nvidia/driver"))

@@ -35,7 +35,7 @@ from gpuslice.core.model import (
     TimeSlicing,
     WholeGpu,
 )
-from gpuslice.core.policy.rules import GpuPolicy, Policy
+from gpuslice.core.policy.rules import GpuPolicy, Misfit, Policy
 from gpuslice.core.policy.schema import SHARED, Mode, Parts
 from gpuslice.errors import ConfigError
 
@@ -71,7 +71,7 @@ class Inventory:
 
     pools: tuple[Pool, ...]
     known: tuple[Pool, ...] = field(default=(), compare=False)  # not published, but `offer` finds their devices
-    notes: tuple[str, ...] = field(default=(), compare=False)  # what a card cannot do of what its policy says
+    notes: tuple[Misfit, ...] = field(default=(), compare=False)  # what a card cannot do of what its policy says
     _offers: dict[DeviceRef, Offer] = field(init=False, repr=False, compare=False)
     _pools: dict[GpuUuid, Pool] = field(init=False, repr=False, compare=False)
 
@@ -89,13 +89,14 @@ class Inventory:
         each other by nothing, so a card is either whole, or cut as the policy's `static` says: into a MIG layout, or into
         equal parts for MPS or time-slicing, which are plain exclusive devices.
         """
-        pools, notes = [], list[str]()
+        pools, notes = [], list[Misfit]()
         for gpu in sorted(gpus, key=lambda gpu: _bus(gpu.bus_id)):
             name = _pool_name(node, gpu)
             if name is None:
-                notes.append(
+                sentence = (
                     f"GPU {gpu.index} ({gpu.product}) has the PCI bus id {gpu.bus_id!r}, which cannot name a pool"
                 )
+                notes.append(Misfit("", gpu.uuid, sentence))
                 continue
             policy_here, misfits = fit.fitted(gpu, policy.of(gpu), static=static)
             pools.append(_pool(name, gpu, policy_here, static=static))

@@ -11,12 +11,23 @@ from gpuslice import node, report
 from gpuslice.config import Config
 from gpuslice.core import share
 from gpuslice.core.model import ClaimRef
+from gpuslice.core.record import Record
+from gpuslice.demo.cast import Cast
+from gpuslice.demo.screen import WIDTH, CardRow, map_lines, say
 from gpuslice.mps.client import MpsClient
 from gpuslice.node import Node
-from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster, UnschedulableError
+from gpuslice.nvml.sim import spec
+from gpuslice.standin import scheduler
+from gpuslice.standin.cluster import DRIVER, NODE, DriverProcess, StandInCluster, UnschedulableError
 from gpuslice.standin.scheduler import Request
 
 _T = TypeVar("_T")
+_HOW_TO_READ = (
+    "The map of the cards: one column for each memory slice of a card, below its number. [ . ] is free; a name is what "
+    "occupies these slices."
+)
+_HOW_TO_READ_WITHOUT_MIG = "The map of the cards: [ . ] is free; a name is what occupies the card."
+_FEW = 3  # devices of one claim that are shown one by one
 
 
 class BrokenPromiseError(Exception):
@@ -28,8 +39,10 @@ class Stage:
 
     def __init__(self, cluster: StandInCluster) -> None:
         self.cluster = cluster
+        self.cast = Cast.of(spec.parse(cluster.simulate))
         self.held: dict[str, ClaimRef] = {}
         self.calls: list[asyncio.Task[Any]] = []  # of the kubelet, cut off by a kill
+        self._map_known = False
 
     @property
     def mps(self) -> MpsClient:
@@ -53,13 +66,18 @@ class Stage:
 
     def claim(self, name: str, words: str, *requests: Request) -> ClaimRef | None:
         """Create a claim and let the scheduler choose; None where its pod stays Pending."""
-        print(f"  claim {name}: {words}")
+        say(f"claim {name}: {words}")
         try:
             ref = self.cluster.claim(name, *requests)
         except UnschedulableError:
-            print("    the scheduler: no device fits, so the pod stays Pending")
+            say("the scheduler: no device fits, so the pod stays Pending", 4)
             return None
         return ref
+
+    def fits(self, *requests: Request) -> bool:
+        """Whether the scheduler would find devices for a claim now."""
+        slices, claims = self.cluster.api.all("resourceslices"), self.cluster.api.all("resourceclaims")
+        return scheduler.allocate(slices, claims, requests, node=NODE) is not None
 
     async def use(self, ref: ClaimRef) -> None:
         """Prepare a claim as the kubelet does for its pod, and show what the pod gets."""
@@ -67,12 +85,22 @@ class Stage:
         await self.cluster.run(ref)
         took_ms = (time.monotonic() - begin) * 1000
         self.held[ref.name] = ref
-        record = self.look(lambda node: node.records[ref.uid])
+        got = self.got(self.look(lambda node: node.records[ref.uid]))
+        for what, uuid in got[:_FEW]:
+            say(f"{ref.name} has {what}", 4)
+            say(f"{uuid}, ready after {took_ms:.0f} ms", 6)
+        if len(got) > _FEW:
+            say(f"and {len(got) - _FEW} more", 4)
+
+    def got(self, record: Record) -> list[tuple[str, str]]:
+        """Each device of a claim: its name with what the claim has of it, and its UUID."""
         published = self.devices()
+        found: list[tuple[str, str]] = []
         for device, grant in zip(record.prepared.devices if record.prepared else (), record.plan.grants, strict=True):
             whole = published[device.device.pool, device.device.device]["capacity"]["memory"]["value"]
-            what = share.describe(grant) or whole
-            print(f"    {ref.name} has {device.device}, {what}, {device.uuid}, ready after {took_ms:.0f} ms")
+            what = share.describe(grant) or (whole if whole != "0" else "to look at the card")
+            found.append((f"{device.device}, {what}", device.uuid))
+        return found
 
     async def take(self, name: str, words: str, *requests: Request) -> bool:
         """Whether the scheduler found a device for it."""
@@ -81,10 +109,14 @@ class Stage:
             await self.use(ref)
         return ref is not None
 
-    async def release(self, name: str) -> None:
-        if ref := self.held.pop(name, None):
-            await self.cluster.end(ref)
-            print(f"  claim {name} is released")
+    async def release(self, *names: str) -> None:
+        for name in names:
+            if ref := self.held.pop(name, None):
+                await self.cluster.end(ref)
+                say(f"claim {name} is released")
+
+    async def release_all(self) -> None:
+        await self.release(*list(self.held))
 
     # ------------------------------------------------------------ what there is to see
 
@@ -95,26 +127,29 @@ class Stage:
             return what(seen)
 
     def show_map(self) -> None:
-        """What occupies the memory slices of each card, with the claim that holds it."""
-        for line in self.look(_map):
-            print(f"  {line}")
+        """What occupies the memory slices of each card; the first map says how to read it."""
+        if not self._map_known:
+            say(_HOW_TO_READ if self.cast.cut is not None or self.cast.stuck else _HOW_TO_READ_WITHOUT_MIG)
+            self._map_known = True
+        print("\n".join(map_lines(self.look(card_rows))))
 
     def must(self, so: bool, what: str) -> None:
         if not so:
             raise BrokenPromiseError(
                 f"the demo found a state that must never happen: {what}; please report it with the log above"
             )
-        print(f"  checked: {what}")
+        say(f"checked: {what}")
 
 
-def _map(node: Node) -> list[str]:
-    lines = []
+def card_rows(node: Node) -> list[CardRow]:
+    """Each card of the node with what occupies it."""
+    rows = []
     records = tuple(node.records.values())
     for pool in node.inventory.pools:
         grants = [grant for record in records for grant in record.plan.grants if grant.gpu == pool.gpu.uuid]
-        *ruler, cells = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records)
-        lines += [f"GPU {pool.gpu.index}".ljust(10) + "".join(ruler)[10:], cells]
-    return lines
+        lines = report.memory_map(pool, node.live.get(pool.gpu.uuid), grants, records, WIDTH)
+        rows.append(CardRow(pool.gpu.index, tuple(lines)))
+    return rows
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -126,6 +161,15 @@ def a_partition(name: str = "gpu", **where: str | int) -> Request:
 
 def a_card(name: str = "gpu") -> Request:
     return Request(name=name, driver=DRIVER, where={"type": "gpu"})
+
+
+def cards(count: int) -> Request:
+    return Request(name="gpu", driver=DRIVER, where={"type": "gpu"}, count=count)
+
+
+def these_cards(*indices: int) -> tuple[Request, ...]:
+    """Whole cards by their index, one request each."""
+    return tuple(Request(name=f"gpu-{at}", driver=DRIVER, where={"type": "gpu", "index": at}) for at in indices)
 
 
 def a_share(manner: str, name: str = "gpu", **capacity: str) -> Request:

@@ -32,7 +32,6 @@ from gpuslice.pb import (
     registration_v1_pb2_grpc,
 )
 from gpuslice.plugin import sockets
-from gpuslice.plugin.sockets import dra_name, registration_name
 from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
 
@@ -159,15 +158,13 @@ class PluginServer:
         claims: ClaimHandler,
         telemetry: Telemetry,
     ) -> None:
-        if pod_uid and registration_socket:
-            raise ConfigError(
-                "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket "
-                "name for each "
-                "pod; leave one of the two out"
-            )
-        self.endpoint = plugin_folder / dra_name(plugin_folder, pod_uid)
-        name = sockets.fitting(registry, [registration_socket]) if registration_socket else ""
-        self.registration = registry / (name or registration_name(registry, driver, pod_uid))
+        self.endpoint, self.registration = sockets.paths(
+            driver=driver,
+            registry=registry,
+            plugin_folder=plugin_folder,
+            pod_uid=pod_uid,
+            registration_socket=registration_socket,
+        )
         self._lock = sockets.exclusive(self.endpoint)
         sockets.remove_dead(registry, plugin_folder, driver)
         self.status = RegistrationService(driver, self.endpoint)

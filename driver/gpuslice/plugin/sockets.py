@@ -44,6 +44,21 @@ def dra_name(folder: Path, pod_uid: str = "") -> str:
     return fitting(folder, [f"dra-{pod_uid}.sock", f"dra-{short}.sock"] if pod_uid else ["dra.sock"])
 
 
+def paths(
+    *, driver: str, registry: Path, plugin_folder: Path, pod_uid: str, registration_socket: str
+) -> tuple[Path, Path]:
+    """The DRA socket and the registration socket. ConfigError where their names contradict each other or are too long."""
+    if pod_uid and registration_socket:
+        raise ConfigError(
+            "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket name for each "
+            "pod; leave one of the two out"
+        )
+    name = fitting(registry, [registration_socket]) if registration_socket else ""
+    return plugin_folder / dra_name(plugin_folder, pod_uid), registry / (
+        name or registration_name(registry, driver, pod_uid)
+    )
+
+
 def _digest(data: bytes, length: int) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:length]).decode().rstrip("=")
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -227,6 +227,21 @@ class StandInCluster:
         if error:
             raise RuntimeError(error)
         self.delete(ref)
+
+
+def end_once(*signals: signal.Signals) -> Callable[[], None]:
+    """Cancel the current task at the first of these signals, or when it is called; later ones do not cut its end short."""
+    task, over = asyncio.current_task(), asyncio.Event()
+    assert task is not None
+
+    def end() -> None:
+        if not over.is_set():
+            over.set()
+            task.cancel()
+
+    for number in signals:
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    return end
 
 
 def complete(slices: Sequence[Mapping[str, Any]], least: int = 1) -> bool:

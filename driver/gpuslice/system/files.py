@@ -199,14 +199,30 @@ def ensure_folder(path: Path, mode: int = 0o750) -> Path:
             if there.st_mode & mode != mode and there.st_uid == os.geteuid():
                 folder.chmod(stat.S_IMODE(there.st_mode) | mode)
     except OSError as e:
-        raise StateError(
-            f"cannot create folder {path}: {e.strerror}; create it, or give the driver the right to"
-        ) from e
+        raise StateError(f"cannot create folder {path}: {_obstacle(path, e)}") from e
     if not os.access(path, os.W_OK | os.X_OK):
         raise StateError(
             f"folder {path} is not writable for uid {os.getuid()}; give the driver the right to write there"
         )
     return path
+
+
+def _obstacle(path: Path, error: OSError) -> str:
+    """Why this folder cannot be made, and what to do."""
+    try:
+        file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    except OSError:
+        file = None
+    if file is not None:
+        return f"{file} is a file; move the file away, or name another folder"
+    return f"{error.strerror}; create it, or give the driver the right to"
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """The sentence about a file or folder of the driver that this process may not read, or cannot."""
+    if isinstance(error, PermissionError):
+        return f"{path} is not readable for uid {os.getuid()}; use the user of the driver, which is root in most cases"
+    return f"cannot read {path}: {error.strerror}; check the file system and its permissions"
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

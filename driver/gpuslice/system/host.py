@@ -17,7 +17,7 @@ from typing import Protocol
 
 from gpuslice.core.cdi import ContainerEdits, DeviceNode, Hook, Mount
 from gpuslice.core.model import Gpu
-from gpuslice.errors import DeviceError, StateError
+from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.system import chroot, driver_files
 from gpuslice.system.driver_files import DriverFiles
 
@@ -170,6 +170,15 @@ class RealHost:
 
     def _mount(self, source: str, target: str, options: tuple[str, ...] = _READ_ONLY) -> Mount:
         return Mount(str(self._host_root / source[1:]), target, options)
+
+
+def check_hook(hook: Path, driver_root: Path, host_root: Path) -> None:
+    """Refuse a hook that is not there: a runtime fails with each container. Outside of the driver root we cannot see it."""
+    if hook.is_relative_to(host_root) and chroot.regular_file(driver_root, str(hook.relative_to(host_root))) is None:
+        raise ConfigError(
+            f"--nvidia-cdi-hook-path is {hook}, and there is no such program; give its path on the node, or leave the flag "
+            "out to have the usual places searched"
+        )
 
 
 def _hooks(program: str, driver: DriverFiles) -> tuple[Hook, ...]:

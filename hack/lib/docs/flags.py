@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from gpuslice import cli
+from gpuslice.commands.parser import subcommands, tree
 
 from hack.lib.docs.text import code, table
 
@@ -14,8 +15,8 @@ _HELP = re.compile(r"(?P<meaning>.*?)(?: \(env (?P<env>\w+)(?:; default (?P<defa
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+    """Those that do something, each with its parser; "policy check" is one of them."""
+    return {" ".join(path): at for path, at in tree(cli.parser()) if path and not subcommands(at)}
 
 
 def flags() -> str:
@@ -23,7 +24,7 @@ def flags() -> str:
     of: dict[str, list[str]] = {}
     cells: dict[str, list[str]] = {}
     for command, action in _options():
-        (flag,) = action.option_strings
+        flag = action.option_strings[-1]
         of.setdefault(flag, []).append(command)
         cells.setdefault(flag, _cells(action))
     rows = ([code(flag), *cells[flag], ", ".join(of[flag])] for flag in of)
@@ -31,8 +32,12 @@ def flags() -> str:
 
 
 def synopsis() -> str:
-    (action,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return table(["command", ""], ([code(f"gpuslice {a.dest}"), a.help or ""] for a in action._choices_actions))
+    lines = ((" ".join((*path, a.dest)), a.help or "") for path, at in tree(cli.parser()) for a in _choices(at))
+    return table(["command", ""], ([code(f"gpuslice {name}"), text] for name, text in lines if name in commands()))
+
+
+def _choices(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [c for a in parser._actions if isinstance(a, argparse._SubParsersAction) for c in a._choices_actions]
 
 
 def exit_codes() -> str:

@@ -283,6 +283,7 @@ _ROOMS: Mapping[str, Colour] = {
 _SAYS_OF = {
     "cli": "what is typed",
     "app": "the wiring",
+    "playground": "stand-in cluster in the background",
     "demo": "the story of hack/demo",
     "config": "flags and environment",
     "report": "text for people",

@@ -164,9 +164,9 @@ def test_a_product_that_is_too_old_for_the_mps_that_is_asked_of_it_is_named() ->
     text = "gpus: [{match: {product: NVIDIA L4}, modes: [gpu, mps]}]"
     old = a_gpu("l4", compute_capability="6.1")
 
-    (sentence,) = policy(text).misfits(old)
+    (misfit,) = policy(text).misfits(old)
 
-    assert "gpus[0] asks for mode mps, for which its GPUs are too old" in sentence
+    assert "gpus[0] asks for mode mps, for which its GPUs are too old" in misfit.sentence
     assert policy(text).of(old).modes == {Mode.GPU}
 
 
@@ -319,12 +319,49 @@ def test_a_document_of_another_kind_is_refused() -> None:
         ("{product: '*'}", "{product: 'a', index: 0}"),
         ("{index: [0, 1]}", "{index: 1}"),
         ("{uuid: GPU-1}", "{uuid: GPU-1, index: 0}"),
+        ("{product: '*'}", "{index: 0}"),
+        ("{product: '**'}", "{uuid: GPU-1}"),
+        ("{product: ['*L4*', '*']}", "{product: '*H100*'}"),
     ],
 )
 def test_an_entry_that_an_earlier_one_covers_is_an_error(first: str, second: str) -> None:
     text = f"gpus: [{{match: {first}, modes: [gpu]}}, {{match: {second}, modes: [mig]}}]"
 
     assert "gpus[1] is never reached, because gpus[0] matches the same GPUs first" in refusal(text)
+
+
+def test_an_entry_that_several_earlier_ones_cover_together_is_an_error() -> None:
+    entries = ["{index: 0, product: '*H100*'}", "{index: 0}", "{product: '*L4*'}", "{index: [0, 1], product: '*L4*'}"]
+    text = "gpus: [" + ", ".join(f"{{match: {match}, modes: [gpu]}}" for match in entries) + "]"
+
+    assert "gpus[3] is never reached, because gpus[1] and gpus[2] match the same GPUs first" in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"version": "v1", "mig-configs": {"all-1g.10gb": []}}, "NVIDIA's mig-parted"),
+        ([{"devices": "all", "mig-enabled": True, "mig-devices": {"1g.10gb": 7}}], "without version and mig-configs"),
+        ({"version": "v1", "sharing": {"timeSlicing": {"resources": []}}}, "NVIDIA's device plugin"),
+        ({"version": "v1", "flags": {"migStrategy": "mixed"}}, "NVIDIA's device plugin"),
+        (
+            {"apiVersion": "v1", "kind": "ConfigMap", "data": {"any": "version: v1\nsharing: {timeSlicing: {}}\n"}},
+            "a ConfigMap with a configuration of NVIDIA's device plugin",
+        ),
+        (
+            {"apiVersion": "v1", "kind": "ConfigMap", "data": {"policy.yaml": "kind: Policy\n"}},
+            "a ConfigMap with a Policy below data.policy.yaml, of which only that text is the policy",
+        ),
+        ({"dev": "version: v1\nsharing: {}\n", "prod": "version: v1\nsharing: {}\n"}, "the data of a ConfigMap with"),
+        ({"apiVersion": "nvidia.com/v1", "kind": "ClusterPolicy", "spec": {}}, "GPU Operator"),
+        ({"apiVersion": "gpuslice.dev/v1alpha1", "kind": "SliceConfig"}, "opaque parameters of a claim"),
+    ],
+)
+def test_a_file_of_another_tool_is_called_by_its_name(body: object, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"docs/policy\.md#from-other-tools") as refused:
+        Policy.parse(body)
+
+    assert name in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -343,18 +380,21 @@ def test_an_entry_that_an_earlier_one_covers_in_part_is_none(first: str, second:
 def test_a_profile_that_a_product_lacks_is_named_where_the_product_is() -> None:
     text = "gpus: [{match: {product: 'NVIDIA H100 80GB HBM3'}, profiles: [1g.5gb]}]"
 
-    (sentence,) = policy(text).misfits(a_gpu("h100"))
+    (misfit,) = policy(text).misfits(a_gpu("h100"))
 
-    assert "gpus[0] names profile 1g.5gb, which its GPUs do not have; " in sentence and "1g.10gb (19)" in sentence
+    assert (
+        "gpus[0] names profile 1g.5gb, which its GPUs do not have; " in misfit.sentence
+        and "1g.10gb (19)" in misfit.sentence
+    )
     assert policy(text).of(a_gpu("h100")).profiles == ()
 
 
 def test_a_static_layout_of_a_profile_that_the_card_lacks_is_named_and_left_out() -> None:
     stated = policy("default: {static: {1g.5gb: 7}}")
 
-    (sentence,) = stated.misfits(a_gpu("h100"))
+    (misfit,) = stated.misfits(a_gpu("h100"))
 
-    assert "names profile 1g.5gb, which it does not have" in sentence
+    assert "names profile 1g.5gb, which it does not have" in misfit.sentence
     assert stated.of(a_gpu("h100")).static == ()
 
 
@@ -408,7 +448,15 @@ gpus:
     assert said == (
         "policy: gpus[0] matches no GPU of this node, so it has no effect here; the node has NVIDIA H100 80GB HBM3",
         "policy: gpus[1] asks for suffix +gfx, which no profile of its GPUs has",
-        "policy: default names profile 1g.5gb, which its GPUs do not have",
+        "policy: default names profile 1g.5gb, which its GPUs do not have; did you mean 1g.20gb?",
+    )
+
+
+def test_an_entry_whose_cards_are_all_taken_by_another_one_is_said() -> None:
+    text = "gpus: [{match: {product: '*H100*'}, modes: [gpu]}, {match: {index: 0}, modes: [mig]}]"
+
+    assert policy(text).unused([a_gpu("h100", 0)]) == (
+        "policy: gpus[1] counts for no GPU of this node, because gpus[0] matches those GPUs first",
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gpuslice.core import quantity
 from gpuslice.core.model import API_VERSION, INTERVALS, Setting
-from gpuslice.core.policy import strict
+from gpuslice.core.policy import other_formats, strict
 from gpuslice.core.policy.schema import (
     ALL_MODES,
     KEYS,
@@ -32,6 +32,12 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT])")
 
 def read(body: object) -> tuple[Section, tuple[Rule, ...]]:
     """The section for every card, and the entries in order. ConfigError names the path, the limit and the remedy."""
+    other = other_formats.name(body)
+    if other is not None:
+        strict.fail(
+            "the document",
+            f"is {other}, and a Policy is wanted; docs/policy.md#from-other-tools shows how the same is said in a Policy",
+        )
     whole = strict.mapping(body, "the document", ("apiVersion", "kind", "default", "gpus"))
     for key, only in (("apiVersion", API_VERSION), ("kind", KIND)):
         if whole.get(key) != only:
@@ -41,14 +47,23 @@ def read(body: object) -> tuple[Section, tuple[Rule, ...]]:
     rules: list[Rule] = []
     for i, entry in enumerate(strict.sequence(whole["gpus"], "gpus") if "gpus" in whole else ()):
         rule = _rule(entry, f"gpus[{i}]", base)
-        before = next((earlier for earlier in rules if earlier.match.covers(rule.match)), None)
-        if before is not None:
-            strict.fail(
-                rule.path,
-                f"is never reached, because {before.path} matches the same GPUs first; put the narrower one first",
-            )
+        _check_reached(rule, rules)
         rules.append(rule)
     return base, tuple(rules)
+
+
+def _check_reached(rule: Rule, before: Sequence[Rule]) -> None:
+    """Refuse an entry to which those before it leave no card."""
+    takers = [
+        next((earlier.path for earlier in before if earlier.match.covers(one)), "") for one in rule.match.alternatives()
+    ]
+    if all(takers):
+        several = list(dict.fromkeys(takers))
+        verb = "matches" if len(several) == 1 else "match"
+        strict.fail(
+            rule.path,
+            f"is never reached, because {' and '.join(several)} {verb} the same GPUs first; put the narrower one first",
+        )
 
 
 def _rule(entry: object, path: str, base: Section) -> Rule:

@@ -10,11 +10,12 @@ such entries, one sentence each.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpuslice.core.model import Gpu, MigProfile, Setting
+from gpuslice.core.model import Gpu, GpuUuid, MigProfile, Setting
 from gpuslice.core.policy import reading
 from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, ProfileRef, Rule, Section
 
@@ -37,6 +38,23 @@ class GpuPolicy:
     )  # in what manner partitions are shared too; none while `mig` is not offered
     static: tuple[tuple[MigProfile, int], ...] | Parts = ()  # for clusters without partitionable devices
     keep: frozenset[Setting] = frozenset()  # what is not changed on this card
+    paths: Mapping[str, str] = field(default_factory=dict, compare=False)  # of keys that the document has, for errors
+
+    def path(self, key: str) -> str:
+        """Where the document says it: "gpus[1].reserve"; without a word of it, the key alone."""
+        return self.paths.get(key, key)
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """What one card cannot do of its policy. `path`: where the document says it; "" or a mere key where it says nothing."""
+
+    path: str
+    gpu: GpuUuid
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +68,13 @@ class Policy:
         return Policy()
 
     @staticmethod
-    def parse(body: Mapping[str, object]) -> Policy:
+    def parse(body: object) -> Policy:
         """An already loaded document. ConfigError names the path, the limit and the remedy."""
         return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
         """What this card may offer. What the policy asks for and the card cannot do is left out, and `misfits` names it."""
-        section = self._section(gpu)
+        rule, section = self._rule(gpu), self._section(gpu)
         modes = frozenset(section.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
         mig = Mode.MIG in modes
         clients = min(section.mps_clients or client_limit(gpu), client_limit(gpu))
@@ -71,15 +89,29 @@ class Policy:
             shared_partitions=frozenset(section.shared_partitions or ()) if mig else frozenset(),
             static=_static(section, gpu, modes),
             keep=frozenset(section.keep or ()),
+            paths=self._paths(rule),
         )
 
-    def misfits(self, gpu: Gpu) -> tuple[str, ...]:
-        """What the policy asks of this card, by name, that the card does not have: one sentence each."""
+    def misfits(self, gpu: Gpu) -> tuple[Misfit, ...]:
+        """What the policy asks of this card, by name, that the card does not have."""
         return tuple(self._misfits(gpu))
+
+    def suiting_none(self, misfits: Iterable[Misfit], gpus: Iterable[Gpu]) -> tuple[Misfit, ...]:
+        """Those of settings that suit none of the cards for which they count."""
+        misfits, gpus = tuple(misfits), tuple(gpus)
+        counts = {gpu.uuid: {self.path(gpu), *self.of(gpu).paths.values()} for gpu in gpus}
+        missed = {(misfit.path, misfit.gpu) for misfit in misfits}
+        suited = {path for uuid, paths in counts.items() for path in paths if (path, uuid) not in missed}
+        return tuple(misfit for misfit in misfits if misfit.path in counts[misfit.gpu] - suited)
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
         """The settings of this policy without an effect on these cards, one sentence each."""
         return tuple(self._unused(tuple(gpus)))
+
+    def path(self, gpu: Gpu) -> str:
+        """The part of the document that counts for this card: "default", or "gpus[1]", to which `default` adds."""
+        rule = self._rule(gpu)
+        return "default" if rule is None else rule.path
 
     def _rule(self, gpu: Gpu) -> Rule | None:
         return next((rule for rule in self.rules if gpu in rule.match), None)
@@ -88,23 +120,38 @@ class Policy:
         rule = self._rule(gpu)
         return self.base if rule is None else rule.section.merged_over(self.base)
 
-    def _misfits(self, gpu: Gpu) -> Iterator[str]:
+    def _paths(self, rule: Rule | None) -> Mapping[str, str]:
+        own = {} if rule is None else {key: f"{rule.path}.{key}" for key in rule.section.said()}
+        return {key: f"default.{key}" for key in self.base.said()} | own
+
+    def _misfits(self, gpu: Gpu) -> Iterator[Misfit]:
         rule, section = self._rule(gpu), self._section(gpu)
         if rule is not None and rule.match.certain():
             for missing in _missing(rule.section, [gpu]):
-                yield f"policy: {rule.path} {missing}; {_has(gpu)}"
+                end = "" if missing.endswith("?") else ";"
+                yield Misfit(rule.path, gpu.uuid, f"policy: {rule.path} {missing}{end} {_has(gpu)}")
+        path = self._paths(rule).get("static", "static")
         for ref in _static_strangers(section, gpu):
-            yield (
-                f"policy: the static layout of GPU {gpu.index} ({gpu.product}) names profile {ref}, which it does not"
-                f" have; {_has(gpu)}, or give this product an entry of its own"
+            yield Misfit(
+                path,
+                gpu.uuid,
+                f"policy: {path}, the static layout of GPU {gpu.index} ({gpu.product}), names profile {ref}, which it does"
+                f" not have; {_has(gpu)}, or give this product an entry of its own",
             )
+
+    def _missed(self, rule: Rule, gpus: Sequence[Gpu]) -> str:
+        """Why the entry counts for none of these cards."""
+        first = dict.fromkeys(self.path(gpu) for gpu in gpus if gpu in rule.match)
+        if first:
+            return f"counts for no GPU of this node, because {' and '.join(first)} matches those GPUs first"
+        return f"matches no GPU of this node, so it has no effect here; {_cards(gpus)}"
 
     def _unused(self, gpus: tuple[Gpu, ...]) -> Iterator[str]:
         for rule in self.rules:
             here = [gpu for gpu in gpus if self._rule(gpu) == rule]
             if not here:
-                yield f"policy: {rule.path} matches no GPU of this node, so it has no effect here; {_cards(gpus)}"
-            for missing in _missing(rule.section, here):
+                yield f"policy: {rule.path} {self._missed(rule, gpus)}"
+            for missing in () if rule.match.certain() else _missing(rule.section, here):  # else `misfits` says it
                 yield f"policy: {rule.path} {missing}"
         for missing in _missing(self.base, gpus):
             yield f"policy: default {missing}"
@@ -119,6 +166,12 @@ class Policy:
             yield from _excess(section, gpu)
 
 
+def _near(ref: ProfileRef, profiles: Iterable[MigProfile]) -> str:
+    """What may have been meant."""
+    found = difflib.get_close_matches(str(ref), dict.fromkeys(profile.name for profile in profiles), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
     """References of this section that none of the cards can follow. No card, no complaint."""
     profiles = [profile for gpu in gpus for profile in gpu.profiles]
@@ -126,7 +179,7 @@ def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
         return
     for ref in section.profiles or ():
         if not any(ref in (profile.id, profile.name) for profile in profiles):
-            yield f"names profile {ref}, which its GPUs do not have"
+            yield f"names profile {ref}, which its GPUs do not have{_near(ref, profiles)}"
     for suffix in section.suffixes or ():
         if not any(profile.suffix == suffix for profile in profiles):
             yield f"asks for suffix {suffix}, which no profile of its GPUs has"
@@ -134,7 +187,7 @@ def _missing(section: Section, gpus: Sequence[Gpu]) -> Iterator[str]:
         yield "asks for mode mps, for which its GPUs are too old; it needs compute capability 7.0"
     for ref, _ in () if isinstance(section.static, Parts) else section.static or ():
         if not any(ref in (profile.id, profile.name) for profile in profiles):
-            yield f"has profile {ref} in its static layout, which its GPUs do not have"
+            yield f"has profile {ref} in its static layout, which its GPUs do not have{_near(ref, profiles)}"
 
 
 def _excess(section: Section, gpu: Gpu) -> Iterator[str]:

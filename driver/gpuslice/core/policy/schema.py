@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
@@ -53,12 +54,23 @@ class Match:
         return (
             (not self.index or (bool(other.index) and set(other.index) <= set(self.index)))
             and (not self.uuid or (bool(other.uuid) and set(other.uuid) <= set(self.uuid)))
-            and (not self.product or (bool(other.product) and all(map(self._names, other.product))))
+            and (not self.product or all(map(self._names, other.product or ("*",))))
         )
 
     def _names(self, glob: str) -> bool:
         """A star of the other glob is an ordinary character here, which only a star of ours can match: that covers."""
         return any(_glob(mine, glob) for mine in self.product)
+
+    def alternatives(self) -> Iterator[Match]:
+        """The same cards, as matches that name one value of each fact: what several others cover together is one by one."""
+        for index in self.index or (None,):
+            for uuid in self.uuid or (None,):
+                for product in self.product or (None,):
+                    yield Match(
+                        index=() if index is None else (index,),
+                        uuid=() if uuid is None else (uuid,),
+                        product=() if product is None else (product,),
+                    )
 
     def certain(self) -> bool:
         """Whether the author knew which product this is, so that a profile which it lacks is a mistake."""
@@ -92,6 +104,16 @@ class Section:
         if self.profiles is not None or self.suffixes is not None:
             base = replace(base, profiles=None, suffixes=None)
         return replace(base, **given)
+
+    def said(self) -> list[str]:
+        """The document's keys of what this section says, of those that errors about a card name."""
+        fields_of = {
+            "reserve": self.reserve_bytes,
+            "mps": self.mps_shares or self.mps_clients,
+            "timeslice": self.timeslice_shares,
+            "static": self.static,
+        }
+        return [key for key, value in fields_of.items() if value is not None]
 
     def wants(self, profile: MigProfile) -> bool:
         if self.profiles is not None:

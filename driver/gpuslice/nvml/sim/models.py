@@ -73,23 +73,15 @@ def product(key: str, own: Mapping[str, Mapping[str, object]] | None = None) -> 
 
     Raises ConfigError where the key is unknown or something is not known of the product.
     """
-    body = (own or {}).get(key) or catalogue().get(key)
-    if body is None:
-        near = [other for other in known() if other.startswith(key.split("-")[0])] or list(known())
-        raise ConfigError(
-            f"product {key!r} is unknown; simulate one of {', '.join(near)}, or describe it in a node file"
-        )
-    if missing := body.get("missing"):
-        what = "; ".join(cast("list[str]", missing))
-        raise ConfigError(
-            f"{key} cannot be simulated, because nobody has published its {what}; describe it in a node file"
-        )
+    body = _body(key, own or {})
     _check(f"product {key!r}", body, (*_CARD_FIELDS, "profiles"), ("inferred",))
-    profiles = cast("list[Mapping[str, object]]", body["profiles"])
-    inferred = [*cast("list[str]", body.get("inferred", []))]
+    profiles = cast("list[Mapping[str, object]]", _list(f"product {key!r}", body, "profiles"))
+    inferred = [*map(str, _list(f"product {key!r}", body, "inferred"))]
     for entry in profiles:
-        _check(f"a profile of product {key!r}", entry, _PROFILE_FIELDS, ("inferred",))
-        inferred += [f"{entry['name']}.{name}" for name in cast("list[str]", entry.get("inferred", []))]
+        where = f"a profile of product {key!r}"
+        _check_mapping(where, entry)
+        _check(where, entry, _PROFILE_FIELDS, ("inferred",))
+        inferred += [f"{entry['name']}.{name}" for name in _list(where, entry, "inferred")]
     return Product(
         key=key,
         name=_text(key, body, "name"),
@@ -104,25 +96,56 @@ def product(key: str, own: Mapping[str, Mapping[str, object]] | None = None) -> 
     )
 
 
+def _body(key: str, own: Mapping[str, Mapping[str, object]]) -> Mapping[str, object]:
+    """The entry of this product, complete or not."""
+    body = own.get(key) or catalogue().get(key)
+    if body is None:
+        near = [other for other in known() if other.startswith(key.split("-")[0])] or list(known())
+        raise ConfigError(
+            f"product {key!r} is unknown; simulate one of {', '.join(near)}, or describe it in a node file"
+        )
+    _check_mapping(f"product {key!r}", body)
+    if body.get("missing"):
+        what = "; ".join(map(str, _list(f"product {key!r}", body, "missing")))
+        raise ConfigError(
+            f"{key} cannot be simulated, because nobody has published its {what}; describe it in a node file"
+        )
+    return body
+
+
 def _profile(key: str, body: Mapping[str, object]) -> MigProfile:
     name = _text(key, body, "name")
     counts = {field: _count(f"{key} {name}", body, field) for field in _COUNTS}
     size = _count(f"{key} {name}", body, "size")
-    starts = cast("list[int]", body["starts"])
+    starts = _list(f"{key} {name}", body, "starts")
+    if not all(type(start) is int and start >= 0 for start in starts):
+        raise ConfigError(f"starts of {key} {name} is {starts!r} and must be a list of whole numbers")
     return MigProfile(
         id=_count(f"{key} {name}", body, "id"),
         name=name,
         suffix=suffix(name),
         max_instances=_count(f"{key} {name}", body, "max_instances"),
-        placements=tuple(Placement(start, size) for start in starts),
+        placements=tuple(Placement(start, size) for start in cast("list[int]", starts)),
         **counts,
     )
+
+
+def _check_mapping(where: str, body: object) -> None:
+    if not isinstance(body, Mapping):
+        raise ConfigError(f"{where} is {body!r} and must be a mapping, as an entry of models.json is")
+
+
+def _list(where: str, body: Mapping[str, object], field: str) -> list[object]:
+    value = body.get(field, [])
+    if not isinstance(value, list):
+        raise ConfigError(f"{field} of {where} is {value!r} and must be a list")
+    return value
 
 
 def _check(where: str, body: Mapping[str, object], wanted: tuple[str, ...], optional: tuple[str, ...]) -> None:
     if missing := [field for field in wanted if body.get(field) is None]:
         raise ConfigError(f"{where} lacks {', '.join(missing)}; a simulated card needs every value")
-    if unknown := sorted(set(body) - set(wanted) - set(optional)):
+    if unknown := sorted(str(name) for name in set(body) - set(wanted) - set(optional)):
         raise ConfigError(
             f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join((*wanted, *optional))}"
         )

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from gpuslice.errors import ConfigError
 from gpuslice.nvml.sim.models import Product, product
+from gpuslice.system import documents
 
 MAX_CARDS = 16
 _CARD = re.compile(r"(?P<product>[a-z0-9][a-z0-9-]*?)(?:x(?P<count>[0-9]{1,3}))?(?P<mig>:mig)?")
@@ -63,7 +62,7 @@ def parse(node: str | Path) -> NodeSpec:
     """A node from the grammar above or from a file; ConfigError says what is wrong with it."""
     text = str(node)
     if isinstance(node, Path) or "/" in text or text.endswith((".yaml", ".yml", ".json")):
-        return from_body(text, _read(Path(node)))
+        return from_body(text, documents.read(Path(node), "node file", "docs/simulator.md"))
     return _checked(text, NodeSpec(cards=tuple(card for part in text.split("+") for card in _cards(text, part))))
 
 
@@ -99,10 +98,14 @@ def _checked(where: str, spec: NodeSpec) -> NodeSpec:
 
 def _cards(text: str, part: str) -> list[Card]:
     match = _CARD.fullmatch(part)
+    if match is None and _CARD.fullmatch(part.lower()):
+        raise ConfigError(f"{part!r} has capital letters, and the names of products have none; write {text.lower()}")
     count = int(match["count"] or 1) if match else 0
     if match is None or not 0 < count <= MAX_CARDS:
+        place = "" if part == text else f" in {text!r}"
         raise ConfigError(
-            f"{part!r} in {text!r} is not a card; write a product, x and a count from 1 to {MAX_CARDS}, as in h100x8"
+            f"{part!r}{place} is not a card; write a product, x and a count from 1 to {MAX_CARDS}, as in h100x8, and + "
+            "between several"
         )
     return [Card(product=match["product"], mig=match["mig"] is not None)] * count
 
@@ -127,13 +130,3 @@ def _mapping(where: str, body: object, known: tuple[str, ...] | None) -> Mapping
     if known and (unknown := sorted(str(key) for key in body if key not in known)):
         raise ConfigError(f"{where} has unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
     return body
-
-
-def _read(path: Path) -> object:
-    try:
-        # JSON is YAML too; one parser reads both.
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"cannot read node file {path}: {e.strerror}; check its path") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"node file {path} is not YAML: {' '.join(str(e).split())}; see docs/simulator.md") from e

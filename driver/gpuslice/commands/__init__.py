@@ -1,0 +1,1 @@
+"""What the commands of `gpuslice` share: their texts, their parser, what they print and in which form."""
