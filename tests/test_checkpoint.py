@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
-from gpuslice.checkpoint import Checkpoint
+from gpuslice.checkpoint import Checkpoint, Records
 from gpuslice.core.model import ClaimRef, ClaimUid
 from gpuslice.core.record import Plan, Record
 from gpuslice.errors import StateError
@@ -148,6 +151,35 @@ def test_a_process_without_descriptors_reads_nothing_rather_than_a_part(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     assert checkpoint.records() == {"uid-one": a_record()}
+
+
+def test_a_folder_or_a_record_of_another_user_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Checkpoint(tmp_path, "boot-1").put(a_record())
+    records = Records(tmp_path / "boot-1")
+
+    def refused(*_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", refused)
+        assert records.records() == {}
+        assert [f"uid-one.json is not readable for uid {os.getuid()}" in line for line in records.broken()] == [True]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refused)
+        with pytest.raises(StateError, match=r"boot-1 is not readable for uid \d+; use the user of the driver"):
+            records.records()
+    assert records.records() == {"uid-one": a_record()}
+
+
+def test_records_are_read_by_who_may_not_write_and_nothing_is_made(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, "boot-1").put(a_record())
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "boot-1").chmod(0o500)
+
+    assert Records(tmp_path / "boot-1").records() == {"uid-one": a_record()}
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_temporary_files_of_a_killed_writer_are_no_records(tmp_path: Path) -> None:
