@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from gpuslice.core import plan, share
+from gpuslice.core import occupancy, share
 from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory, Pool
 from gpuslice.core.model import (
@@ -18,10 +18,8 @@ from gpuslice.core.model import (
     GpuUuid,
     LiveGpu,
     MigSlice,
-    MigSlot,
     Monitor,
     Mps,
-    Partition,
     TimeSlicing,
     WholeGpu,
 )
@@ -92,30 +90,21 @@ def memory_map(
 ) -> list[str]:
     """The card's memory slices in order, each under its number, with what occupies them."""
     gpu = pool.gpu
-    whole = [grant for grant in grants if grant.slot is None and not isinstance(grant.sharing, Monitor)]
+    whole = occupancy.whole(grants)
     text = (share.usage(whole) or "whole card") if whole else ""
     if not gpu.profiles:
         return [f"  memory  [{(text or '.').center(4 * _CELL)}]"]
-    width = max(place.start + place.size for profile in gpu.profiles for place in profile.placements)
+    width = occupancy.width(gpu)
     cell, margin = _CELL, _MARGIN
     if columns is not None:
         margin = _MARGIN - 2  # eight slices of nine columns each then fit 80
         cell = max(4, min(_CELL, (columns - margin) // width))
     if whole:
         return _ruled(width, [(0, width, text)], cell, margin)
-    foreign = () if live is None else plan.foreign_partitions(gpu.uuid, live, records)
-    blocks = [_block(gpu, p, p in foreign, grants) for p in (live.partitions if live is not None else ())]
-    return _ruled(width, blocks, cell, margin)
-
-
-def _block(gpu: Gpu, partition: Partition, foreign: bool, grants: Sequence[Grant]) -> tuple[int, int, str]:
-    place = partition.placement
-    slot = MigSlot(gpu.uuid, partition.profile, place)
-    profile = gpu.profile(partition.profile)
-    name = profile.name if profile is not None else f"profile {partition.profile}"
-    mark = " (foreign)" if foreign else "" if partition.uuid else " (incomplete)"
-    shared = share.usage([grant for grant in grants if grant.slot == slot])
-    return place.start, place.size, f"{name}{mark} {shared}".rstrip()
+    blocks = occupancy.blocks(gpu, live, grants, records) if live is not None else ()
+    return _ruled(
+        width, [(b.start, b.size, f"{b.name} {share.usage(b.grants)}".rstrip()) for b in blocks], cell, margin
+    )
 
 
 _HEAD = ("CLAIM", "UID", "STATE", "REQUEST", "DEVICE", "SHARE", "UUID")

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gpuslice.core import plan, share
+from gpuslice import report
+from gpuslice.core import occupancy, share
 from gpuslice.core.health import NodeLook, Taints
 from gpuslice.core.inventory import Pool
-from gpuslice.core.model import MIB, Gpu, LiveGpu, MigSlot, Monitor
+from gpuslice.core.model import MIB, Gpu, LiveGpu
 from gpuslice.core.record import Grant, Record
 from gpuslice.web.html import Html, joined, tag
 
@@ -77,7 +78,7 @@ def _verdict(wrong: str | None, well: str) -> Html:
 def _card(pool: Pool, look: NodeLook, records: Sequence[Record]) -> Html:
     gpu, live = pool.gpu, look.live.get(pool.gpu.uuid)
     held = [(record, number) for record in records for number, g in enumerate(record.plan.grants) if g.gpu == gpu.uuid]
-    mode = "cannot be read now" if live is None else f"MIG {'on' if live.mig else 'off'}" if gpu.profiles else "no MIG"
+    mode = "cannot be read now" if live is None else report.mode(gpu, live)
     return joined(
         tag("h2", f"GPU {gpu.index} · {gpu.product} · {gpu.memory_bytes // MIB} MiB · {mode}"),
         tag("p", f"{gpu.bus_id} · ", tag("code", gpu.uuid), class_="facts"),
@@ -98,36 +99,19 @@ def _tainted(pool: Pool, taints: Taints) -> Iterator[str]:
 
 def _map(gpu: Gpu, live: LiveGpu | None, grants: Sequence[Grant], records: Sequence[Record]) -> Html:
     """The card's memory slices in order, each under its number, with what occupies them; one cell where there are none."""
-    width = max((place.start + place.size for profile in gpu.profiles for place in profile.placements), default=1)
-    whole = [grant for grant in grants if grant.slot is None and not isinstance(grant.sharing, Monitor)]
-    blocks = {0: (width, _cell("whole card", whole, width))} if whole else _blocks(gpu, live, grants, records)
+    width, whole = occupancy.width(gpu), occupancy.whole(grants)
+    if whole:
+        cells = {0: (width, _cell("whole card", whole, width))}
+    else:
+        seen = occupancy.recorded_blocks(gpu, grants) if live is None else occupancy.blocks(gpu, live, grants, records)
+        cells = {b.start: (b.size, _cell(b.name, b.grants, b.size, foreign=b.marked)) for b in seen}
     row, at = [], 0
     while at < width:
-        size, cell = blocks.get(at, (1, tag("td", "free" if live is not None else "not known")))
+        size, cell = cells.get(at, (1, tag("td", "free" if live is not None else "not known")))
         row.append(cell)
         at += max(1, size)
     numbers = tag("tr", *(tag("th", str(number)) for number in range(width))) if gpu.profiles else Html()
     return tag("table", numbers, tag("tr", *row), class_="map")
-
-
-def _blocks(
-    gpu: Gpu, live: LiveGpu | None, grants: Sequence[Grant], records: Sequence[Record]
-) -> dict[int, tuple[int, Html]]:
-    """First memory slice → how many, and their cell: the partitions as seen, or by our records while nothing is seen."""
-    foreign = () if live is None else plan.foreign_partitions(gpu.uuid, live, records)
-    seen: dict[MigSlot, str] = {grant.slot: "" for grant in grants if grant.slot is not None} if live is None else {}
-    for partition in () if live is None else live.partitions:
-        note = " (foreign)" if partition in foreign else "" if partition.uuid else " (incomplete)"
-        seen[MigSlot(gpu.uuid, partition.profile, partition.placement)] = note
-    cells = {}
-    for slot, note in seen.items():
-        profile, place = gpu.profile(slot.profile), slot.placement
-        name = (profile.name if profile is not None else f"profile {slot.profile}") + note
-        cells[place.start] = (
-            place.size,
-            _cell(name, [g for g in grants if g.slot == slot], place.size, foreign=bool(note)),
-        )
-    return cells
 
 
 def _cell(name: str, grants: Sequence[Grant], size: int, *, foreign: bool = False) -> Html:
