@@ -287,8 +287,7 @@ def test_a_driver_that_does_not_say_whether_mig_needs_a_reset_is_asked_for_the_a
     assert told(driver_root, "print(gpu.architecture, gpu.resetless)", stub) == [said]
 
 
-def test_a_gpu_instance_without_a_compute_instance_of_its_width_says_so(driver_root: Path) -> None:
-    text = """
+FAILS_AT_THE_COMPUTE_INSTANCE = """
 gi = node.create_gpu_instance(uuid, 9, Placement(4, 4))
 try:
     node.create_compute_instance(uuid, gi)
@@ -296,22 +295,18 @@ except DeviceError as e:
     print(e)
 """
 
-    (line,) = told(driver_root, text, f"nvmlGpuInstanceGetComputeInstanceProfileInfoV={NOT_SUPPORTED}")
+
+def test_a_gpu_instance_without_a_compute_instance_of_its_width_says_so(driver_root: Path) -> None:
+    (line,) = told(
+        driver_root, FAILS_AT_THE_COMPUTE_INSTANCE, f"nvmlGpuInstanceGetComputeInstanceProfileInfoV={NOT_SUPPORTED}"
+    )
 
     assert "cannot create a compute instance in GPU instance 0: NOT_SUPPORTED; this card, its present mode" in line
 
 
 def test_a_partition_is_never_taken_under_the_uuid_of_its_card(driver_root: Path) -> None:
     """A container that got this UUID would have the whole card."""
-    text = """
-gi = node.create_gpu_instance(uuid, 9, Placement(4, 4))
-try:
-    node.create_compute_instance(uuid, gi)
-except DeviceError as e:
-    print(e)
-"""
-
-    (line,) = told(driver_root, text, "partitions-have-the-uuid-of-the-card=1")
+    (line,) = told(driver_root, FAILS_AT_THE_COMPUTE_INSTANCE, "partitions-have-the-uuid-of-the-card=1")
 
     assert line.startswith("NVML gives compute instance 0 the UUID GPU-00000000-1111-2222-3333-444444444444, which no")
 
