@@ -354,7 +354,8 @@ async def test_what_is_odd_at_a_start_is_logged_and_the_driver_serves(cluster: S
     torn.write_text("torn")
     policy = short / "policy.yaml"
     head = "apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\n"
-    policy.write_text(head + "gpus:\n- match: {product: NVIDIA L4}\n  modes: [gpu]\n", encoding="utf-8")
+    unsuited = "default: {reserve: 800Gi}\n"
+    policy.write_text(head + unsuited + "gpus:\n- match: {product: NVIDIA L4}\n  modes: [gpu]\n", encoding="utf-8")
 
     driver = await cluster.start("--policy", str(policy))
     assert await cluster.run(claim)
@@ -362,6 +363,7 @@ async def test_what_is_odd_at_a_start_is_logged_and_the_driver_serves(cluster: S
 
     log = driver.log.read_text()
     assert "gpus[0] matches no GPU of this node" in log
+    assert f"policy file {policy}: default.reserve is 819200 MiB, but GPU 0 (" in log
     assert f"record {torn} of claim torn cannot be read" in log
 
 

@@ -127,6 +127,41 @@ async def test_a_supervisor_that_is_lost_is_told_and_its_daemons_come_back_at_th
     await cluster.end(ref)
 
 
+async def test_a_supervisor_that_ended_in_order_keeps_no_pod_from_its_end(cluster: StandInCluster) -> None:
+    await start(cluster)
+    ended, stays = cluster.claim("one", by_mps()), cluster.claim("two", by_mps())
+    for ref in (ended, stays):
+        await cluster.run(ref)
+    other = cluster.claim("other", Request(name="gpu", driver=DRIVER, where={"type": "mps", "index": 1}))
+    await cluster.run(other)
+    keys = {daemon.device: daemon.key for daemon in MpsClient(cluster.mps).statuses()}
+    await cluster.supervisors.pop().terminate()
+
+    await cluster.end(ended)
+    await cluster.end(other)
+
+    # The next one starts again what it finds; the daemon that no claim has any more goes, the other one stays.
+    watch = FolderWatch(cluster.mps)
+    await cluster.supervise()
+    await asyncio.to_thread(gone, watch, cluster.mps, len(keys) - 1)
+    watch.close()
+    (daemon,) = MpsClient(cluster.mps).statuses()
+    running = await asyncio.to_thread(program, cluster, stays)
+    assert running.got()[0] == "8192"
+    assert running.end() == 0
+    await cluster.end(stays)
+    assert MpsClient(cluster.mps).statuses() == ()
+    assert daemon.key in keys.values()
+
+
+def gone(watch: FolderWatch, root: Path, left: int) -> None:
+    """Return when so many daemons have a folder."""
+    until = time.monotonic() + 20
+    while sum(path.is_dir() for path in root.iterdir()) > left:
+        assert select.select([watch.fileno()], [], [], max(0.0, until - time.monotonic()))[0], list(root.iterdir())
+        watch.read()
+
+
 async def test_a_daemon_that_dies_is_told_and_mended(cluster: StandInCluster) -> None:
     driver = await start(cluster)
     ref = cluster.claim("one", by_mps())

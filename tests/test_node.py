@@ -1,17 +1,22 @@
-"""Files that the driver reads at its start, and what `devices` and `claims` read of a running one: whole, torn, or wrong."""
+"""Files that the driver reads at its start, and what `devices` and `claims` read of a running one: whole, torn, or wrong.
+And the cards of a node over the life of its driver."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gpuslice import node
 from gpuslice.config import Config
 from gpuslice.core.inventory import Inventory
+from gpuslice.core.model import Gpu
 from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import ConfigError, StateError
+from gpuslice.nvml.api import Code
 from gpuslice.nvml.sim.nvml import SimNvml
+from gpuslice.system import files
 from gpuslice.system.host import SimHost
 
 from tests.kit.builders import a_gpu
@@ -56,11 +61,10 @@ def test_a_policy_file_that_cannot_be_used_is_named_in_one_line(
 
 def test_a_lost_card_is_as_it_was_when_last_seen(tmp_path: Path) -> None:
     nvml, host = SimNvml(tmp_path / "node", "h100x2", latency="zero"), SimHost(tmp_path / "node")
-    both = node.known_gpus(nvml, host, tmp_path / "gpus.json")
-    node.save_gpus(both, tmp_path / "gpus.json")
+    both = remembered(node.Cards(nvml, host, tmp_path))
     nvml.lose(both[0].uuid)
 
-    assert node.known_gpus(nvml, host, tmp_path / "gpus.json") == both
+    assert remembered(node.Cards(nvml, host, tmp_path)) == both
     nvml.close()
 
 
@@ -70,12 +74,102 @@ def test_a_file_of_cards_that_tells_nothing_is_made_again(tmp_path: Path, text: 
     path = tmp_path / "gpus.json"
     path.write_text(text)
 
-    found = node.known_gpus(nvml, host, path)
-    node.save_gpus(found, path)
+    found = remembered(node.Cards(nvml, host, tmp_path))
 
     assert [gpu.index for gpu in found] == [0, 1]
     assert len(json.loads(path.read_text())) == 2
     nvml.close()
+
+
+# ---------------------------------------------------------------- lost, hung, gone, back, new
+
+
+def remembered(cards: node.Cards) -> tuple[Gpu, ...]:
+    """As a start does that gets so far."""
+    gpus, _ = cards.known()
+    cards.save(gpus)
+    return gpus
+
+
+class Machine:
+    def __init__(self, folder: Path) -> None:
+        self.nvml = SimNvml(folder / "node", "h100x2+l4", latency="zero", hang_limit_s=1.0)
+        self.host = SimHost(folder / "node")
+        self.plugin = files.ensure_folder(folder / "plugin")
+        self.odd, *self.good = self.nvml.cards
+
+    def start(self) -> node.Cards:
+        return node.Cards(self.nvml, self.host, self.plugin, limit_s=2.0)
+
+    def has_run(self) -> None:
+        """As a driver of this boot leaves the node."""
+        assert len(remembered(self.start())) == 3
+        files.ensure_folder(self.plugin / "claims" / self.host.boot_id())
+
+
+@pytest.fixture
+def machine(short: Path) -> Iterator[Machine]:
+    there = Machine(short)
+    yield there
+    there.nvml.withdraw()
+    there.nvml.close()
+
+
+def test_a_card_that_is_lost_at_the_first_start_is_news_when_it_is_back(machine: Machine) -> None:
+    machine.nvml.lose(machine.odd.uuid)
+    cards = machine.start()
+    served = remembered(cards)
+    assert [gpu.uuid for gpu in served] == [gpu.uuid for gpu in machine.good]
+    assert cards.news(served) == ""
+
+    machine.nvml.reset(machine.odd.uuid)
+
+    assert machine.odd.uuid in cards.news(served)
+    assert cards.news(remembered(machine.start())) == ""
+
+
+@pytest.mark.parametrize("effect", ["lose", "hang", "fail"])
+def test_a_card_that_cannot_be_listed_keeps_its_pool_and_the_others_are_listed(machine: Machine, effect: str) -> None:
+    machine.has_run()
+    machine.nvml.cue(effect, "gpus", machine.odd.uuid, times=None)  # type: ignore[arg-type]
+
+    served, sentences = machine.start().known()
+
+    assert len(served) == 3
+    assert any("GPU 0" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("effect", ["hang", "fail"])
+def test_a_node_whose_list_is_refused_or_hangs_keeps_all_cards(machine: Machine, effect: str) -> None:
+    machine.has_run()
+    machine.nvml.cue(effect, "gpus", code=Code.UNKNOWN, times=None)  # type: ignore[arg-type]
+
+    gpus, sentences = machine.start().known()
+
+    assert len(gpus) == 3 and sentences
+
+
+def test_a_node_without_a_readable_card_says_so_and_is_asked_again(machine: Machine) -> None:
+    for gpu in machine.nvml.cards:
+        machine.nvml.lose(gpu.uuid)
+    cards = machine.start()
+    served, sentences = cards.known()
+    assert served == () and any("no GPU can be read on this node" in sentence for sentence in sentences)
+
+    machine.nvml.reset(machine.odd.uuid)
+
+    assert machine.odd.uuid in cards.news(served)
+
+
+def test_a_card_that_is_not_there_after_a_reboot_goes_with_a_word(machine: Machine) -> None:
+    machine.has_run()
+    smaller = SimNvml(machine.plugin.parent / "smaller", "h100", latency="zero")
+
+    gpus, sentences = node.Cards(smaller, SimHost(machine.plugin.parent / "smaller"), machine.plugin).known()
+
+    assert [gpu.uuid for gpu in gpus] == [smaller.cards[0].uuid]
+    assert sum("its pool is removed" in sentence for sentence in sentences) == 2
+    smaller.close()
 
 
 # ---------------------------------------------------------------- settings of a running driver

@@ -20,6 +20,7 @@ import yaml
 from gpuslice import cli, config, node
 from gpuslice.commands.parser import parse, tree
 from gpuslice.core import params
+from gpuslice.core.inventory import Inventory
 from gpuslice.errors import ClaimError, ConfigError, DriverError
 from gpuslice.kube import Kube
 from gpuslice.nvml.sim import spec
@@ -155,13 +156,14 @@ def attempt(
 
 def test_a_policy_is_taken_or_refused_with_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
-    gpus, settings = (a_gpu("h100"), a_gpu("l4", 1)), config.Config(node_name="n", policy=path)
+    gpus = (a_gpu("h100"), a_gpu("l4", 1))
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
         policy = node.read_policy(path)
         for static in (False, True):
-            node.inventory(gpus, policy, settings, static=static)
+            misfits = Inventory.of(gpus, policy, "n", static=static).notes
+            assert {*policy.suiting_none(misfits, gpus)} <= {*misfits}
         policy.unused(gpus)
 
     attempt("policy", documents(POLICY, as_yaml), read)

@@ -9,30 +9,33 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 from gpuslice import hardware, node
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config, check_cdi_root
-from gpuslice.core import cdi
+from gpuslice.core import cards, cdi
+from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError, LastingApiError
+from gpuslice.errors import ConfigError, HungError
+from gpuslice.jobs import FAILED, Stop, call_in, end, guarded
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
-from gpuslice.plugin import gauges
+from gpuslice.plugin import gauges, sockets
 from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.claim_queue import Releases
 from gpuslice.plugin.mps_upkeep import MpsUpkeep
 from gpuslice.plugin.prepare import Preparer
-from gpuslice.plugin.server import PluginServer, socket_paths
+from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.plugin.steps import StepExecutor
 from gpuslice.publishing import node_health
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.system import files, libc
+from gpuslice.system.threads import ThreadWatch
 from gpuslice.telemetry import Telemetry, setup_logging
 from gpuslice.web import site
 from gpuslice.web.endpoint import Endpoint
@@ -43,13 +46,8 @@ log = logging.getLogger(__name__)
 _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
-_LOOK_S, _GLANCE_S = (
-    15.0,
-    1.0,
-)  # a look at a card that takes longer counts as hung; a person waits for a page not so long
-_FAILED, _API_REFUSES = 1, 4  # exit codes, as `gpuslice --help` has them
-
-Stop = asyncio.Future[tuple[int, str]]  # the exit code, and why
+_GLANCE_S = 1.0  # a person waits for a page not as long as `node_health.LIMIT_S`
+_DRIVER_PERIOD_S = 2.0  # from one try to list the cards to the next, only if they could not be listed at the start
 
 
 def run(config: Config) -> int:
@@ -58,6 +56,11 @@ def run(config: Config) -> int:
     libc.use_one_arena()
     app = App(config)
     code = asyncio.run(app.serve())
+    if app.again:
+        # As a new process, because a driver that was loaded meanwhile may have brought another library.
+        logging.shutdown()
+        sys.stderr.flush()
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line
     if app.hanging:
         # A thread that hangs in NVML would keep the interpreter from ending, and the DaemonSet from starting anew.
         logging.shutdown()
@@ -70,10 +73,13 @@ class App:
     """One driver process, built but not yet running."""
 
     def __init__(self, config: Config) -> None:
-        """Build all parts that need no event loop. ConfigError, StateError or DeviceError if the node is not ready."""
+        """Build all parts that need no event loop. ConfigError or StateError if the node is not ready.
+
+        Without cards that can be listed the driver serves all the same: see `nvml/session.py`.
+        """
         _check(config)
         self._config = config
-        self.hanging = False
+        self.hanging, self.again = False, False
         self._endpoint = Endpoint.parse(config.http_endpoint) if config.http_endpoint else None
         kind = cdi.kind_of(config.driver_name)
         folder = config.plugin_folder
@@ -82,20 +88,22 @@ class App:
         check_cdi_root(config.cdi_root)
         self._telemetry = Telemetry()
         self._releases = Releases()
-        self._nvml, host = hardware.open_node(config)
-        gpus = node.known_gpus(self._nvml, host, folder / "gpus.json")
-        for sentence in (*policy.unused(gpus), *host.advice()):
+        self._nvml, host = hardware.open_session(config)
+        self._cards = node.Cards(self._nvml, host, folder)
+        gpus, sentences = self._cards.known()
+        self._gpus = gpus
+        static = Inventory.of(gpus, policy, config.node_name, static=True)
+        dynamic = Inventory.of(gpus, policy, config.node_name)
+        misfits = node.sentences((*dynamic.notes, *static.notes), config.policy)
+        for sentence in (*sentences, *self._nvml.notes(), *policy.unused(gpus), *misfits, *host.advice()):
             log.warning("%s", sentence)
-        static = node.inventory(gpus, policy, config, static=True)
-        dynamic = node.inventory(gpus, policy, config)
         inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
         # Folders only now: a start that fails at its settings leaves none.
         files.ensure_folder(folder)
         files.ensure_folder(config.kubelet_registrar_directory_path)
-        node.save_gpus(gpus, folder / "gpus.json")
+        self._cards.save(gpus)
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
-        for sentence in self._checkpoint.broken():
-            log.error("%s", sentence)
+        self._checkpoint.records()  # what cannot be read is named in the log
         self._mps = MpsClient(config.mps_root)
         cdi_writer = CdiWriter(
             host=host, nvml=self._nvml, mps=self._mps, inventory=inventory, folder=config.cdi_root, kind=kind
@@ -116,32 +124,40 @@ class App:
         loop = asyncio.get_running_loop()
         stop: Stop = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _end, stop, 0, "")
+            loop.add_signal_handler(number, end, stop, 0, "")
         with ThreadPoolExecutor(_FETCHES_AT_ONCE, "claims") as executor, contextlib.ExitStack() as stack:
             service = self._build_service(executor)
             changed = asyncio.Event()
-            controller = self._build_controller(service, partial(_set, loop, changed))
+            threads = ThreadWatch(partial(call_in, loop, end, stop, FAILED))
+            anew = partial(self._start_anew, stop)
+            health = self._build_health(
+                service, node_health.LIMIT_S, partial(self._renew, partial(call_in, loop, anew))
+            )
+            controller = self._build_controller(health, partial(call_in, loop, changed.set), threads)
             stack.callback(self._watch_records(loop, controller))
             server = self._build_server(service)
             work = (
                 service.recover(),
                 _retry_lost(service, changed),
-                self._collect(service),
+                self._await_cards(service, anew),
+                self._collect(service, anew),
                 MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run(),
             )
-            jobs = [loop.create_task(_guarded(job, stop)) for job in work]
+            jobs = [loop.create_task(guarded(job, stop)) for job in work]
             try:
                 await asyncio.sleep(0)  # recovery queues for its GPUs before the server can let anybody in
                 await server.open()
                 controller.start()
-                stack.callback(self._serve_http(server, controller, service))
+                healthy: site.Check = lambda: threads.problem() or server.probe()  # noqa: E731
+                ready = partial(self._unready, health, controller, server)
+                stack.callback(self._serve_http(controller, service, healthy, ready))
                 last = (_lost(server), _refused(controller))
-                jobs += [loop.create_task(_guarded(job, stop)) for job in last]
+                jobs += [loop.create_task(guarded(job, stop)) for job in last]
                 code, reason = await stop
             finally:
                 await self._close(jobs, server, service, controller)
         if reason:
-            log.error("%s", reason)
+            log.log(logging.WARNING if self.again else logging.ERROR, "%s", reason)
         return code
 
     async def _close(
@@ -180,16 +196,21 @@ class App:
             telemetry=self._telemetry,
         )
 
-    def _build_health(self, service: ClaimService, limit_s: float) -> NodeHealth:
+    def _build_health(
+        self, service: ClaimService, limit_s: float, renew: Callable[[], bool] = lambda: False
+    ) -> NodeHealth:
         return NodeHealth(
             nvml=self._nvml,
             mps=self._mps,
             checkpoint=self._checkpoint,
             hung=service.tickets.hung,
+            renew=renew,
             limit_s=limit_s,
         )
 
-    def _build_controller(self, service: ClaimService, on_taints_changed: Callable[[], object]) -> SliceController:
+    def _build_controller(
+        self, health: NodeHealth, on_taints_changed: Callable[[], object], threads: ThreadWatch
+    ) -> SliceController:
         dynamic, static = self._inventories
         return SliceController(
             kube=self._kube,
@@ -197,10 +218,11 @@ class App:
             node=self._config.node_name,
             dynamic=dynamic,
             static=static,
-            health=self._build_health(service, node_health.LIMIT_S),
+            health=health,
             checkpoint=self._checkpoint,
             folder=self._config.plugin_folder,
             on_taints_changed=on_taints_changed,
+            threads=threads,
         )
 
     def _watch_records(self, loop: asyncio.AbstractEventLoop, controller: SliceController) -> Callable[[], None]:
@@ -221,7 +243,7 @@ class App:
         return stop
 
     def _serve_http(
-        self, server: PluginServer, controller: SliceController, service: ClaimService
+        self, controller: SliceController, service: ClaimService, healthy: site.Check, ready: site.Check
     ) -> Callable[[], None]:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
@@ -229,25 +251,59 @@ class App:
         if self._endpoint is None:
             return lambda: None
         health = self._build_health(service, _GLANCE_S)
-        ready: site.Check = lambda: controller.problem() or server.status.refusal  # noqa: E731
         http = HttpServer(
             self._endpoint,
-            site.public(metrics=self._telemetry.exposition, healthy=server.probe, ready=ready),
+            site.public(metrics=self._telemetry.exposition, healthy=healthy, ready=ready),
             private=site.private(
                 node=self._config.node_name,
                 survey=lambda: health.survey(controller.inventory),
-                healthy=server.probe,
+                healthy=healthy,
                 ready=ready,
             ),
         )
         log.info("serving metrics and probes on %s", http.address)
         return http.close
 
-    async def _collect(self, service: ClaimService) -> str:
-        """Once a minute, unprepare claims that were deleted, and undo what was left on lost cards."""
+    def _unready(self, health: NodeHealth, controller: SliceController, server: PluginServer) -> str | None:
+        problem = self._nvml.problem or health.unreadable or controller.problem() or server.status.refusal
+        return problem or next(cards.none_of(self._gpus), None)
+
+    def _start_anew(self, stop: Stop, reason: str) -> None:
+        self.again = self.again or not stop.done()
+        end(stop, FAILED, reason)
+
+    def _renew(self, anew: Callable[[str], None]) -> bool:
+        """Start NVML anew. If that fails, start the whole process anew, because the library may be another one by now."""
+        if not self._nvml.renew():
+            return False
+        if problem := self._nvml.problem:
+            anew(f"NVML does not start anew, so the process does: {problem}")
+        return True
+
+    async def _await_cards(self, service: ClaimService, anew: Callable[[str], None]) -> None:
+        """If the cards could not be listed at the start, wait until they can be, and then start anew to offer them."""
+        if not self._nvml.problem:
+            return
+        log.error(
+            "offering no card, and only unpreparing claims, because the cards cannot be listed: %s", self._nvml.problem
+        )
+        try:
+            while not await service.call_apart(self._nvml.comes, "the start of NVML"):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(_DRIVER_PERIOD_S)
+        except HungError as e:
+            log.error("offering no card until this process is started again: %s", e)
+        else:
+            anew("the cards can be listed now; the process starts anew to offer them")
+
+    async def _collect(self, service: ClaimService, anew: Callable[[str], None]) -> None:
+        """Mend CDI files at once and each minute. Once a minute, unprepare claims that were deleted, undo what was left on
+        lost cards, and start anew if there is a new card."""
         while True:
+            await service.mend()
             await asyncio.sleep(_COLLECT_PERIOD_S)
             await service.collect(time.monotonic())
+            if news := await asyncio.to_thread(self._cards.news, self._gpus):
+                anew(news)
 
 
 def _check(config: Config) -> None:
@@ -256,19 +312,13 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
         )
-    socket_paths(
+    sockets.paths(
         driver=config.driver_name,
         registry=config.kubelet_registrar_directory_path,
         plugin_folder=config.plugin_folder,
         pod_uid=config.pod_uid,
         registration_socket=config.registration_socket,
     )
-
-
-def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set the event from another thread, which may run longer than the loop."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(event.set)
 
 
 async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:
@@ -285,26 +335,3 @@ async def _lost(server: PluginServer) -> str:
 
 async def _refused(controller: SliceController) -> None:
     await asyncio.wrap_future(controller.refused)
-
-
-async def _guarded(job: Coroutine[None, None, str | None], stop: Stop) -> None:
-    """Run a background job. The process ends if the job fails or returns a reason, but not if it just finishes."""
-    try:
-        reason = await job
-    except LastingApiError as e:
-        _end(stop, _API_REFUSES, str(e))
-        return
-    except Exception as e:  # a bug: better a new process than half a driver
-        name = getattr(job, "__qualname__", "unnamed")
-        log.exception("a background job of the driver failed unexpectedly job=%s", name)
-        reason = (
-            f"background job {name} of the driver failed ({type(e).__name__}: {e}); "
-            "the process ends, so that the kubelet starts a new one"
-        )
-    if reason:
-        _end(stop, _FAILED, reason)
-
-
-def _end(stop: Stop, code: int, reason: str) -> None:
-    if not stop.done():
-        stop.set_result((code, reason))

@@ -9,13 +9,20 @@ a torn file of a power loss among them.
 Two instances may work on the same folder (rolling update): every read looks at the files. Parsed records are kept by
 inode, time and size, and each write makes the file larger or another; so a prepare on a node with many claims parses only
 what is new.
+
+A file that is no record of its claim is left out and named, in the log once for each content: it is never guessed at, and it
+takes no other claim along. Only where the process itself cannot read (no descriptors, no memory) nothing is answered at all,
+because then a card in use would look free.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from gpuslice.core import codec
@@ -26,9 +33,14 @@ from gpuslice.system import files
 from gpuslice.system.files import Version
 from gpuslice.system.spares import Spares
 
+log = logging.getLogger(__name__)
+
+_LONGEST = 256 * 1024  # bytes of a file that another line is added to; a claim of 14 partitions writes about 100 KiB
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 
 class Records:
-    """The records of one boot, read only: of a folder that may be gone, or another user's."""
+    """The records in one folder, read only: also of a folder that is another user's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,91 +48,112 @@ class Records:
 
     def get(self, uid: ClaimUid) -> Record | None:
         """The record of the claim, or None. StateError if the record cannot be read."""
-        name = f"{uid}.json"
+        return self._load(f"{uid}.json")
+
+    def uids(self) -> frozenset[ClaimUid]:
+        """Every claim that has a file here, also if the file cannot be read. StateError if the folder cannot be."""
+        with files.translated("read", self.folder):
+            try:
+                names = os.listdir(self.folder)  # noqa: PTH208 - names, not paths
+            except PermissionError as e:
+                raise StateError(files.unreadable(self.folder, e)) from e
+        return frozenset(uid for uid in map(_uid, names) if uid is not None)
+
+    def records(self) -> dict[ClaimUid, Record]:
+        """Every record that can be read; `broken` names the others. StateError where the process cannot read anything."""
+        return self._all()[0]
+
+    def broken(self) -> tuple[str, ...]:
+        """One sentence for each record that cannot be read."""
+        return tuple(self._all()[1].values())
+
+    def _all(self) -> tuple[dict[ClaimUid, Record], dict[str, str]]:
+        """The records, and what is wrong with each file that is none."""
+        found: dict[ClaimUid, Record] = {}
+        wrong: dict[str, str] = {}
+        uids = sorted(self.uids())
+        for uid in uids:
+            try:
+                record = self._load(f"{uid}.json")
+            except StateError as e:
+                if isinstance(e.__cause__, OSError) and e.__cause__.errno in _SHORTAGES:
+                    raise
+                wrong[f"{uid}.json"] = str(e)
+                continue
+            if record is not None:
+                found[uid] = record
+        for gone in self._read.keys() - {f"{uid}.json" for uid in uids}:
+            self._read.pop(gone, None)
+        return found, wrong
+
+    def _load(self, name: str) -> Record | None:
+        path = f"{self.folder}/{name}"
         try:
-            stat = os.stat(f"{self.folder}/{name}")  # noqa: PTH116 - several a claim; a Path costs more than the call
+            status = os.lstat(path)  # several a claim; a Path costs more than the call
+            version, known = Version.of(status), self._read.get(name)
+            if known is not None and known[0] == version:
+                return known[1]
+            record = self._decode(path, status.st_mode)
+            if f"{record.plan.ref.uid}.json" != name:
+                raise ValueError(f"it is of claim {record.plan.ref}")
         except FileNotFoundError:
             self._read.pop(name, None)
             return None
         except OSError as e:
-            raise StateError(files.unreadable(self.folder / name, e)) from e
-        return self._load(name, Version.of(stat))
-
-    def records(self) -> dict[ClaimUid, Record]:
-        """Every record that can be read; `broken` names the others."""
-        found: dict[ClaimUid, Record] = {}
-        names = set()
-        for entry in self._entries():
-            uid = _uid(entry.name)
-            if uid is None:
-                continue
-            names.add(entry.name)
-            try:
-                record = self._load(entry.name, Version.of(entry.stat()))
-            except (OSError, StateError):
-                continue
-            if record is not None:
-                found[uid] = record
-        for gone in self._read.keys() - names:
-            self._read.pop(gone, None)
-        return found
-
-    def broken(self) -> tuple[str, ...]:
-        """One sentence for each record that cannot be read."""
-        sentences = []
-        for name in sorted(entry.name for entry in self._entries()):
-            uid = _uid(name)
-            try:
-                if uid is not None:
-                    self.get(uid)
-            except StateError as e:
-                sentences.append(str(e))
-        return tuple(sentences)
-
-    def _entries(self) -> list[os.DirEntry[str]]:
-        try:
-            return list(os.scandir(self.folder))
-        except FileNotFoundError:
-            return []
-        except OSError as e:
-            raise StateError(files.unreadable(self.folder, e)) from e
-
-    def _load(self, name: str, version: Version) -> Record | None:
-        known = self._read.get(name)
-        if known is not None and known[0] == version:
-            return known[1]
-        path = self.folder / name
-        try:
-            record = codec.decode(json.loads(_last_line(path.read_bytes())))
-        except FileNotFoundError:
-            return None
-        except OSError as e:
-            raise StateError(files.unreadable(path, e)) from e
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise StateError(f"record of claim {_uid(name)}: {files.unreadable(Path(path), e)}") from e
+        except (ValueError, RecursionError) as e:
             raise StateError(
-                f"record {path} of claim {path.stem} cannot be read ({type(e).__name__}: {e}); move the file away to "
+                f"record {path} of claim {_uid(name)} cannot be read ({type(e).__name__}: {e}); move the file away to "
                 "give the claim up, then destroy its partition by hand"
             ) from e
         self._read[name] = (version, record)
         return record
 
+    @staticmethod
+    def _decode(path: str, mode: int) -> Record:
+        if not stat.S_ISREG(mode):
+            raise ValueError("it is no plain file")  # a link leads to what somebody else writes, a pipe never ends
+        with open(path, "rb") as file:
+            return codec.decode(json.loads(_last_line(file.read())))
+
 
 class Checkpoint(Records):
+    """The records of this boot, read and written by the driver. What cannot be read is logged."""
+
     def __init__(self, folder: Path, boot: str) -> None:
         """Open the records of this boot below `folder` and drop those of any other. StateError without permission."""
         files.ensure_folder(folder)
-        for other in folder.iterdir():
-            if other.name != boot and other.is_dir():
-                shutil.rmtree(other, ignore_errors=True)
+        with files.translated("read", folder):
+            others = [other for other in folder.iterdir() if other.name != boot and other.is_dir()]
+        for other in others:
+            shutil.rmtree(other, ignore_errors=True)
         super().__init__(files.ensure_folder(folder / boot))
+        self._reported: dict[str, str] = {}  # the sentence of each file that is left out
         self.spares = Spares(self.folder, 0o600)
 
+    def records(self) -> dict[ClaimUid, Record]:
+        """As `Records.records`; the log names the others too."""
+        found, wrong = self._all()
+        for name, sentence in wrong.items():
+            if self._reported.get(name) != sentence:
+                log.error("%s", sentence)
+        self._reported = wrong
+        return found
+
     def put(self, record: Record) -> None:
+        """Write a state down; one that is there already is not written again, so that tries make no file grow."""
         path = self._path(record.plan.ref.uid)
+        try:
+            there = os.lstat(path)
+        except OSError:
+            there = None
+        if there is not None and self._read.get(path.name) == (Version.of(there), record):
+            return
         line = json.dumps(codec.encode(record), separators=(",", ":")) + "\n"
-        # In a file that is there, a torn line before it is ended first.
-        there = path.exists()
-        version = files.append(path, f"\n{line}") if there else files.write_atomic(path, line, spares=self.spares)
+        if there is not None and there.st_size < _LONGEST:
+            version = files.append(path, f"\n{line}")  # a torn line before it is ended first
+        else:
+            version = files.write_atomic(path, line, spares=self.spares)
         self._read[path.name] = (version, record)
 
     def drop(self, uid: ClaimUid) -> None:

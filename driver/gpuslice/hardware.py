@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +15,7 @@ from gpuslice.errors import StateError
 
 if TYPE_CHECKING:
     from gpuslice.nvml.api import Nvml
+    from gpuslice.nvml.session import Session
     from gpuslice.nvml.sim.nvml import Latency
     from gpuslice.system.host import Host
 
@@ -22,6 +24,19 @@ log = logging.getLogger(__name__)
 
 def open_node(config: Config) -> tuple[Nvml, Host]:
     """The GPUs and the node around them. DeviceError if NVML does not start; ConfigError for a wrong simulated node."""
+    opener, host = _choose(config)
+    return opener(), host
+
+
+def open_session(config: Config) -> tuple[Session, Host]:
+    """The same, but NVML may start later, and anew."""
+    from gpuslice.nvml.session import Session
+
+    opener, host = _choose(config)
+    return Session(opener), host
+
+
+def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
     from gpuslice.system.host import RealHost, SimHost, check_hook
 
     if config.nvidia_cdi_hook_path is not None:
@@ -31,30 +46,35 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
         from gpuslice.system import files
 
         folder = files.ensure_folder(config.simulated_node)
-        nvml = SimNvml(folder, config.simulate, latency=cast("Latency", config.simulate_latency))
-        for sentence in nvml.inferred():
-            log.info("%s", sentence)
-        return nvml, SimHost(folder)
+        latency = cast("Latency", config.simulate_latency)
+
+        def simulated() -> Nvml:
+            nvml = SimNvml(folder, config.simulate, latency=latency)
+            for sentence in nvml.inferred():
+                log.info("%s", sentence)
+            return nvml
+
+        return simulated, SimHost(folder)
     from gpuslice.nvml.real import RealNvml
 
     host = RealHost(
         config.driver_root_ctr_path, host_root=config.nvidia_driver_root, cdi_hook=config.nvidia_cdi_hook_path
     )
-    return RealNvml(config.driver_root_ctr_path), host
+    return partial(RealNvml, config.driver_root_ctr_path), host
 
 
 @contextlib.contextmanager
-def visit(config: Config, *, anew: bool = False) -> Iterator[Nvml]:
-    """The GPUs for one look. A simulated node that does not exist yet, or is wanted `anew`, is gone after the look."""
+def visit(config: Config, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
+    """As `open_node`, for one look. A simulated node that does not exist yet, or is wanted `anew`, is gone after the look."""
     import tempfile
 
     with contextlib.ExitStack() as stack:
         if config.simulate and (anew or not _exists(config.simulated_node / "node.json")):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
             config = replace(config, simulate_folder=Path(folder))
-        nvml, _ = open_node(config)
+        nvml, host = open_node(config)
         stack.callback(nvml.close)
-        yield nvml
+        yield nvml, host
 
 
 def _exists(path: Path) -> bool:

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import urllib3
@@ -28,15 +28,16 @@ from kubernetes.client.api_client import ApiClient
 from kubernetes.client.configuration import Configuration
 
 from gpuslice import __version__
+from gpuslice.core import json as bodies
 from gpuslice.core.json import Body
 from gpuslice.core.model import RESOURCE_API
-from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, LastingApiError, NotFoundError
+from gpuslice.errors import ApiError, ConflictError, ExpiredError, LastingApiError, NotFoundError
+from gpuslice.kubeconfig import read, usable
 
 _CONNECT_S, _READ_S = 3.0, 8.0
 _TIMEOUT = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
 _PAGE = 500  # objects per list request, client-go's figure
 _GROUP = f"/apis/{RESOURCE_API}"
-_LONGEST_REASON = 200  # characters of an error of the client library
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,12 @@ class Watch:
     def __iter__(self) -> Iterator[Body]:
         try:
             for line in self._lines():
-                event: Body = json.loads(line)
-                if event["type"] == "ERROR":
-                    raise _refused(self._call, event["object"].get("code", 500), event["object"].get("message", ""))
-                yield event
+                event = bodies.parse_object(line)
+                thing = event.get("object")
+                if event.get("type") == "ERROR" and isinstance(thing, dict):
+                    raise _refused(self._call, *bodies.status(thing))
+                if bodies.is_event(event):
+                    yield event
         except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
             if not self._closed:
                 raise _unreachable(self._server, e) from e
@@ -101,8 +104,8 @@ class Kube:
     """
 
     def __init__(self, kubeconfig: Path | None = None) -> None:
-        with _usable(kubeconfig):
-            configuration = _configuration(kubeconfig)
+        with usable(kubeconfig):
+            configuration = read(kubeconfig)
             self.server = urlsplit(configuration.host).netloc
             self._connections = _Connections(configuration)
             self._claims = _Connections(configuration)
@@ -113,16 +116,23 @@ class Kube:
 
     def version(self) -> str:
         """The server's version: "v1.37.1"."""
-        return str(self._ask(_Call("get", "version", "/version"))["gitVersion"])
+        version = self._ask(_Call("get", "version", "/version")).get("gitVersion")
+        if not isinstance(version, str):
+            raise self._odd("a version without gitVersion")
+        return version
 
     def node_uid(self, name: str) -> str:
         try:
-            return str(self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}"))["metadata"]["uid"])
+            body = self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}"))
         except NotFoundError as e:
             said = (
                 f"there is no Node {name!r} in the cluster of {self.server}; give a name that kubectl get nodes lists"
             )
             raise NotFoundError(f"{said}, with --node-name or NODE_NAME", e.status) from e
+        uid = body.get("metadata", {}).get("uid")
+        if not isinstance(uid, str):
+            raise self._odd(f"a node {name} without UID")
+        return uid
 
     # ------------------------------------------------------------ claims
 
@@ -140,7 +150,11 @@ class Kube:
     def resource_slices(self, driver: str, node: str) -> tuple[list[Body], str]:
         """A driver's ResourceSlices on a node, and the resource version from which to watch them."""
         selector = _selector(driver, node)
-        return self._all(_Call("list", "resourceslices", f"{_GROUP}/resourceslices"), {"fieldSelector": selector})
+        call = _Call("list", "resourceslices", f"{_GROUP}/resourceslices")
+        items, version = self._all(call, {"fieldSelector": selector})
+        if not version.isdecimal():
+            raise self._odd(f"a list of resourceslices with the resource version {version[:40]!r}")
+        return list(filter(bodies.is_resource_slice, items)), version
 
     def watch_resource_slices(self, driver: str, node: str, resource_version: str, timeout_s: int) -> Watch:
         """Watch the ResourceSlices of a driver on a node after a resource version, for at most `timeout_s`."""
@@ -160,13 +174,19 @@ class Kube:
     def create_resource_slice(self, body: Mapping[str, Any], *, dry_run: bool = False) -> Body:
         """Create a ResourceSlice and return it as the server stored it. `dry_run`: the server only checks it."""
         call = _Call("create", "resourceslices", f"{_GROUP}/resourceslices")
-        return self._ask(call, {"dryRun": "All"} if dry_run else {}, body)
+        return self._written(call, body, dry_run=dry_run)
 
     def update_resource_slice(self, body: Mapping[str, Any], *, dry_run: bool = False) -> Body:
         """Replace the slice of this name; ConflictError where its resourceVersion is no longer the body's."""
         name = quote(body["metadata"]["name"])
         call = _Call("update", "resourceslices", f"{_GROUP}/resourceslices/{name}")
-        return self._ask(call, {"dryRun": "All"} if dry_run else {}, body)
+        return self._written(call, body, dry_run=dry_run)
+
+    def _written(self, call: _Call, body: Mapping[str, Any], *, dry_run: bool) -> Body:
+        answer = self._ask(call, {"dryRun": "All"} if dry_run else {}, body)
+        if not bodies.is_resource_slice(answer, stored=not dry_run):
+            raise self._odd(f"something else than a slice to {call.verb} {call.resource}")
+        return answer
 
     def delete_resource_slice(self, name: str, *, uid: str, resource_version: str) -> None:
         """Delete this state of a ResourceSlice. NotFoundError if it does not exist, ConflictError if it has changed."""
@@ -180,9 +200,13 @@ class Kube:
         page = {"limit": str(_PAGE), **(query or {})}
         while True:
             answer = self._ask(call, page)
-            found += answer.get("items") or ()
-            if not (onward := answer["metadata"].get("continue")):
-                return found, str(answer["metadata"]["resourceVersion"])
+            items = answer.get("items") or []
+            if not isinstance(items, list):
+                raise self._odd(f"a list of {call.resource} whose items are no list")
+            found += filter(bodies.is_object, items)
+            metadata = answer.get("metadata", {})
+            if not (onward := metadata.get("continue")):
+                return found, str(metadata.get("resourceVersion", ""))
             page["continue"] = onward
 
     def _ask(
@@ -194,9 +218,14 @@ class Kube:
     ) -> Body:
         response = self._send(connections or self._connections, call, query or {}, body, _TIMEOUT)
         try:
-            return cast(Body, json.loads(response.data))
-        except (urllib3.exceptions.HTTPError, ValueError) as e:
+            return bodies.parse_object(response.data)
+        except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
             raise _unreachable(self.server, e) from e
+
+    def _odd(self, what: str) -> ApiError:
+        return ApiError(
+            f"the API server at {self.server} answered {what}; check the API server and the proxies before it"
+        )
 
     def _send(
         self,
@@ -211,55 +240,13 @@ class Kube:
             answer = connections.request(call.method, path, body, timeout)
             if answer.status < 300:
                 return answer
-            text = _message(answer.data)
+            text = bodies.message(answer.data)
         except (urllib3.exceptions.HTTPError, config.ConfigException, OSError) as e:
             raise _unreachable(self.server, e) from e
         if answer.status == 404 and call.collection:
             said = f"API server {self.version()} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed"
             raise LastingApiError(said, 404)
         raise _refused(call, answer.status, text)
-
-
-@contextlib.contextmanager
-def _usable(kubeconfig: Path | None) -> Iterator[None]:
-    """The client library raises whatever a file's content happens to break, so every error here is about that content."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as e:
-        text = f"{type(e).__name__}: {' '.join(str(e).split())}"[:_LONGEST_REASON]
-        if kubeconfig is None:
-            said = (
-                f"cannot use this pod's service account for the API server ({text}); outside a pod, give --kubeconfig"
-            )
-        elif isinstance(e, OSError) and not isinstance(e, ValueError) and e.strerror:
-            said = f"kubeconfig {kubeconfig} cannot be read ({e.strerror}); check path and permissions"
-        else:
-            said = f"kubeconfig {kubeconfig} is not usable ({text}); try it with kubectl --kubeconfig {kubeconfig} get nodes"
-        raise ConfigError(said) from e
-
-
-def _configuration(kubeconfig: Path | None) -> Configuration:
-    configuration = Configuration()
-    if kubeconfig is None:
-        config.load_incluster_config(client_configuration=configuration)
-    elif not kubeconfig.exists():  # the library would say that it is invalid
-        raise ConfigError(f"kubeconfig {kubeconfig} is not there; check the path that --kubeconfig names")
-    else:
-        config.load_kube_config(str(kubeconfig), client_configuration=configuration, persist_config=False)
-    if urlsplit(configuration.host).scheme not in ("http", "https"):
-        raise ConfigError(
-            f"kubeconfig {kubeconfig} names the server {configuration.host!r}, which is not a URL; write https://HOST:PORT"
-        )
-    configuration.connection_pool_maxsize = 16
-    configuration.keep_alive = True  # TCP keepalive: without it a half-open watch hangs for ever
-    # A kept-alive connection may have died unnoticed, so one more try; what a status means is decided by our callers
-    # (urllib3 on its own would sleep for a Retry-After, however long, inside a prepare).
-    configuration.retries = urllib3.Retry(
-        total=2, connect=1, read=1, redirect=0, status=0, status_forcelist=(), respect_retry_after_header=False
-    )
-    return configuration
 
 
 class _Connections:
@@ -301,14 +288,6 @@ class _Connections:
 
 def _selector(driver: str, node: str) -> str:
     return f"spec.driver={driver},spec.nodeName={node}"
-
-
-def _message(data: bytes) -> str:
-    """The sentence in an error's body: a Status object from the API server, anything from a proxy before it."""
-    try:
-        return str(json.loads(data)["message"])
-    except (ValueError, KeyError, TypeError):
-        return data[:200].decode(errors="replace").strip()
 
 
 def _refused(call: _Call, status: int, text: str) -> ApiError:

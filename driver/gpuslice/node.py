@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gpuslice import hardware
 from gpuslice.checkpoint import Records
 from gpuslice.config import Config
-from gpuslice.core import gpucodec, health
+from gpuslice.core import cards, gpucodec, health
 from gpuslice.core.health import Taints
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu
-from gpuslice.core.policy.rules import Policy
+from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu, Taint
+from gpuslice.core.policy.rules import Misfit, Policy
 from gpuslice.core.record import Record
-from gpuslice.errors import ConfigError, DeviceError, StateError
+from gpuslice.core.typed import Fields
+from gpuslice.errors import ConfigError, StateError
 from gpuslice.nvml.api import Nvml
+from gpuslice.nvml.listing import LIMIT_S, Listing
 from gpuslice.system import documents, files
 from gpuslice.system.host import Host
 
-log = logging.getLogger(__name__)
+_OF_POLICY = "policy: "  # how sentences about a policy begin
 
 
 def read_policy(path: Path | None) -> Policy:
@@ -34,46 +36,59 @@ def read_policy(path: Path | None) -> Policy:
     try:
         return Policy.parse({} if body is None else body)
     except ConfigError as e:
-        raise _of_file(path, e) from e
+        raise ConfigError(_of_file(path, f"{_OF_POLICY}{str(e).removeprefix(_OF_POLICY)}")) from e
 
 
-def inventory(gpus: Iterable[Gpu], policy: Policy, config: Config, *, static: bool = False) -> Inventory:
-    """What the node offers. ConfigError names the policy file, where what it says does not fit these cards."""
-    try:
-        return Inventory.of(gpus, policy, config.node_name, static=static)
-    except ConfigError as e:
-        raise (_of_file(config.policy, e) if config.policy else e) from e
+def sentences(misfits: Iterable[Misfit], path: Path | None) -> tuple[str, ...]:
+    """What the policy of this file asks of cards in vain: each sentence once, with the file."""
+    return tuple(_of_file(path, sentence) for sentence in dict.fromkeys(misfit.sentence for misfit in misfits))
 
 
-def _of_file(path: Path, error: ConfigError) -> ConfigError:
-    return ConfigError(f"policy file {path}: {str(error).removeprefix('policy: ')}")
+def _of_file(path: Path | None, sentence: str) -> str:
+    of_policy = sentence.removeprefix(_OF_POLICY)
+    return sentence if path is None or of_policy == sentence else f"policy file {path}: {of_policy}"
 
 
-def known_gpus(nvml: Nvml, host: Host, path: Path) -> tuple[Gpu, ...]:
-    """The cards in bus order. A card that cannot be read now has its values of the last start, and keeps its pool."""
-    seen = tuple(host.locate(gpu) for gpu in nvml.gpus())
-    lost = nvml.lost()
-    for sentence in (*lost, *nvml.notes()):
-        log.warning("%s", sentence)
-    before = {gpu.bus_id: gpu for gpu in _last_seen(path)}
-    here = {gpu.bus_id: gpu for gpu in seen}
-    # Drivers of about 535 list no profiles while MIG mode is off (NVML field 199): then the list of last time counts.
-    for bus_id, gpu in here.items():
-        if not gpu.profiles and bus_id in before and before[bus_id].uuid == gpu.uuid:
-            here[bus_id] = replace(gpu, profiles=before[bus_id].profiles)
-    return tuple(gpu for _, gpu in sorted({**(before if lost else {}), **here}.items()))
+class Cards:
+    """The cards of the node. One that cannot be read now is as it was when last seen, so that its pool stays."""
 
+    def __init__(self, nvml: Nvml, host: Host, folder: Path, limit_s: float = 2 * LIMIT_S) -> None:
+        """`folder` is the plugin's. `limit_s` is for listing all cards, of which each has a limit of its own."""
+        self._nvml, self._host = nvml, host
+        self._path, self._claims = folder / "gpus.json", folder / "claims"
+        self._listing: Listing[tuple[Gpu, ...]] = Listing(limit_s, name=lambda _: "the list of this node's GPUs")
 
-def save_gpus(gpus: Iterable[Gpu], path: Path) -> None:
-    """Write down what `known_gpus` falls back on at the next start."""
-    files.write_atomic(path, json.dumps(gpucodec.encode(tuple(gpus))))
+    def known(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+        """In bus order, with one sentence for each thing that is not as it should be. Nothing is written."""
+        listed, hung = self._listed()
+        lost = hung or self._nvml.lost()
+        # A folder of this boot says that a driver of ours ran in it, so a card that is missing was lost while it ran.
+        same_boot = _is_folder(self._claims / self._host.boot_id())
+        gpus, sentences = cards.known(listed, _last_seen(self._path), keep_missing=same_boot or bool(lost))
+        return gpus, (*lost, *sentences, *cards.none_of(gpus))
+
+    def save(self, gpus: Iterable[Gpu]) -> None:
+        """Write down what `known` falls back on at the next start."""
+        files.write_atomic(self._path, json.dumps(gpucodec.encode(tuple(gpus))))
+
+    def news(self, served: Iterable[Gpu]) -> str:
+        """Why a process that serves these cards should start anew: cards that it does not know. "" if there are none."""
+        listed, _ = self._listed()
+        names = ", ".join(f"{gpu.uuid} ({gpu.product}, {gpu.bus_id})" for gpu in cards.new(listed, served))
+        return f"{names}: new on this node; the process starts anew to offer the new cards" if names else ""
+
+    def _listed(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+        found, hung = self._listing.read((0,), lambda _: self._nvml.gpus())
+        return tuple(self._host.locate(gpu) for gpus in found for gpu in gpus), hung
 
 
 def _last_seen(path: Path) -> tuple[Gpu, ...]:
     try:
+        if not path.is_file():
+            return ()  # the first start; or a pipe, which has no end
         return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return ()  # the first start, or a torn file of a power loss: then only what is here now is known
+    except (OSError, ValueError, RecursionError):
+        return ()  # a torn file of a power loss: then only what is here now is known
 
 
 # ---------------------------------------------------------------- a look from outside
@@ -95,15 +110,14 @@ def snapshot(config: Config) -> Iterator[Node]:
     """One look at the node, while a driver may run; changes nothing. Settings that are not given are those of `run`."""
     config = _as_running(config)
     policy = read_policy(config.policy)
-    with hardware.visit(config) as nvml:
-        seen = inventory(nvml.gpus(), policy, config)
-        live: dict[GpuUuid, LiveGpu] = {}
-        for pool in seen.pools:
-            with contextlib.suppress(DeviceError):
-                live[pool.gpu.uuid] = nvml.look(pool.gpu.uuid)
-        found, notes = _records(config)
-        notes = (*nvml.lost(), *policy.unused(pool.gpu for pool in seen.pools), *notes)
-        yield Node(seen, live, found, health.taints(seen, live, {}, found.values(), {}), notes)
+    with hardware.visit(config) as (nvml, host):
+        gpus, lost = Cards(nvml, host, config.plugin_folder).known()
+        inventory = Inventory.of(gpus, policy, config.node_name)
+        live, unwell = _looks(nvml, [pool.gpu.uuid for pool in inventory.pools])
+        found, broken = _records(config)
+        taints = health.taints(inventory, live, unwell, found.values(), {})
+        notes = (*lost, *policy.unused(gpus), *sentences(inventory.notes, config.policy), *broken)
+        yield Node(inventory, live, found, taints, notes)
 
 
 def records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
@@ -118,13 +132,17 @@ def records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]
 
 def _records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
     folder = config.plugin_folder / "claims"
-    try:
-        if not folder.is_dir():
-            return {}, ()
-    except OSError as e:
-        raise StateError(files.unreadable(folder, e)) from e
-    kept = Records(folder / hardware.boot_id(config))
+    if not _is_folder(folder) or not _is_folder(folder := folder / hardware.boot_id(config)):
+        return {}, ()
+    kept = Records(folder)
     return kept.records(), kept.broken()
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as e:
+        raise StateError(files.unreadable(path, e)) from e
 
 
 def _nothing_here(config: Config) -> str:
@@ -132,6 +150,15 @@ def _nothing_here(config: Config) -> str:
         f"no driver has run with the folder {config.plugin_folder}; if one has run with another folder, give its "
         "--kubelet-plugins-directory-path and --driver-name"
     )
+
+
+def _looks(nvml: Nvml, gpus: Sequence[GpuUuid]) -> tuple[Mapping[GpuUuid, LiveGpu], Mapping[GpuUuid, Taint]]:
+    """What each card shows, and why one shows nothing."""
+    looks: Listing[tuple[GpuUuid, LiveGpu]] = Listing(name=lambda index: f"GPU {gpus[index]}")
+    found, lost = looks.read(range(len(gpus)), lambda index: (gpus[index], nvml.look(gpus[index])))
+    live = dict(found)
+    silent = [uuid for uuid in gpus if uuid not in live]
+    return live, {uuid: Taint("gpu", "lost", reason=why) for uuid, why in zip(silent, lost, strict=True)}
 
 
 def save_settings(config: Config) -> None:
@@ -153,37 +180,32 @@ def _absolute(simulate: str) -> str:
 
 def _as_running(config: Config) -> Config:
     path = config.plugin_folder / "running.json"
-    settings = None if config.node_name or config.simulate else _settings(path)
-    if settings is None:
+    if config.node_name or config.simulate:
         return replace(config, node_name=config.node_name or "this-node")
     try:
-        return replace(
-            config,
-            node_name=settings["node_name"] or "this-node",
-            policy=config.policy or (Path(settings["policy"]) if settings["policy"] else None),
-            simulate=settings["simulate"],
-            simulate_folder=Path(settings["simulate_folder"]) if settings["simulate_folder"] else None,
-            simulate_latency=settings.get("simulate_latency", config.simulate_latency),
-        )
-    except (LookupError, ConfigError) as e:
-        what = f"lacks {e}" if isinstance(e, LookupError) else str(e)
-        raise StateError(f"{path} is not what a driver writes ({what}); {_INSTEAD}") from e
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return replace(config, node_name="this-node")  # no driver has run
+    except OSError as e:
+        raise StateError(files.unreadable(path, e)) from e
+    except (ValueError, RecursionError) as e:
+        raise StateError(f"{path} is not JSON ({e}); {_INSTEAD}") from e
+    try:
+        return replace(config, **_settings(Fields(body, ""), config))
+    except (ValueError, ConfigError) as e:
+        raise StateError(f"{path} is not what a driver writes ({e}); {_INSTEAD}") from e
 
 
 _INSTEAD = "start the driver again, or give --node-name, and --simulate if the node is simulated"
 
 
-def _settings(path: Path) -> Mapping[str, str] | None:
-    """What the driver wrote down of its own settings; None where no driver has run."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise StateError(files.unreadable(path, e)) from e
-    except (ValueError, RecursionError) as e:
-        raise StateError(f"{path} is not JSON ({e}); {_INSTEAD}") from e
-    odd = [key for key, value in body.items() if not isinstance(value, str)] if isinstance(body, dict) else ["it"]
-    if odd or not isinstance(body, dict):
-        raise StateError(f"{path} is not what a driver writes ({odd[0]} is not a text); {_INSTEAD}")
-    return body
+def _settings(settings: Fields, config: Config) -> dict[str, Any]:
+    """What the driver wrote down of its own settings."""
+    policy, folder = settings.optional_text("policy", empty=True), settings.optional_text("simulate_folder", empty=True)
+    return {
+        "node_name": settings.text("node_name"),
+        "policy": config.policy or (Path(policy) if policy else None),
+        "simulate": settings.optional_text("simulate", empty=True) or "",
+        "simulate_folder": Path(folder) if folder else None,
+        "simulate_latency": settings.optional_text("simulate_latency") or config.simulate_latency,
+    }

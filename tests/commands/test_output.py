@@ -211,6 +211,26 @@ def test_a_policy_is_checked_on_each_card_with_its_warnings(capsys: pytest.Captu
     )
 
 
+def test_a_policy_that_does_not_suit_one_of_its_cards_is_valid_and_the_card_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault: {reserve: 40Gi}\n", encoding="utf-8")
+    said_of_it = (
+        f"gpuslice: warning: policy file {path}: default.reserve is 40960 MiB, but GPU 1 (NVIDIA L4) has only 23034 MiB; "
+        "write a smaller reserve; until then "
+    )
+    folder = ("--simulate-folder", str(tmp_path / "no"))
+
+    for command in (("policy", "check", str(path)), ("devices", "--policy", str(path), *folder)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, "--simulate", "h100+l4"])
+
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 0
+        assert warning.startswith(said_of_it)
+
+
 def test_devices_says_what_of_the_policy_has_no_effect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(

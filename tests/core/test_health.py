@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from gpuslice.core import health
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import DeviceRef, Gpu, LiveGpu, MigUuid, Partition, Placement, Taint
 from gpuslice.core.policy.rules import Policy
 
 from tests.kit.builders import a_gpu
+from tests.kit.rig import Rig, a_claim
 
 OFF, ON = LiveGpu(mig=False, mig_pending=False), LiveGpu(mig=True, mig_pending=True)
 
@@ -52,11 +56,13 @@ def test_a_pending_change_of_mig_mode_closes_all_but_the_watcher() -> None:
     assert "monitor" not in found
 
 
-def test_a_lost_card_is_tainted_as_a_whole() -> None:
-    found = tainted(a_gpu("h100", 0), None, Taint("gpu", "lost", reason="fell off the bus"))
+@pytest.mark.parametrize(("value", "watched"), [("lost", False), ("hung", True)])
+def test_a_lost_card_is_tainted_but_for_its_monitor_and_a_hung_one_as_a_whole(value: str, watched: bool) -> None:
+    found = tainted(a_gpu("h100", 0), None, Taint("gpu", value, reason="does not answer"))
 
-    assert set(map(frozenset, found.values())) == {frozenset({"gpu=lost"})}
-    assert "monitor" in found
+    assert set(map(frozenset, found.values())) == {frozenset({f"gpu={value}"})}
+    assert {"gpu", "mps", "timeslice", "mig-1g-19-0"} < set(found)
+    assert ("monitor" in found) == watched
 
 
 def test_a_foreign_partition_taints_what_overlaps_it_and_the_whole_card() -> None:
@@ -75,3 +81,33 @@ def test_each_reason_names_the_thing_and_the_remedy() -> None:
 
     (taint,) = found[DeviceRef(inventory.pools[0].name, "gpu")]
     assert "nvidia-smi" in taint.reason
+
+
+@pytest.mark.parametrize("device", ["gpu", "mig-1g-19-0", "timeslice"])
+def test_a_card_that_is_held_under_the_old_name_of_the_node_is_tainted_until_it_is_empty(
+    tmp_path: Path, device: str
+) -> None:
+    rig = Rig(tmp_path)
+    claim = a_claim("old", rig.device(device))
+    rig.prepare(claim)
+    renamed = Inventory.of(rig.gpus, Policy.default(), "new-name")
+
+    def found() -> dict[DeviceRef, tuple[Taint, ...]]:
+        live = {gpu.uuid: rig.nvml.look(gpu.uuid) for gpu in rig.gpus}
+        return dict(health.taints(renamed, live, {}, rig.checkpoint.records().values(), {}))
+
+    tainted = {ref for ref, here in found().items() if "other-pool" in {taint.key for taint in here}}
+    assert tainted == {d.ref for d in renamed.pools[0].devices if d.ref.device != "monitor"}
+    (reason,) = {taint.reason for here in found().values() for taint in here}
+    assert "default/old" in reason
+    assert "delete their pods" in reason
+    rig.unprepare(claim)
+    assert found() == {}
+
+
+def test_who_watches_a_card_under_its_old_name_holds_nothing(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.prepare(a_claim("old", rig.device("monitor"), admin=True))
+    renamed = Inventory.of(rig.gpus, Policy.default(), "new-name")
+
+    assert health.taints(renamed, {}, {}, rig.checkpoint.records().values(), {}) == {}

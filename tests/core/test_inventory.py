@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import (
+    API_VERSION,
     DeviceRef,
     Exclusive,
     GpuUuid,
@@ -19,6 +20,8 @@ from gpuslice.core.model import (
     TimeSlicing,
     WholeGpu,
 )
+from gpuslice.core.policy.reading import KIND
+from gpuslice.core.policy.rules import Policy
 from gpuslice.errors import ConfigError
 from gpuslice.nvml.sim import geometry, models
 
@@ -29,6 +32,10 @@ POOL = PoolName("node-1/0000-3b-00-0")
 
 def names(inventory: Inventory, pool: int = 0) -> list[str]:
     return [device.ref.device for device in inventory.pools[pool].devices]
+
+
+def said(inventory: Inventory, pattern: str) -> bool:
+    return any(re.search(pattern, note.sentence) for note in inventory.notes)
 
 
 def test_a_card_is_a_pool_named_after_its_place_on_the_bus() -> None:
@@ -218,11 +225,11 @@ def test_the_smallest_partition_serves_at_least_one_client() -> None:
     assert sold(inventory, "mig-1g-19-0-mps").sharing == Mps(1, 9984, 1)
 
 
-def test_shares_too_small_to_be_asked_for_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"default.timeslice: 50000 shares of GPU 0 .* would have less than 2 MiB each of 81152 MiB"
-    ):
-        an_inventory(policy=a_policy(timeslice={"shares": 50000}))
+def test_of_shares_too_small_to_be_asked_for_there_are_fewer_and_a_note_says_so() -> None:
+    inventory = an_inventory(policy=a_policy(timeslice={"shares": 50000}))
+
+    assert said(inventory, r"default.timeslice: 50000 shares of GPU 0 .* would have less than 2 MiB each of 81152 MiB")
+    assert sold(inventory, "timeslice").sharing == TimeSlicing(40576, 81152)
 
 
 # ---------------------------------------------------------------- clusters without partitionable devices
@@ -256,9 +263,11 @@ def test_statically_all_offered_partitions_stand_together() -> None:
         ({"1g.10gb": 10**12}, "1000000000000 x 1g.10gb"),
     ],
 )
-def test_a_static_layout_that_does_not_fit_is_refused_with_its_card(layout: dict[str, int], named: str) -> None:
-    with pytest.raises(ConfigError, match=rf"static layout of GPU 0 \(NVIDIA H100 .*\), {named}, does not fit"):
-        an_inventory(policy=a_policy(static=layout), static=True)
+def test_of_a_static_layout_that_does_not_fit_the_card_is_left_whole(layout: dict[str, int], named: str) -> None:
+    inventory = an_inventory(policy=a_policy(static=layout), static=True)
+
+    assert said(inventory, rf"static layout of GPU 0 \(NVIDIA H100 .*\), {named}, does not fit")
+    assert names(inventory) == ["gpu", "monitor"]
 
 
 def test_where_partitions_are_dynamic_the_static_layout_is_not_used() -> None:
@@ -274,9 +283,11 @@ def test_statically_a_card_may_be_cut_into_equal_parts(mode: str, sharing: Mps |
         assert sold(inventory, f"{mode}-{part}").sharing == replace(sharing, part=part)
 
 
-def test_more_static_parts_than_mps_clients_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"cuts GPU 0 .* into 49 parts, but the card has only 48 MPS clients"):
-        an_inventory(policy=a_policy(static={"mps": 49}), static=True)
+def test_of_more_static_parts_than_mps_clients_the_card_is_left_whole() -> None:
+    inventory = an_inventory(policy=a_policy(static={"mps": 49}), static=True)
+
+    assert said(inventory, r"cuts GPU 0 .* into 49 parts, but the card has only 48 MPS clients")
+    assert names(inventory) == ["gpu", "monitor"]
 
 
 def test_an_inventory_that_knows_another_finds_its_devices_and_publishes_its_own() -> None:
@@ -295,11 +306,50 @@ def test_an_inventory_that_knows_another_finds_its_devices_and_publishes_its_own
 # ---------------------------------------------------------------- what cannot be
 
 
-def test_a_reserve_of_the_whole_card_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"default.reserve is 102400 MiB, but GPU 0 \(NVIDIA H100 80GB HBM3\) has only 81559 MiB"
-    ):
-        an_inventory(policy=a_policy(reserve="100Gi"))
+def test_of_a_reserve_of_the_whole_card_only_what_the_driver_keeps_is_reserved() -> None:
+    inventory = an_inventory(policy=a_policy(reserve="100Gi"))
+
+    assert said(inventory, r"default.reserve is 102400 MiB, but GPU 0 \(NVIDIA H100 80GB HBM3\) has only 81559 MiB")
+    assert inventory.pools == an_inventory().pools
+
+
+UNSUITED = {
+    "reserve": (a_policy(reserve="20Gi"), "t4"),
+    "shares": (a_policy(timeslice={"shares": 16384}), "l4"),
+    "static layout of another product": (a_policy(static={"1g.10gb": 7}), "a100-40g"),
+    "static parts": (a_policy(static={"timeslice": 16384}), "l4"),
+    "profile of a card named by its UUID": (
+        Policy.parse(
+            {"apiVersion": API_VERSION, "kind": KIND}
+            | {"gpus": [{"match": {"uuid": a_gpu("a100-40g", 1).uuid}, "profiles": ["1g.10gb+me"]}]}
+        ),
+        "a100-40g",
+    ),
+    "a bus id that names no pool": (Policy.default(), ""),
+}
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("why", UNSUITED)
+def test_a_policy_that_does_not_suit_one_card_leaves_the_others_as_they_are(why: str, static: bool) -> None:
+    policy, product = UNSUITED[why]
+    odd = a_gpu(product, 1) if product else a_gpu("l4", 1, bus_id="")
+    inventory = an_inventory(a_gpu(), odd, policy=policy, static=static)
+
+    assert inventory.pools[0] == an_inventory(policy=policy, static=static).pools[0]
+    assert [pool.gpu for pool in inventory.pools[1:]] == ([odd] if product else [])
+    assert all("gpu" in names(inventory, 1) for _ in inventory.pools[1:])
+    assert said(inventory, r"GPU 1|gpus\[0\]") or (why.startswith("static") and not static)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_card_without_memory_of_its_own_is_offered_whole_and_by_time(static: bool) -> None:
+    gb10 = replace(a_gpu("l4", 1), product="NVIDIA GB10", memory_bytes=0, reserved_bytes=0)
+    inventory = an_inventory(a_gpu(), gb10, static=static)
+
+    assert names(inventory, 1) == (["gpu", "monitor"] if static else ["timeslice", "gpu", "monitor"])
+    assert inventory.pools[1].memory_mib == 0
+    assert said(inventory, r"GPU 1 \(NVIDIA GB10\) has no memory of its own that MPS could divide")
 
 
 @pytest.mark.parametrize("node", ["Node-1", "a_b", "", "a" * 250])

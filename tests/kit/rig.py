@@ -14,6 +14,7 @@ from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Busy, PreparedClaim
 from gpuslice.mps.client import MpsClient
 from gpuslice.nvml.api import ComputeMode, Nvml
+from gpuslice.nvml.session import Session
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.prepare import Preparer, Scope
@@ -72,7 +73,7 @@ class Rig:
         self.nvml = SimNvml(self.folder / "node", self.spec, latency="zero")
         self.gpus: tuple[Gpu, ...] = self.nvml.gpus()
         self.inventory = Inventory.of(self.gpus, self.policy, NODE, static=self.static)
-        self.build(self.nvml)
+        self.build(Session(lambda: self.nvml))
 
     def build(self, nvml: Nvml) -> None:
         """Build the transaction anew over `nvml`, as a process does when it starts."""

@@ -45,6 +45,8 @@ def test_the_supervisor_greets_with_its_incarnation_and_release(node: MpsNode) -
     }
     assert answer == {"running": []}
     assert node.client.incarnation() == supervisor.incarnation
+    running = node.client.ensure(node.daemon())
+    assert node.client.seen() == (supervisor.incarnation, (running,))
 
 
 def test_the_highest_version_that_both_speak_is_spoken(node: MpsNode) -> None:
@@ -153,6 +155,20 @@ def test_without_a_supervisor_a_daemon_that_never_was_is_stopped_and_one_that_ma
 
     with pytest.raises(DeviceError, match=r"no MPS supervisor answers at"):
         node.client.stop("gpu-0")
+
+
+def test_a_daemon_that_ended_with_its_supervisor_is_stopped_and_one_that_was_started_since_is_not(
+    node: MpsNode,
+) -> None:
+    node.supervise()
+    node.client.ensure(node.daemon())
+    node.close()
+    node.client.stop("gpu-0")
+    assert node.client.pipe("gpu-0").exists(), "the driver may only read there"
+
+    node.supervise()
+    (daemon,) = node.client.statuses()
+    assert not (node.root / daemon.key / "ended").exists()
 
 
 def test_a_supervisor_that_does_not_greet_back_is_told(node: MpsNode) -> None:

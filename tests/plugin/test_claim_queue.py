@@ -6,10 +6,13 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from gpuslice.core.model import ClaimUid, GpuUuid
 from gpuslice.errors import ClaimError, HungError
+from gpuslice.nvml.session import Session
+from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.plugin.claim_queue import ClaimQueue, Job, Releases, Tickets, Workers
 
 A, B = GpuUuid("GPU-a"), GpuUuid("GPU-b")
@@ -229,6 +232,47 @@ async def test_a_gpu_whose_call_does_not_come_back_answers_everybody_until_it_do
     assert await workers.drained(10)
     assert tickets.hung() == {}
     assert (await tickets.take([A], tickets.arrive())).gpus == (A,)
+
+
+async def test_work_of_many_calls_that_all_come_back_is_no_hung_gpu_however_long_it_takes(tmp_path: Path) -> None:
+    """The limit is for one call: fourteen partitions take sixteen seconds, and no card hangs."""
+    tickets, limit_s = Tickets(), 0.5
+    workers, release = Workers(tickets, limit_s), threading.Event()
+    nvml = Session(lambda: SimNvml(tmp_path, "l4", latency="zero"))
+    (gpu,) = nvml.gpus()
+
+    def works() -> str:
+        while not release.is_set():
+            nvml.look(gpu.uuid)
+        return "done"
+
+    answer = asyncio.ensure_future(await _hung(workers, tickets, works))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(answer), 3 * limit_s)
+    release.set()
+
+    assert await answer == "done"
+    nvml.close()
+
+
+async def test_one_call_among_many_that_does_not_come_back_is_named(tmp_path: Path) -> None:
+    tickets = Tickets()
+    workers, sim = Workers(tickets, limit_s=0.2), SimNvml(tmp_path, "l4", latency="zero")
+    nvml, (gpu,) = Session(lambda: sim), sim.gpus()
+    sim.cue("hang", "processes", times=None)
+
+    def works() -> str:
+        for call in (nvml.look, nvml.processes, nvml.minor):
+            call(gpu.uuid)
+        return "done"
+
+    answer = asyncio.ensure_future(await _hung(workers, tickets, works))
+
+    with pytest.raises(HungError, match=rf"^processes on {gpu.uuid} \(prepare u-1\) has not come back for 0.2 s"):
+        await answer
+    sim.withdraw(None)
+    assert await workers.drained(10)
+    nvml.close()
 
 
 async def test_the_end_of_the_thread_frees_the_gpu_not_the_end_of_the_caller() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from gpuslice.core.model import Placement
@@ -376,6 +376,20 @@ def test_a_lost_card_does_not_touch_the_other(node: Rig) -> None:
     node.prepare(a_claim("two", node.device("mig-1g-19-0", 1)))
 
 
+def test_a_pod_that_watches_all_cards_gets_those_that_are_there_and_none_of_a_lost_one(node: Rig) -> None:
+    node.nvml.lose(node.gpus[0].uuid)
+    claim = a_claim("one", node.device("monitor", 0), node.device("monitor", 1), admin=True)
+
+    node.prepare(claim)
+
+    devices = cast("list[dict[str, Any]]", node.cdi(claim)["devices"])
+    nodes = [device["containerEdits"].get("deviceNodes", []) for device in devices]
+    assert [len(found) for found in nodes] == [0, 1]
+    assert node.prepare(claim) == node.prepare(claim)
+    node.unprepare(claim)
+    assert node.records() == set()
+
+
 def test_a_claim_that_left_a_lost_card_is_served_on_another(node: Rig) -> None:
     """A ResourceClaim that outlives its pod keeps its UID and is given another card."""
     node.prepare(a_claim("one", node.device("mig-1g-19-0")))
@@ -463,3 +477,31 @@ def test_a_watcher_does_not_keep_what_its_owner_gives_back(node: Rig) -> None:
     assert node.partitions() == ()
     node.unprepare(watcher)
     node.assert_empty()
+
+
+def test_a_watcher_is_refused_when_what_it_watches_is_gone(node: Rig) -> None:
+    holder, watcher = (
+        a_claim(name, node.device("mig-1g-19-0"), admin=name == "watcher") for name in ("one", "watcher")
+    )
+    node.prepare(holder)
+    node.prepare(watcher)
+    node.unprepare(holder)
+
+    with pytest.raises(ClaimError, match="does not exist now"):
+        node.prepare(watcher)
+
+
+def test_a_watcher_is_shown_the_partition_that_is_there_now_not_its_predecessor_s(node: Rig) -> None:
+    slot = node.device("mig-1g-19-0")
+    holder, watcher = a_claim("one", slot), a_claim("watcher", slot, admin=True)
+    node.prepare(holder)
+    before = node.prepare(watcher).devices[0].uuid
+    node.unprepare(holder)
+    made = node.prepare(a_claim("another", node.device("mig-1g-19-1")))
+    now = node.prepare(a_claim("next", slot)).devices[0].uuid
+
+    again = node.prepare(watcher).devices[0].uuid
+
+    assert again == now
+    assert again not in (before, made.devices[0].uuid)
+    assert f"GPUSLICE_GPU_0_UUID={now}" in devices_of(node.cdi(watcher))[0]["containerEdits"]["env"]

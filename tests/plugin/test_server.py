@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import grpc.aio
 import pytest
 from gpuslice.errors import ConfigError
 from gpuslice.pb import dra_v1_pb2, dra_v1_pb2_grpc, registration_v1_pb2, registration_v1_pb2_grpc
-from gpuslice.plugin.server import LONGEST_PATH, PluginServer, dra_name, registration_name
+from gpuslice.plugin.server import PluginServer
+from gpuslice.plugin.sockets import LONGEST_PATH, dra_name, registration_name
 from gpuslice.standin.kubelet import V1BETA1, StandInKubelet
 from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
@@ -112,6 +114,59 @@ def test_a_second_instance_with_the_same_names_is_refused_and_one_with_a_pod_uid
     second = server(short, pod_uid=UID)
 
     assert len({first.endpoint, first.registration, second.endpoint, second.registration}) == 4
+
+
+def a_dead_socket(path: Path) -> Path:
+    """As a killed process leaves one."""
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+        stale.listen()
+    return path
+
+
+OTHER = "11111111-0b0a-4908-8706-050403020100"
+
+
+@pytest.mark.parametrize("room", [20, 42])
+async def test_sockets_and_locks_of_killed_instances_are_removed_at_the_next_start(short: Path, room: int) -> None:
+    folder = short / ("x" * room)
+    folder.mkdir(parents=True)
+    killed = server(folder, pod_uid=OTHER)
+    for path in (killed.endpoint, killed.registration):
+        a_dead_socket(path)
+    os.close(killed._lock)  # as the kernel does it
+
+    server(folder, pod_uid=UID)
+
+    assert not killed.endpoint.exists()
+    assert not killed.registration.exists()
+    assert [path.name for path in (folder / "plug").iterdir()] == [f"{dra_name(folder / 'plug', UID)}.lock"]
+
+
+async def test_what_a_living_sibling_or_another_driver_has_is_left(short: Path) -> None:
+    sibling = server(short, pod_uid=OTHER)
+    await sibling.open()
+    about_to = server(short, pod_uid=OTHER.replace("1", "2"))  # it has its lock, and does not listen yet
+    kept = {a_dead_socket(about_to.registration)}
+    for name in (f"other.dev-{UID}-reg.sock", f"{DRIVER}-experiments-reg.sock", "dra-0123456789012345678901-reg.sock"):
+        kept.add(a_dead_socket(short / "reg" / name))
+    (short / "reg" / f"{DRIVER}-{UID.replace('0', '3')}-reg.sock").write_text("no socket")
+
+    server(short, pod_uid=UID)
+
+    assert await asyncio.to_thread(sibling.probe) is None
+    assert all(path.exists() for path in kept)
+    assert (short / "reg" / f"{DRIVER}-{UID.replace('0', '3')}-reg.sock").exists()
+    await sibling.close(0)
+
+
+def test_the_service_socket_has_a_short_form_below_the_folder_of_microk8s() -> None:
+    folder = Path("/var/snap/microk8s/common/var/lib/kubelet/plugins/gpuslice.dev")
+
+    assert dra_name(Path("/var/lib/kubelet/plugins/gpuslice.dev"), UID) == f"dra-{UID}.sock"
+    name = dra_name(folder, UID)
+    assert len(str(folder / name)) <= LONGEST_PATH
+    assert name != dra_name(folder, OTHER)
 
 
 @pytest.mark.contract(9)

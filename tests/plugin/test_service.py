@@ -201,7 +201,9 @@ async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Pa
         nvml = world.rig.nvml
         cue = nvml.cue("hang", "create_gpu_instance")
         first = world.claim("one", world.device("mig-1g-19-0"))
-        assert "counts as hung" in (await world.prepare(first)).error
+        told = (await world.prepare(first)).error
+        assert f"create_gpu_instance on {world.rig.gpus[0].uuid} (prepare {first.uid}) has not come back" in told
+        assert "counts as hung" in told
 
         assert "counts as hung" in (await world.prepare(world.claim("two", world.device("mig-1g-19-1")))).error
         assert "counts as hung" in (await world.kubelet.unprepare([first]))[first.uid]
@@ -210,6 +212,23 @@ async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Pa
         nvml.withdraw(cue)
         assert await world.instances[0].service.workers.drained(10)
         await world.must_prepare(first)
+
+
+async def test_what_is_read_on_the_node_does_not_wait_behind_fetches_that_hang(world: World) -> None:
+    service, stands = world.instances[0].service, world.claim("stands", world.device("mig-1g-19-0"))
+    await world.must_prepare(stands)
+    claims = [world.claim(f"c{n}", world.device(f"mig-1g-19-{n % 7}", 1)) for n in range(8)]
+    world.api.hang(8, path="resourceclaims/c")
+    hanging = [asyncio.create_task(world.prepare(claim)) for claim in claims]
+    await asyncio.to_thread(world.api.wait, lambda: all(fetches(world, claim) for claim in claims))
+
+    await asyncio.wait_for(service.recover(), 5)
+    await asyncio.wait_for(service.ensure_daemons(), 5)
+    await asyncio.wait_for(world.unprepare(stands), 5)
+
+    assert not any(task.done() for task in hanging)
+    world.api.release()
+    await asyncio.gather(*hanging)
 
 
 # ---------------------------------------------------------------- waiting for a holder that leaves
@@ -255,6 +274,24 @@ async def test_a_device_of_a_living_holder_is_refused_as_a_double_allocation(wor
     answer = await world.prepare(world.claim("new", world.device("gpu")))
 
     assert "double allocation" in answer.error
+
+
+async def test_a_card_that_is_held_under_the_old_name_of_the_node_is_not_the_scheduler_s_fault(world: World) -> None:
+    rig = world.rig
+    holder = world.claim("old", world.device("gpu"))
+    await world.must_prepare(holder)
+    record = rig.checkpoint.folder / f"{holder.uid}.json"
+    old_name = f"old-name/{world.device('gpu').pool.partition('/')[2]}"
+    record.write_text(record.read_text().replace(world.device("gpu").pool, old_name))
+    body = world.api.get("resourceclaims", "old", "default")
+    body["status"]["allocation"]["devices"]["results"][0]["pool"] = old_name
+    world.api.update("resourceclaims", body)
+
+    answer = await world.prepare(world.claim("new", world.device("gpu")))
+
+    assert "double allocation" not in answer.error
+    assert "default/old" in answer.error
+    assert "from a pool of another name, because the node was renamed" in answer.error
     assert str(holder) in answer.error
 
 

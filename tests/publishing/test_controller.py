@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +22,16 @@ from gpuslice.core.pools import pool
 from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
+from gpuslice.nvml.api import Code
+from gpuslice.nvml.session import Session
+from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.shapes import Shapes
 from gpuslice.standin.apiserver import StandInApiServer
+from gpuslice.system.threads import ThreadWatch
 
-from tests.kit.builders import a_gpu
+from tests.kit.builders import a_gpu, a_policy
 from tests.kit.publishing import DRIVER, NODE, a_publisher, an_api_server
 from tests.kit.rig import Rig, a_claim
 
@@ -150,7 +156,7 @@ def test_a_card_that_answers_again_is_well_again(short: Path) -> None:
 
 
 def test_a_card_with_a_call_that_hangs_is_tainted_and_not_asked(short: Path) -> None:
-    rig = Rig(short, "l4x2", a_policy("gpu"))
+    rig = Rig(short, "l4x2", a_policy(modes=["gpu"]))
     rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
     hung = {rig.gpus[0].uuid: "prepare of claim one hangs"}
     health = NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=lambda: hung)
@@ -162,6 +168,128 @@ def test_a_card_with_a_call_that_hangs_is_tainted_and_not_asked(short: Path) -> 
     }
     rig.nvml.withdraw()
     rig.nvml.close()
+
+
+class Opener:
+    """Opens the simulated NVML of a rig anew, and counts."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig, self.opened = rig, list[SimNvml]()
+
+    def __call__(self) -> SimNvml:
+        self.opened.append(SimNvml(self.rig.folder / "node", latency="zero"))
+        return self.opened[-1]
+
+
+def over_a_session(rig: Rig, limit_s: float = 15.0) -> tuple[NodeHealth, Session, Opener]:
+    opener = Opener(rig)
+    session = Session(opener)
+    health = NodeHealth(
+        nvml=session, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict, renew=session.renew, limit_s=limit_s
+    )
+    return health, session, opener
+
+
+def on_cards(found: Mapping[DeviceRef, tuple[Taint, ...]]) -> set[tuple[str, str]]:
+    return {(ref.pool, t.value) for ref, taints in found.items() for t in taints if t.key == "gpu"}
+
+
+def test_a_session_through_which_no_card_can_be_read_is_opened_anew(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig)
+    opener.opened[0].close()  # every call fails from now on
+
+    found = health.look(rig.inventory)
+
+    assert on_cards(found) == set()
+    assert health.unreadable == ""
+    assert len(opener.opened) == 2
+    session.close()
+
+
+def test_a_card_that_comes_and_goes_never_costs_the_others_their_session(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig)
+    for _ in range(3):
+        cue = rig.nvml.cue("fail", "look", rig.gpus[0].uuid, times=None)
+        assert on_cards(health.look(rig.inventory)) == {(rig.inventory.pools[0].name, "lost")}
+        assert health.unreadable == ""
+        rig.nvml.withdraw(cue)
+        assert on_cards(health.look(rig.inventory)) == set()
+
+    assert len(opener.opened) == 1
+    session.close()
+
+
+def test_cards_that_stay_lost_are_told_and_need_no_session_at_each_look(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig)
+    for gpu in rig.gpus:
+        rig.nvml.lose(gpu.uuid)
+
+    for _ in range(3):
+        assert len(on_cards(health.look(rig.inventory))) == 2
+        assert health.unreadable.startswith("no card can be read: ")
+
+    assert len(opener.opened) == 2
+    session.close()
+
+
+def test_a_session_in_which_a_call_hangs_is_not_pulled_away(short: Path) -> None:
+    rig = Rig(short, "l4x2")
+    health, session, opener = over_a_session(rig, limit_s=0.2)
+    rig.nvml.lose(rig.gpus[1].uuid)
+    rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
+
+    found = health.look(rig.inventory)
+
+    assert {value for _, value in on_cards(found)} == {"hung", "lost"}
+    assert len(opener.opened) == 1
+    assert not session.renew()
+    rig.nvml.withdraw(None)
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("product", "verb", "hit", "taint"),
+    [
+        ("l4", "minor", {"mps", "timeslice", "gpu"}, "device-node=none"),
+        ("l4", "time_slice", {"timeslice"}, "time-slice=unsupported"),
+        ("p4", "", {"timeslice"}, "time-slice=unsupported"),
+        ("l4", "compute_mode", {"mps"}, "compute-mode=unsupported"),
+    ],
+)
+def test_what_a_card_refuses_for_good_is_tainted_from_the_start_and_asked_once(
+    short: Path, product: str, verb: str, hit: set[str], taint: str
+) -> None:
+    rig = Rig(
+        short, f"{product}+l4" if product != "p4" else _with_a_p4(short), a_policy(timeslice={"interval": "short"})
+    )
+    if verb:
+        rig.nvml.cue("fail", verb, rig.gpus[0].uuid, code=Code.NOT_SUPPORTED)
+    health = a_surveyor(rig)
+
+    for _ in range(2):  # the second time nothing fails any more, and it is not asked
+        found = health.look(rig.inventory)
+        told = {
+            (ref.pool, ref.device) for ref, taints in found.items() for t in taints if f"{t.key}={t.value}" == taint
+        }
+        assert told == {(rig.inventory.pools[0].name, device) for device in hit}
+
+
+def test_a_refusal_that_passes_taints_nothing(short: Path) -> None:
+    rig = Rig(short, "l4", a_policy(timeslice={"interval": "short"}))
+    rig.nvml.cue("fail", "time_slice", code=Code.UNKNOWN)
+
+    assert not any(t.key == "time-slice" for taints in a_surveyor(rig).look(rig.inventory).values() for t in taints)
+
+
+def _with_a_p4(folder: Path) -> str:
+    p4 = {"name": "Tesla P4", "architecture": "Pascal", "compute_capability": "6.1", "memory_mib": 7680}
+    body = p4 | {"reserved_mib": 0, "pci_device_id": "0x1BB310DE", "resetless": False, "profiles": []}
+    path = folder / "node.json"
+    path.write_text(json.dumps({"gpus": [{"product": "p4"}, {"product": "l4"}], "products": {"p4": body}}))
+    return str(path)
 
 
 # ---------------------------------------------------------------- the thread
@@ -214,6 +342,7 @@ def a_controller(
     folder: Path,
     on_taints_changed: Callable[[], object] = lambda: None,
     checkpoint: Checkpoint | None = None,
+    threads: ThreadWatch | None = None,
 ) -> Iterator[SliceController]:
     """One that runs over this node; its shapes are in `folder`."""
     kube, checkpoint = Kube(server.kubeconfig), checkpoint or rig.checkpoint
@@ -227,6 +356,7 @@ def a_controller(
         checkpoint=checkpoint,
         folder=folder,
         on_taints_changed=on_taints_changed,
+        threads=threads,
     )
     controller.start()
     try:
@@ -236,14 +366,39 @@ def a_controller(
         kube.close()
 
 
-def a_policy(*modes: str) -> Policy:
-    return Policy.parse({"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"modes": list(modes)}})
-
-
 def devices(server: StandInApiServer, tainted: bool = False) -> set[str]:
     """Names of the devices that the API shows; of those with a taint only, or of all."""
     found = [device for body in server.all("resourceslices") for device in body["spec"].get("devices", ())]
     return {device["name"] for device in found if not tainted or device.get("taints")}
+
+
+@pytest.mark.parametrize("path", ["/version", "dryRun"])
+@pytest.mark.parametrize("answer", ["refused", "cut off", "odd"])
+def test_no_first_answer_of_the_api_server_ends_the_offering(
+    server: StandInApiServer, short: Path, path: str, answer: str
+) -> None:
+    threads = ThreadWatch()
+    match answer:
+        case "refused":
+            server.fail(500, path=path)
+        case "cut off":
+            server.cut(3, path=path)  # the client itself tries a dead connection again
+        case _:
+            server.fail(200, path=path)  # a Status object where another kind belongs
+    with a_controller(server, Rig(short / "rig", "l4"), short, threads=threads):
+        server.wait(lambda: bool(server.all("resourceslices")), 20)
+        assert threads.problem() is None
+
+
+def test_a_thread_of_the_controller_that_ends_is_told(server: StandInApiServer, short: Path) -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    rig, threads = Rig(short / "rig", "l4"), ThreadWatch(told.put)
+    with a_controller(server, rig, short, on_taints_changed=sys.exit, threads=threads) as controller:
+        server.wait(lambda: bool(server.all("resourceslices")), 20)
+        rig.nvml.lose(rig.gpus[0].uuid)
+        controller.nudge()
+        assert "thread controller ended by SystemExit" in told.get(timeout=10)
+        assert "thread controller ended" in (threads.problem() or "")
 
 
 def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(server: StandInApiServer, short: Path) -> None:
@@ -335,11 +490,11 @@ def test_a_card_that_is_lost_and_comes_back_is_tainted_and_told_each_time(
 def test_a_new_policy_is_in_force_once_the_old_devices_were_tainted_even_where_a_write_fails(
     server: StandInApiServer, short: Path
 ) -> None:
-    old = Rig(short / "rig", "l4", a_policy("gpu", "mps"))
+    old = Rig(short / "rig", "l4", a_policy(modes=["gpu", "mps"]))
     with a_line(PUBLISHED) as published, a_controller(server, old, short):
         assert published.wait(10)
         assert "mps" in devices(server)
-    new = Rig(short / "rig", "l4", a_policy("gpu"))
+    new = Rig(short / "rig", "l4", a_policy(modes=["gpu"]))
     server.fail(500, times=2, method="PUT", path="/resourceslices")
 
     with a_controller(server, new, short):

@@ -7,7 +7,8 @@ import argparse
 from gpuslice import config, hardware, node, report
 from gpuslice.commands import bodies, output
 from gpuslice.commands.parser import WIDTH
-from gpuslice.config import Config
+from gpuslice.core.inventory import Inventory
+from gpuslice.errors import ConfigError
 
 
 def devices(parsed: argparse.Namespace) -> int:
@@ -28,11 +29,13 @@ def claims(parsed: argparse.Namespace) -> int:
 def check(parsed: argparse.Namespace) -> int:
     settings = config.read(parsed)
     policy = node.read_policy(settings.policy)
-    with hardware.visit(settings, anew=True) as nvml:
+    with hardware.visit(settings, anew=True) as (nvml, _):
         gpus = nvml.gpus()
-    named = Config(policy=settings.policy, node_name="this-node")
-    dynamic, static = (node.inventory(gpus, policy, named, static=static) for static in (False, True))
-    warnings = policy.unused(gpus)
+    dynamic, static = (Inventory.of(gpus, policy, "this-node", static=static) for static in (False, True))
+    misfits = (*dynamic.notes, *static.notes)
+    for sentence in node.sentences(policy.suiting_none(misfits, gpus), settings.policy):
+        raise ConfigError(sentence)
+    warnings = (*policy.unused(gpus), *node.sentences(misfits, settings.policy))
     text = report.offered(dynamic, static, policy, WIDTH)
     found = f"{len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else "no warnings"
     output.show(None, f"{text}\n\n{settings.policy} is a valid policy, with {found}", {})

@@ -7,12 +7,15 @@ KEP-4816 (results of a prioritised list are named `request/subrequest`), KEP-507
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from gpuslice.core import params, quantity
 from gpuslice.core.json import UncheckedBody
 from gpuslice.core.model import Allocation, Claim, ClaimRef, ClaimUid, DeviceRef, PoolName, Settings
 from gpuslice.errors import ClaimError
+
+_TEXT = 512  # as in `typed`: what is longer could be written into a record, and not read again
+_QUANTITY = 64  # characters; a quantity of the API has fewer
 
 
 def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
@@ -29,25 +32,28 @@ def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
             f"claim {ref} is not allocated, so no pod can use it; delete the pod to have it scheduled again"
         )
     devices = _object(allocation, "devices", ref)
-    results = [result for result in _objects(devices, "results", ref) if result.get("driver") == driver]
+    ours = [result for result in _objects(devices, "results", ref) if result.get("driver") == driver]
     layers = _layers(devices, ref, driver)
-    return Claim(ref, tuple(_allocation(result, layers, ref) for result in results))
+    return Claim(ref, tuple(_allocation(result, layers, ref) for result in ours))
 
 
 def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], driver: str) -> bool:
     """Whether the API still gives any of these devices to the claim of this UID."""
-    metadata, status = body.get("metadata"), body.get("status")
-    if not isinstance(metadata, Mapping) or metadata.get("uid") != uid or not isinstance(status, Mapping):
+    metadata = body.get("metadata")
+    if not isinstance(metadata, Mapping) or metadata.get("uid") != uid:
         return False
-    allocation = status.get("allocation")
-    inner = allocation.get("devices") if isinstance(allocation, Mapping) else None
-    results = inner.get("results") if isinstance(inner, Mapping) else None
-    held = {
-        (result.get("pool"), result.get("device"))
-        for result in results or ()
-        if isinstance(result, Mapping) and result.get("driver") == driver
-    }
+    held = [(result.get("pool"), result.get("device")) for result in results(body, driver)]
     return any((device.pool, device.device) in held for device in devices)
+
+
+def results(body: UncheckedBody, driver: str) -> Iterator[UncheckedBody]:
+    """Our results in a ResourceClaim's allocation; what is none is passed over, because the claim may be anybody's."""
+    found: object = body
+    for key in ("status", "allocation", "devices", "results"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    for result in found if isinstance(found, list) else ():
+        if isinstance(result, Mapping) and result.get("driver") == driver:
+            yield result
 
 
 def _allocation(result: UncheckedBody, layers: Sequence[tuple[Sequence[str], Settings]], ref: ClaimRef) -> Allocation:
@@ -56,14 +62,14 @@ def _allocation(result: UncheckedBody, layers: Sequence[tuple[Sequence[str], Set
     consumed = result.get("consumedCapacity") or {}
     if not isinstance(consumed, Mapping):
         raise ClaimError(f"claim {ref} has a consumedCapacity that is not an object; deallocate it and try again")
-    share_id = result.get("shareID")
+    share_id = _text(result, "shareID", ref) if result.get("shareID") else None
     return Allocation(
         request=base,
         device=DeviceRef(PoolName(_text(result, "pool", ref)), _text(result, "device", ref)),
         admin=result.get("adminAccess") is True,
-        share_id=str(share_id) if share_id else None,
+        share_id=share_id,
         # The scheduler copies the name from the ResourceSlice: without our domain, or with our domain.
-        consumed={str(name).rpartition("/")[2]: _whole(str(value), ref) for name, value in consumed.items()},
+        consumed={str(name).rpartition("/")[2]: _whole(value, ref) for name, value in consumed.items()},
         settings=params.merge(layer for names, layer in layers if not names or request in names or base in names),
     )
 
@@ -78,16 +84,22 @@ def _layers(devices: UncheckedBody, ref: ClaimRef, driver: str) -> list[tuple[Se
                 continue
             where = f"claim {ref.namespace}/{ref.name}: devices.config[{number}].opaque.parameters"
             names = config.get("requests") or ()
-            requests = [str(name) for name in names] if isinstance(names, Sequence) else []
+            requests = [name for name in names if isinstance(name, str)] if isinstance(names, Sequence) else []
             layers.append((requests, params.parse(opaque.get("parameters"), where)))
     return layers
 
 
-def _whole(text: str, ref: ClaimRef) -> int:
+def _whole(value: object, ref: ClaimRef) -> int:
+    text = str(value) if isinstance(value, str | int) else f"of type {type(value).__name__}"
     try:
-        return quantity.parse(text)
+        found = quantity.parse(text[:_QUANTITY])
     except ValueError as e:
         raise ClaimError(f"claim {ref} has a consumedCapacity that is not a quantity: {e}") from e
+    if not 0 <= found < 2**63:
+        raise ClaimError(
+            f"claim {ref} has a consumedCapacity of {text[:_QUANTITY]}, which no device has; deallocate it and try again"
+        )
+    return found
 
 
 def _object(body: UncheckedBody, key: str, ref: ClaimRef) -> UncheckedBody:
@@ -112,6 +124,6 @@ def _objects(body: UncheckedBody, key: str, ref: ClaimRef) -> list[UncheckedBody
 
 def _text(body: UncheckedBody, key: str, ref: ClaimRef) -> str:
     value = body.get(key)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not 0 < len(value) <= _TEXT or not value.isprintable():
         raise ClaimError(f"claim {ref} has no {key}; the API server or a proxy before it is broken")
     return value

@@ -1,15 +1,21 @@
 """Record ↔ JSON. The writer writes every key. The reader ignores unknown keys and uses defaults for missing keys.
 
-tests/golden keeps a file of every released format, because the kubelet asks for claims that an older version prepared.
+A golden file of every released format stays in tests/golden: the kubelet asks for claims that an older version prepared.
+
+A record is read whole or not at all: each value by its type, and the parts against each other. What comes through is used
+in the work for *other* claims (who holds the card, what to undo), where a wrong value would fail them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import assert_never
 
-from gpuslice.core.json import ReadOnlyBody
+from gpuslice.core import share
 from gpuslice.core.model import (
+    INTERVALS,
     Allocation,
     ClaimRef,
     ClaimUid,
@@ -41,8 +47,16 @@ from gpuslice.core.record import (
     StartMps,
     Step,
 )
+from gpuslice.core.typed import Fields
 
 FORMAT = 1
+
+_IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # part of the name of a file: of a record, of a lock
+_UUID = re.compile(r"(GPU|MIG)-[A-Za-z0-9/-]{1,127}")  # a partition's had slashes before driver 470
+_MIB = 2**24  # 16 TiB
+_COUNT = 2**16  # shares, MPS clients, ids of profiles and instances
+_SLICES = 64  # memory slices of a card; the largest has 8
+_CHARGED = 2**63 - 1  # int64 of the API
 
 
 def encode(record: Record) -> dict[str, object]:
@@ -56,19 +70,77 @@ def encode(record: Record) -> dict[str, object]:
     }
 
 
-def decode(body: ReadOnlyBody) -> Record:
-    """ValueError for the format of a newer release, KeyError or TypeError for text that is no record."""
-    if body["format"] > FORMAT:
-        raise ValueError(f"format {body['format']} is newer than {FORMAT}, the newest that this version reads")
-    claim = body["claim"]
-    ref = ClaimRef(claim["namespace"], claim["name"], ClaimUid(claim["uid"]))
-    plan = Plan(ref, tuple(map(_to_grant, body["grants"])), tuple(map(_to_step, body["steps"])))
-    prepared = body.get("prepared")
-    return Record(
+def decode(body: object) -> Record:
+    """ValueError for a format of the future, and for anything that is no record: the sentence names the value."""
+    fields = Fields(body, "")
+    newest = fields.number("format")
+    if newest > FORMAT:
+        raise ValueError(f"format {newest} is newer than {FORMAT}, the newest that this version reads")
+    claim = fields.part("claim")
+    ref = ClaimRef(claim.text("namespace"), claim.text("name"), ClaimUid(_identity(claim, "uid")))
+    plan = Plan(ref, tuple(map(_to_grant, fields.parts("grants"))), tuple(map(_to_step, fields.parts("steps"))))
+    prepared = fields.optional_parts("prepared")
+    record = Record(
         plan,
-        tuple(map(_to_done, body.get("done", ()))),
+        tuple(map(_to_done, fields.optional_parts("done") or ())),
         None if prepared is None else PreparedClaim(ref, tuple(map(_to_prepared, prepared))),
     )
+    _check(record)
+    return record
+
+
+def _check(record: Record) -> None:
+    """The parts against each other, so that one wrong value cannot make a card busy, or a partition go, that is not the
+    claim's."""
+    grants, steps = record.plan.grants, record.plan.steps
+    places = {(grant.gpu, grant.slot) for grant in grants}
+    gpus = record.plan.named
+    for number, grant in enumerate(grants):
+        if too_much := share.excess(grant, ()):
+            raise ValueError(f"grants[{number}].consumed has {too_much}")
+    for number, step in enumerate(steps):
+        slot = step.slot if isinstance(step, CreateMig | StartMps) else None
+        if step.gpu not in gpus or (isinstance(step, CreateMig | StartMps) and (step.gpu, slot) not in places):
+            raise ValueError(f"steps[{number}] is for a place that no grant has")
+    made = {step.slot for step in steps if isinstance(step, CreateMig)}
+    for number, done in enumerate(record.done):
+        if done.slot not in made:
+            raise ValueError(f"done[{number}] is in a slot for which there is no step")
+    if record.prepared is not None:
+        _check_prepared(grants, record.prepared.devices)
+
+
+def _check_prepared(grants: Sequence[Grant], devices: Sequence[PreparedDevice]) -> None:
+    if len(devices) > len(grants):
+        raise ValueError(f"prepared has {len(devices)} devices, and there are {len(grants)} grants")
+    for number, (grant, device) in enumerate(zip(grants, devices, strict=False)):
+        if (grant.allocation.request, grant.allocation.device) != (device.request, device.device):
+            raise ValueError(f"prepared[{number}] is another device than grants[{number}]")
+
+
+def _identity(fields: Fields, key: str) -> str:
+    value = fields.text(key)
+    if not _IDENTITY.fullmatch(value):
+        fields.fail(f"has a {key} that is no identity: letters, digits, '.', '_', '-', at most 128")
+    return value
+
+
+def _uuid(fields: Fields) -> GpuUuid | MigUuid:
+    value = fields.text("uuid")
+    if not _UUID.fullmatch(value):
+        fields.fail("has a uuid that is none of NVML's, GPU-… or MIG-…")
+    return MigUuid(value) if value.startswith("MIG-") else GpuUuid(value)
+
+
+def _gpu(fields: Fields) -> GpuUuid:
+    return GpuUuid(_identity(fields, "gpu"))
+
+
+def _interval(fields: Fields) -> str:
+    value = fields.text("interval")
+    if value not in INTERVALS:
+        fields.fail(f"has the interval {value!r}, which is none of {', '.join(INTERVALS)}")
+    return value
 
 
 def _ref(ref: ClaimRef) -> dict[str, object]:
@@ -79,8 +151,17 @@ def _slot(slot: MigSlot) -> dict[str, object]:
     return {"gpu": slot.gpu, "profile": slot.profile, "start": slot.placement.start, "size": slot.placement.size}
 
 
-def _to_slot(body: ReadOnlyBody) -> MigSlot:
-    return MigSlot(GpuUuid(body["gpu"]), body["profile"], Placement(body["start"], body["size"]))
+def _to_slot(fields: Fields) -> MigSlot:
+    place = Placement(fields.number("start", 0, _SLICES), fields.number("size", 1, _SLICES))
+    return MigSlot(_gpu(fields), fields.number("profile", 0, _COUNT), place)
+
+
+def _to_optional_slot(fields: Fields) -> MigSlot | None:
+    slot = fields.optional_part("slot")
+    found = None if slot is None else _to_slot(slot)
+    if found is not None and found.gpu != _gpu(fields):
+        fields.fail("has a slot on another GPU")
+    return found
 
 
 def _sharing(sharing: Sharing) -> dict[str, object]:
@@ -100,19 +181,24 @@ def _sharing(sharing: Sharing) -> dict[str, object]:
             assert_never(sharing)
 
 
-def _to_sharing(body: ReadOnlyBody) -> Sharing:
-    match body["by"]:
+def _to_sharing(fields: Fields) -> Sharing:
+    match fields.text("by"):
         case "exclusive":
             return Exclusive()
         case "monitor":
             return Monitor()
         case "timeSlicing":
-            return TimeSlicing(body["shares"], body["memory_mib"], body.get("interval", "default"), body.get("part"))
+            interval = _interval(fields) if fields.optional_text("interval") else "default"
+            return TimeSlicing(*_cut(fields), interval, fields.optional_number("part", 0, _COUNT))
         case "mps":
-            enforced = body.get("enforced", True)
-            return Mps(body["shares"], body["memory_mib"], body["clients"], body.get("part"), enforced)
+            clients, part = fields.number("clients", 1, _COUNT), fields.optional_number("part", 0, _COUNT)
+            return Mps(*_cut(fields), clients, part, fields.flag("enforced", True))
         case other:
             raise ValueError(f"sharing {other!r} is not known to this version")
+
+
+def _cut(fields: Fields) -> tuple[int, int]:
+    return fields.number("shares", 1, _COUNT), fields.number("memory_mib", 0, _MIB)
 
 
 def _grant(grant: Grant) -> dict[str, object]:
@@ -132,21 +218,29 @@ def _grant(grant: Grant) -> dict[str, object]:
     }
 
 
-def _to_grant(body: ReadOnlyBody) -> Grant:
-    slot = body.get("slot")
-    return Grant(
+def _to_grant(fields: Fields) -> Grant:
+    grant = Grant(
         allocation=Allocation(
-            request=body["request"],
-            device=DeviceRef(PoolName(body["pool"]), body["device"]),
-            admin=body.get("admin", False),
-            share_id=body.get("shareID"),
-            consumed=body.get("consumed", {}),
-            settings=Settings(body.get("enforcement"), body.get("interval")),
+            request=fields.text("request"),
+            device=_device(fields),
+            admin=fields.flag("admin", False),
+            share_id=fields.optional_text("shareID"),
+            consumed=fields.numbers("consumed", _CHARGED),
+            settings=Settings(
+                fields.optional_text("enforcement"), _interval(fields) if fields.optional_text("interval") else None
+            ),
         ),
-        gpu=GpuUuid(body["gpu"]),
-        slot=None if slot is None else _to_slot(slot),
-        sharing=_to_sharing(body["sharing"]),
+        gpu=_gpu(fields),
+        slot=_to_optional_slot(fields),
+        sharing=_to_sharing(fields.part("sharing")),
     )
+    if grant.allocation.admin and grant.sharing != Monitor():
+        fields.fail("has admin access, which takes nothing, and a sharing that takes something")
+    return grant
+
+
+def _device(fields: Fields) -> DeviceRef:
+    return DeviceRef(PoolName(fields.text("pool")), fields.text("device"))
 
 
 def _step(step: Step) -> dict[str, object]:
@@ -165,19 +259,18 @@ def _step(step: Step) -> dict[str, object]:
             assert_never(step)
 
 
-def _to_step(body: ReadOnlyBody) -> Step:
-    match body["do"]:
+def _to_step(fields: Fields) -> Step:
+    match fields.text("do"):
         case "setMigMode":
-            return SetMigMode(GpuUuid(body["gpu"]), body["on"])
+            return SetMigMode(_gpu(fields), fields.flag("on"))
         case "createMig":
-            return CreateMig(_to_slot(body["slot"]))
+            return CreateMig(_to_slot(fields.part("slot")))
         case "setComputeMode":
-            return SetComputeMode(GpuUuid(body["gpu"]))
+            return SetComputeMode(_gpu(fields))
         case "setTimeSlice":
-            return SetTimeSlice(GpuUuid(body["gpu"]), body["interval"])
+            return SetTimeSlice(_gpu(fields), _interval(fields))
         case "startMps":
-            slot = body.get("slot")
-            return StartMps(GpuUuid(body["gpu"]), None if slot is None else _to_slot(slot))
+            return StartMps(_gpu(fields), _to_optional_slot(fields))
         case other:
             raise ValueError(f"step {other!r} is not known to this version")
 
@@ -186,12 +279,15 @@ def _done(done: Done) -> dict[str, object]:
     return {"made": "mig", "slot": _slot(done.slot), "gi": done.gi, "ci": done.ci, "uuid": done.uuid}
 
 
-def _to_done(body: ReadOnlyBody) -> Done:
-    if body["made"] != "mig":
-        raise ValueError(f"{body['made']!r} was made by a version that this one does not know")
-    uuid = body.get("uuid")
+def _to_done(fields: Fields) -> Done:
+    made = fields.text("made")
+    if made != "mig":
+        raise ValueError(f"{made!r} was made by a version that this one does not know")
     return MadeMig(
-        slot=_to_slot(body["slot"]), gi=body["gi"], ci=body.get("ci"), uuid=None if uuid is None else MigUuid(uuid)
+        slot=_to_slot(fields.part("slot")),
+        gi=fields.number("gi", 0, _COUNT),
+        ci=fields.optional_number("ci", 0, _COUNT),
+        uuid=MigUuid(_uuid(fields)) if fields.optional_text("uuid") else None,
     )
 
 
@@ -206,12 +302,11 @@ def _prepared(device: PreparedDevice) -> dict[str, object]:
     }
 
 
-def _to_prepared(body: ReadOnlyBody) -> PreparedDevice:
-    uuid = body["uuid"]
+def _to_prepared(fields: Fields) -> PreparedDevice:
     return PreparedDevice(
-        request=body["request"],
-        device=DeviceRef(PoolName(body["pool"]), body["device"]),
-        share_id=body.get("shareID"),
-        uuid=MigUuid(uuid) if uuid.startswith("MIG-") else GpuUuid(uuid),
-        cdi_ids=tuple(body["cdi"]),
+        request=fields.text("request"),
+        device=_device(fields),
+        share_id=fields.optional_text("shareID"),
+        uuid=_uuid(fields),
+        cdi_ids=fields.texts("cdi"),
     )

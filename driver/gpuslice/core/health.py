@@ -7,10 +7,10 @@ allocate it a second time (kubernetes/kubernetes#140802). So an unusable device 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gpuslice.core import layout, plan, share
-from gpuslice.core.inventory import Inventory
+from gpuslice.core import layout, plan, share, shared
+from gpuslice.core.inventory import Inventory, Pool
 from gpuslice.core.model import (
     ClaimUid,
     DeviceRef,
@@ -24,6 +24,7 @@ from gpuslice.core.model import (
     Offer,
     Partition,
     Taint,
+    TimeSlicing,
 )
 from gpuslice.core.record import Record
 
@@ -46,11 +47,12 @@ def taints(
     unwell: Mapping[GpuUuid, Taint],
     records: Iterable[Record],
     daemons: Mapping[str, Taint],
+    unable: Mapping[GpuUuid, tuple[Taint, ...]] | None = None,
 ) -> Taints:
     """Taints of every device that has any.
 
-    `unwell`: taints of GPUs that cannot be read (lost, hung), by GPU. `daemons`: problems of MPS daemons by their key;
-    the key "" stands for all daemons (the supervisor is away).
+    `unwell` names GPUs that cannot be looked at (lost, hung), with their taint; `daemons` MPS daemons that are, by key,
+    or all of them by "" (the supervisor is away). `unable` says what a card refuses for good (see `needs`).
     """
     known = tuple(records)
     found: dict[DeviceRef, tuple[Taint, ...]] = {}
@@ -58,15 +60,56 @@ def taints(
         gpu = pool.gpu
         now = live.get(gpu.uuid)
         foreign = () if now is None else plan.foreign_partitions(gpu.uuid, now, known)
+        renamed = tuple(_other_pool(pool, known))
         for device in pool.devices:
-            here = [unwell[gpu.uuid]] if gpu.uuid in unwell else []
+            here = [unwell[gpu.uuid]] if gpu.uuid in unwell and _is_hit(device.offer, unwell[gpu.uuid]) else []
             if now is not None and not isinstance(device.offer.sharing, Monitor):
                 here += _mode(device.offer, gpu, now)
                 here += _foreign(device.offer, gpu, foreign)
+            here += () if isinstance(device.offer.sharing, Monitor) else renamed
             here += _daemon(device.offer, daemons)
+            here += [taint for taint in (unable or {}).get(gpu.uuid, ()) if _is_needed(device.offer, taint)]
             if here:
                 found[device.ref] = tuple(sorted(set(here)))
     return found
+
+
+_REFUSED = {
+    "minor": Taint("device-node", "none"),
+    "time_slice": Taint("time-slice", "unsupported"),
+    "compute_mode": Taint("compute-mode", "unsupported"),
+}
+
+
+def needs(pool: Pool, live: LiveGpu) -> Iterator[str]:
+    """The verbs of NVML that the card must know for what it offers, as far as they can be asked now."""
+    yield "minor"
+    offers = [device.offer for device in pool.devices]
+    for verb in ("time_slice", "compute_mode"):
+        if not live.mig and any(_is_needed(offer, _REFUSED[verb]) for offer in offers):
+            yield verb
+
+
+def refused(verb: str, reason: str) -> Taint:
+    """The taint of a card that refuses this verb for good."""
+    return replace(_REFUSED[verb], reason=reason)
+
+
+def _is_needed(offer: Offer, taint: Taint) -> bool:
+    """Whether a claim of this device cannot be served with what the card refuses."""
+    match offer.sharing:
+        case TimeSlicing(interval=interval) if taint.key == "time-slice":
+            return offer.slot is None and interval != "default"
+        case Mps(enforced=enforced) if taint.key == "compute-mode":
+            return offer.slot is None and enforced
+        case sharing:
+            return taint.key == "device-node" and not isinstance(sharing, Monitor)
+
+
+def _is_hit(offer: Offer, unwell: Taint) -> bool:
+    """A lost card is what a monitoring pod is to see, and the pod waits for the monitors of all cards (DRA contract, C6);
+    a call on a hung card would hang the pod's prepare too."""
+    return not isinstance(offer.sharing, Monitor) or unwell.value != "lost"
 
 
 def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:
@@ -76,6 +119,18 @@ def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:
         yield Taint("mig-mode", "pending", reason=plan.mode_advice(gpu, live, on=wanted))
     elif live.mig != wanted and not gpu.resetless and gpu.profiles:
         yield Taint("mig-mode", "on" if live.mig else "off", reason=plan.mode_advice(gpu, live, on=wanted))
+
+
+def _other_pool(pool: Pool, records: Iterable[Record]) -> Iterator[Taint]:
+    """The whole card, because the counters of its pool know nothing of what claims hold from the other one."""
+    if held := shared.under_other_names(pool.gpu.uuid, pool.name, records):
+        names = ", ".join(f"{ref} ({other})" for ref, other in held)
+        yield Taint(
+            "other-pool",
+            "held",
+            reason=f"GPU {pool.gpu.index} is held from a pool of another name by {names}, because the node was renamed or the "
+            "card was moved; delete their pods to free it",
+        )
 
 
 def _foreign(offer: Offer, gpu: Gpu, foreign: tuple[Partition, ...]) -> Iterator[Taint]:

@@ -16,12 +16,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TypeVar, assert_never
+from typing import assert_never
 
-from gpuslice.core import layout
+from gpuslice.core import fit, layout
 from gpuslice.core.layout import ProfilePlacement
 from gpuslice.core.model import (
-    MIB,
     DeviceRef,
     Exclusive,
     Gpu,
@@ -38,7 +37,7 @@ from gpuslice.core.model import (
     TimeSlicing,
     WholeGpu,
 )
-from gpuslice.core.policy.rules import GpuPolicy, Policy
+from gpuslice.core.policy.rules import GpuPolicy, Misfit, Policy
 from gpuslice.core.policy.schema import SHARED, Mode, Parts
 from gpuslice.errors import ConfigError
 
@@ -65,7 +64,7 @@ class Pool:
     @property
     def memory_mib(self) -> int:
         """The memory that a claim for the whole card gets."""
-        return _sellable_mib(self.gpu, self.reserve_bytes)
+        return fit.sellable_mib(self.gpu, self.reserve_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,7 @@ class Inventory:
 
     pools: tuple[Pool, ...]
     known: tuple[Pool, ...] = field(default=(), compare=False)  # not published, but `offer` finds their devices
+    notes: tuple[Misfit, ...] = field(default=(), compare=False)  # what a card cannot do of what its policy says
     _offers: dict[DeviceRef, Offer] = field(init=False, repr=False, compare=False)
     _pools: dict[GpuUuid, Pool] = field(init=False, repr=False, compare=False)
 
@@ -84,14 +84,26 @@ class Inventory:
 
     @staticmethod
     def of(gpus: Iterable[Gpu], policy: Policy, node: str, *, static: bool = False) -> Inventory:
-        """The offer of these cards under this policy. ConfigError if the policy asks for a thing that a card cannot do.
+        """What these cards offer under this policy. A card that cannot follow the policy offers what it can, and `notes`
+        names the rest. ConfigError only for a name of the node that no pool can have.
 
         `static` is for clusters without partitionable devices (Kubernetes 1.34 and 1.35). There, nothing keeps the
         scheduler from using two overlapping devices. So a card is either whole or divided as the policy's `static` says:
         into a MIG layout, or into equal parts for MPS or time-slicing. Each part is a plain exclusive device.
         """
-        in_bus_order = sorted(gpus, key=lambda gpu: _bus(gpu.bus_id))
-        return Inventory(tuple(_pool(gpu, policy.of(gpu), node, static=static) for gpu in in_bus_order))
+        pools, notes = [], list[Misfit]()
+        for gpu in sorted(gpus, key=lambda gpu: _bus(gpu.bus_id)):
+            name = _pool_name(node, gpu)
+            if name is None:
+                sentence = (
+                    f"GPU {gpu.index} ({gpu.product}) has the PCI bus id {gpu.bus_id!r}, which cannot name a pool"
+                )
+                notes.append(Misfit("", gpu.uuid, sentence))
+                continue
+            policy_here, misfits = fit.fitted(gpu, policy.of(gpu), static=static)
+            pools.append(_pool(name, gpu, policy_here, static=static))
+            notes += [*policy.misfits(gpu), *misfits]
+        return Inventory(tuple(pools), notes=tuple(notes))
 
     def knowing(self, other: Inventory) -> Inventory:
         """The same pools, but `offer` finds the devices of `other` too. If both know a name, this inventory's device counts.
@@ -166,26 +178,19 @@ def _bus(bus_id: str) -> str:
     return re.sub(r"[:.]", "-", bus_id.lower())
 
 
-def _pool(gpu: Gpu, policy: GpuPolicy, node: str, *, static: bool) -> Pool:
-    if policy.reserve_bytes >= gpu.memory_bytes:
-        raise ConfigError(
-            f"policy: {policy.path('reserve')} is {policy.reserve_bytes // MIB} MiB, but GPU {gpu.index} ({gpu.product}) has"
-            f" only {gpu.memory_bytes // MIB} MiB; write a smaller reserve"
-        )
-    name = _pool_name(node, gpu)
+def _pool(name: PoolName, gpu: Gpu, policy: GpuPolicy, *, static: bool) -> Pool:
     offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
     devices = tuple(Device(DeviceRef(name, offer_name(offer)), offer) for offer in offers)
     return Pool(name=name, gpu=gpu, devices=devices, reserve_bytes=policy.reserve_bytes, keep=policy.keep)
 
 
-def _sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
-    return (gpu.memory_bytes - reserve_bytes) // MIB
-
-
-def _pool_name(node: str, gpu: Gpu) -> PoolName:
+def _pool_name(node: str, gpu: Gpu) -> PoolName | None:
+    """None where the card has no place on the bus by which its pool could be named."""
+    if _SUBDOMAIN.fullmatch(node) is None:
+        raise ConfigError(f"{node!r} cannot be the name of a pool; --node-name must be the name of the Node object")
+    if _SUBDOMAIN.fullmatch(_bus(gpu.bus_id)) is None:
+        return None
     name = f"{node}/{_bus(gpu.bus_id)}"
-    if any(_SUBDOMAIN.fullmatch(part) is None for part in name.split("/")):
-        raise ConfigError(f"{name!r} cannot be the name of a pool; --node-name must be the name of the Node object")
     if len(name) > _POOL_NAME:
         raise ConfigError(
             f"the name of node {node} is too long, because pool names contain it and have at most {_POOL_NAME} bytes; "
@@ -214,7 +219,7 @@ def _sharing(mode: Mode, slice_: Slice, policy: GpuPolicy) -> Mps | TimeSlicing:
     gpu = slice_.gpu
     match slice_:
         case WholeGpu():
-            memory, interval = _sellable_mib(gpu, policy.reserve_bytes), policy.interval
+            memory, interval = fit.sellable_mib(gpu, policy.reserve_bytes), policy.interval
         case MigSlice(profile=profile):
             memory, interval = profile.memory_mib, "default"  # only a card's time slice can be set (nvidia-smi)
         case _:
@@ -223,23 +228,8 @@ def _sharing(mode: Mode, slice_: Slice, policy: GpuPolicy) -> Mps | TimeSlicing:
     clients = max(1, policy.mps_clients * mine // card)
     if mode is Mode.MPS:
         enforced = isinstance(slice_, MigSlice) or Setting.COMPUTE_MODE not in policy.keep
-        return _enough(
-            Mps(min(policy.mps_shares, clients), memory, clients, enforced=enforced), gpu, policy.path("mps")
-        )
-    return _enough(TimeSlicing(policy.timeslice_shares, memory, interval), gpu, policy.path("timeslice"))
-
-
-_Shared = TypeVar("_Shared", Mps, TimeSlicing)
-
-
-def _enough(sharing: _Shared, gpu: Gpu, path: str) -> _Shared:
-    """The same `sharing`. ConfigError if a capacity is less than its smallest request plus one step, as the API requires."""
-    if sharing.memory_mib < 2 * sharing.shares:
-        raise ConfigError(
-            f"policy: {path}: {sharing.shares} shares of GPU {gpu.index} ({gpu.product}) would have less than 2 MiB each"
-            f" of {sharing.memory_mib} MiB; make fewer shares or reserve less"
-        )
-    return sharing
+        return Mps(fit.shares_of(memory, min(policy.mps_shares, clients)), memory, clients, enforced=enforced)
+    return TimeSlicing(fit.shares_of(memory, policy.timeslice_shares), memory, interval)
 
 
 def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
@@ -249,33 +239,18 @@ def _static_offers(gpu: Gpu, policy: GpuPolicy) -> Iterator[Offer]:
         sharing = _parted(policy.static, gpu, policy)
         yield from (Offer(whole, replace(sharing, part=part)) for part in range(sharing.shares))
     elif policy.static:
-        for place in _static_layout(gpu, policy.static, policy.path("static")):
+        for place in _static_layout(gpu, policy.static):
             yield Offer(MigSlice(gpu, place.profile, place.placement), Exclusive())
     elif Mode.GPU in policy.modes:
         yield Offer(whole, Exclusive())
 
 
 def _parted(parts: Parts, gpu: Gpu, policy: GpuPolicy) -> Mps | TimeSlicing:
-    wanted = replace(policy, mps_shares=parts.count, timeslice_shares=parts.count)
-    sharing = _sharing(parts.mode, WholeGpu(gpu), wanted)
-    if sharing.shares < parts.count:
-        raise ConfigError(
-            f"policy: {policy.path('static')}.{parts.mode} cuts GPU {gpu.index} ({gpu.product}) into {parts.count} parts,"
-            f" but the card has only {policy.mps_clients} MPS clients, and each part needs one; make fewer parts"
-        )
-    return sharing
+    return _sharing(parts.mode, WholeGpu(gpu), replace(policy, mps_shares=parts.count, timeslice_shares=parts.count))
 
 
-def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]], path: str) -> list[ProfilePlacement]:
-    possible = all(count <= profile.max_instances for profile, count in wanted)
-    partitions = [profile for profile, count in wanted for _ in range(count)] if possible else []
-    places = layout.arrange(layout.totals(gpu.profiles), partitions) if possible else None
-    if places is None:
-        text = ", ".join(f"{count} x {profile.name}" for profile, count in wanted)
-        raise ConfigError(
-            f"policy: {path}, the static layout of GPU {gpu.index} ({gpu.product}), {text}, does not fit on the card;"
-            " take fewer or smaller partitions"
-        )
+def _static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> list[ProfilePlacement]:
+    places = fit.static_layout(gpu, wanted) or ()
     return sorted(places, key=lambda place: (_size(place.profile), place.placement))
 
 

@@ -1,10 +1,111 @@
-"""Type aliases for JSON objects, by their use. All aliases are here, so that each name has one meaning."""
+"""JSON objects, by what may be done with one: every alias of them is here, so that a name means one thing. And how one of
+the API server is read: an odd part of it, however deep, takes nothing else along."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 Body = dict[str, Any]  # an object of the API, as json.loads gives it; may be changed and sent back
-ReadOnlyBody = Mapping[str, Any]  # only read; its shape is trusted, so a wrong shape shows as KeyError or TypeError
-UncheckedBody = Mapping[str, object]  # from another program or a user: each value is checked before use
+ReadOnlyBody = Mapping[str, Any]  # only read: a shape that is trusted, so a wrong one surfaces as KeyError or TypeError
+UncheckedBody = Mapping[str, object]  # somebody else's: each value is checked before it is used
+
+_LONGEST = 1000  # characters of somebody else's sentence
+_DEPTH = 100  # levels; the objects that we use have about 15, what users put into one may have 10,000
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def parse(data: bytes) -> Any:
+    """What `json.loads` gives; where that is nested too deep for it, what lies below 100 levels is null. ValueError for what
+    is no JSON."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        return json.loads(_pruned(data))
+
+
+def _pruned(data: bytes) -> bytes:
+    kept, depth, taken = [], 0, 0
+    for token in _TOKEN.finditer(data):
+        if token[0] in b"[{":
+            depth += 1
+            if depth == _DEPTH:
+                kept.append(data[taken : token.start()] + b"null")
+        elif token[0] in b"]}":
+            if depth == _DEPTH:
+                taken = token.end()
+            depth -= 1
+    return b"".join(kept) + data[taken:] if depth <= 0 else data[:0]
+
+
+def parse_object(data: bytes) -> Body:
+    """As `parse`, with ValueError for what is no object, too; its metadata, where it has any, is one."""
+    body = parse(data)
+    if not isinstance(body, dict) or not isinstance(body.get("metadata", {}), dict):
+        raise ValueError("the answer is no object, or its metadata is none")
+    return body
+
+
+def is_object(item: object) -> bool:
+    """Whether an item of a list is an object of the API. What is none is nobody's claim and no slice of ours."""
+    return isinstance(item, dict) and isinstance(item.get("metadata"), dict) and _texts(item["metadata"], "name", "uid")
+
+
+def is_resource_slice(item: object, *, stored: bool = True) -> bool:
+    """Whether it has all that is read of a ResourceSlice, each part of its type. What a dry run made is not `stored`."""
+    if not isinstance(item, dict) or not _is_spec(item.get("spec")):
+        return False
+    if not stored:
+        return True
+    return is_object(item) and str(item["metadata"].get("resourceVersion")).isdecimal()
+
+
+def is_event(event: Body) -> bool:
+    """Whether it is news of a ResourceSlice, or a bookmark with the version that a watch has come to."""
+    thing = event.get("object")
+    if event.get("type") == "BOOKMARK":
+        metadata = thing.get("metadata") if isinstance(thing, dict) else None
+        return isinstance(metadata, dict) and str(metadata.get("resourceVersion")).isdecimal()
+    return event.get("type") in ("ADDED", "MODIFIED", "DELETED") and is_resource_slice(thing)
+
+
+def _is_spec(spec: object) -> bool:
+    if not isinstance(spec, dict):
+        return False
+    pool, devices = spec.get("pool"), spec.get("devices") or []
+    return (
+        isinstance(pool, dict)
+        and _texts(pool, "name")
+        and type(pool.get("generation", 0)) is int
+        and _objects(devices, "name")
+        and all(_objects(device.get("taints"), "key", "effect") for device in devices)
+        and all(isinstance(t.get("value", ""), str) for device in devices for t in device.get("taints") or ())
+        and _objects(spec.get("sharedCounters"), "name")
+    )
+
+
+def _objects(items: object, *texts: str) -> bool:
+    """Whether it is a list of objects that have these texts, or is missing."""
+    if not items:
+        return items is None or items == []
+    return isinstance(items, list) and all(isinstance(item, dict) and _texts(item, *texts) for item in items)
+
+
+def _texts(body: Body, *keys: str) -> bool:
+    return all(isinstance(body.get(key), str) for key in keys)
+
+
+def message(data: bytes) -> str:
+    """The sentence in an error's body: a Status object from the API server, anything from a proxy before it."""
+    try:
+        return str(json.loads(data)["message"])[:_LONGEST]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return data[:200].decode(errors="replace").strip()
+
+
+def status(thing: Body) -> tuple[int, str]:
+    """Code and sentence of a Status object."""
+    code = thing.get("code")
+    return code if isinstance(code, int) else 500, str(thing.get("message"))[:_LONGEST]

@@ -84,12 +84,14 @@ def within(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> bool:
 
 
 def coexist(gpu: Gpu, one: MigSlot, two: MigSlot) -> bool:
-    """Whether partitions in these two slots may exist together. For an unknown profile, only the places are compared."""
+    """Whether partitions in these two slots of the card may stand together; of an unknown one, only by place."""
     if one.placement.overlaps(two.placement):
         return False
     profiles = gpu.profile(one.profile), gpu.profile(two.profile)
     if profiles[0] is None or profiles[1] is None:
         return True
+    if one.placement not in profiles[0].placements or two.placement not in profiles[1].placements:
+        return True  # a place that the card does not list may be any number, and a bit mask of it any length
     return fits(
         totals(gpu.profiles),
         (ProfilePlacement(profiles[0], one.placement), ProfilePlacement(profiles[1], two.placement)),

@@ -25,6 +25,7 @@ from gpuslice.core.model import (
 from gpuslice.errors import ClaimError
 
 KIND = "SliceConfig"
+_LONGEST = 200  # characters of what a user wrote, in a sentence of ours
 _ENFORCEMENT = ("required", "preferred")
 
 
@@ -101,10 +102,16 @@ def _one_of(value: object, where: str, known: tuple[str, ...]) -> str | None:
     if value is None:
         return None
     if value not in known:
-        raise ClaimError(f"{where} is {value!r} and must be one of: {', '.join(known)}")
+        raise ClaimError(f"{where} is {_shown(value)} and must be one of: {', '.join(known)}")
     return str(value)
 
 
 def _nothing_left(body: Mapping[object, object], where: str, known: str) -> None:
     if body:
-        raise ClaimError(f"{where} has the unknown key {', '.join(sorted(map(str, body)))}; known keys: {known}")
+        keys = ", ".join(sorted(map(str, body)))
+        raise ClaimError(f"{where} has the unknown key {keys[:_LONGEST]}; known keys: {known}")
+
+
+def _shown(value: object) -> str:
+    """A plain value as the user wrote it; of a nested one, which may be thousands of levels deep, its type."""
+    return repr(value)[:_LONGEST] if isinstance(value, str | int | float) else f"of type {type(value).__name__}"

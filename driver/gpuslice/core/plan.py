@@ -125,9 +125,16 @@ def serves(record: Record, claim: Claim) -> bool:
 
 
 def stands(record: Record, live: Live) -> bool:
-    """Whether the hardware of a finished record still exists unchanged."""
-    there = {partition.uuid for gpu in live.values() for partition in gpu.partitions}
-    return {done.uuid for done in record.done if done.uuid is not None} <= there
+    """Whether the hardware of a finished record still exists as it was made, and what it watches as it was shown."""
+    now = {(MigSlot(gpu, p.profile, p.placement), p.uuid) for gpu, look in live.items() for p in look.partitions}
+    made = {done.uuid for done in record.done if done.uuid is not None}
+    devices = () if record.prepared is None else record.prepared.devices
+    watched = {
+        (grant.slot, device.uuid)
+        for grant, device in zip(record.plan.grants, devices, strict=False)
+        if isinstance(grant.sharing, Monitor) and grant.slot is not None
+    }
+    return made <= {uuid for _, uuid in now} and watched <= now
 
 
 def prepared_claim(record: Record, live: Live, kind: str) -> PreparedClaim:

@@ -10,6 +10,7 @@ _SUFFIX: dict[str, Decimal | int] = {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
     "m": Decimal("0.001"),
 }  # fmt: skip
+_EXPONENT = 30  # a number with a million digits takes the processor for minutes
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([numkMGTPE]|[KMGTPE]i)?)")
 
 
@@ -18,6 +19,8 @@ def parse(text: str) -> int:
     match = _QUANTITY.fullmatch(text)
     if match is None or (match[3] or "") not in _SUFFIX:
         raise ValueError(f"{text!r} is not a Kubernetes quantity; write a number with a suffix such as Mi or Gi")
+    if match[2] and abs(int(match[2][1:])) > _EXPONENT:
+        raise ValueError(f"{text!r} has an exponent beyond {_EXPONENT}, which no quantity needs; write a smaller one")
     value = Decimal(match[1] + (match[2] or "")) * Decimal(_SUFFIX[match[3] or ""])
     return int(value.to_integral_value(rounding=ROUND_UP))
 

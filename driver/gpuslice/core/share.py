@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from gpuslice.core.model import MIB, Exclusive, GpuUuid, MigSlot, Monitor, Mps, Sharing, TimeSlicing
-from gpuslice.core.record import Grant
+from gpuslice.core.record import Grant, Record, StartMps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +150,22 @@ def daemon_key(gpu: GpuUuid, slot: MigSlot | None) -> str:
     """Folder name of the MPS daemon of a card or a partition. It is short, because the length of socket paths is limited."""
     card = gpu.removeprefix("GPU-").partition("-")[0]
     return card if slot is None else f"{card}-{slot.profile}-{slot.placement.start}"
+
+
+def unwanted(keys: Iterable[str], gpu: GpuUuid, records: Iterable[Record]) -> tuple[str, ...]:
+    """Those of these keys that name a daemon of this GPU for which there is no record, not even an unfinished one."""
+    wanted = {
+        daemon_key(step.gpu, step.slot)
+        for record in records
+        for step in record.plan.steps
+        if isinstance(step, StartMps)
+    }
+    return tuple(key for key in keys if is_on(key, gpu) and key not in wanted)
+
+
+def is_on(key: str, gpu: GpuUuid) -> bool:
+    """Whether this key names a daemon of the card, or of a partition of it."""
+    return key.partition("-")[0] == daemon_key(gpu, None)
 
 
 def ceilings(grants: Iterable[Grant]) -> tuple[int | None, int | None]:

@@ -1,11 +1,11 @@
-"""Hardware that several claims use at once: a partition that the first claim created, and the MPS daemons."""
+"""What several claims use at once: a partition that the first of them made, the MPS daemons; and a card that has two names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from gpuslice.core.model import GpuUuid, LiveGpu, MigUuid
+from gpuslice.core.model import ClaimRef, GpuUuid, LiveGpu, MigUuid, Monitor, PoolName
 from gpuslice.core.record import CreateMig, Done, Grant, Plan, PreparedClaim, Record, StartMps
 
 
@@ -56,3 +56,15 @@ def shares_of(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
         for grant in record.plan.grants
         if (grant.gpu, grant.slot) == (step.gpu, step.slot)
     )
+
+
+def under_other_names(gpu: GpuUuid, pool: PoolName, records: Iterable[Record]) -> tuple[tuple[ClaimRef, PoolName], ...]:
+    """Claims that hold something of this card from a pool of another name, with the name: the node was renamed, or the card
+    is in another slot. The scheduler sees two pools, and nothing of what is taken from the other."""
+    found = {
+        (record.plan.ref, grant.allocation.device.pool)
+        for record in records
+        for grant in record.plan.grants
+        if grant.gpu == gpu and grant.allocation.device.pool != pool and not isinstance(grant.sharing, Monitor)
+    }
+    return tuple(sorted(found))

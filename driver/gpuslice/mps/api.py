@@ -55,6 +55,9 @@ class MpsDaemons(Protocol):
     def statuses(self) -> tuple[DaemonStatus, ...]:
         """The status of every daemon, sorted by key; also of those with a problem."""
 
+    def seen(self) -> tuple[str, tuple[DaemonStatus, ...]]:
+        """`incarnation` and `statuses` by one question, for who asks all the time."""
+
     def incarnation(self) -> str:
         """The identity of the supervisor process. When it changes, the driver ensures all daemons from the records."""
 

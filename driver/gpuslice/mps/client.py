@@ -33,18 +33,23 @@ class MpsClient:
         raise DeviceError(f"cannot {what}: the MPS supervisor answered without a daemon; see its log")
 
     def stop(self, key: str) -> None:
-        """Stop a daemon. Without its folder there is no daemon, so this succeeds even if no supervisor runs.
+        """Stop a daemon. If no daemon can run, this succeeds without a supervisor, too: either the folder of the daemon does
+        not exist, which is made before any daemon starts, or the folder says that the daemon has ended with its supervisor.
 
-        So the driver can unprepare a claim that never got its daemon while the supervisor is away.
+        The next supervisor starts the latter again; who looks after the daemons stops it then.
         """
         try:
             self._list(f"stop MPS daemon {key}", {"op": "stop", "key": key}, _CHANGE_S)
         except DeviceError:
-            if self._paths.folder(key).exists():
+            if self._paths.folder(key).exists() and not self._paths.ended(key).exists():
                 raise
 
     def statuses(self) -> tuple[DaemonStatus, ...]:
         return self._list("list the MPS daemons", {"op": "running"}, _ANSWER_S)
+
+    def seen(self) -> tuple[str, tuple[DaemonStatus, ...]]:
+        greeting, answer = self._ask("list the MPS daemons", {"op": "running"}, _ANSWER_S)
+        return str(greeting.get("incarnation")), _statuses(answer)
 
     def incarnation(self) -> str:
         greeting, _ = self._ask("greet it", {"op": "hello"}, _ANSWER_S)
@@ -60,9 +65,7 @@ class MpsClient:
         return self._paths.log(key)
 
     def _list(self, what: str, message: UncheckedBody, timeout_s: float) -> tuple[DaemonStatus, ...]:
-        _, answer = self._ask(what, message, timeout_s)
-        body = answer.get("running")
-        return tuple(wire.running_of(entry) for entry in body) if isinstance(body, list) else ()
+        return _statuses(self._ask(what, message, timeout_s)[1])
 
     def _ask(self, what: str, message: UncheckedBody, timeout_s: float) -> tuple[UncheckedBody, UncheckedBody]:
         """Greeting and answer of the supervisor; `what` completes "cannot …"."""
@@ -91,6 +94,11 @@ class MpsClient:
         if "error" in answer:
             raise DeviceError(str(answer["error"]))
         return greeting, answer
+
+
+def _statuses(answer: UncheckedBody) -> tuple[DaemonStatus, ...]:
+    body = answer.get("running")
+    return tuple(wire.running_of(entry) for entry in body) if isinstance(body, list) else ()
 
 
 def _greet(stream: wire.Stream) -> Mapping[str, object]:

@@ -97,6 +97,7 @@ class MpsDaemon:
 def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float) -> MpsDaemon:
     """Start a daemon in its folder and set its ceilings. After a DeviceError, no process of it runs."""
     paths.make(daemon.key)
+    paths.ended(daemon.key).unlink(missing_ok=True)
     _give_shm(paths, daemon.key)
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
     for flags in first:
@@ -168,6 +169,7 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int
                 stderr=output,
                 env=env,
                 cwd="/",
+                umask=0o022,  # clients of other uids connect to the sockets that the daemon makes
                 start_new_session=True,  # Ctrl-C of a terminal is for the supervisor, not for the daemon
             )
     except OSError as e:

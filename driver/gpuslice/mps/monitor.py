@@ -15,6 +15,7 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 from gpuslice.mps.daemon import MpsDaemon, Timeouts
 from gpuslice.mps.paths import Paths
 from gpuslice.mps.process import Wakeup, wait
+from gpuslice.system.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -153,10 +154,19 @@ class DaemonMonitor:
                 daemons.remove(self._paths, self._key)
 
     def close(self) -> None:
-        """Drain and end the daemon because the supervisor ends. Its folder stays, because containers have it mounted."""
+        """Drain and end the daemon because the supervisor ends. Its folder stays, because containers have it mounted.
+
+        The folder says that the daemon has ended, so that claims can be unprepared while no supervisor runs.
+        """
         with self._turn:
             if not self._retired.is_set():
                 self._end()
+                try:
+                    write_atomic(self._paths.ended(self._key), "")
+                except DriverError as e:
+                    log.warning(
+                        "claims of an MPS daemon are not unprepared without a supervisor key=%s: %s", self._key, e
+                    )
 
     def _end(self) -> None:
         self._retire()
@@ -210,23 +220,23 @@ class DaemonMonitor:
 
     def _watch(self) -> None:
         while not self._retired.is_set():
-            state = self._state
-            assert state is not None, "the thread starts with the first state"
-            process = (state.process.pidfd.descriptor,) if state.process else ()
-            wait(max(0.0, self._due - time.monotonic()), self._wakeup.descriptor, *process)
-            if self._wakeup.clear():
-                continue
-            with self._turn:
-                if not self._retired.is_set() and self._state is state:
-                    self._check_or_log(state)
+            try:
+                self._wait_and_check()
+            except Exception:
+                # No descriptors, no memory, a bug: a thread that ended of it would leave the daemon to itself.
+                log.exception("the check of an MPS daemon failed; the next try is in %g s key=%s", _AGAIN_S, self._key)
+                self._retired.wait(_AGAIN_S)
 
-    def _check_or_log(self, state: _Snapshot) -> None:
-        try:
-            self._check(state)
-        except OSError:
-            # No descriptors, no memory: if the thread ended, nothing would watch the daemon.
-            log.exception("the check of an MPS daemon failed; the next try is in %g s key=%s", _AGAIN_S, self._key)
-            self._retired.wait(_AGAIN_S)
+    def _wait_and_check(self) -> None:
+        state = self._state
+        assert state is not None, "the thread starts with the first state"
+        process = (state.process.pidfd.descriptor,) if state.process else ()
+        wait(max(0.0, self._due - time.monotonic()), self._wakeup.descriptor, *process)
+        if self._wakeup.clear():
+            return
+        with self._turn:
+            if not self._retired.is_set() and self._state is state:
+                self._check(state)
 
     def _check(self, state: _Snapshot) -> None:
         process, restarts = state.process, state.running.restarts

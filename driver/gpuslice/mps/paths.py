@@ -4,7 +4,8 @@ supervisor.sock  supervisor.lock
 <key>/pipe       CUDA_MPS_PIPE_DIRECTORY: control sockets and pid file, NVIDIA's names
 <key>/shm        /dev/shm of the daemon and of its clients
 <key>/log        CUDA_MPS_LOG_DIRECTORY, and "console": what the daemon prints
-<key>/daemon.json  the daemon's spec and its process, for the next supervisor
+<key>/daemon.json  what it is to be and which process it is, for the next supervisor
+<key>/ended      a supervisor that ended in order has ended this daemon; gone when it is started again
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Paths:
 
     def record(self, key: str) -> Path:
         return self.root / key / "daemon.json"
+
+    def ended(self, key: str) -> Path:
+        return self.root / key / "ended"
 
     def known(self) -> tuple[str, ...]:
         """Keys of the folders that look like a daemon's."""

@@ -152,10 +152,10 @@ class Supervisor:
                 connection, _ = self._listener.accept()
                 connection.settimeout(_TALK_S)
                 threading.Thread(target=self._talk, args=(connection,), name="mps-talk", daemon=True).start()
-            except (OSError, RuntimeError) as e:
+            except Exception as e:  # noqa: BLE001 - a thread that ended of it would leave all drivers without an answer
                 # Out of descriptors or threads: the client still waits, so trying at once would only burn the processor.
                 if not self._closing.wait(_NO_ACCEPT_S):
-                    log.error("the MPS supervisor cannot accept a connection socket=%s: %s", self._paths.socket, e)
+                    log.error("the MPS supervisor cannot accept a connection socket=%s: %r", self._paths.socket, e)
 
     def _talk(self, connection: socket.socket) -> None:
         """One greeting, one request. A thread of its own, so that a slow client keeps nobody waiting."""

@@ -47,6 +47,7 @@ class ComputeMode(IntEnum):
     """`nvmlComputeMode_t`; lost at reboot."""
 
     DEFAULT = 0
+    EXCLUSIVE_THREAD = 1  # of old drivers; never set by us
     PROHIBITED = 2
     EXCLUSIVE_PROCESS = 3
 
@@ -80,7 +81,7 @@ class XidEvent:
 
 class Nvml(Protocol):
     def gpus(self) -> tuple[Gpu, ...]:
-        """All cards in index order. An unreadable card is left out; `lost` names it."""
+        """All cards in index order. A card that is unreadable or hangs is left out; `lost` names it."""
 
     def lost(self) -> tuple[str, ...]:
         """One sentence for each card that the last `gpus` could not read."""

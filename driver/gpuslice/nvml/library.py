@@ -22,7 +22,7 @@ SONAME = "libnvidia-ml.so.1"
 _PLACES = tuple(f"/{folder}/{SONAME}" for folder in (*LIBRARY_FOLDERS, ""))
 
 _REMEDIES = {
-    Code.UNINITIALIZED: "NVML was closed under this call; restart the driver",
+    Code.UNINITIALIZED: "NVML was closed under this call; the driver starts it anew when no card can be read",
     Code.INVALID_ARGUMENT: "the card knows no such profile, place or mode; ask for one that it lists",
     Code.NOT_SUPPORTED: "this card, its present mode or its NVIDIA driver does not offer it",
     Code.NO_PERMISSION: "run the driver as root with CAP_SYS_ADMIN",
@@ -38,6 +38,10 @@ _REMEDIES = {
 }
 
 
+# What Python makes of a text in another encoding, an absurd number, or a value that no enumeration has.
+_UNREADABLE = (ValueError, OverflowError, LookupError, MemoryError, ctypes.ArgumentError)
+
+
 @contextmanager
 def asking(where: str, what: str) -> Iterator[None]:
     """Translate NVML's errors in the block. `where` names the GPU, `what` completes "cannot …"."""
@@ -45,6 +49,9 @@ def asking(where: str, what: str) -> Iterator[None]:
         yield
     except pynvml.NVMLError as e:
         raise refusal(where, what, e.value) from e
+    except _UNREADABLE as e:
+        text = f"{where}: cannot {what}: what NVML answers cannot be read ({e!r}); update the NVIDIA driver"
+        raise DeviceError(text, Code.UNKNOWN) from e
 
 
 def refusal(where: str, what: str, code: int) -> DeviceError:

@@ -7,7 +7,7 @@ header calls it "parent device"), so no search over all MIG devices is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from ctypes import byref, c_uint
 
 import pynvml
@@ -25,7 +25,15 @@ _CI_ENUMS = [
     for enum in range(max(0x10, pynvml.NVML_COMPUTE_INSTANCE_PROFILE_COUNT))
     if enum != pynvml.NVML_COMPUTE_INSTANCE_PROFILE_1_SLICE_REV1
 ]
+_MOST_PLACES = 64  # memory slices of a card; the widest has 12
+_MOST_MIB = 1 << 30  # of a partition: a pebibyte
 _ROOM = 32  # entries of every output array, instead of NVML's own count
+_OF_ALL = (
+    Code.UNINITIALIZED,
+    Code.GPU_IS_LOST,
+    Code.FUNCTION_NOT_FOUND,
+    Code.NO_PERMISSION,
+)  # said of one, true of each
 _ABSENT = (Code.NOT_SUPPORTED, Code.INVALID_ARGUMENT, Code.NOT_FOUND)
 
 
@@ -50,30 +58,54 @@ def mode(device: Handle) -> tuple[bool, bool] | None:
 
 
 def profiles(device: Handle) -> tuple[tuple[MigProfile, ...], tuple[str, ...]]:
-    """All GPU-instance profiles of the card, and one clause for each irregularity."""
-    found, odd = [], []
+    """All GPU-instance profiles of the card, and what was odd about them, as clauses."""
+    found: list[MigProfile] = []
+    odd: list[str] = []
     for enum in _PROFILE_ENUMS:
-        with tolerating(*_ABSENT):
-            info = pynvml.nvmlDeviceGetGpuInstanceProfileInfo(device, enum, version=2)
-            places = _placements(device, info.id)
-            name = str(info.name).removeprefix("MIG ")
-            # The A30 misreports it on some drivers. A profile has at least one instance, and at most one for each place.
-            count = min(max(1, info.instanceCount), len(places))
-            if count != info.instanceCount:
-                odd.append(f"it says {info.instanceCount} instances of {name}, which has {len(places)} places")
-            if places:
-                found.append(_profile(info, name, count, places))
+        try:
+            with tolerating(*_ABSENT):
+                found += _profile_of(device, enum, odd)
+        except pynvml.NVMLError as e:
+            if e.value in _OF_ALL:
+                raise
+            odd.append(f"it does not describe MIG profile {enum} ({e}), which is left out")
+        except (ValueError, MemoryError) as e:
+            odd.append(f"what it says of MIG profile {enum} cannot be read ({e}), so the profile is left out")
     return tuple(found), tuple(odd)
+
+
+def _profile_of(device: Handle, enum: int, odd: list[str]) -> Iterator[MigProfile]:
+    info = pynvml.nvmlDeviceGetGpuInstanceProfileInfo(device, enum, version=2)
+    places = _placements(device, info.id)
+    name = str(info.name).removeprefix("MIG ")
+    if info.memorySizeMB > _MOST_MIB:
+        raise ValueError(f"{info.memorySizeMB} MiB of {name}")
+    # The A30 misreports it on some drivers; no profile stands more often than it has places, nor never.
+    count = min(max(1, info.instanceCount), len(places))
+    if count != info.instanceCount:
+        odd.append(
+            f"it says {info.instanceCount} instances of {name}, which has {len(places)} places; places are counted instead"
+        )
+    if places:
+        yield _profile(info, name, count, places)
 
 
 def _placements(device: Handle, profile: int) -> tuple[Placement, ...]:
     count = c_uint(0)
     pynvml.nvmlDeviceGetGpuInstancePossiblePlacements(device, profile, None, byref(count))
     room = max(_ROOM, count.value)
+    if room > _MOST_PLACES:
+        raise ValueError(f"{count.value} places")
     array = (pynvml.c_nvmlGpuInstancePlacement_t * room)()
     count = c_uint(room)
     pynvml.nvmlDeviceGetGpuInstancePossiblePlacements(device, profile, array, byref(count))
-    return tuple(sorted(Placement(array[at].start, array[at].size) for at in range(count.value)))
+    return tuple(sorted(_placement(array[at]) for at in range(min(room, count.value))))
+
+
+def _placement(place: pynvml.c_nvmlGpuInstancePlacement_t) -> Placement:
+    if not (place.size and place.start + place.size <= _MOST_PLACES):
+        raise ValueError(f"the placement {place.start}:{place.size}")
+    return Placement(place.start, place.size)
 
 
 def _profile(
@@ -105,15 +137,22 @@ def partitions(device: Handle, slices: Mapping[int, int]) -> tuple[Partition, ..
         count = c_uint(_ROOM)
         with tolerating(*_ABSENT):
             pynvml.nvmlDeviceGetGpuInstances(device, profile, array, byref(count))
-            for at in range(count.value):
+            for at in range(_believed(count)):
                 with tolerating(Code.NOT_FOUND):
                     found.append(_partition(array[at]))
     return tuple(sorted(found, key=lambda p: p.gi))
 
 
+def _believed(count: c_uint) -> int:
+    """How many entries of an array NVML filled: entries beyond it are no handles, and using one ends the process."""
+    if count.value > _ROOM:
+        raise ValueError(f"{count.value} instances")
+    return count.value
+
+
 def _partition(instance: Handle) -> Partition:
     info = pynvml.nvmlGpuInstanceGetInfo(instance)
-    placement = Placement(info.placement.start, info.placement.size)
+    placement = _placement(info.placement)
     ci, uuid = _first_ci(instance) or (None, None)
     return Partition(profile=info.profileId, placement=placement, gi=info.id, ci=ci, uuid=uuid)
 
@@ -127,7 +166,7 @@ def _first_ci(instance: Handle) -> tuple[int, MigUuid] | None:
             array = (pynvml.c_nvmlComputeInstance_t * _ROOM)()
             count = c_uint(_ROOM)
             pynvml.nvmlGpuInstanceGetComputeInstances(instance, profile.id, array, byref(count))
-            found += [_identity(array[at]) for at in range(count.value)]
+            found += [_identity(array[at]) for at in range(_believed(count))]
     return min(found, default=None)
 
 

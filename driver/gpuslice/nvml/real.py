@@ -14,29 +14,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pynvml
 
-from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigProfile, MigUuid, Placement
+from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
 from gpuslice.errors import DeviceError
-from gpuslice.nvml import mig
+from gpuslice.nvml import card, mig
 from gpuslice.nvml.api import TIME_SLICES, XID_OFF_THE_BUS, Code, ComputeMode, GpuProcess, Memory, XidEvent
+from gpuslice.nvml.card import CardFacts
 from gpuslice.nvml.library import asking, find, refusal, start
+from gpuslice.nvml.listing import LIMIT_S, Listing
 from gpuslice.nvml.mig import Handle, tolerating
 from gpuslice.nvml.smi import Smi
 
-_ARCHITECTURES = {
-    pynvml.NVML_DEVICE_ARCH_MAXWELL: "Maxwell",
-    pynvml.NVML_DEVICE_ARCH_PASCAL: "Pascal",
-    pynvml.NVML_DEVICE_ARCH_VOLTA: "Volta",
-    pynvml.NVML_DEVICE_ARCH_TURING: "Turing",
-    pynvml.NVML_DEVICE_ARCH_AMPERE: "Ampere",
-    pynvml.NVML_DEVICE_ARCH_ADA: "Ada",
-    pynvml.NVML_DEVICE_ARCH_HOPPER: "Hopper",
-    pynvml.NVML_DEVICE_ARCH_BLACKWELL: "Blackwell",
-}
 _WHOLE = 0xFFFFFFFF  # instead of an instance id: the whole GPU
+_MOST_CARDS = 64  # the largest machines have 16; a count beyond is no count
+_MOST_MINOR = 0xFFFFF  # 20 bits, Linux' dev_t
 _XID = pynvml.nvmlEventTypeXidCriticalError
 _PROC = Path("/proc")
 
@@ -44,18 +40,17 @@ _PROC = Path("/proc")
 class RealNvml:
     """`Nvml` on the GPUs of this machine. `driver_root`: mount point of the host's / (or the driver container's)."""
 
-    def __init__(self, driver_root: Path | None = None) -> None:
+    def __init__(self, driver_root: Path | None = None, *, hang_limit_s: float = LIMIT_S) -> None:
         start(driver_root)
         self._smi = Smi(driver_root, find(driver_root) if driver_root else None)
-        with asking("this node", "read the versions of the NVIDIA driver"):
-            cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-            self._driver_version = str(pynvml.nvmlSystemGetDriverVersion())
-        self._cuda_version = f"{cuda // 1000}.{cuda % 1000 // 10}"
+        self._versions, self._unknown = card.versions()
+        self._listing: Listing[tuple[CardFacts, Handle]] = Listing(hang_limit_s)
         self._handles: dict[GpuUuid, Handle] = {}
         self._labels: dict[GpuUuid, str] = {}
         self._slices: dict[GpuUuid, dict[int, int]] = {}  # compute slices by profile id
         self._lost: tuple[str, ...] = ()
-        self._notes: list[str] = []
+        self._doubled: frozenset[GpuUuid] = frozenset()
+        self._notes: tuple[str, ...] = ()
         self._events: Handle | None = None
         self._waiting = threading.Lock()
         self._closing = threading.Event()
@@ -63,66 +58,31 @@ class RealNvml:
     # ------------------------------------------------------------ cards
 
     def gpus(self) -> tuple[Gpu, ...]:
-        found, lost = [], []
-        self._notes = []
         with asking("this node", "count its GPUs"):
             count = int(pynvml.nvmlDeviceGetCount())
-        for index in range(count):
-            try:
-                with asking(f"GPU {index}", "read it"):
-                    found.append(self._gpu(index))
-            except DeviceError as e:
-                lost.append(str(e))
-        self._lost = tuple(lost)
-        return tuple(found)
+        notes = list(self._unknown)
+        if count > _MOST_CARDS:
+            notes.append(f"NVML counts {count} GPUs on this node; only the first {_MOST_CARDS} are asked")
+        read, lost = self._listing.read(range(min(count, _MOST_CARDS)), partial(card.read, of=self._versions))
+        times = Counter(found.gpu.uuid for found, _ in read)
+        self._doubled = frozenset(uuid for uuid, number in times.items() if number > 1)
+        for found, device in read:
+            self._keep(found, device)
+        self._lost = (*lost, *map(_doubled, sorted(self._doubled)))
+        self._notes = (*notes, *(note for found, _ in read for note in found.notes))
+        return tuple(found.gpu for found, _ in read if found.gpu.uuid not in self._doubled)
 
     def lost(self) -> tuple[str, ...]:
         return self._lost
 
     def notes(self) -> tuple[str, ...]:
-        return tuple(self._notes)
+        return self._notes
 
-    def _gpu(self, index: int) -> Gpu:
-        device = pynvml.nvmlDeviceGetHandleByIndex(index)
-        uuid = GpuUuid(pynvml.nvmlDeviceGetUUID(device))
-        bus_id = _bus_id(pynvml.nvmlDeviceGetPciInfo(device).busId)
-        label = f"GPU {index} ({bus_id})"
-        self._handles[uuid], self._labels[uuid] = device, label
-        total, reserved, _ = _memory(device)
-        if not total:
-            self._notes.append(f"{label} does not say how much memory it has; it is taken as 0")
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
-        architecture = int(pynvml.nvmlDeviceGetArchitecture(device))
-        return Gpu(
-            uuid=uuid,
-            index=index,
-            bus_id=bus_id,
-            product=str(pynvml.nvmlDeviceGetName(device)),
-            architecture=_ARCHITECTURES.get(architecture, f"architecture {architecture}"),
-            compute_capability=f"{major}.{minor}",
-            memory_bytes=total,
-            reserved_bytes=reserved,
-            driver_version=self._driver_version,
-            cuda_version=self._cuda_version,
-            profiles=self._profiles(uuid, device, label),
-            resetless=_resetless(device, architecture),
-        )
-
-    def _profiles(self, uuid: GpuUuid, device: Handle, label: str) -> tuple[MigProfile, ...]:
-        if mig.mode(device) is None:
-            return ()
-        found: tuple[MigProfile, ...] = ()
-        with tolerating(Code.FUNCTION_NOT_FOUND, Code.NO_PERMISSION):
-            found, odd = mig.profiles(device)
-            self._notes += [f"{label}: {clause}; places are counted instead" for clause in odd]
-        if not found:
-            self._notes.append(
-                f"{label} lists no MIG profiles with NVIDIA driver {self._driver_version}: "
-                f"update that driver, run as root, or switch MIG mode on"
-            )
-        else:
-            self._slices[uuid] = {profile.id: profile.compute_slices for profile in found}
-        return found
+    def _keep(self, found: CardFacts, device: Handle) -> None:
+        uuid = found.gpu.uuid
+        self._handles[uuid], self._labels[uuid] = device, found.label
+        if found.gpu.profiles:
+            self._slices[uuid] = {profile.id: profile.compute_slices for profile in found.gpu.profiles}
 
     # ------------------------------------------------------------ one card now
 
@@ -139,7 +99,10 @@ class RealNvml:
     def minor(self, gpu: GpuUuid) -> int:
         device, label = self._device(gpu)
         with asking(label, "read its device minor"):
-            return int(pynvml.nvmlDeviceGetMinorNumber(device))
+            minor = int(pynvml.nvmlDeviceGetMinorNumber(device))
+            if minor > _MOST_MINOR:
+                raise ValueError(f"device minor {minor}")
+            return minor
 
     def processes(self, gpu: GpuUuid) -> tuple[GpuProcess, ...]:
         device, label = self._device(gpu)
@@ -162,7 +125,7 @@ class RealNvml:
                 handle = pynvml.nvmlDeviceGetHandleByUUID(device)
             else:
                 handle, _ = self._device(GpuUuid(device))
-            total, _, used = _memory(handle)
+            total, _, used = card.memory(handle)
         return Memory(total, used)
 
     # ------------------------------------------------------------ changes
@@ -258,7 +221,9 @@ class RealNvml:
     # ------------------------------------------------------------ handles
 
     def _device(self, gpu: GpuUuid) -> tuple[Handle, str]:
-        """The handle of a card, and the card's name for errors."""
+        """The handle of a card and what to call it."""
+        if gpu in self._doubled:  # a handle, and so a device minor, could be the other card's
+            raise DeviceError(_doubled(gpu), Code.INVALID_ARGUMENT)
         if gpu not in self._handles:
             with asking(gpu, "find it"):
                 self._handles[gpu] = pynvml.nvmlDeviceGetHandleByUUID(gpu)
@@ -268,6 +233,10 @@ class RealNvml:
         if gpu not in self._slices:
             self._slices[gpu] = {profile.id: profile.compute_slices for profile in mig.profiles(device)[0]}
         return self._slices[gpu]
+
+
+def _doubled(gpu: GpuUuid) -> str:
+    return f"GPU {gpu}: several cards of this node have this UUID; update the NVIDIA driver or take one of them out"
 
 
 def _subscribe() -> Handle | None:
@@ -286,35 +255,9 @@ def _subscribe() -> Handle | None:
     return None
 
 
-def _memory(device: Handle) -> tuple[int, int, int]:
-    """(total, reserved, used) in bytes. Zeros if NVML does not report them."""
-    with tolerating(Code.FUNCTION_NOT_FOUND, Code.NOT_SUPPORTED):
-        info = pynvml.nvmlDeviceGetMemoryInfo(device, version=pynvml.nvmlMemory_v2)
-        return info.total, info.reserved, info.used
-    with tolerating(Code.NOT_SUPPORTED):
-        info = pynvml.nvmlDeviceGetMemoryInfo(device)
-        return info.total, 0, info.used
-    return 0, 0, 0  # unified memory (GB10): the card has none of its own
-
-
-def _resetless(device: Handle, architecture: int) -> bool:
-    """Field 184. If the NVIDIA driver does not fill it, the architecture decides: Hopper and later need no reset."""
-    with tolerating(Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND, Code.INVALID_ARGUMENT):
-        (field,) = pynvml.nvmlDeviceGetFieldValues(device, [pynvml.NVML_FI_DEV_IS_RESETLESS_MIG_SUPPORTED])
-        if field.nvmlReturn == Code.SUCCESS:
-            return bool(field.value.uiVal)
-    return architecture >= int(pynvml.NVML_DEVICE_ARCH_HOPPER) and architecture in _ARCHITECTURES
-
-
-def _bus_id(text: str) -> str:
-    """NVML's "00000000:3B:00.0" in the kernel's form, "0000:3b:00.0"."""
-    domain, _, rest = text.lower().partition(":")
-    return f"{int(domain, 16):04x}:{rest}"
-
-
 def _process(pid: int, gi: int, ci: int, used: int | None) -> GpuProcess:
     try:
-        name = (_PROC / str(pid) / "comm").read_text().strip()
+        name = (_PROC / str(pid) / "comm").read_text(errors="replace").strip()
     except OSError:  # another pid namespace, or it has ended
         name = ""
     return GpuProcess(pid=pid, name=name, gi=_instance(gi), ci=_instance(ci), used_bytes=used)

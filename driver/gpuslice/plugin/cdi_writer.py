@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from gpuslice.core import cdi, plan, share
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Mps
+from gpuslice.core.model import ClaimUid, GpuUuid, LiveGpu, MigProfile, Monitor, Mps, Partition
 from gpuslice.core.record import Grant, PreparedClaim, PreparedDevice, Record
 from gpuslice.core.share import Share
+from gpuslice.errors import DeviceError, StateError
 from gpuslice.mps.api import MpsDaemons
-from gpuslice.nvml.api import Nvml
+from gpuslice.nvml.api import Code, Nvml
 from gpuslice.system import files
+from gpuslice.system.files import Identity
 from gpuslice.system.host import Host
 from gpuslice.system.spares import Spares
+
+log = logging.getLogger(__name__)
 
 _MODE = 0o644
 
@@ -32,47 +37,78 @@ class CdiWriter:
         self._inventory = inventory
         self._folder = files.ensure_folder(folder, 0o755)
         self._kind = kind
-        # Readable by all users, because a runtime may run as another user than the driver.
+        self._intact: dict[ClaimUid, Identity | None] = {}  # the files that were written or compared by this process
+        # Readable by all: a runtime need not run as the user that the driver runs as.
         self.spares = Spares(self._folder, _MODE)
 
     def inject(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> Record:
         """Write the claim's CDI file. Returns the record of the ready claim."""
         prepared = plan.prepared_claim(record, live, self._kind)
-        self._write(record, prepared, live)
+        if prepared.devices:
+            self._write(record.plan.ref.uid, self._text(record, prepared, live))
         return replace(record, prepared=prepared)
 
     def ensure(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> None:
-        """Write the file of a finished record again if it was removed, with the same text and the same names."""
-        if record.prepared is not None and not self._path(record.plan.ref.uid).exists():
-            self._write(record, record.prepared, live)
+        """Have the file of a finished record as it was: a plain file of the same text and mode, whatever is there now."""
+        uid = record.plan.ref.uid
+        if record.prepared is None or self._is_intact(record):
+            return
+        text = self._text(record, record.prepared, live)
+        if files.holds(self._path(uid), text, _MODE):
+            self._intact[uid] = Identity.at(self._path(uid))
+            return
+        files.ensure_folder(self._folder, 0o755)
+        log.warning("writing the CDI file again, because it was gone or changed claim=%s", record.plan.ref)
+        self._write(uid, text)
+
+    def doubtful(self, records: Mapping[ClaimUid, Record]) -> tuple[ClaimUid, ...]:
+        """Finished claims whose file is not known to be as it was; costs a stat(2) each."""
+        return tuple(uid for uid, record in records.items() if record.prepared and not self._is_intact(record))
+
+    def _is_intact(self, record: Record) -> bool:
+        if record.prepared is None or not record.prepared.devices:
+            return True
+        uid = record.plan.ref.uid
+        there = Identity.at(self._path(uid))
+        return there is not None and there == self._intact.get(uid)
 
     def remove(self, uid: ClaimUid) -> None:
+        self._intact.pop(uid, None)
         files.remove(self._path(uid))
+
+    def sweep(self, known: Container[ClaimUid]) -> tuple[ClaimUid, ...]:
+        """Claims that have a file of ours but no record: what somebody's manual clean-up left."""
+        before, after = cdi.file_name(self._kind, "0").split("0.", 1)
+        names = (path.name for path in self._folder.glob(f"{before}*.{after}"))
+        uids = (ClaimUid(name.removeprefix(before).removesuffix(f".{after}")) for name in names)
+        return tuple(sorted(uid for uid in uids if uid not in known))
 
     def _path(self, uid: ClaimUid) -> Path:
         return self._folder / cdi.file_name(self._kind, uid)
 
-    def _write(self, record: Record, prepared: PreparedClaim, live: Mapping[GpuUuid, LiveGpu]) -> None:
-        if not prepared.devices:
-            return
+    def _text(self, record: Record, prepared: PreparedClaim, live: Mapping[GpuUuid, LiveGpu]) -> str:
+        grants, uid = record.plan.grants, record.plan.ref.uid
+        if len(grants) != len(prepared.devices):
+            raise StateError(
+                f"the record of claim {record.plan.ref} has {len(grants)} grants and {len(prepared.devices)} devices; delete "
+                "the pod to have it prepared again"
+            )
         labels = cdi.labels([device.request for device in prepared.devices])
         devices = [
-            cdi.CdiDevice(cdi.device_name(record.plan.ref.uid, number), self._edits(grant, device, label, live))
-            for number, (grant, device, label) in enumerate(
-                zip(record.plan.grants, prepared.devices, labels, strict=True)
-            )
+            cdi.CdiDevice(cdi.device_name(uid, number), self._edits(grant, device, label, live))
+            for number, (grant, device, label) in enumerate(zip(grants, prepared.devices, labels, strict=True))
         ]
-        body = cdi.spec(record.plan.ref.uid, self._kind, devices, self._host.common())
-        text = json.dumps(body, separators=(",", ":"))
-        files.write_atomic(self._path(record.plan.ref.uid), text, _MODE, spares=self.spares)
+        return json.dumps(cdi.spec(uid, self._kind, devices, self._host.common()), separators=(",", ":"))
+
+    def _write(self, uid: ClaimUid, text: str) -> None:
+        files.write_atomic(self._path(uid), text, _MODE, spares=self.spares)
+        self._intact[uid] = Identity.at(self._path(uid))
 
     def _edits(
         self, grant: Grant, device: PreparedDevice, label: str, live: Mapping[GpuUuid, LiveGpu]
     ) -> cdi.ContainerEdits:
         partition = live[grant.gpu].at(grant.slot) if grant.slot is not None else None
-        # Read the minor now, because a switch of MIG mode may have changed it.
-        minor = self._nvml.minor(grant.gpu)
-        nodes = self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
+        nodes = self._nodes(grant, partition)
         part = share.of(grant)
         client = self._client(grant, part)
         env = cdi.limit_env(
@@ -85,6 +121,21 @@ class CdiWriter:
             profile=self._profile_name(grant),
         )
         return replace(client, nodes=nodes, env={**client.env, **env})
+
+    def _nodes(self, grant: Grant, partition: Partition | None) -> tuple[cdi.DeviceNode, ...]:
+        """Of the card or the partition; none of a card that is only watched and has none: it is lost, or never had one."""
+        try:
+            # The minor is asked for now: a switch of MIG mode may have changed it.
+            minor = self._nvml.minor(grant.gpu)
+        except DeviceError as e:
+            if (
+                isinstance(grant.sharing, Monitor)
+                and partition is None
+                and e.code in (Code.GPU_IS_LOST, Code.NOT_SUPPORTED)
+            ):
+                return ()
+            raise
+        return self._host.nodes(minor) if partition is None else self._host.nodes(minor, partition.gi, partition.ci)
 
     def _client(self, grant: Grant, part: Share | None) -> cdi.ContainerEdits:
         if not isinstance(grant.sharing, Mps) or part is None:

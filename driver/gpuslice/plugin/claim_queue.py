@@ -13,6 +13,7 @@ import contextlib
 import contextvars
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 from gpuslice.core.model import ClaimUid, GpuUuid
 from gpuslice.errors import ClaimError, DriverError, HungError
+from gpuslice.nvml.session import Pulse
 
 T = TypeVar("T")
 
@@ -171,6 +173,18 @@ class Tickets:
             ahead |= set(ticket.gpus)
 
 
+class _Watchdog:
+    """The timer of one piece of work, and the calls that it looks at."""
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
+        self.timer: asyncio.TimerHandle | None = None
+
+    def cancel(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
 class Workers:
     """Runs blocking work in threads, under tickets, and reports work that hangs.
 
@@ -191,13 +205,15 @@ class Workers:
         self._idle.set()
 
     async def run(self, ticket: Ticket, job: Job, work: Callable[[], T], name: str) -> T:
-        """The result of `work`. HungError after the limit; then the thread continues and keeps the ticket.
+        """The result of `work`; HungError where one call takes longer than the limit, while the thread goes on and keeps
+        the ticket. Many calls may take longer together: fourteen partitions are made in sixteen seconds.
 
         The end of the work releases the ticket. The work has the context variables of the caller (the `op=` id).
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        context = contextvars.copy_context()
+        context, watchdog = contextvars.copy_context(), _Watchdog()
+        watchdog.pulse.listen(context)
 
         def body() -> None:
             end: Callable[[], None]
@@ -220,9 +236,19 @@ class Workers:
         except RuntimeError as e:
             self._tickets.release(ticket)
             raise ClaimError(f"{name} cannot begin: {e}; raise the limit of processes of this container") from e
-        watchdog = loop.call_later(self._limit_s, self._overdue, ticket, answer, name)
+        self._watch(watchdog, ticket, answer, name)
         job.working += 1
         return await answer
+
+    def _watch(self, watchdog: _Watchdog, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
+        """Look again when the call of now would be overdue."""
+        quiet_s = time.monotonic() - watchdog.pulse.beat
+        if quiet_s < self._limit_s:
+            again = partial(self._watch, watchdog, ticket, answer, name)
+            watchdog.timer = asyncio.get_running_loop().call_later(self._limit_s - quiet_s, again)
+        else:
+            call = watchdog.pulse.call
+            self._overdue(ticket, answer, f"{call} ({name})" if call else name)
 
     def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
         error = HungError.overdue(name, ticket.gpus, self._limit_s)

@@ -58,7 +58,7 @@ class MpsUpkeep:
     def _read_state(self) -> _State:
         """The state of the supervisor and its daemons. `_AWAY` if no supervisor answers."""
         try:
-            problems = frozenset(daemon.problem for daemon in self._mps.statuses() if daemon.problem)
-            return self._mps.incarnation(), problems
+            incarnation, daemons = self._mps.seen()
+            return incarnation, frozenset(daemon.problem for daemon in daemons if daemon.problem)
         except DriverError:
             return _AWAY

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpuslice.checkpoint import Checkpoint
-from gpuslice.core import plan, shared
+from gpuslice.core import plan, share, shared
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu
+from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid, LiveGpu, Monitor
 from gpuslice.core.plan import Live
 from gpuslice.core.record import Busy, Grant, Plan, PreparedClaim, Record
 from gpuslice.errors import DeviceError, DriverError
@@ -117,11 +117,27 @@ class Preparer:
                 self._undo(record)
             return None
 
+    def mend(self, uid: ClaimUid, scope: Scope) -> Scope | None:
+        """Have the claim's CDI file as its finished record wants it, and none where there is no record."""
+        with self._locked(uid, scope):
+            record = self._checkpoint.get(uid)
+            if record != scope.record:
+                return self.scope(uid)
+            if record is None:
+                log.warning("removing a CDI file without a record claim=%s", uid)
+                self._cdi_writer.remove(uid)
+            elif record.prepared is not None:
+                live = self._look_for(record.plan)
+                if plan.stands(record, live):  # else the next prepare makes it anew
+                    self._cdi_writer.ensure(record, live)
+            return None
+
     def ensure_daemons(self, gpu: GpuUuid) -> None:
-        """Make the MPS daemons of a card run as its records require, because the supervisor may have lost some. It tries all
-        daemons and then raises the first error."""
+        """Make the MPS daemons of a card run as its records say, because the supervisor may have lost some, or has started
+        some again that no claim has any more. It tries all, and then raises the first error."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
+            self._steps.stop_unwanted(gpu, records)
             self._steps.ensure_daemons(shared.daemons_of(records, gpu), records)
 
     def make_spares(self) -> None:
@@ -134,13 +150,31 @@ class Preparer:
     def records(self) -> Mapping[ClaimUid, Record]:
         return self._checkpoint.records()
 
+    def with_daemons(self) -> tuple[GpuUuid, ...]:
+        """The cards that have MPS daemons, or are to have some, sorted."""
+        keys = self._steps.daemons()
+        wanted = {step.gpu for step in shared.daemons_of(self._checkpoint.records().values())}
+        running = {p.gpu.uuid for p in self._inventory.pools if any(share.is_on(key, p.gpu.uuid) for key in keys)}
+        return tuple(sorted(wanted | running))
+
     def unfinished(self) -> tuple[ClaimUid, ...]:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
+
+    def to_mend(self) -> tuple[ClaimUid, ...]:
+        """Claims whose CDI file may not be as it should, those without a record among them."""
+        strays = self._cdi_writer.sweep(self._checkpoint.uids())
+        return (*strays, *self._cdi_writer.doubtful(self._checkpoint.records()))
 
     def blockers(self, claim: Claim, gone: Set[ClaimUid]) -> tuple[ClaimRef, ...]:
         """Claims that hold devices which this claim needs, except the claims in `gone`."""
         others = tuple(record for uid, record in self._others(claim.ref.uid).items() if uid not in gone)
         return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
+
+    def held_under_other_names(self, claim: Claim) -> frozenset[ClaimRef]:
+        """Claims that hold a card of this one from a pool of another name, of which the scheduler cannot know."""
+        records = tuple(self._others(claim.ref.uid).values())
+        wanted = {(g.gpu, g.allocation.device.pool) for g in plan.grants(claim, self._inventory)}
+        return frozenset(ref for gpu, pool in wanted for ref, _ in shared.under_other_names(gpu, pool, records))
 
     def in_use(self, record: Record) -> bool:
         """Whether a process runs on the hardware of the record. An unreadable GPU counts as in use."""
@@ -159,8 +193,8 @@ class Preparer:
     # ------------------------------------------------------------ forward
 
     def _standing(self, record: Record) -> PreparedClaim | None:
-        """The devices of a finished record, with its daemons and CDI file repaired. None if the hardware has changed."""
-        live = self._look(record.plan.named)
+        """What a finished record gives, its daemons and its CDI file made good; None where the hardware has changed."""
+        live = self._look_for(record.plan)
         if not plan.stands(record, live):
             return None
         if daemons := shared.daemons_of([record]):
@@ -169,7 +203,7 @@ class Preparer:
         return record.prepared
 
     def _make(self, claim: Claim, wanted: tuple[Grant, ...]) -> PreparedClaim | Busy:
-        live = self._look(Plan(claim.ref, wanted, ()).named)
+        live = self._look_for(Plan(claim.ref, wanted, ()))
         others = tuple(self._others(claim.ref.uid).values())
         decision = plan.make(claim.ref, wanted, self._inventory, others, live)
         return decision if isinstance(decision, Busy) else self._carry_out(decision, others, live)
@@ -184,7 +218,7 @@ class Preparer:
                     self._checkpoint.put(other)
                     # The CDI file of that claim names vanished hardware. The claim's next prepare writes the file again.
                     self._cdi_writer.remove(other.plan.ref.uid)
-            finished = self._cdi_writer.inject(record, self._look(decided.named))
+            finished = self._cdi_writer.inject(record, self._look_for(decided))
             self._checkpoint.put(finished)
         except DriverError:
             self._undo_failed(decided.ref.uid)
@@ -271,6 +305,21 @@ class Preparer:
 
     def _others(self, uid: ClaimUid) -> dict[ClaimUid, Record]:
         return {other: record for other, record in self._checkpoint.records().items() if other != uid}
+
+    def _look_for(self, wanted: Plan) -> dict[GpuUuid, LiveGpu]:
+        """A card that is only watched may be lost, because that is what its watcher is there to see."""
+        used = {
+            grant.gpu for grant in wanted.grants if not isinstance(grant.sharing, Monitor) or grant.slot is not None
+        }
+        live = dict[GpuUuid, LiveGpu]()
+        for gpu in dict.fromkeys(wanted.named):
+            try:
+                live[gpu] = self._nvml.look(gpu)
+            except DeviceError:
+                if gpu in used:
+                    raise
+                live[gpu] = LiveGpu(mig=False, mig_pending=False)
+        return live
 
     def _look(self, gpus: Iterable[GpuUuid]) -> dict[GpuUuid, LiveGpu]:
         return {gpu: self._nvml.look(gpu) for gpu in dict.fromkeys(gpus)}

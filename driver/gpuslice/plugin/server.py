@@ -10,12 +10,10 @@ a second instance.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import logging
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -34,13 +32,12 @@ from gpuslice.pb import (
     registration_v1_pb2,
     registration_v1_pb2_grpc,
 )
+from gpuslice.plugin import sockets
 from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
-# The 108 bytes of sun_path include the final NUL (unix(7)); Go and C-core refuse 108 characters too.
-LONGEST_PATH = 107
 VERSIONS = ("v1.DRAPlugin", "v1beta1.DRAPlugin")
 _KUBELET_PATIENCE_S = 45.0
 
@@ -51,56 +48,6 @@ class ClaimHandler(Protocol):
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim: ...
 
     async def unprepare(self, uid: ClaimUid) -> None: ...
-
-
-# ---------------------------------------------------------------- socket names
-
-
-def registration_name(folder: Path, driver: str, pod_uid: str = "") -> str:
-    """Name of the registration socket: deterministic, different for each driver and pod, and as short as the path requires.
-
-    Without a pod UID the name is fixed. With a pod UID it contains the full UID if there is room, else a hash in the form
-    of Kubernetes' Go helper (1.37). ConfigError if no form fits into a socket path.
-    """
-    if not pod_uid:
-        return _fitting(folder, [f"{driver}-reg.sock"])
-    short = _digest(pod_uid.encode(), 8)
-    both = _digest(f"{driver}\0{pod_uid}".encode(), 16)
-    return _fitting(folder, [f"{driver}-{pod_uid}-reg.sock", f"{driver}-{short}-reg.sock", f"dra-{both}-reg.sock"])
-
-
-def dra_name(folder: Path, pod_uid: str = "") -> str:
-    return _fitting(folder, [f"dra-{pod_uid}.sock" if pod_uid else "dra.sock"])
-
-
-def socket_paths(
-    *, driver: str, registry: Path, plugin_folder: Path, pod_uid: str, registration_socket: str
-) -> tuple[Path, Path]:
-    """The DRA socket and the registration socket. ConfigError if their names contradict each other or are too long."""
-    if pod_uid and registration_socket:
-        raise ConfigError(
-            "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket name for each "
-            "pod; leave one of the two out"
-        )
-    name = _fitting(registry, [registration_socket]) if registration_socket else ""
-    return plugin_folder / dra_name(plugin_folder, pod_uid), registry / (
-        name or registration_name(registry, driver, pod_uid)
-    )
-
-
-def _digest(data: bytes, length: int) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:length]).decode().rstrip("=")
-
-
-def _fitting(folder: Path, names: Sequence[str]) -> str:
-    for name in names:
-        if len(os.fsencode(folder / name)) <= LONGEST_PATH:
-            return name
-    path = folder / names[-1]
-    raise ConfigError(
-        f"socket path {path} has {len(os.fsencode(path))} bytes and {LONGEST_PATH} is the limit of unix sockets; choose a "
-        "shorter folder or driver name"
-    )
 
 
 # ---------------------------------------------------------------- services
@@ -212,14 +159,15 @@ class PluginServer:
         claims: ClaimHandler,
         telemetry: Telemetry,
     ) -> None:
-        self.endpoint, self.registration = socket_paths(
+        self.endpoint, self.registration = sockets.paths(
             driver=driver,
             registry=registry,
             plugin_folder=plugin_folder,
             pod_uid=pod_uid,
             registration_socket=registration_socket,
         )
-        self._lock = _exclusive(plugin_folder, self.endpoint)
+        self._lock = sockets.exclusive(self.endpoint)
+        sockets.remove_dead(registry, plugin_folder, driver)
         self.status = RegistrationService(driver, self.endpoint)
         self._services = (
             (dra_v1_pb2_grpc.add_DRAPluginServicer_to_server, DraService(dra_v1_pb2, claims, telemetry)),
@@ -286,15 +234,6 @@ class PluginServer:
             except grpc.RpcError as e:
                 return f"socket {path} does not answer ({e}); restart the driver"
         return None
-
-
-def _exclusive(folder: Path, socket: Path) -> int:
-    lock = files.try_lock(folder / f"{socket.name}.lock")
-    if lock is None:
-        raise ConfigError(
-            f"another instance serves {socket} already; stop it, or give each instance its own --pod-uid for a rolling update"
-        )
-    return lock
 
 
 def _bind(server: grpc.aio.Server, path: Path) -> None:

@@ -22,7 +22,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol, TypeVar
 
-from gpuslice.core import claims, shared
+from gpuslice.core import claims
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
 from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
@@ -38,6 +38,8 @@ MOST_WAIT_S = 40.0
 _SPARE_S = 5.0
 # A record is collected when the API server has not had its claim for this time (a force-deleted pod may still run).
 ORPHAN_AGE_S = 600.0
+# What the driver does for a claim without being asked, for the sentence about its failure.
+_AIMS = {"recover": "undo a prepare that did not end", "mend": "put the CDI file right"}
 
 
 class ClaimReader(Protocol):
@@ -78,17 +80,35 @@ class ClaimService:
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
-        """Undo records that a killed process or a lost card left incomplete. Call it before the server opens, so that it gets
-        the first tickets."""
-        unfinished = await self._in_pool(self._preparer.unfinished)
+        """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
+        tickets."""
+        try:
+            unfinished = await asyncio.to_thread(self._preparer.unfinished)
+        except DriverError as e:
+            log.error("cannot read which prepares did not end, trying again later: %s", e)
+            return
         wanted = (uid for uid in unfinished if only is None or uid in only)
-        await asyncio.gather(*(self._recover(uid) for uid in wanted if not self._queue.busy(uid)))
+        await asyncio.gather(
+            *(self._alone(uid, "recover", self._preparer.recover) for uid in wanted if not self._queue.busy(uid))
+        )
+
+    async def mend(self) -> None:
+        """Have the CDI files as the records want them: what somebody removed, changed or left is put right, not only when
+        the kubelet asks."""
+        try:
+            uids = await asyncio.to_thread(self._preparer.to_mend)
+        except DriverError as e:
+            log.error("cannot compare the CDI files with the records, trying again later: %s", e)
+            return
+        await asyncio.gather(
+            *(self._alone(uid, "mend", self._preparer.mend) for uid in uids if not self._queue.busy(uid))
+        )
 
     async def ensure_daemons(self) -> None:
-        """Make the MPS daemons of all records run, with one job for each card. It tries all, then raises the first error."""
-        records = await self._in_pool(self._preparer.records)
-        gpus = {step.gpu for step in shared.daemons_of(records.values())}
-        errors = [error for gpu in sorted(gpus) if (error := await self._ensure_daemons(gpu))]
+        """Make the MPS daemons of all records run and no others, one job for each card. It tries all, and then raises the
+        first error."""
+        gpus = await asyncio.to_thread(self._preparer.with_daemons)
+        errors = [error for gpu in gpus if (error := await self._ensure_daemons(gpu))]
         if errors:
             raise errors[0]
 
@@ -109,7 +129,11 @@ class ClaimService:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices. Also undo the
         hardware that was left on lost cards."""
         await self.recover()
-        records = await self._in_pool(self._preparer.records)
+        try:
+            records = await asyncio.to_thread(self._preparer.records)
+        except DriverError as e:
+            log.error("cannot read which claims have records, trying again later: %s", e)
+            return
         for uid in self._absent_since.keys() - records.keys():
             del self._absent_since[uid]
         for uid, record in records.items():
@@ -144,6 +168,11 @@ class ClaimService:
         except HungError:
             return True
 
+    async def call_apart(self, call: Callable[[], T], name: str) -> T:
+        """Run a call for no claim in a thread that may be left behind; HungError where it does not come back."""
+        ticket = await self.tickets.take((), self.tickets.arrive())
+        return await self.workers.run(ticket, Job(), call, name)
+
     async def close(self, timeout_s: float) -> bool:
         """Refuse all waiting jobs, and let running work end. False if some work hangs."""
         self._closed = ClaimError("the driver is shutting down; the kubelet asks the next instance")
@@ -157,7 +186,7 @@ class ClaimService:
         while True:
             if self._closed is not None:
                 raise self._closed
-            claim, scope = await self._in_pool(lambda: self._read(ref))
+            claim, scope = await self._fetched(lambda: self._read(ref))
             with self._releases.listening() as news:
                 prepare = partial(self._preparer.prepare, claim)
                 answer: PreparedClaim | Busy = await self._work(scope, arrival, job, f"prepare {ref.uid}", prepare)
@@ -182,15 +211,17 @@ class ClaimService:
         unprepare = partial(self._preparer.unprepare, uid)
         await self._work(scope, self.tickets.arrive(), job, f"unprepare {uid}", unprepare)
 
-    async def _recover(self, uid: ClaimUid) -> None:
+    async def _alone(self, uid: ClaimUid, name: str, verb: Callable[[ClaimUid, Scope], Scope | None]) -> None:
+        """Do something for a claim that nobody asked for; an error is only logged, because it is tried again."""
+
         async def work(job: Job) -> None:
-            recover = partial(self._preparer.recover, uid)
-            await self._work(self._preparer.scope(uid), self.tickets.arrive(), job, f"recover {uid}", recover)
+            scope = self._preparer.scope(uid)
+            await self._work(scope, self.tickets.arrive(), job, f"{name} {uid}", partial(verb, uid))
 
         try:
-            await self._queue.run(uid, "recover", work)
+            await self._queue.run(uid, name, work)
         except DriverError as e:
-            log.error("cannot undo a prepare that did not end claim=%s: %s", uid, e)
+            log.error("cannot %s, trying again later claim=%s: %s", _AIMS[name], uid, e)
 
     # ------------------------------------------------------------ parts
 
@@ -222,24 +253,30 @@ class ClaimService:
         if job.listeners:
             return
         try:
-            await self._in_pool(lambda: self._fetch(ref))
+            await self._fetched(lambda: self._fetch(ref))
         except ClaimError:
             await self._unprepare(ref.uid, job)
         except ApiError as e:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
-        """The holders that no longer have the devices in the API. ClaimError if their release would not be enough."""
-        records: Mapping[ClaimUid, Record] = await self._in_pool(self._preparer.records)
+        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
+        records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
         gone: set[ClaimUid] = set()
         for holder in busy.holders:
             if holder.uid not in records or not await self._held(records[holder.uid]):
                 gone.add(holder.uid)
-        still = await self._in_pool(partial(self._preparer.blockers, claim, frozenset(gone)))
+        still = await asyncio.to_thread(self._preparer.blockers, claim, frozenset(gone))
         if still:
+            names = ", ".join(map(str, still))
+            if set(still) <= await asyncio.to_thread(self._preparer.held_under_other_names, claim):
+                raise ClaimError(
+                    f"claim {claim.ref} was allocated devices of a card that is held by {names} from a pool of another name, "
+                    "because the node was renamed or the card was moved; delete the pods that hold it, and the kubelet tries "
+                    "again"
+                )
             raise ClaimError(
-                f"claim {claim.ref} was allocated devices that are held by {', '.join(map(str, still))}; this is a double "
-                "allocation: "
+                f"claim {claim.ref} was allocated devices that are held by {names}; this is a double allocation: "
                 "delete this pod to have it scheduled again, and update the scheduler if it is older than 1.36.2"
             )
         return frozenset(gone)
@@ -248,12 +285,16 @@ class ClaimService:
         """Whether the API server still gives the record's devices to its claim."""
         ref = record.plan.ref
         try:
-            body = await self._in_pool(lambda: self._api.claim(ref.namespace, ref.name))
+            body = await self._fetched(lambda: self._api.claim(ref.namespace, ref.name))
         except NotFoundError:
             return False
         return claims.is_held(body, ref.uid, [grant.allocation.device for grant in record.plan.grants], self._driver)
 
-    async def _in_pool(self, call: Callable[[], T]) -> T:
-        """Run a short blocking call with this task's context (`run_in_executor` alone loses the `op=` id)."""
+    async def _fetched(self, call: Callable[[], T]) -> T:
+        """Run a call to the API server with this task's context (`run_in_executor` alone drops the `op=` id).
+
+        These have threads of their own: a silent API server keeps them for many seconds, and what is read on the node
+        must not wait behind them.
+        """
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, call)

@@ -35,6 +35,7 @@ from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.planner import PoolPlanner
 from gpuslice.publishing.publisher import Publisher
 from gpuslice.publishing.shapes import Shapes
+from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class SliceController:
         folder: Path,
         on_taints_changed: Callable[[], object] = lambda: None,
         backoff: BackoffConfig = DEFAULT_BACKOFF,
+        threads: ThreadWatch | None = None,
     ) -> None:
         """The controller calls `on_taints_changed` from one of its threads when the taints of the devices have changed.
 
@@ -77,25 +79,27 @@ class SliceController:
             on_taints_changed=on_taints_changed,
         )
         self._backoff = backoff
-        self._publisher = Publisher(kube, driver, node, backoff=backoff, changed=lambda _: self.nudge())
+        self._threads = threads or ThreadWatch()
+        self._publisher = Publisher(
+            kube, driver, node, backoff=backoff, changed=lambda _: self.nudge(), threads=self._threads
+        )
         self.refused: Future[None] = Future()
         self.refused.set_running_or_notify_cancel()  # its waiter may leave, and it can still be set
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
         self._repeats = Repeats()
-        self._failed = ""  # the reason why the last plan failed
-        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._failed = ""  # why the last try to plan came to nothing
 
     def start(self) -> None:
-        self._thread.start()
+        self._threads.start("controller", self._run)
 
     def stop(self) -> None:
+        self._threads.stopping()
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
         self._publisher.stop()
-        self._thread.join(1.0)  # it may be in a call to a hung GPU; it is a daemon thread and holds nothing
 
     def nudge(self) -> None:
         """Plan again now, because something on the node has changed."""
@@ -168,6 +172,7 @@ class SliceController:
                 log.warning("cannot find out what the API server supports; the driver tries again: %s", self._problem)
             now = time.monotonic()
             if hopelessness.reached(now, lasting=lasting) and not self._serves_claims():
+                self._threads.stopping()  # this thread ends for the reason that `refused` tells
                 self.refused.set_exception(LastingApiError(f"{self._problem}; {_END}"))
                 return None
             delay_s = hopelessness.shorten(retry.delay_s(random.random()), now)  # noqa: S311 - not a secret

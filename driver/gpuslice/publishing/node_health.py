@@ -6,58 +6,67 @@ import concurrent.futures
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core import health
 from gpuslice.core.health import NodeLook, Taints
-from gpuslice.core.inventory import Inventory
+from gpuslice.core.inventory import Inventory, Pool
 from gpuslice.core.model import GpuUuid, LiveGpu, Mps, Taint
 from gpuslice.errors import DeviceError, HungError
 from gpuslice.mps.api import MpsDaemons
-from gpuslice.nvml.api import Nvml
+from gpuslice.nvml.api import Code, Nvml
 
 log = logging.getLogger(__name__)
 
 
 # Same limit as for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
 LIMIT_S = 15.0
+_FOR_GOOD = (Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND)
 
-PendingLook = concurrent.futures.Future[LiveGpu]
+Reply = TypeVar("Reply")
+Pending = concurrent.futures.Future[Any]
 
 
 class HangGuard:
-    """Looks at GPUs in a thread. If a look hangs, the thread is abandoned, so that one dead card hides no other card."""
+    """Asks GPUs in a thread that is left behind where a call hangs, so that one dead card hides no other."""
 
-    def __init__(self, nvml: Nvml, limit_s: float = LIMIT_S) -> None:
-        self._nvml, self._limit_s = nvml, limit_s
-        self._questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]] | None = None
-        self._stuck: dict[GpuUuid, PendingLook] = {}
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._questions: queue.SimpleQueue[tuple[Callable[[], Any], Pending]] | None = None
+        self._stuck: dict[GpuUuid, Pending] = {}
 
-    def look(self, gpu: GpuUuid) -> LiveGpu:
-        """Look at one GPU. DeviceError from NVML. HungError if no answer comes in time, and also later until it comes."""
+    def ask(self, verb: Callable[[GpuUuid], Reply], gpu: GpuUuid) -> Reply:
+        """Ask one GPU. DeviceError from NVML; HungError if no answer comes in time, and then until an answer comes."""
         stuck = self._stuck.get(gpu)
         if stuck is not None and not stuck.done():
             raise self._hung(gpu)
         self._stuck.pop(gpu, None)
         if self._questions is None:
-            self._questions = queue.SimpleQueue()
-            threading.Thread(target=self._answer, args=(self._questions,), name="look at the node", daemon=True).start()
-        look = PendingLook()
-        self._questions.put((gpu, look))
+            questions: queue.SimpleQueue[tuple[Callable[[], Any], Pending]] = queue.SimpleQueue()
+            self._questions = questions  # the thread looks at it
+            try:
+                threading.Thread(target=self._answer, args=(questions,), name="look at the node", daemon=True).start()
+            except RuntimeError:
+                self._questions = None  # or the next look waits for a thread that never was
+                raise
+        answer: concurrent.futures.Future[Reply] = concurrent.futures.Future()
+        self._questions.put((partial(verb, gpu), answer))
         try:
-            return look.result(self._limit_s)
+            return answer.result(self._limit_s)
         except TimeoutError:
-            self._questions, self._stuck[gpu] = None, look
+            self._questions, self._stuck[gpu] = None, answer
             raise self._hung(gpu) from None
 
-    def _answer(self, questions: queue.SimpleQueue[tuple[GpuUuid, PendingLook]]) -> None:
+    def _answer(self, questions: queue.SimpleQueue[tuple[Callable[[], Any], Pending]]) -> None:
         while questions is self._questions or not questions.empty():
-            gpu, look = questions.get()
+            question, answer = questions.get()
             try:
-                look.set_result(self._nvml.look(gpu))
-            except BaseException as e:  # noqa: BLE001 - passed to the caller
-                look.set_exception(e)
+                answer.set_result(question())
+            except BaseException as e:  # noqa: BLE001 - handed to the caller
+                answer.set_exception(e)
 
     def _hung(self, gpu: GpuUuid) -> HungError:
         return HungError.overdue(f"a look at GPU {gpu}", [gpu], self._limit_s)
@@ -71,12 +80,22 @@ class NodeHealth:
         mps: MpsDaemons,
         checkpoint: Checkpoint,
         hung: Callable[[], Mapping[GpuUuid, str]],
+        renew: Callable[[], bool] = lambda: False,
         limit_s: float = LIMIT_S,
     ) -> None:
-        self._guard = HangGuard(nvml, limit_s)
+        """`renew` starts NVML anew, and says whether it did; called when no card at all can be read."""
+        self._nvml = nvml
+        self._guard = HangGuard(limit_s)
+        self._verbs: dict[str, Callable[[GpuUuid], object]] = {
+            "minor": nvml.minor,
+            "time_slice": nvml.time_slice,
+            "compute_mode": nvml.compute_mode,
+        }
+        self._answered: dict[tuple[GpuUuid, str], Taint | None] = {}  # for good: a card does not learn a verb
         self._mps = mps
         self._checkpoint = checkpoint
-        self._hung = hung
+        self._hung, self._renew = hung, renew
+        self.unreadable = ""  # why no card could be read, "" where one could
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
@@ -86,25 +105,57 @@ class NodeHealth:
         return taints
 
     def survey(self, inventory: Inventory) -> NodeLook:
-        """The present state of the whole node. Logs nothing."""
-        hung = self._hung()
-        unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in hung.items()}
-        # Records before and after the look: a partition of ours has a record before its creation and until it is gone.
+        """The whole node as it is now. The log hears of a new session only."""
+        # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
         records = self._checkpoint.records()
+        live, unwell = self._look_at_all(inventory)
+        # One card that answers shows that the session is well, and so does one that hangs: it must not be pulled away.
+        if not live and unwell and all(taint.value == "lost" for taint in unwell.values()) and self._renew():
+            live, unwell = self._look_at_all(inventory)
+        self.unreadable = "" if live or not unwell else f"no card can be read: {min(unwell.values()).reason}"
+        records |= self._checkpoint.records()
+        taints = health.taints(
+            inventory, live, unwell, records.values(), self._daemons(inventory), self._unable(inventory)
+        )
+        return NodeLook(inventory, live, records, taints)
+
+    def _look_at_all(self, inventory: Inventory) -> tuple[dict[GpuUuid, LiveGpu], dict[GpuUuid, Taint]]:
+        """Each card as it is, or what is wrong with it."""
         live: dict[GpuUuid, LiveGpu] = {}
+        unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in self._hung().items()}
         for pool in inventory.pools:
             uuid = pool.gpu.uuid
             if uuid in unwell:
                 continue
             try:
-                live[uuid] = self._guard.look(uuid)
+                live[uuid] = self._guard.ask(self._nvml.look, uuid)
+                self._learn(pool, live[uuid])
             except HungError as e:
                 unwell[uuid] = Taint("gpu", "hung", reason=str(e))
             except DeviceError as e:
                 unwell[uuid] = Taint("gpu", "lost", reason=str(e))
-        records |= self._checkpoint.records()
-        taints = health.taints(inventory, live, unwell, records.values(), self._daemons(inventory))
-        return NodeLook(inventory, live, records, taints)
+        return live, unwell
+
+    def _learn(self, pool: Pool, live: LiveGpu) -> None:
+        """Ask once for each verb that claims of this card will need; what is no refusal for good is asked again."""
+        uuid = pool.gpu.uuid
+        for verb in health.needs(pool, live):
+            if (uuid, verb) in self._answered:
+                continue
+            try:
+                self._guard.ask(self._verbs[verb], uuid)
+                self._answered[uuid, verb] = None
+            except HungError:
+                raise
+            except DeviceError as e:
+                if e.code in _FOR_GOOD:
+                    self._answered[uuid, verb] = health.refused(verb, str(e))
+
+    def _unable(self, inventory: Inventory) -> dict[GpuUuid, tuple[Taint, ...]]:
+        def of(gpu: GpuUuid) -> Iterator[Taint]:
+            return (taint for (uuid, _), taint in self._answered.items() if uuid == gpu and taint is not None)
+
+        return {pool.gpu.uuid: tuple(of(pool.gpu.uuid)) for pool in inventory.pools}
 
     def _daemons(self, inventory: Inventory) -> dict[str, Taint]:
         """MPS daemons with a problem. The supervisor is asked only if a card offers MPS."""

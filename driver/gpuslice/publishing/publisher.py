@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -24,6 +23,7 @@ from gpuslice.kube import Kube, Watch
 from gpuslice.publishing.status import Status, StatusReporter
 from gpuslice.publishing.write_state import WriteState
 from gpuslice.publishing.writer import SliceWriter
+from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Publisher:
         *,
         backoff: BackoffConfig = DEFAULT_BACKOFF,
         changed: Callable[[Status], None] = lambda _: None,
+        threads: ThreadWatch | None = None,
     ) -> None:
         self._kube, self._driver, self._node = kube, driver, node
         self._backoff = backoff
@@ -51,7 +52,7 @@ class Publisher:
         self._reporter = StatusReporter(changed)
         self._writer = SliceWriter(kube, driver, node, self._state, self._reporter)
         self._watch: Watch | None = None
-        self._threads: list[threading.Thread] = []
+        self._threads = threads or ThreadWatch()
 
     # ------------------------------------------------------------ for the caller
 
@@ -60,19 +61,17 @@ class Publisher:
         return self._reporter.status
 
     def start(self) -> None:
-        for job in (self._keep_watching, self._keep_writing):
-            thread = threading.Thread(target=job, name=f"publisher-{job.__name__.rpartition('_')[2]}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._threads.start("publisher-watching", self._keep_watching)
+        self._threads.start("publisher-writing", self._keep_writing)
 
     def stop(self) -> None:
-        """End both threads. The published slices stay, because the node must keep its devices during a restart."""
+        """End both threads; what is published stays, because a restart must not cost the node its devices."""
+        self._threads.stopping()
         self._state.stop()
         watch = self._watch
         if watch is not None:
             watch.close()
-        for thread in self._threads:
-            thread.join(2.0)  # it may be in a call that hangs; it is a daemon thread and holds nothing
+        self._threads.join(2.0)  # one may be in a call that hangs; it holds nothing
 
     def publish(self, desired: Sequence[PoolSlices]) -> None:
         """Set the wanted pools. Returns at once."""

@@ -70,7 +70,7 @@ class Shapes:
             if version == self._version:
                 return
             self._kept, self._version = shape.decode(json.loads(self._path.read_bytes())), version
-        except (OSError, ValueError, LookupError, TypeError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             if not isinstance(e, FileNotFoundError):
                 log.warning(
                     "cannot read the shapes of the pools, so the published ones count path=%s: %s", self._path, e

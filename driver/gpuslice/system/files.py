@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import NamedTuple
 from gpuslice.errors import StateError
 from gpuslice.system import libc
 from gpuslice.system.spares import Spares
+
+log = logging.getLogger(__name__)
 
 _IN_DELETE, _IN_CREATE, _IN_MOVED_FROM, _IN_MOVED_TO = 0x200, 0x100, 0x40, 0x80
 _EVENT = struct.Struct("iIII")  # struct inotify_event without its name (inotify(7))
@@ -45,6 +49,72 @@ class Version(NamedTuple):
         return cls(stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
+class Identity(NamedTuple):
+    """As `Version`, of a file that others may change: no chmod, link or folder in its place has the same one."""
+
+    inode: int
+    ctime_ns: int
+    size: int
+    mode: int
+
+    @classmethod
+    def at(cls, path: Path) -> Identity | None:
+        try:
+            there = path.lstat()
+        except OSError:
+            return None
+        return cls(there.st_ino, there.st_ctime_ns, there.st_size, there.st_mode)
+
+
+def holds(path: Path, text: str, mode: int) -> bool:
+    """Whether a plain file of this mode is there and holds exactly this text."""
+    there = Identity.at(path)
+    if there is None or there.mode != stat.S_IFREG | mode:
+        return False
+    try:
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False
+
+
+def clear(path: Path) -> None:
+    """Clear the place of a file of ours of a link or an empty folder. What a folder holds is somebody's: StateError."""
+    with translated("write", path):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            path.rmdir()
+    log.warning("removed %s: a file of the driver belongs there, and it was none", path)
+
+
+# What a person can do, by the error's number. Anything else is a matter of permissions and space.
+_REMEDIES = {
+    errno.EMFILE: "raise the limit of open files of the driver's container",
+    errno.ENFILE: "raise fs.file-max of the node",
+    errno.ENOMEM: "give the driver's container more memory",
+    errno.EROFS: "mount its file system writable, or look in the kernel log why it no longer is",
+    errno.EIO: "its disk fails: look in the kernel log, and drain the node",
+    errno.ELOOP: "it is a link, and no file of ours is: remove it",
+    errno.EISDIR: "it is a folder, and a file is wanted there: move it away",
+    errno.ENOTEMPTY: "it is a folder, and a file is wanted there: move it away",
+    errno.ENAMETOOLONG: "give the driver a shorter folder",
+}
+
+
+@contextlib.contextmanager
+def translated(verb: str, path: Path | str) -> Iterator[None]:
+    """Turn an OSError into a StateError that says what cannot be done with which path."""
+    try:
+        yield
+    except OSError as e:
+        raise _refused(verb, path, e) from e
+
+
+def _refused(verb: str, path: Path | str, error: OSError) -> StateError:
+    remedy = _REMEDIES.get(error.errno or 0, "check permissions and free space of its folder")
+    return StateError(f"cannot {verb} {path}: {error.strerror}; {remedy}")
+
+
 def write_atomic(
     path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None, spares: Spares | None = None
 ) -> Version:
@@ -65,15 +135,26 @@ def write_atomic(
             _write(descriptor, text)
             if mtime_ns is not None:
                 os.utime(descriptor, ns=(mtime_ns, mtime_ns))
-            version = Version.of(os.fstat(descriptor))
+            there = os.fstat(descriptor)
+            if stat.S_IMODE(there.st_mode) != mode:  # the umask took some of it
+                os.fchmod(descriptor, mode)
+            version = Version.of(there)
         finally:
             os.close(descriptor)
-        os.rename(temporary, path)  # noqa: PTH104 - hot
+        _rename(temporary, path)
     except OSError as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)  # noqa: PTH108
-        raise StateError(f"cannot write {path}: {e.strerror}; check permissions and free space of its folder") from e
+        raise _refused("write", path, e) from e
     return version
+
+
+def _rename(temporary: str, path: Path) -> None:
+    try:
+        os.rename(temporary, path)  # noqa: PTH104 - hot
+    except IsADirectoryError:
+        clear(path)
+        os.rename(temporary, path)  # noqa: PTH104
 
 
 def _write(descriptor: int, text: str) -> None:
@@ -85,30 +166,38 @@ def _write(descriptor: int, text: str) -> None:
 def append(path: Path, text: str) -> Version:
     """Add `text` to the end of an existing file. A process that is killed here may leave a part of the text."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             _write(descriptor, text)
             return Version.of(os.fstat(descriptor))
         finally:
             os.close(descriptor)
     except OSError as e:
-        raise StateError(f"cannot write {path}: {e.strerror}; check permissions and free space of its folder") from e
+        raise _refused("write", path, e) from e
 
 
 def remove(path: Path) -> bool:
-    """Remove a file. False if it did not exist."""
+    """Remove a file, or what is in its place. False if nothing existed."""
     try:
         path.unlink()
     except FileNotFoundError:
         return False
+    except IsADirectoryError:
+        clear(path)
     except OSError as e:
-        raise StateError(f"cannot remove {path}: {e.strerror}; check the permissions of its folder") from e
+        raise _refused("remove", path, e) from e
     return True
 
 
 def ensure_folder(path: Path, mode: int = 0o750) -> Path:
+    """Have a folder with at least these rights, whatever the umask; those of a folder of somebody else stay as they are."""
     try:
+        made = [parent for parent in path.parents if not parent.exists()] if mode & 0o001 else []
         path.mkdir(mode=mode, parents=True, exist_ok=True)
+        for folder in (path, *made):  # others have to pass the parents that we made, too
+            there = folder.stat()
+            if there.st_mode & mode != mode and there.st_uid == os.geteuid():
+                folder.chmod(stat.S_IMODE(there.st_mode) | mode)
     except OSError as e:
         raise StateError(f"cannot create folder {path}: {_obstacle(path, e)}") from e
     if not os.access(path, os.W_OK | os.X_OK):
@@ -146,6 +235,22 @@ def _same_file(descriptor: int, path: Path) -> bool:
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
+def _open_lock(path: Path) -> int:
+    """A link would let two names be one lock, for which a claim with two cards waits for ever."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as e:
+        if e.errno == errno.ENOENT:
+            ensure_folder(path.parent)
+        elif e.errno in (errno.ELOOP, errno.EISDIR):
+            clear(path)
+        else:
+            raise _refused("lock", path, e) from e
+    with translated("lock", path):
+        return os.open(path, flags, 0o600)
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) -> Iterator[None]:
     """Hold an exclusive lock on `path` (flock(2): per open file, so threads and processes exclude each other alike).
@@ -156,9 +261,10 @@ def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) ->
     while True:
         descriptor = spares.link(str(path)) if spares else None
         if descriptor is None:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = _open_lock(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with translated("lock", path):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not unlink or _same_file(descriptor, path):  # only a lock that is unlinked can be an old one
                 try:
                     yield
@@ -173,14 +279,14 @@ def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) ->
 def try_lock(path: Path) -> int | None:
     """Take the lock now and keep it until the process ends. None if another process has it. The descriptor is the lock."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = _open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             os.close(descriptor)
             if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
-            raise
+            raise _refused("lock", path, e) from e
         if _same_file(descriptor, path):
             return descriptor
         os.close(descriptor)

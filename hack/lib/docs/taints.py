@@ -14,7 +14,7 @@ from hack.lib.docs.text import code, paired, table
 
 TAINTS = {
     ("gpu", "lost"): (
-        "every device of the card",
+        "every device of the card but monitor",
         "the card does not answer NVML: it fell off the bus. Reset the card, or restart the node",
     ),
     ("gpu", "hung"): ("every device of the card", "an NVML call has not come back for 15 s"),
@@ -27,6 +27,22 @@ TAINTS = {
     ("foreign-partition", "profile-…-at-…"): (
         "gpu, mps and timeslice of the card, and partitions that overlap",
         "a partition that the driver did not make is on the card. The value names its profile id and its first memory slice",
+    ),
+    ("other-pool", "held"): (
+        "every device but monitor",
+        "claims hold the card from a pool of another name: the node was renamed, or the card was moved. Delete their pods",
+    ),
+    ("device-node", "none"): (
+        "every device of the card but monitor",
+        "NVML names no device minor of the card, so a container cannot be given its device node",
+    ),
+    ("time-slice", "unsupported"): (
+        "timeslice of the card",
+        "the policy sets an interval, and the card has none to set (Pascal and older)",
+    ),
+    ("compute-mode", "unsupported"): (
+        "mps of the card",
+        "the card has no compute mode, so nothing would keep other programs out of an MPS share",
     ),
     ("mps", "fault"): ("devices of this MPS daemon", "the MPS daemon has a problem"),
     ("mps", "supervisor-away"): ("every device of type mps", "no MPS supervisor answers on the node"),

@@ -160,11 +160,14 @@ def test_cards_older_than_volta_offer_no_mps(capability: str, offered: bool) -> 
     assert (Mode.MPS in Policy.default().of(a_gpu("l4", compute_capability=capability)).modes) == offered
 
 
-def test_a_product_that_is_too_old_for_the_mps_that_is_asked_of_it_is_an_error() -> None:
+def test_a_product_that_is_too_old_for_the_mps_that_is_asked_of_it_is_named() -> None:
     text = "gpus: [{match: {product: NVIDIA L4}, modes: [gpu, mps]}]"
+    old = a_gpu("l4", compute_capability="6.1")
 
-    with pytest.raises(ConfigError, match=r"gpus\[0\] asks for mode mps, for which its GPUs are too old"):
-        policy(text).of(a_gpu("l4", compute_capability="6.1"))
+    (misfit,) = policy(text).misfits(old)
+
+    assert "gpus[0] asks for mode mps, for which its GPUs are too old" in misfit.sentence
+    assert policy(text).of(old).modes == {Mode.GPU}
 
 
 def test_partitions_are_shared_only_where_the_policy_says_so() -> None:
@@ -374,18 +377,25 @@ def test_an_entry_that_an_earlier_one_covers_in_part_is_none(first: str, second:
     policy(f"gpus: [{{match: {first}, modes: [gpu]}}, {{match: {second}, modes: [mig]}}]")
 
 
-def test_a_profile_that_a_product_lacks_is_an_error_where_the_product_is_named() -> None:
+def test_a_profile_that_a_product_lacks_is_named_where_the_product_is() -> None:
     text = "gpus: [{match: {product: 'NVIDIA H100 80GB HBM3'}, profiles: [1g.5gb]}]"
 
-    with pytest.raises(
-        ConfigError, match=r"gpus\[0\] names profile 1g.5gb, which its GPUs do not have; .* 1g.10gb \(19\)"
-    ):
-        policy(text).of(a_gpu("h100"))
+    (misfit,) = policy(text).misfits(a_gpu("h100"))
+
+    assert (
+        "gpus[0] names profile 1g.5gb, which its GPUs do not have; " in misfit.sentence
+        and "1g.10gb (19)" in misfit.sentence
+    )
+    assert policy(text).of(a_gpu("h100")).profiles == ()
 
 
-def test_a_static_layout_of_a_profile_that_the_card_lacks_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"names profile 1g\.5gb, which it does not have"):
-        policy("default: {static: {1g.5gb: 7}}").of(a_gpu("h100"))
+def test_a_static_layout_of_a_profile_that_the_card_lacks_is_named_and_left_out() -> None:
+    stated = policy("default: {static: {1g.5gb: 7}}")
+
+    (misfit,) = stated.misfits(a_gpu("h100"))
+
+    assert "names profile 1g.5gb, which it does not have" in misfit.sentence
+    assert stated.of(a_gpu("h100")).static == ()
 
 
 @pytest.mark.parametrize(

@@ -450,3 +450,23 @@ def test_shares_may_join_a_pool_in_use_once_the_api_server_knows_them_but_not_le
 
     assert shape.allows(without, everything)
     assert not shape.allows(everything, without)
+
+
+def test_a_text_is_cut_by_bytes_and_never_inside_a_character() -> None:
+    (pool,) = slices(an_inventory(replace(a_gpu("l4"), product="é" * 40)))
+
+    assert {device["attributes"]["productName"]["string"] for device in devices(pool).values()} == {"é" * 32}
+    assert problems(pool) == ()
+
+
+def test_a_card_without_memory_is_shared_by_time_with_no_memory_to_ask_for() -> None:
+    (pool,) = slices(an_inventory(replace(a_gpu("l4"), memory_bytes=0, reserved_bytes=0)))
+
+    memory = {name: device["capacity"]["memory"] for name, device in devices(pool).items()}
+    nothing = {"default": "0", "validValues": ["0"]}
+    assert memory == {
+        "timeslice": {"value": "0", "requestPolicy": nothing},
+        "gpu": {"value": "0"},
+        "monitor": {"value": "0"},
+    }
+    assert problems(pool) == ()

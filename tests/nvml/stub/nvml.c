@@ -1,6 +1,7 @@
 /* A stand-in for libnvidia-ml.so.1, so that the ctypes side of driver/gpuslice/nvml/real.py runs without a GPU.
  *
  * One H100 in MIG mode with four profiles (index 1 has fallen off the bus). Struct layouts are those of nvml.h, CUDA 13.
+ * After stub_odd, index 1 is a second such card, of which one function answers as it was told (test_odd_card.py).
  * It is strict where pynvml is not: wrong struct versions and by-value structs fail here instead of passing unseen.
  *
  * The variable STUB_NVML makes it another card or driver: "NAME=NUMBER NAME=NUMBER". The name of a function below lets that
@@ -10,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { OK = 0, INVALID = 2, UNSUPPORTED = 3, NO_SUCH = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15, IN_USE = 19, NO_ROOM = 23 };
 typedef int ret;
@@ -43,6 +45,32 @@ static const struct { u which; gi_profile p; u starts, first, step, size; } prof
 static int card, mode = 1, compute_mode, sessions, created, waits;
 static gi instances[15];
 
+/* What the odd card answers when this function is called: an error code, or one of these. */
+enum { HANG = -1, FILL = -2, EMPTY = -3, TWIN = -4 };
+#define TWO "GPU-00000000-1111-2222-3333-555555555555"
+static char odd_function[64];
+static int odd_effect, odd_card;
+void stub_odd(const char *function, int effect) {
+    snprintf(odd_function, sizeof odd_function, "%s", function);
+    odd_effect = effect;
+}
+
+/* -1 where the call goes its usual way, else what it returns. */
+static int odd(const char *function, int of_odd, void *out, size_t size) {
+    if (!of_odd || strcmp(function, odd_function)) return -1;
+    if (odd_effect == HANG) for (;;) pause();
+    if (odd_effect == TWIN) { snprintf(out, size, UUID); return OK; }
+    if (odd_effect < 0 && !size) return 999; /* there is nothing to fill in but a pointer */
+    if (odd_effect == FILL || odd_effect == EMPTY) {
+        memset(out, odd_effect == FILL ? 0xFF : 0, size);
+        if (size > 8) ((char *)out)[size - 1] = 0; /* a text ends somewhere */
+        return OK;
+    }
+    return odd_effect;
+}
+#define ODD_IF(condition, out, size) do { int r = odd(__func__, condition, out, size); if (r >= 0) return r; } while (0)
+#define ODD(out, size) ODD_IF(d == &odd_card, out, size)
+
 static int is_mig(void *d) { return (char *)d >= (char *)instances && (char *)d < (char *)(instances + 15); }
 static u told(const char *name, u otherwise) {
     const char *all = getenv("STUB_NVML");
@@ -56,58 +84,68 @@ static int by_id(u id) { for (u i = 0; i < PROFILES; i++) if (profiles[i].p.id =
 ret nvmlInitWithFlags(u flags) { (void)flags; sessions++; return OK; }
 ret nvmlShutdown(void) { return sessions-- > 0 ? OK : 1; }
 const char *nvmlErrorString(ret code) { (void)code; return "stub"; }
-ret nvmlSystemGetDriverVersion(char *out, u n) { snprintf(out, n, "580.65.06"); return OK; }
-ret nvmlSystemGetCudaDriverVersion_v2(int *out) { *out = 13000; return OK; }
-ret nvmlDeviceGetCount_v2(u *n) { *n = 2; return OK; }
-ret nvmlDeviceGetHandleByIndex_v2(u i, void **d) { *d = &card; return i == 0 ? OK : i == 1 ? LOST : INVALID; }
+ret nvmlSystemGetDriverVersion(char *out, u n) { ODD_IF(1, out, n); snprintf(out, n, "580.65.06"); return OK; }
+ret nvmlSystemGetCudaDriverVersion_v2(int *out) { ODD_IF(1, out, sizeof *out); *out = 13000; return OK; }
+ret nvmlDeviceGetCount_v2(u *n) { ODD_IF(1, n, sizeof *n); *n = 2; return OK; }
+ret nvmlDeviceGetHandleByIndex_v2(u i, void **d) {
+    ODD_IF(i == 1, d, 0);
+    *d = i ? &odd_card : &card;
+    return i == 0 || (i == 1 && *odd_function) ? OK : i == 1 ? LOST : INVALID;
+}
 ret nvmlDeviceGetHandleByUUID(const char *uuid, void **d) {
     if (!strcmp(uuid, UUID)) { *d = &card; return OK; }
+    if (*odd_function && !strcmp(uuid, TWO)) { *d = &odd_card; return OK; }
     for (int i = 0; i < 15; i++)
         if (instances[i].on && !strcmp(uuid, instances[i].uuid)) { *d = &instances[i]; return OK; }
     return NO_SUCH;
 }
 ret nvmlDeviceGetUUID(void *d, char *out, u n) {
+    ODD(out, n);
     int partition = is_mig(d) && !told("partitions-have-the-uuid-of-the-card", 0);
-    snprintf(out, n, "%s", partition ? ((gi *)d)->uuid : UUID);
+    snprintf(out, n, "%s", partition ? ((gi *)d)->uuid : d == &odd_card ? TWO : UUID);
     return OK;
 }
-ret nvmlDeviceGetName(void *d, char *out, u n) { (void)d; snprintf(out, n, "NVIDIA H100 80GB HBM3"); return OK; }
+ret nvmlDeviceGetName(void *d, char *out, u n) { ODD(out, n); (void)d; snprintf(out, n, "NVIDIA H100 80GB HBM3"); return OK; }
 ret nvmlDeviceGetPciInfo_v3(void *d, pci *out) {
-    (void)d;
-    strcpy(out->bus_id, "00000000:FE:1F.0"); /* a slot that no machine has, so that sysfs stays silent */
+    ODD(out, sizeof *out);
+    strcpy(out->bus_id, d == &odd_card ? "00000000:FD:1F.0" : "00000000:FE:1F.0"); /* a slot that no machine has, so that sysfs stays silent */
     return OK;
 }
 ret nvmlDeviceGetMemoryInfo(void *d, memory_v1 *out) {
-    (void)d;
+    ODD(out, sizeof *out);
     MAY_FAIL;
     *out = (memory_v1){81559ull << 20, 81557ull << 20, 2 << 20};
     return OK;
 }
 ret nvmlDeviceGetMemoryInfo_v2(void *d, memory_v2 *out) {
+    ODD(&out->total, 3 * sizeof out->total);
     MAY_FAIL;
     if (out->version != 0x02000028) return INVALID;
     ull total = is_mig(d) ? profiles[by_id(((gi *)d)->profile)].p.mib << 20 : 81559ull << 20;
     *out = (memory_v2){out->version, total, 407ull << 20, total - (1 << 20), 1 << 20};
     return OK;
 }
-ret nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { (void)d; *a = 9; *b = 0; return OK; }
-ret nvmlDeviceGetArchitecture(void *d, u *out) { (void)d; *out = told("architecture", 9); return OK; }
-ret nvmlDeviceGetMinorNumber(void *d, u *out) { (void)d; *out = 3; return OK; }
+ret nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { ODD(a, sizeof *a); *a = 9; *b = 0; return OK; }
+ret nvmlDeviceGetArchitecture(void *d, u *out) { ODD(out, sizeof *out); *out = told("architecture", 9); return OK; }
+ret nvmlDeviceGetMinorNumber(void *d, u *out) { ODD(out, sizeof *out); *out = 3; return OK; }
 ret nvmlDeviceGetFieldValues(void *d, int n, field *f) {
+    ODD(&f->code, sizeof f->code);
     (void)d;
     MAY_FAIL;
     for (int i = 0; i < n; i++) { f[i].code = f[i].field == 184 ? OK : UNSUPPORTED; f[i].value.ui = 1; }
     return OK;
 }
-ret nvmlDeviceGetMigMode(void *d, u *now, u *pending) { (void)d; MAY_FAIL; *now = *pending = (u)mode; return OK; }
-ret nvmlDeviceSetMigMode(void *d, u on, ret *status) { /* success, and the refusal is in the status */
+ret nvmlDeviceGetMigMode(void *d, u *now, u *pending) { ODD(now, sizeof *now); MAY_FAIL; *now = *pending = (u)mode; return OK; }
+ret nvmlDeviceSetMigMode(void *d, u on, ret *status) {
+    ODD(status, sizeof *status); /* success, and the refusal is in the status */
     (void)d;
     *status = OK;
     for (int i = 0; i < 15; i++) if (instances[i].on) *status = IN_USE;
     if (*status == OK) mode = (int)on;
     return OK;
 }
-ret nvmlDeviceGetGpuInstanceProfileInfoV(void *d, u which, gi_profile *out) {
+ret nvmlDeviceGetGpuInstanceProfileInfoV(void *d, u which, gi_profile *out) { 
+    ODD(&out->id, sizeof *out - 4);
     (void)d;
     MAY_FAIL;
     if (out->version != 0x02000098) return INVALID;
@@ -115,7 +153,8 @@ ret nvmlDeviceGetGpuInstanceProfileInfoV(void *d, u which, gi_profile *out) {
         if (profiles[i].which == which) { *out = profiles[i].p; return OK; }
     return which < 0x12 ? UNSUPPORTED : INVALID;
 }
-ret nvmlDeviceGetGpuInstancePossiblePlacements_v2(void *d, u id, place *out, u *n) {
+ret nvmlDeviceGetGpuInstancePossiblePlacements_v2(void *d, u id, place *out, u *n) { 
+    ODD(n, sizeof *n);
     (void)d;
     int p = by_id(id);
     if (p < 0) return INVALID;
@@ -124,7 +163,8 @@ ret nvmlDeviceGetGpuInstancePossiblePlacements_v2(void *d, u id, place *out, u *
     for (u i = 0; out && i < *n; i++) out[i] = (place){profiles[p].first + i * profiles[p].step, profiles[p].size};
     return OK;
 }
-ret nvmlDeviceCreateGpuInstanceWithPlacement(void *d, u id, const place *at, gi **out) {
+ret nvmlDeviceCreateGpuInstanceWithPlacement(void *d, u id, const place *at, gi **out) { 
+    ODD(out, 0);
     (void)d;
     if (!mode) return UNSUPPORTED;
     int p = by_id(id), free = -1;
@@ -138,7 +178,8 @@ ret nvmlDeviceCreateGpuInstanceWithPlacement(void *d, u id, const place *at, gi 
     *out = &instances[free];
     return OK;
 }
-ret nvmlDeviceGetGpuInstances(void *d, u id, gi **out, u *n) {
+ret nvmlDeviceGetGpuInstances(void *d, u id, gi **out, u *n) { 
+    ODD(n, sizeof *n);
     (void)d;
     *n = 0;
     for (int i = 0; i < 15; i++) if (instances[i].on && instances[i].profile == id) out[(*n)++] = &instances[i];
@@ -188,11 +229,11 @@ static ret listed(u *n, process *out, u gi, u ci) { /* one process; both lists n
     *out = (process){4242, 5 << 20, gi, ci};
     return OK;
 }
-ret nvmlDeviceGetComputeRunningProcesses_v3(void *d, u *n, process *out) { (void)d; return listed(n, out, WHOLE, WHOLE); }
-ret nvmlDeviceGetGraphicsRunningProcesses_v3(void *d, u *n, process *out) { (void)d; return listed(n, out, WHOLE, WHOLE); }
-ret nvmlDeviceGetMPSComputeRunningProcesses_v3(void *d, u *n, process *out) { (void)d; (void)n; (void)out; return UNSUPPORTED; }
-ret nvmlDeviceGetComputeMode(void *d, int *out) { (void)d; *out = compute_mode; return OK; }
-ret nvmlDeviceSetComputeMode(void *d, int to) { (void)d; if (mode) return UNSUPPORTED; compute_mode = to; return OK; }
+ret nvmlDeviceGetComputeRunningProcesses_v3(void *d, u *n, process *out) { ODD(n, sizeof *n); return listed(n, out, WHOLE, WHOLE); }
+ret nvmlDeviceGetGraphicsRunningProcesses_v3(void *d, u *n, process *out) { ODD(n, sizeof *n); return listed(n, out, WHOLE, WHOLE); }
+ret nvmlDeviceGetMPSComputeRunningProcesses_v3(void *d, u *n, process *out) { ODD(n, sizeof *n); (void)n; (void)out; return UNSUPPORTED; }
+ret nvmlDeviceGetComputeMode(void *d, int *out) { ODD(out, sizeof *out); *out = compute_mode; return OK; }
+ret nvmlDeviceSetComputeMode(void *d, int to) { ODD(&to, 0); (void)d; if (mode) return UNSUPPORTED; compute_mode = to; return OK; }
 ret nvmlEventSetCreate(void **out) { *out = &waits; return OK; }
 ret nvmlEventSetFree(void *set) { (void)set; return OK; }
 ret nvmlDeviceGetSupportedEventTypes(void *d, ull *out) { (void)d; MAY_FAIL; *out = 0x8 | 0x2; return OK; }

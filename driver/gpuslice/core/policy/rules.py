@@ -14,10 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpuslice.core.model import Gpu, MigProfile, Setting
+from gpuslice.core.model import Gpu, GpuUuid, MigProfile, Setting
 from gpuslice.core.policy import reading
 from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, ProfileRef, Rule, Section
-from gpuslice.errors import ConfigError
 
 _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
 
@@ -46,6 +45,18 @@ class GpuPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Misfit:
+    """What one card cannot do of its policy. `path`: where the document says it; "" or a mere key where it says nothing."""
+
+    path: str
+    gpu: GpuUuid
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     base: Section = field(default_factory=Section)
     rules: tuple[Rule, ...] = ()
@@ -61,11 +72,8 @@ class Policy:
         return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
-        """The possible offer of this card. ConfigError if the policy asks for a thing that this card certainly cannot do."""
+        """What this card may offer. What the policy asks for and the card cannot do is left out, and `misfits` names it."""
         rule, section = self._rule(gpu), self._section(gpu)
-        if rule is not None and rule.match.certain():
-            for missing in _missing(rule.section, [gpu]):
-                raise ConfigError(f"policy: {rule.path} {missing}; {_has(gpu)}")
         modes = frozenset(section.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
         mig = Mode.MIG in modes
         clients = min(section.mps_clients or client_limit(gpu), client_limit(gpu))
@@ -83,9 +91,17 @@ class Policy:
             paths=self._paths(rule),
         )
 
-    def _paths(self, rule: Rule | None) -> Mapping[str, str]:
-        own = {} if rule is None else {key: f"{rule.path}.{key}" for key in rule.section.said()}
-        return {key: f"default.{key}" for key in self.base.said()} | own
+    def misfits(self, gpu: Gpu) -> tuple[Misfit, ...]:
+        """What the policy asks of this card, by name, that the card does not have."""
+        return tuple(self._misfits(gpu))
+
+    def suiting_none(self, misfits: Iterable[Misfit], gpus: Iterable[Gpu]) -> tuple[Misfit, ...]:
+        """Those of settings that suit none of the cards for which they count."""
+        misfits, gpus = tuple(misfits), tuple(gpus)
+        counts = {gpu.uuid: {self.path(gpu), *self.of(gpu).paths.values()} for gpu in gpus}
+        missed = {(misfit.path, misfit.gpu) for misfit in misfits}
+        suited = {path for uuid, paths in counts.items() for path in paths if (path, uuid) not in missed}
+        return tuple(misfit for misfit in misfits if misfit.path in counts[misfit.gpu] - suited)
 
     def unused(self, gpus: Iterable[Gpu]) -> tuple[str, ...]:
         """One sentence for each setting of this policy that has no effect on these cards."""
@@ -103,6 +119,25 @@ class Policy:
         rule = self._rule(gpu)
         return self.base if rule is None else rule.section.merged_over(self.base)
 
+    def _paths(self, rule: Rule | None) -> Mapping[str, str]:
+        own = {} if rule is None else {key: f"{rule.path}.{key}" for key in rule.section.said()}
+        return {key: f"default.{key}" for key in self.base.said()} | own
+
+    def _misfits(self, gpu: Gpu) -> Iterator[Misfit]:
+        rule, section = self._rule(gpu), self._section(gpu)
+        if rule is not None and rule.match.certain():
+            for missing in _missing(rule.section, [gpu]):
+                end = "" if missing.endswith("?") else ";"
+                yield Misfit(rule.path, gpu.uuid, f"policy: {rule.path} {missing}{end} {_has(gpu)}")
+        path = self._paths(rule).get("static", "static")
+        for ref in _static_strangers(section, gpu):
+            yield Misfit(
+                path,
+                gpu.uuid,
+                f"policy: {path}, the static layout of GPU {gpu.index} ({gpu.product}), names profile {ref}, which it does"
+                f" not have; {_has(gpu)}, or give this product an entry of its own",
+            )
+
     def _missed(self, rule: Rule, gpus: Sequence[Gpu]) -> str:
         """Why the entry applies to none of these cards."""
         first = dict.fromkeys(self.path(gpu) for gpu in gpus if gpu in rule.match)
@@ -115,7 +150,7 @@ class Policy:
             here = [gpu for gpu in gpus if self._rule(gpu) == rule]
             if not here:
                 yield f"policy: {rule.path} {self._missed(rule, gpus)}"
-            for missing in _missing(rule.section, here):
+            for missing in () if rule.match.certain() else _missing(rule.section, here):  # else `misfits` says it
                 yield f"policy: {rule.path} {missing}"
         for missing in _missing(self.base, gpus):
             yield f"policy: default {missing}"
@@ -179,21 +214,26 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _static(section: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
-    """The static parts of this card. Empty if card or policy do not allow any. ConfigError for an unknown profile."""
+    """What this card is cut into; nothing where it cannot, or may not."""
     if isinstance(section.static, Parts):
         return section.static if section.static.mode in modes else ()
-    if not gpu.profiles or Mode.MIG not in modes:
+    if not gpu.profiles or Mode.MIG not in modes or any(_static_strangers(section, gpu)):
         return ()
-    layout = []
-    for ref, count in section.static or ():
-        profile = next((profile for profile in gpu.profiles if ref in (profile.id, profile.name)), None)
-        if profile is None:
-            raise ConfigError(
-                f"policy: the static layout of GPU {gpu.index} ({gpu.product}) names profile {ref}, which it does not"
-                f" have; {_has(gpu)}, or give this product an entry of its own"
-            )
-        layout.append((profile, count))
-    return tuple(layout)
+    return tuple(
+        (profile, count)
+        for ref, count in section.static or ()
+        for profile in gpu.profiles
+        if ref in (profile.id, profile.name)
+    )
+
+
+def _static_strangers(section: Section, gpu: Gpu) -> Iterator[ProfileRef]:
+    """Profiles of the static layout that this card lacks; none where it cannot be partitioned at all."""
+    if isinstance(section.static, Parts) or not gpu.profiles or Mode.MIG not in (section.modes or ALL_MODES):
+        return
+    for ref, _ in section.static or ():
+        if not any(ref in (profile.id, profile.name) for profile in gpu.profiles):
+            yield ref
 
 
 def _has(gpu: Gpu) -> str:

@@ -45,7 +45,7 @@ from gpuslice.errors import StateError
 
 COUNTER_SET = "card"  # one per pool; the API needs a name that is unique in the pool
 DEVICES_PER_SLICE = 64  # with taints or counters; 128 without, but a first taint must not move devices
-_TEXT = 64  # characters of a string attribute
+_TEXT = 64  # bytes of a string attribute
 _ALL_SMS = 100  # percent
 _NOTHING = {"default": "0", "validValues": ["0"]}  # the policy of a capacity that no share takes
 
@@ -253,7 +253,10 @@ def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevic
 
 
 def _memory_policy(sharing: Mps | TimeSlicing) -> ReadOnlyBody:
-    """Whole MiB. The default is an equal part."""
+    """Whole MiB, and an equal part by default; nothing to ask for where there is no room for a step."""
+    if sharing.memory_mib < 2 * sharing.shares:
+        only = quantity.mebibytes(sharing.memory_mib)
+        return {"default": only, "validValues": [only]}
     default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
     return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
 
@@ -328,7 +331,8 @@ def _capacity(shown: PublishedDevice) -> ReadOnlyBody:
 
 
 def _text(value: str) -> ReadOnlyBody:
-    return {"string": value[:_TEXT]}
+    """As many whole characters as the API takes: it counts bytes (DRA contract, C9)."""
+    return {"string": value.encode("utf-8", "replace")[:_TEXT].decode("utf-8", "ignore")}
 
 
 def _version(value: str) -> ReadOnlyBody:

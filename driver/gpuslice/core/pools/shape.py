@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from gpuslice.core import claims
 from gpuslice.core.json import ReadOnlyBody
 from gpuslice.core.model import PoolName
 from gpuslice.core.pools.pool import PoolSlices
@@ -45,13 +46,12 @@ def cordoned(kept: PoolSlices, driver: str) -> PoolSlices:
     )
 
 
-def pools_of(claims: Iterable[ReadOnlyBody], driver: str) -> Iterator[PoolName]:
-    """Pools of this driver with a device that one of these ResourceClaims holds."""
-    for claim in claims:
-        allocation = (claim.get("status") or {}).get("allocation") or {}
-        for result in (allocation.get("devices") or {}).get("results") or ():
-            if result.get("driver") == driver:
-                yield PoolName(result["pool"])
+def pools_of(bodies: Iterable[ReadOnlyBody], driver: str) -> Iterator[PoolName]:
+    """Pools of this driver from which any of these ResourceClaims holds a device."""
+    for body in bodies:
+        for result in claims.results(body, driver):
+            if isinstance(pool := result.get("pool"), str):
+                yield PoolName(pool)
 
 
 def published(bodies: Iterable[ReadOnlyBody]) -> dict[PoolName, PoolSlices]:
@@ -72,10 +72,27 @@ def encode(pools: Sequence[PoolSlices]) -> dict[str, object]:
 
 
 def decode(body: Any) -> dict[PoolName, PoolSlices]:
-    """The pools that `encode` wrote. ValueError, LookupError or TypeError for other content or a newer format."""
+    """The pools that `encode` wrote. ValueError for other content or a newer format: a wrong shape would be published."""
+    if not isinstance(body, dict) or type(body.get("format")) is not int:
+        raise ValueError("it has no format")
     if body["format"] != 1:
         raise ValueError(f"format {body['format']} is not 1")
+    if not isinstance(body.get("pools"), dict):
+        raise ValueError("it has no pools")
+    for name, specs in body["pools"].items():
+        if not isinstance(specs, list) or not all(map(_is_part, specs)):
+            raise ValueError(f"pool {name[:100]} is no list of slices")
     return {PoolName(name): PoolSlices(PoolName(name), tuple(specs)) for name, specs in body["pools"].items()}
+
+
+def _is_part(spec: object) -> bool:
+    """Whether it has the form of a slice, as far as it is read here: named devices, and lists of counters."""
+    if not isinstance(spec, dict):
+        return False
+    lists = [spec.get("devices", []), spec.get("sharedCounters", [])]
+    return all(isinstance(items, list) for items in lists) and all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) for items in lists for item in items
+    )
 
 
 def _devices(pool: PoolSlices) -> Iterator[ReadOnlyBody]:

@@ -31,6 +31,7 @@ _INSTANCE = _CHANGE | {Code.NOT_FOUND}
 # The codes that nvml.h documents for the functions behind each verb. A cue with another code is refused, because no real
 # node returns it.
 CODES: Mapping[str, frozenset[Code]] = {
+    "start": frozenset({Code.DRIVER_NOT_LOADED, Code.NO_PERMISSION, Code.LIB_RM_VERSION_MISMATCH, Code.UNKNOWN}),
     "gpus": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND, Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH},
     "look": _ANYWHERE | {Code.NO_PERMISSION, Code.NOT_FOUND, Code.INSUFFICIENT_SIZE},
     "minor": _ANYWHERE,
@@ -80,7 +81,8 @@ class Cue:
             )
 
     def meets(self, call: str, gpu: GpuUuid | None, done: bool) -> bool:
-        return self.call in ("*", call) and self.gpu in (None, gpu) and self.done == done
+        calls = (call,) if call == "start" else ("*", call)  # "*" is for a node that was opened
+        return self.call in calls and self.gpu in (None, gpu) and self.done == done
 
 
 class Cues:

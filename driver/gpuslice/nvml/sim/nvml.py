@@ -18,6 +18,7 @@ from typing import Literal
 from gpuslice.core.model import MIB, Gpu, GpuUuid, LiveGpu, MigProfile, MigSlot, MigUuid, Partition, Placement
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import TIME_SLICES, Code, ComputeMode, GpuProcess, Memory, XidEvent
+from gpuslice.nvml.listing import LIMIT_S, Listing
 from gpuslice.nvml.sim import geometry
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.nvml.sim.state import GpuState, Mutation
@@ -51,28 +52,35 @@ SECONDS = {
 class SimNvml(SimNode):
     """`Nvml` on a simulated node. `SimNode` is the other half: processes, XIDs, faults and reboots."""
 
-    def __init__(self, folder: Path, node: str | Path | None = None, *, latency: Latency = "realistic") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        node: str | Path | None = None,
+        *,
+        latency: Latency = "realistic",
+        hang_limit_s: float = LIMIT_S,
+    ) -> None:
         super().__init__(folder, node)
         self._latency = latency
         self._closing = threading.Event()
+        self._listing: Listing[Gpu] = Listing(hang_limit_s)
         self._lost: tuple[str, ...] = ()
+        self._meet("start", None, done=False)
 
     # ------------------------------------------------------------ reading
 
     def gpus(self) -> tuple[Gpu, ...]:
-        found, lost = [], []
         with self._turn(None, changing=False):
             self._meet("gpus", None, done=False)
             self._spend("gpus")
-            for gpu in self.cards:
-                try:
-                    self._meet("gpus", gpu.uuid, done=False)
-                    self._alive(gpu.index, self._state.read(gpu.index))
-                    found.append(gpu)
-                except DeviceError as e:
-                    lost.append(str(e))
-        self._lost = tuple(lost)
-        return tuple(found)
+            found, self._lost = self._listing.read(range(len(self.cards)), self._listed)
+        return found
+
+    def _listed(self, index: int) -> Gpu:
+        gpu = self.cards[index]
+        self._meet("gpus", gpu.uuid, done=False)
+        self._alive(index, self._state.read(index))
+        return gpu
 
     def lost(self) -> tuple[str, ...]:
         return self._lost

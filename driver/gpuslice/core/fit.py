@@ -1,0 +1,106 @@
+"""A policy, cut to what one card can do. What does not fit is left out with a sentence, and the rest is offered.
+
+One policy serves a fleet, and a node may have a card that nobody thought of. So nothing here is an error: what is wrong
+for one card must not take the other cards of its node away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gpuslice.core import layout
+from gpuslice.core.layout import ProfilePlacement
+from gpuslice.core.model import MIB, Gpu, MigProfile
+from gpuslice.core.policy.rules import GpuPolicy, Misfit
+from gpuslice.core.policy.schema import Mode, Parts
+
+_LEAST_MIB = 2  # of a share: the API wants a capacity to be at least its least request and one step more
+
+
+def fitted(gpu: Gpu, policy: GpuPolicy, *, static: bool) -> tuple[GpuPolicy, tuple[Misfit, ...]]:
+    """The policy as this card can follow it, and what it cannot."""
+    notes: list[Misfit] = []
+    policy = _with_reserve(gpu, policy, notes)
+    policy = _with_shares(gpu, policy, notes)
+    if static and policy.static and (reason := _refusal(gpu, policy)):
+        sentence = f"policy: {reason}; the card is offered whole where the API server knows no partitions"
+        notes.append(Misfit(policy.path("static"), gpu.uuid, sentence))
+        policy = replace(policy, static=())
+    return policy, tuple(notes)
+
+
+def sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
+    return max(0, gpu.memory_bytes - reserve_bytes) // MIB
+
+
+def shares_of(memory_mib: int, wanted: int) -> int:
+    """As many of the wanted shares as so much memory allows; a card without memory of its own sets no limit."""
+    return wanted if memory_mib == 0 else min(wanted, max(1, memory_mib // _LEAST_MIB))
+
+
+def static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> Sequence[ProfilePlacement] | None:
+    """A place for each of the wanted partitions, or None where they do not fit on the card together."""
+    if any(count > profile.max_instances for profile, count in wanted):
+        return None
+    return layout.arrange(layout.totals(gpu.profiles), [profile for profile, count in wanted for _ in range(count)])
+
+
+def _with_reserve(gpu: Gpu, policy: GpuPolicy, notes: list[Misfit]) -> GpuPolicy:
+    if policy.reserve_bytes < gpu.memory_bytes:
+        return policy
+    own = gpu.reserved_bytes if gpu.reserved_bytes < gpu.memory_bytes else 0
+    if policy.reserve_bytes:
+        path = policy.path("reserve")
+        sentence = (
+            f"policy: {path} is {policy.reserve_bytes // MIB} MiB, but GPU {gpu.index} ({gpu.product}) has only"
+            f" {gpu.memory_bytes // MIB} MiB; write a smaller reserve; until then {own // MIB} MiB are reserved"
+        )
+        notes.append(Misfit(path, gpu.uuid, sentence))
+    return replace(policy, reserve_bytes=own)
+
+
+def _with_shares(gpu: Gpu, policy: GpuPolicy, notes: list[Misfit]) -> GpuPolicy:
+    memory_mib = sellable_mib(gpu, policy.reserve_bytes)
+    if memory_mib == 0 and Mode.MPS in policy.modes:
+        sentence = (
+            f"GPU {gpu.index} ({gpu.product}) has no memory of its own that MPS could divide, so it offers no MPS; share"
+            " it by time"
+        )
+        notes.append(Misfit("", gpu.uuid, sentence))
+        policy = replace(policy, modes=policy.modes - {Mode.MPS})
+    for mode, wanted in ((Mode.MPS, policy.mps_shares), (Mode.TIMESLICE, policy.timeslice_shares)):
+        if mode in policy.modes and (most := shares_of(memory_mib, wanted)) < wanted:
+            path = policy.path(mode)
+            sentence = (
+                f"policy: {path}: {wanted} shares of GPU {gpu.index} ({gpu.product}) would have less than {_LEAST_MIB} MiB"
+                f" each of {memory_mib} MiB; make fewer shares or reserve less; until then it has {most} shares"
+            )
+            notes.append(Misfit(path, gpu.uuid, sentence))
+    return policy
+
+
+def _refusal(gpu: Gpu, policy: GpuPolicy) -> str:
+    """Why the card cannot be cut as `static` says; "" where it can."""
+    card, path = f"GPU {gpu.index} ({gpu.product})", policy.path("static")
+    if not isinstance(policy.static, Parts):
+        if static_layout(gpu, policy.static) is not None:
+            return ""
+        text = ", ".join(f"{count} x {profile.name}" for profile, count in policy.static)
+        return (
+            f"{path}, the static layout of {card}, {text}, does not fit on the card; take fewer or smaller partitions"
+        )
+    parts, memory_mib = policy.static, sellable_mib(gpu, policy.reserve_bytes)
+    if parts.mode not in policy.modes:
+        return f"{path}.{parts.mode} cuts {card} into parts, and it does not offer {parts.mode}; cut it another way"
+    if parts.mode is Mode.MPS and parts.count > policy.mps_clients:
+        return (
+            f"{path}.{parts.mode} cuts {card} into {parts.count} parts, but the card has only {policy.mps_clients}"
+            " MPS clients, and each part needs one; make fewer parts"
+        )
+    if shares_of(memory_mib, parts.count) < parts.count:
+        return (
+            f"{path}.{parts.mode}: {parts.count} parts of {card} would have less than {_LEAST_MIB} MiB each of"
+            f" {memory_mib} MiB; make fewer parts"
+        )
+    return ""

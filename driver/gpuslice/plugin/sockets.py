@@ -1,0 +1,146 @@
+"""The names of the kubelet's sockets, the lock that goes with one, and what killed instances have left of both."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpuslice.errors import ConfigError, DriverError
+from gpuslice.system import files
+
+log = logging.getLogger(__name__)
+
+# The kernel wants the NUL inside the 108 bytes of sun_path (unix(7)); Go and C-core refuse 108 alike.
+LONGEST_PATH = 107
+_SUFFIX = ".lock"
+_UID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_POD = f"{_UID}|[A-Za-z0-9_-]{{11}}"  # or its short form
+_ENDPOINT = re.compile(rf"dra(?:-({_POD}))?\.sock")
+
+
+def registration_name(folder: Path, driver: str, pod_uid: str = "") -> str:
+    """Name of the registration socket: deterministic, different for each driver and pod, as short as the path needs.
+
+    Without a pod UID it is fixed. With one, the full UID is preferred; the hashed forms are those of the Go helper of
+    Kubernetes 1.37. ConfigError where no form fits into a socket path.
+    """
+    if not pod_uid:
+        return fitting(folder, [f"{driver}-reg.sock"])
+    short = _digest(pod_uid.encode(), 8)
+    both = _digest(f"{driver}\0{pod_uid}".encode(), 16)
+    return fitting(folder, [f"{driver}-{pod_uid}-reg.sock", f"{driver}-{short}-reg.sock", f"dra-{both}-reg.sock"])
+
+
+def dra_name(folder: Path, pod_uid: str = "") -> str:
+    """Name of the socket of the service. With a pod's UID there is a short form, because MicroK8s' folder is long."""
+    short = _digest(pod_uid.encode(), 8)
+    return fitting(folder, [f"dra-{pod_uid}.sock", f"dra-{short}.sock"] if pod_uid else ["dra.sock"])
+
+
+def paths(
+    *, driver: str, registry: Path, plugin_folder: Path, pod_uid: str, registration_socket: str
+) -> tuple[Path, Path]:
+    """The DRA socket and the registration socket. ConfigError where their names contradict each other or are too long."""
+    if pod_uid and registration_socket:
+        raise ConfigError(
+            "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket name for each "
+            "pod; leave one of the two out"
+        )
+    name = fitting(registry, [registration_socket]) if registration_socket else ""
+    return plugin_folder / dra_name(plugin_folder, pod_uid), registry / (
+        name or registration_name(registry, driver, pod_uid)
+    )
+
+
+def _digest(data: bytes, length: int) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:length]).decode().rstrip("=")
+
+
+def fitting(folder: Path, names: Sequence[str]) -> str:
+    """The first of these names that fits into a socket path; ConfigError where none does."""
+    for name in names:
+        if len(os.fsencode(folder / name)) <= LONGEST_PATH:
+            return name
+    path = folder / names[-1]
+    raise ConfigError(
+        f"socket path {path} has {len(os.fsencode(path))} bytes and {LONGEST_PATH} is the limit of unix sockets; choose a "
+        "shorter folder or driver name"
+    )
+
+
+def exclusive(endpoint: Path) -> int:
+    """The lock of the instance that serves this socket, until the process ends; ConfigError where another one has it."""
+    lock = files.try_lock(_lock(endpoint))
+    if lock is None:
+        raise ConfigError(
+            f"another instance serves {endpoint} already; stop it, or give each instance its own --pod-uid for a rolling "
+            "update"
+        )
+    return lock
+
+
+def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
+    """Remove what killed instances of this driver have left, because the kubelet keeps each socket of its registry for ever.
+
+    Only where nobody listens, and nobody holds the lock of the instance: it may be about to. The longest form of a name
+    is a hash of driver and pod, so that nobody can say whose socket it is: it stays.
+    """
+    locks = [path for path in plugin_folder.iterdir() if path.name.endswith(_SUFFIX)]
+    matches = [(lock, _ENDPOINT.fullmatch(lock.name.removesuffix(_SUFFIX))) for lock in locks]
+    alive = {match[1] or "" for lock, match in matches if match is not None and not _removed(lock)}
+    alive |= {_digest(pod.encode(), 8) for pod in alive}
+    for folder, name in ((plugin_folder, _ENDPOINT), (registry, _registration(registry, driver))):
+        for path in folder.iterdir():
+            match = name.fullmatch(path.name)
+            if match is not None and (match[1] or "") not in alive and _is_dead(path):
+                log.info("removing the socket of an instance that was killed: %s", path)
+                with contextlib.suppress(DriverError):
+                    files.remove(path)
+
+
+def _registration(registry: Path, driver: str) -> re.Pattern[str]:
+    """Names of this driver's registration sockets. The short form only where it is used, because another driver's name
+    may look like it."""
+    full = len(os.fsencode(registry / f"{driver}-{'0' * 36}-reg.sock")) <= LONGEST_PATH
+    return re.compile(rf"{re.escape(driver)}(?:-({_UID if full else _POD}))?-reg\.sock")
+
+
+def _lock(endpoint: Path) -> Path:
+    return endpoint.with_name(f"{endpoint.name}{_SUFFIX}")
+
+
+def _removed(lock: Path) -> bool:
+    """Remove a lock that nobody holds; whether it was so."""
+    try:
+        descriptor = files.try_lock(lock)
+        if descriptor is None:
+            return False
+        try:
+            files.remove(lock)  # while it is held: who waits for it makes a new one
+        finally:
+            os.close(descriptor)
+    except DriverError:
+        return False
+    return True
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether it is a socket on which nobody listens."""
+    if not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.setblocking(False)
+        try:
+            client.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # a full backlog, no right: somebody may be there
+            return False
+    return False
