@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -203,6 +204,17 @@ def test_no_typed_model_is_imported_for_they_cost_half_a_second(server: StandInA
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert answer.stdout.strip() == "[]"
+
+
+def test_the_environment_is_read_for_a_proxy_only_at_the_start(
+    server: StandInApiServer, kube: Kube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = itertools.count()
+    monkeypatch.setattr("kubernetes.client.configuration.getproxies", lambda: {"number": str(next(reads))})
+
+    assert kube.version()
+
+    assert next(reads) == 0
 
 
 def test_a_proxy_of_the_kubeconfig_is_asked_for_the_whole_address(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ def read(kubeconfig: Path | None) -> Configuration:
         raise ConfigError(
             f"kubeconfig {kubeconfig} names the server {configuration.host!r}, which is not a URL; write https://HOST:PORT"
         )
+    # A proxy that is set stays. Otherwise the library sets the host again at each request, and looks through the whole
+    # environment for a proxy: a third of the time of a claim's fetch (measured).
+    configuration.proxy = configuration.proxy
     configuration.connection_pool_maxsize = 16
     configuration.keep_alive = True  # TCP keepalive: without it a half-open watch hangs for ever
     # A kept-alive connection may have died unnoticed, so one more try; what a status means is decided by our callers
