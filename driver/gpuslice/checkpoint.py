@@ -25,7 +25,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from gpuslice.core import codec
+from gpuslice.core import codec, journal
 from gpuslice.core.model import ClaimUid
 from gpuslice.core.record import Record
 from gpuslice.errors import StateError
@@ -114,7 +114,7 @@ class Records:
         if not stat.S_ISREG(mode):
             raise ValueError("it is no plain file")  # a link leads to what somebody else writes, a pipe never ends
         with open(path, "rb") as file:
-            return codec.decode(json.loads(_last_line(file.read())))
+            return codec.decode(json.loads(journal.last(file.read())))
 
 
 class Checkpoint(Records):
@@ -149,11 +149,11 @@ class Checkpoint(Records):
             there = None
         if there is not None and self._read.get(path.name) == (Version.of(there), record):
             return
-        line = json.dumps(codec.encode(record), separators=(",", ":")) + "\n"
+        line = json.dumps(codec.encode(record), separators=(",", ":"))
         if there is not None and there.st_size < _LONGEST:
-            version = files.append(path, f"\n{line}")  # a torn line before it is ended first
+            version = files.append(path, journal.entry(line))
         else:
-            version = files.write_atomic(path, line, spares=self.spares)
+            version = files.write_atomic(path, f"{line}\n", spares=self.spares)
         self._read[path.name] = (version, record)
 
     def drop(self, uid: ClaimUid) -> None:
@@ -161,11 +161,6 @@ class Checkpoint(Records):
 
     def _path(self, uid: ClaimUid) -> Path:
         return self.folder / f"{uid}.json"
-
-
-def _last_line(data: bytes) -> bytes:
-    """The last whole line that says something; ValueError where there is none. What follows it was torn: never written."""
-    return data[: data.rindex(b"\n")].rstrip().rpartition(b"\n")[2]
 
 
 def _uid(name: str) -> ClaimUid | None:
