@@ -13,10 +13,10 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 VERSIONS = ("v1.DRAPlugin", "v1beta1.DRAPlugin")
 _KUBELET_PATIENCE_S = 45.0
 
+T = TypeVar("T")
 Message = Any  # generated messages of two versions with the same fields; protoc's stubs have no common type
 
 
@@ -64,13 +65,11 @@ class DraService:
 
     async def NodePrepareResources(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
         patience = context.time_remaining() or _KUBELET_PATIENCE_S
-        answers = await asyncio.gather(
-            *(self._answer("prepare", c, self._prepare(c, patience)) for c in request.claims)
-        )
+        answers = await _all([self._answer("prepare", c, self._prepare(c, patience)) for c in request.claims])
         return self._pb.NodePrepareResourcesResponse(claims=dict(answers))
 
     async def NodeUnprepareResources(self, request: Message, context: Any) -> Message:  # noqa: N802 - gRPC's name
-        answers = await asyncio.gather(*(self._answer("unprepare", c, self._unprepare(c)) for c in request.claims))
+        answers = await _all([self._answer("unprepare", c, self._unprepare(c)) for c in request.claims])
         return self._pb.NodeUnprepareResourcesResponse(claims=dict(answers))
 
     async def _prepare(self, message: Message, patience: float) -> Message:
@@ -115,6 +114,13 @@ class DraService:
         if self._has_share_id and device.share_id is not None:
             message.share_id = device.share_id
         return message
+
+
+async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, which run at once. One alone needs no task of its own, and so three turns of the loop less."""
+    if len(works) == 1:
+        return [await works[0]]
+    return await asyncio.gather(*works)
 
 
 class RegistrationService:
