@@ -187,6 +187,7 @@ async def test_what_nobody_listens_to_any_more_is_given_back_if_the_claim_is_gon
     with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
         await late
     world.delete(claim)
+    await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
 
     nvml.withdraw(cue)
     await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim) >= 2)
