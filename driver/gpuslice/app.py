@@ -25,9 +25,9 @@ from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
 from gpuslice.plugin import gauges, sockets
 from gpuslice.plugin.cdi_writer import CdiWriter
-from gpuslice.plugin.claim_queue import Releases
 from gpuslice.plugin.mps_upkeep import MpsUpkeep
 from gpuslice.plugin.prepare import Preparer
+from gpuslice.plugin.releases import Releases
 from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.plugin.steps import StepExecutor

@@ -12,7 +12,7 @@ from typing import Any
 from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef
 from gpuslice.core.record import PreparedClaim
 from gpuslice.kube import Kube
-from gpuslice.plugin.claim_queue import Releases
+from gpuslice.plugin.releases import Releases
 from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.standin.apiserver import StandInApiServer

@@ -1,7 +1,7 @@
 """The path of a claim through the driver. A claim may wait in this order: claim queue, API server, tickets, thread.
 
-The transaction itself is in `prepare.py`. This module only decides which call waits for which (`claim_queue.py` has the
-tools):
+The transaction itself is in `prepare.py`. This module only decides which call waits for which. Its tools are in
+`claim_queue.py`, `tickets.py`, `workers.py` and `releases.py`.
 
 * Each claim has one queue of jobs. An unprepare cancels a waiting prepare, and waits for the end of a running one.
 * The claim is fetched inside its queue, and again after every wait, because a claim can be deallocated and allocated
@@ -26,8 +26,11 @@ from gpuslice.core import claims
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
 from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
-from gpuslice.plugin.claim_queue import ClaimQueue, Job, Releases, Ticket, Tickets, Workers
+from gpuslice.plugin.claim_queue import ClaimQueue, Job
 from gpuslice.plugin.prepare import Preparer, Scope
+from gpuslice.plugin.releases import Releases
+from gpuslice.plugin.tickets import Ticket, Tickets
+from gpuslice.plugin.workers import Workers
 
 log = logging.getLogger(__name__)
 
