@@ -23,12 +23,13 @@ class Held:
 
     async def __call__(self, job: Job) -> str:
         self.runs += 1
-        job.working += self.working
+        assert not self.working or job.begin()
         self.begun.set()
         try:
             await self.release.wait()
         finally:
-            job.working -= self.working
+            if self.working:
+                job.end()
         return self.result
 
 

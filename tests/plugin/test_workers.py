@@ -15,7 +15,7 @@ from gpuslice.nvml.session import Session
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.plugin.claim_queue import Job
 from gpuslice.plugin.tickets import Tickets
-from gpuslice.plugin.workers import Workers
+from gpuslice.plugin.workers import Turn, Workers
 
 from tests.kit.waiting import settled
 
@@ -163,3 +163,88 @@ async def test_a_thread_that_cannot_be_started_costs_the_gpu_nothing(monkeypatch
 
     assert await workers.drained(0.01)
     assert (await tickets.take([A], tickets.arrive())).gpus == (A,)
+
+
+# ---------------------------------------------------------------- work that takes its ticket itself
+
+
+async def test_work_takes_a_free_gpu_in_its_own_thread_and_frees_it_at_its_end() -> None:
+    tickets = Tickets()
+    workers, stuck, threads = Workers(tickets), Stuck(), list[threading.Thread]()
+
+    def work(turn: Turn) -> bool:
+        threads.append(threading.current_thread())
+        taken = turn.take([A], 1)
+        threads.append(threading.current_thread())
+        stuck()
+        return taken
+
+    job = Job()
+    answer = asyncio.ensure_future(workers.run_freely(job, work, "prepare u-1"))
+    assert await asyncio.to_thread(stuck.begun.wait, 10)
+    assert job.working
+    assert not job.abandon()
+    assert tickets.take_now([A], 2) is None
+
+    stuck.release.set()
+    assert await answer
+    assert threads[0] is threads[1]
+    assert job.abandon()
+    assert tickets.take_now([A], 3) is not None
+
+
+async def test_work_does_not_overtake_a_claim_that_waits_for_one_of_its_gpus() -> None:
+    tickets = Tickets()
+    await tickets.take([A], tickets.arrive())
+    waiting = asyncio.create_task(tickets.take([A, B], tickets.arrive()))
+    await settled()
+    job = Job()
+
+    assert not await Workers(tickets).run_freely(job, lambda turn: turn.take([B], tickets.arrive()), "prepare u-1")
+
+    assert not job.working
+    waiting.cancel()
+    await settled()
+    assert tickets.take_now([B], 9) is not None
+
+
+async def test_work_of_a_cancelled_job_takes_nothing() -> None:
+    tickets = Tickets()
+    workers, stuck, taken = Workers(tickets), Stuck(), list[bool]()
+
+    def work(turn: Turn) -> None:
+        stuck()
+        taken.append(turn.take([A], 1))
+
+    job = Job()
+    answer = asyncio.ensure_future(workers.run_freely(job, work, "prepare u-1"))
+    assert await asyncio.to_thread(stuck.begun.wait, 10)
+    assert job.abandon()
+    answer.cancel()
+
+    stuck.release.set()
+    assert await workers.drained(10)
+    assert taken == [False]
+    assert tickets.take_now([A], 2) is not None
+
+
+async def test_a_long_fetch_is_no_hung_gpu_but_a_long_call_after_it_is() -> None:
+    tickets, fetch, call = Tickets(), Stuck(), Stuck()
+    workers = Workers(tickets, limit_s=0.05)
+
+    def work(turn: Turn) -> str:
+        fetch()
+        assert turn.take([A], 1)
+        return call()
+
+    answer = asyncio.ensure_future(workers.run_freely(Job(), work, "prepare u-1"))
+    done, _ = await asyncio.wait([answer], timeout=0.5)  # ten times the limit
+    assert not done
+
+    fetch.release.set()
+    with pytest.raises(HungError, match="prepare u-1 has not come back"):
+        await answer
+    assert set(tickets.hung()) == {A}
+    call.release.set()
+    assert await workers.drained(10)
+    assert tickets.hung() == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,11 +15,37 @@ T = TypeVar("T")
 
 
 class Job:
-    """The state of a job in its queue: whether it can still be cancelled, and whether a caller still waits for it."""
+    """The state of a job in its queue: whether it can still be cancelled, and whether a caller still waits for it.
+
+    `begin` and `end` are for any thread, because a thread that has fetched a claim goes on with the work by itself.
+    """
 
     def __init__(self) -> None:
         self.listeners = 0
-        self.working = 0  # > 0 while a thread works: such a job is never cancelled
+        self._lock = threading.Lock()
+        self._working = 0
+        self._abandoned = False
+
+    @property
+    def working(self) -> bool:
+        """Whether a thread works for it. Such a job is never cancelled."""
+        return self._working > 0
+
+    def begin(self) -> bool:
+        """Begin work that nothing cancels until `end`. False if the job was abandoned before."""
+        with self._lock:
+            self._working += not self._abandoned
+            return not self._abandoned
+
+    def end(self) -> None:
+        with self._lock:
+            self._working -= 1
+
+    def abandon(self) -> bool:
+        """Keep all work of the job from beginning. False if a thread works for it now."""
+        with self._lock:
+            self._abandoned = self._abandoned or not self._working
+            return self._abandoned
 
 
 @dataclass(slots=True)
@@ -42,7 +69,7 @@ class ClaimQueue:
         """
         line = self._lines.setdefault(uid, [])
         for job in line:
-            if job.kind == calls_off and not job.job.working:
+            if job.kind == calls_off and job.job.abandon():
                 job.task.cancel()
         if line and line[-1].kind == kind and not line[-1].task.cancelling():
             job = line[-1]
@@ -75,7 +102,7 @@ class ClaimQueue:
             ) from None
         finally:
             job.job.listeners -= 1
-            if not job.job.listeners and not job.job.working and not job.task.done():
+            if not job.job.listeners and not job.task.done() and job.job.abandon():
                 job.task.cancel()
 
     def _leave(self, uid: ClaimUid, job: _Queued) -> None:

@@ -13,10 +13,11 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from gpuslice.core.model import GpuUuid
 from gpuslice.errors import ClaimError, HungError
 from gpuslice.nvml.session import Pulse
 from gpuslice.plugin.claim_queue import Job
@@ -27,16 +28,35 @@ T = TypeVar("T")
 _MOST_WAITING = 8  # idle threads that are kept for the next work; a burst may use more
 
 
-class _Watchdog:
-    """The timer of one piece of work, and the calls that it looks at."""
+class Turn:
+    """What a piece of work holds: a ticket, from its begin or since `take`. A call to the hardware needs one."""
 
-    def __init__(self) -> None:
-        self.pulse = Pulse()
+    def __init__(self, tickets: Tickets, job: Job, ticket: Ticket | None = None) -> None:
+        self.pulse, self.ticket = Pulse(), ticket
         self.timer: asyncio.TimerHandle | None = None
+        self._tickets, self._job = tickets, job
 
-    def cancel(self) -> None:
+    def take(self, gpus: Sequence[GpuUuid], arrival: int) -> bool:
+        """Take a ticket for these GPUs, in the thread of the work. False if it would have to wait, or the job was cancelled.
+
+        Then the thread goes on without the event loop: each change of threads costs 0.1 ms (measured).
+        """
+        if not self._job.begin():
+            return False
+        ticket = self._tickets.take_now(gpus, arrival)
+        if ticket is None:
+            self._job.end()
+            return False
+        self.pulse.beat = time.monotonic()
+        self.ticket = ticket
+        return True
+
+    def end(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
+        if self.ticket is not None:
+            self._job.end()
+            self._tickets.release(self.ticket)
 
 
 class Workers:
@@ -59,50 +79,56 @@ class Workers:
         self._idle.set()
 
     async def run(self, ticket: Ticket, job: Job, work: Callable[[], T], name: str) -> T:
-        """The result of `work`; HungError where one call takes longer than the limit, while the thread goes on and keeps
-        the ticket. Many calls may take longer together: fourteen partitions are made in sixteen seconds.
+        """The result of `work`, which has this ticket. As `run_freely` otherwise."""
+        job.begin()
+        return await self._run(Turn(self._tickets, job, ticket), lambda _: work(), name)
+
+    async def run_freely(self, job: Job, work: Callable[[Turn], T], name: str) -> T:
+        """The result of `work`, which has no ticket yet and may take one. HungError if, from then on, one call takes longer
+        than the limit; the thread goes on and keeps the ticket. Many calls may take longer together: fourteen partitions
+        are made in sixteen seconds.
 
         The end of the work releases the ticket. The work has the context variables of the caller (the `op=` id).
         """
+        return await self._run(Turn(self._tickets, job), work, name)
+
+    async def _run(self, turn: Turn, work: Callable[[Turn], T], name: str) -> T:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        context, watchdog = contextvars.copy_context(), _Watchdog()
-        watchdog.pulse.listen(context)
+        context = contextvars.copy_context()
+        turn.pulse.listen(context)
 
         def body() -> None:
             end: Callable[[], None]
             try:
-                end = partial(answer.set_result, context.run(work))
+                end = partial(answer.set_result, context.run(work, turn))
             except BaseException as e:  # noqa: BLE001 - passed to the caller that awaits the answer
                 end = partial(answer.set_exception, e)
             loop.call_soon_threadsafe(ended, end)
 
         def ended(end: Callable[[], None]) -> None:
-            watchdog.cancel()
-            job.working -= 1
             self._leave()
-            self._tickets.release(ticket)
+            turn.end()
             if not answer.done():
                 end()
 
         try:
             self._give(body)
         except RuntimeError as e:
-            self._tickets.release(ticket)
+            turn.end()
             raise ClaimError(f"{name} cannot begin: {e}; raise the limit of processes of this container") from e
-        self._watch(watchdog, ticket, answer, name)
-        job.working += 1
+        self._watch(turn, answer, name)
         return await answer
 
-    def _watch(self, watchdog: _Watchdog, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
-        """Look again when the call of now would be overdue."""
-        quiet_s = time.monotonic() - watchdog.pulse.beat
-        if quiet_s < self._limit_s:
-            again = partial(self._watch, watchdog, ticket, answer, name)
-            watchdog.timer = asyncio.get_running_loop().call_later(self._limit_s - quiet_s, again)
+    def _watch(self, turn: Turn, answer: asyncio.Future[Any], name: str) -> None:
+        """Look again when the call of now would be overdue. Without a ticket there are no calls to the hardware."""
+        quiet_s = 0.0 if turn.ticket is None else time.monotonic() - turn.pulse.beat
+        if turn.ticket is None or quiet_s < self._limit_s:
+            again = partial(self._watch, turn, answer, name)
+            turn.timer = asyncio.get_running_loop().call_later(self._limit_s - quiet_s, again)
         else:
-            call = watchdog.pulse.call
-            self._overdue(ticket, answer, f"{call} ({name})" if call else name)
+            call = turn.pulse.call
+            self._overdue(turn.ticket, answer, f"{call} ({name})" if call else name)
 
     def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
         error = HungError.overdue(name, ticket.gpus, self._limit_s)
