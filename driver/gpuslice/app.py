@@ -35,6 +35,7 @@ from gpuslice.publishing import node_health
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.system import files, libc
+from gpuslice.system.folder_watch import FolderWatch
 from gpuslice.system.threads import ThreadWatch
 from gpuslice.telemetry import Telemetry, setup_logging
 from gpuslice.web import site
@@ -228,7 +229,7 @@ class App:
     def _watch_records(self, loop: asyncio.AbstractEventLoop, controller: SliceController) -> Callable[[], None]:
         """Tell waiting claims and waiting pools which records were dropped, by this instance or another one. Returns a
         function that stops this."""
-        watch = files.FolderWatch(self._checkpoint.folder)
+        watch = FolderWatch(self._checkpoint.folder)
 
         def read_news() -> None:
             self._releases.notify([ClaimUid(name.removesuffix(".json")) for name in watch.read()])

@@ -153,8 +153,12 @@ class Checkpoint(Records):
         if there is not None and there.st_size < _LONGEST:
             version = files.append(path, journal.entry(line))
         else:
-            version = files.write_atomic(path, f"{line}\n", spares=self.spares)
+            version = self._replace(path, f"{line}\n", new=there is None)
         self._read[path.name] = (version, record)
+
+    def _replace(self, path: Path, text: str, *, new: bool) -> Version:
+        version = files.create(path, text, 0o600, self.spares) if new else None
+        return version or files.write_atomic(path, text, spares=self.spares)
 
     def drop(self, uid: ClaimUid) -> None:
         files.remove(self._path(uid))

@@ -18,6 +18,7 @@ from gpuslice.plugin.service import ClaimService
 from gpuslice.standin.apiserver import StandInApiServer
 from gpuslice.standin.kubelet import PluginAnswer, StandInKubelet
 from gpuslice.system import files
+from gpuslice.system.folder_watch import FolderWatch
 from gpuslice.telemetry import Telemetry
 
 from tests.kit.rig import NODE, Rig
@@ -52,7 +53,7 @@ class DriverInstance:
             telemetry=Telemetry(),
         )
         self.deserted = asyncio.Event()  # a caller of a prepare has gone before its answer
-        self._watch = files.FolderWatch(self.rig.checkpoint.folder)
+        self._watch = FolderWatch(self.rig.checkpoint.folder)
 
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
         try:

@@ -33,7 +33,7 @@ from gpuslice.pb import (
     registration_v1_pb2_grpc,
 )
 from gpuslice.plugin import sockets
-from gpuslice.system import files
+from gpuslice.system.folder_watch import FolderWatch
 from gpuslice.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ class DraService:
                 except Exception:
                     log.exception("%s failed unexpectedly claim=%s", operation, claim)
                     raise
-                log.info("%s done claim=%s", operation, claim)
+                # After this turn of the loop, so that the line does not delay the answer.
+                asyncio.get_running_loop().call_soon(log.info, "%s done claim=%s", operation, claim)
                 return message.uid, answer
         except DriverError as e:
             return message.uid, empty(error=str(e))
@@ -197,7 +198,7 @@ class PluginServer:
     async def lost(self) -> str:
         """Wait until a server ends or a socket is removed, which only a restart repairs. Returns a sentence that names it."""
         loop = asyncio.get_running_loop()
-        watches = [files.FolderWatch(path.parent, arrivals=True) for path in (self.endpoint, self.registration)]
+        watches = [FolderWatch(path.parent, arrivals=True) for path in (self.endpoint, self.registration)]
         changed = asyncio.Event()
         try:
             for watch in watches:

@@ -1,4 +1,4 @@
-"""Files of the driver: atomic writes, locks between two instances, notifications of deleted files.
+"""Files of the driver: atomic writes, and locks between two instances.
 
 The atomic write does **not** fsync. Our files describe partitions, compute modes and MPS daemons, which do not survive a
 reboot either. A killed process loses none of its writes, because the page cache belongs to the kernel. So fsync would only
@@ -14,19 +14,14 @@ import fcntl
 import logging
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from gpuslice.errors import StateError
-from gpuslice.system import libc
-from gpuslice.system.spares import Spares
+from gpuslice.system.spares import Spares, named
 
 log = logging.getLogger(__name__)
-
-_IN_DELETE, _IN_CREATE, _IN_MOVED_FROM, _IN_MOVED_TO = 0x200, 0x100, 0x40, 0x80
-_EVENT = struct.Struct("iIII")  # struct inotify_event without its name (inotify(7))
 
 
 # In temporary names: two driver pods of a rolling update may both be process 1 of their containers.
@@ -132,13 +127,7 @@ def write_atomic(
         if descriptor is None:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:
-            _write(descriptor, text)
-            if mtime_ns is not None:
-                os.utime(descriptor, ns=(mtime_ns, mtime_ns))
-            there = os.fstat(descriptor)
-            if stat.S_IMODE(there.st_mode) != mode:  # the umask took some of it
-                os.fchmod(descriptor, mode)
-            version = Version.of(there)
+            version = _fill(descriptor, text, mode, mtime_ns)
         finally:
             os.close(descriptor)
         _rename(temporary, path)
@@ -147,6 +136,35 @@ def write_atomic(
             os.unlink(temporary)  # noqa: PTH108
         raise _refused("write", path, e) from e
     return version
+
+
+def create(path: Path, text: str, mode: int, spares: Spares) -> Version | None:
+    """Have a new file with this text, which appears whole. None if there is a file, or no spare for it.
+
+    For folders whose readers need no rename: one change of the folder, where `write_atomic` makes two.
+    """
+    descriptor = spares.take()
+    if descriptor is None:
+        return None
+    try:
+        version = _fill(descriptor, text, mode)
+    except OSError as e:
+        os.close(descriptor)
+        raise _refused("write", path, e) from e
+    if named(descriptor, str(path)) is None:
+        return None
+    os.close(descriptor)
+    return version
+
+
+def _fill(descriptor: int, text: str, mode: int, mtime_ns: int | None = None) -> Version:
+    _write(descriptor, text)
+    if mtime_ns is not None:
+        os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+    there = os.fstat(descriptor)
+    if stat.S_IMODE(there.st_mode) != mode:  # the umask took some of it
+        os.fchmod(descriptor, mode)
+    return Version.of(there)
 
 
 def _rename(temporary: str, path: Path) -> None:
@@ -265,7 +283,7 @@ def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) ->
         try:
             with translated("lock", path):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not unlink or _same_file(descriptor, path):  # only a lock that is unlinked can be an old one
+            if not unlink or os.fstat(descriptor).st_nlink:  # else its holder has unlinked it since
                 try:
                     yield
                 finally:
@@ -290,43 +308,3 @@ def try_lock(path: Path) -> int | None:
         if _same_file(descriptor, path):
             return descriptor
         os.close(descriptor)
-
-
-class FolderWatch:
-    """Names of files that are deleted from (or, with `arrivals`, leave or appear in) a folder, by inotify(7), whoever did it.
-
-    Without `arrivals` renames are no news: each atomic write is one.
-
-    `fileno` becomes readable when there is something to `read`; nothing is missed between construction and `close`.
-    """
-
-    def __init__(self, folder: Path, *, arrivals: bool = False) -> None:
-        # A bound socket appears by IN_CREATE, a file that was written atomically by IN_MOVED_TO.
-        mask = _IN_DELETE | (_IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE if arrivals else 0)
-        try:
-            self._fd = libc.watch_folder(folder, mask)
-        except OSError as e:
-            raise StateError(
-                f"cannot watch {folder}: {e.strerror}; raise fs.inotify.max_user_instances or check the folder"
-            ) from e
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def read(self) -> list[str]:
-        """Names since the last read; empty when there is none. An overflow of the kernel's queue is the name ""."""
-        try:
-            data = os.read(self._fd, 65536)
-        except BlockingIOError:
-            return []
-        names, at = [], 0
-        while at < len(data):
-            _, _, _, length = _EVENT.unpack_from(data, at)
-            names.append(data[at + _EVENT.size : at + _EVENT.size + length].rstrip(b"\0").decode())
-            at += _EVENT.size + length
-        return names
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
