@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -75,26 +74,6 @@ def test_the_umask_takes_nothing_of_a_new_file(tmp_path: Path) -> None:
         os.umask(before)
 
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
-
-
-def test_a_lock_through_a_spare_excludes_one_without_and_leaves_nothing(tmp_path: Path) -> None:
-    path, order, tried = tmp_path / "claim.lock", [], threading.Event()
-
-    def second() -> None:
-        tried.set()
-        with files.locked(path, unlink=True, spares=filled(tmp_path)):
-            order.append("second")
-
-    with files.locked(path, unlink=True, spares=filled(tmp_path)):
-        thread = threading.Thread(target=second)
-        thread.start()
-        tried.wait(5)
-        assert files.try_lock(path) is None
-        order.append("first")
-    thread.join(5)
-
-    assert order == ["first", "second"]
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_more_than_eight_are_kept_and_a_used_one_is_closed(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 # In temporary names: two driver pods of a rolling update may both be process 1 of their containers.
 _MINE = f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
+_BYTE = struct.Struct("hhqqi4x")  # struct flock of fcntl(2): type, whence, start, length, pid
 
 
 class Version(NamedTuple):
@@ -270,28 +275,35 @@ def _open_lock(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path` (flock(2): per open file, so threads and processes exclude each other alike).
 
-    Waits as long as it takes. `unlink` removes the file while the lock is held, so that locks named by claims leave
-    nothing behind; never set it for a lock that lives as long as the node (a GPU's). `spares` as in `write_atomic`.
+    Waits as long as it takes. The file stays: a lock on a file that was unlinked excludes nobody.
     """
-    while True:
-        descriptor = spares.link(str(path)) if spares else None
-        if descriptor is None:
-            descriptor = _open_lock(path)
-        try:
-            with translated("lock", path):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not unlink or os.fstat(descriptor).st_nlink:  # else its holder has unlinked it since
-                try:
-                    yield
-                finally:
-                    if unlink:
-                        path.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(descriptor)
+    descriptor = _open_lock(path)
+    try:
+        with translated("lock", path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked_name(path: Path, name: str) -> Iterator[None]:
+    """Hold an exclusive lock on a name in the file `path`, as `locked` does on a file; other names are free.
+
+    It locks one byte, far behind the end of the empty file (F_OFD_SETLKW of fcntl(2), Linux 3.15). A lock file for each
+    name would be made and removed each time, which costs 0.06 ms (measured, ext4).
+    """
+    place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")  # below 2**63, an off_t
+    descriptor = _open_lock(path)
+    try:
+        with translated("lock", path):
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _BYTE.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def try_lock(path: Path) -> int | None:
