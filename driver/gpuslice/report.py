@@ -77,7 +77,7 @@ def mode(gpu: Gpu, live: LiveGpu | None) -> str:
 
 
 def reasons(pool: Pool, taints: Taints) -> list[str]:
-    """Why devices of this card cannot be used now, each reason once."""
+    """Why devices of this card are unavailable now, each reason once."""
     return sorted({taint.reason for device in pool.devices for taint in taints.get(device.ref, ())})
 
 

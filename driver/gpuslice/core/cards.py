@@ -59,7 +59,7 @@ def _with_profiles(gpu: Gpu, before: Gpu | None) -> Gpu:
 
 
 def _missing(gpu: Gpu, *, kept: bool) -> str:
-    was_here = f"GPU {gpu.index} ({gpu.product}, {gpu.bus_id}) was here before and cannot be read now"
+    was_here = f"GPU {gpu.index} ({gpu.product}, {gpu.bus_id}) was here before and is unreadable now"
     if kept:
         return f"{was_here}; its pool stays and is tainted until the card is back or the node restarts"
     return f"{was_here}, after a restart of the node, so its pool is removed; it is offered again when NVML lists it"

@@ -78,9 +78,8 @@ def _verdict(wrong: str | None, well: str) -> Html:
 def _card(pool: Pool, look: NodeLook, records: Sequence[Record]) -> Html:
     gpu, live = pool.gpu, look.live.get(pool.gpu.uuid)
     held = [(record, number) for record in records for number, g in enumerate(record.plan.grants) if g.gpu == gpu.uuid]
-    mode = "cannot be read now" if live is None else report.mode(gpu, live)
     return joined(
-        tag("h2", f"GPU {gpu.index} · {gpu.product} · {gpu.memory_bytes // MIB} MiB · {mode}"),
+        tag("h2", f"GPU {gpu.index} · {gpu.product} · {gpu.memory_bytes // MIB} MiB · {report.mode(gpu, live)}"),
         tag("p", f"{gpu.bus_id} · ", tag("code", gpu.uuid), class_="facts"),
         _map(gpu, live, [record.plan.grants[number] for record, number in held], records),
         _holders(held),
@@ -91,7 +90,7 @@ def _card(pool: Pool, look: NodeLook, records: Sequence[Record]) -> Html:
 def _tainted(pool: Pool, taints: Taints) -> Iterator[str]:
     counts = Counter(reason for device in pool.devices for reason in {t.reason for t in taints.get(device.ref, ())})
     for reason, number in sorted(counts.items()):
-        yield f"{number} of {_count(len(pool.devices), 'device')} cannot be used now: {reason}"
+        yield f"{number} of {_count(len(pool.devices), 'device')} unavailable now: {reason}"
 
 
 # ---------------------------------------------------------------- the map
