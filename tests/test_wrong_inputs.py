@@ -52,7 +52,7 @@ MISTAKES = [
     ("completion csh", 2, "argument SHELL: invalid choice: 'csh'"),
     ("run --driver-name GPU.example", 2, "of lower-case letters, digits, - and .; write gpu.example"),
     (f"run --driver-name {'x' * 37}", 2, "has 37 characters and may have at most 36 characters"),
-    ("devices --simulate H100x2", 2, "'H100x2' has capital letters, and the names of products have none; write h100x2"),
+    ("devices --simulate H100x2", 2, "'H100x2' has capital letters, but names of products have none; write h100x2"),
     ("devices --simulate h100x0", 2, "'h100x0' is not a card; write a product, x and a count from 1 to 16"),
     ("devices --simulate h100,l4", 2, "as in h100x8, and + between several"),
     ("devices --simulate {0}/no.yaml", 2, "no.yaml is not there; check the path"),

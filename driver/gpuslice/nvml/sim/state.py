@@ -5,8 +5,8 @@
     gpu<N>.json     the state of card N; gpu<N>.lock guards changes, gpu<N>.turn is the queue of NVML calls
     cues/ events/   see faults.py
 
-Two processes may use one folder. A reader trusts its cache as long as inode and mtime of the file stay the same; the
-kernel's clock ticks too coarsely for that (inodes are used again within a tick), so each write sets a larger mtime.
+Two processes may use one folder. A reader uses its cache while inode and mtime of the file stay the same. The clock of the
+kernel is too coarse for that, because an inode can be used again within a tick. So each write sets a larger mtime.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class StateFolder:
         return self._part(f"gpu{index}.json")
 
     def _part(self, name: str) -> Path:
-        """A file of the folder. Cached, because each call on a GPU needs some, and a Path costs as much as its use."""
+        """A file of the folder. Cached: each call on a GPU needs some of them, and a Path costs as much as the use of
+        its file."""
         path = self._parts.get(name)
         if path is None:
             path = self._parts[name] = self.path / name
@@ -103,7 +104,7 @@ class StateFolder:
         """The card's state, from the cache if the file is unchanged."""
         path = self._file(index)
         try:
-            key = Version.of(os.stat(path))  # noqa: PTH116  twice as fast as Path.stat, and `look` calls nothing else
+            key = Version.of(os.stat(path))  # noqa: PTH116  twice as fast as Path.stat; `look` needs nothing else
             held = self._cache.get(index)
             if held is not None and held[0] == key:
                 return held[1]
@@ -172,7 +173,7 @@ def _decode(body: Mapping[str, object]) -> GpuState:
     return GpuState(
         live=live,
         compute_mode=ComputeMode(cast("int", body["computeMode"])),
-        time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release does not have it
+        time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release has no such key
         processes=tuple(
             GpuProcess(pid=p["pid"], name=str(p["name"]), gi=p["gi"], ci=p["ci"], used_bytes=p["usedBytes"])
             for p in processes
