@@ -1,4 +1,4 @@
-"""What `gpuslice --help` and the help of each command say, within 80 columns."""
+"""The texts of `gpuslice --help` and of the help of each command, within 80 columns."""
 
 EXIT_CODES = """\
 exit codes:
