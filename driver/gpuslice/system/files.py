@@ -2,8 +2,8 @@
 
 The atomic write does **not** fsync. Our files describe partitions, compute modes and MPS daemons, which do not survive a
 reboot either. A killed process loses none of its writes, because the page cache belongs to the kernel. So fsync would only
-protect records that the driver ignores after the next boot (`checkpoint.py` keeps one folder for each boot), and it would
-cost milliseconds for each write of a prepare.
+protect records that the driver ignores after the next boot (`checkpoint.py` keeps one folder for each boot), and each
+write of a prepare would take milliseconds longer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _IN_DELETE, _IN_CREATE, _IN_MOVED_FROM, _IN_MOVED_TO = 0x200, 0x100, 0x40, 0x80
 _EVENT = struct.Struct("iIII")  # struct inotify_event without its name (inotify(7))
 
 
-# In temporary names: two driver pods of a rolling update may both be process 1 of their containers.
+# Part of temporary names, because two driver pods of a rolling update may both be process 1 of their containers.
 _MINE = f"{os.getpid()}-{os.urandom(4).hex()}"
 
 
 class Version(NamedTuple):
-    """Distinguishes contents of a file without reading them.
+    """Detects a change of a file's content without a read.
 
-    The size is part of it because the kernel's clock is coarse (4 ms) and an inode is used again at once: of three quick
-    writes the third may look like the first by those two alone.
+    The size is part of it, because the kernel's clock is coarse (4 ms) and an inode can be used again at once. So without the
+    size, the third of three quick writes could look like the first.
     """
 
     inode: int
@@ -50,7 +50,7 @@ class Version(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """As `Version`, of a file that others may change: no chmod, link or folder in its place has the same one."""
+    """Like `Version`, for a file that others may change. A chmod, a link or a folder in its place gives another identity."""
 
     inode: int
     ctime_ns: int
@@ -67,7 +67,7 @@ class Identity(NamedTuple):
 
 
 def holds(path: Path, text: str, mode: int) -> bool:
-    """Whether a plain file of this mode is there and holds exactly this text."""
+    """Whether a plain file of this mode exists with exactly this text."""
     there = Identity.at(path)
     if there is None or there.mode != stat.S_IFREG | mode:
         return False
@@ -78,32 +78,33 @@ def holds(path: Path, text: str, mode: int) -> bool:
 
 
 def clear(path: Path) -> None:
-    """Clear the place of a file of ours of a link or an empty folder. What a folder holds is somebody's: StateError."""
+    """Remove a link or an empty folder from the place of a file of ours. StateError for a folder with content, which is
+    not ours."""
     with translated("write", path):
         if path.is_symlink():
             path.unlink()
         else:
             path.rmdir()
-    log.warning("removed %s: a file of the driver belongs there, and it was none", path)
+    log.warning("removed %s, because a file of the driver belongs there", path)
 
 
-# What a person can do, by the error's number. Anything else is a matter of permissions and space.
+# Remedies by the error's number. The default remedy is about permissions and space.
 _REMEDIES = {
     errno.EMFILE: "raise the limit of open files of the driver's container",
     errno.ENFILE: "raise fs.file-max of the node",
     errno.ENOMEM: "give the driver's container more memory",
-    errno.EROFS: "mount its file system writable, or look in the kernel log why it no longer is",
-    errno.EIO: "its disk fails: look in the kernel log, and drain the node",
-    errno.ELOOP: "it is a link, and no file of ours is: remove it",
-    errno.EISDIR: "it is a folder, and a file is wanted there: move it away",
-    errno.ENOTEMPTY: "it is a folder, and a file is wanted there: move it away",
+    errno.EROFS: "mount its file system writable, or look in the kernel log for the reason",
+    errno.EIO: "its disk fails; look in the kernel log, and drain the node",
+    errno.ELOOP: "it is a link, but files of the driver are not links; remove it",
+    errno.EISDIR: "it is a folder, but the driver needs a file there; move it away",
+    errno.ENOTEMPTY: "it is a folder, but the driver needs a file there; move it away",
     errno.ENAMETOOLONG: "give the driver a shorter folder",
 }
 
 
 @contextlib.contextmanager
 def translated(verb: str, path: Path | str) -> Iterator[None]:
-    """Turn an OSError into a StateError that says what cannot be done with which path."""
+    """Turn an OSError into a StateError that names the failed action and the path."""
     try:
         yield
     except OSError as e:
@@ -118,13 +119,13 @@ def _refused(verb: str, path: Path | str, error: OSError) -> StateError:
 def write_atomic(
     path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None, spares: Spares | None = None
 ) -> Version:
-    """Make `path` hold `text`, or leave it as it was; readers see the old text or the new one, never a part.
+    """Write `text` to `path`. After an error, the file is unchanged. Readers see the old or the new text, never a part.
 
-    With `spares`, which are of the same folder and mode, the file is not made here and now.
+    `spares` must have the same folder and mode. Then no new file has to be created now.
 
-    The temporary file lies in the same folder: CDI runtimes notice a rename only from there (measured on
-    containerd 1.7 and 2.1), and its name has no suffix that they would read. Plain system calls: Python's file objects
-    make three times as many, each of which lets go of the interpreter and queues for it again.
+    The temporary file is in the same folder, because CDI runtimes notice only such a rename (measured on containerd 1.7 and
+    2.1). Its name has no suffix that they would read. The function uses plain system calls, because Python's file objects
+    make three times as many, and each call releases the interpreter lock and waits for it again.
     """
     temporary = f"{path.parent}/.{path.name}.{_MINE}.tmp"
     try:
@@ -136,7 +137,7 @@ def write_atomic(
             if mtime_ns is not None:
                 os.utime(descriptor, ns=(mtime_ns, mtime_ns))
             there = os.fstat(descriptor)
-            if stat.S_IMODE(there.st_mode) != mode:  # the umask took some of it
+            if stat.S_IMODE(there.st_mode) != mode:  # the umask removed some bits
                 os.fchmod(descriptor, mode)
             version = Version.of(there)
         finally:
@@ -190,11 +191,11 @@ def remove(path: Path) -> bool:
 
 
 def ensure_folder(path: Path, mode: int = 0o750) -> Path:
-    """Have a folder with at least these rights, whatever the umask; those of a folder of somebody else stay as they are."""
+    """Make a folder with at least these rights, for any umask. An existing folder of another user keeps its rights."""
     try:
         made = [parent for parent in path.parents if not parent.exists()] if mode & 0o001 else []
         path.mkdir(mode=mode, parents=True, exist_ok=True)
-        for folder in (path, *made):  # others have to pass the parents that we made, too
+        for folder in (path, *made):  # other users must be able to pass new parents, too
             there = folder.stat()
             if there.st_mode & mode != mode and there.st_uid == os.geteuid():
                 folder.chmod(stat.S_IMODE(there.st_mode) | mode)
@@ -219,14 +220,14 @@ def _obstacle(path: Path, error: OSError) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> str:
-    """The sentence about a file or folder of the driver that this process may not read, or cannot."""
+    """The sentence for a file or folder of the driver that this process cannot read, or may not read."""
     if isinstance(error, PermissionError):
         return f"{path} is not readable for uid {os.getuid()}; use the user of the driver, which is root in most cases"
     return f"cannot read {path}: {error.strerror}; check the file system and its permissions"
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still what the path names: a lock on an unlinked file excludes no other process."""
+    """Whether the open file still has this path. A lock on an unlinked file excludes no other process."""
     try:
         there = path.stat()
     except FileNotFoundError:
@@ -236,7 +237,8 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _open_lock(path: Path) -> int:
-    """A link would let two names be one lock, for which a claim with two cards waits for ever."""
+    """Open a lock without following links. Through a link, two names would be one lock, and a claim with two cards
+    would wait for itself."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         return os.open(path, flags, 0o600)
@@ -253,10 +255,10 @@ def _open_lock(path: Path) -> int:
 
 @contextlib.contextmanager
 def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (flock(2): per open file, so threads and processes exclude each other alike).
+    """Hold an exclusive lock on `path` (flock(2): per open file, so threads exclude each other like processes).
 
-    Waits as long as it takes. `unlink` removes the file while the lock is held, so that locks named by claims leave
-    nothing behind; never set it for a lock that lives as long as the node (a GPU's). `spares` as in `write_atomic`.
+    Waits without a limit. `unlink` removes the file while the lock is held, so that locks with names of claims leave
+    no files. Never set `unlink` for a lock that exists as long as the node (a GPU's). `spares` as in `write_atomic`.
     """
     while True:
         descriptor = spares.link(str(path)) if spares else None
@@ -265,7 +267,7 @@ def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) ->
         try:
             with translated("lock", path):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not unlink or _same_file(descriptor, path):  # only a lock that is unlinked can be an old one
+            if not unlink or _same_file(descriptor, path):  # only a lock with `unlink` can be an old one
                 try:
                     yield
                 finally:
@@ -293,11 +295,11 @@ def try_lock(path: Path) -> int | None:
 
 
 class FolderWatch:
-    """Names of files that are deleted from (or, with `arrivals`, leave or appear in) a folder, by inotify(7), whoever did it.
+    """Names of files that any process deletes from a folder, by inotify(7). With `arrivals`: files that leave or appear.
 
-    Without `arrivals` renames are no news: each atomic write is one.
+    Without `arrivals`, renames are ignored, because each atomic write is a rename.
 
-    `fileno` becomes readable when there is something to `read`; nothing is missed between construction and `close`.
+    `fileno` becomes readable when there is something to `read`. No event between construction and `close` is lost.
     """
 
     def __init__(self, folder: Path, *, arrivals: bool = False) -> None:
@@ -314,7 +316,7 @@ class FolderWatch:
         return self._fd
 
     def read(self) -> list[str]:
-        """Names since the last read; empty when there is none. An overflow of the kernel's queue is the name ""."""
+        """Names since the last read; empty if there are none. An overflow of the kernel's queue is the name ""."""
         try:
             data = os.read(self._fd, 65536)
         except BlockingIOError:
