@@ -37,7 +37,7 @@ def read(path: Path, what: str, page: str) -> object:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise ConfigError(f"{name} is not there; check the path") from e
+        raise ConfigError(f"{name} does not exist; check the path") from e
     except IsADirectoryError as e:
         raise ConfigError(f"{name} is a folder; name the file in it") from e
     except UnicodeDecodeError as e:
