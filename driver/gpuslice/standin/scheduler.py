@@ -34,8 +34,7 @@ class Request:
 
     where: the wanted device, by attribute or capacity name: a value for "equal", text such as ">=9Gi" for "at
       least"; or a function of the device. Devices of other drivers than `driver` are skipped ("" skips none).
-    count: None for "All". capacity: name → quantity. alternatives: `firstAvailable`, in order; then the other fields
-    have no effect.
+    count: None for "All". capacity: name → quantity. alternatives: `firstAvailable`, in order; then nothing else counts.
     """
 
     name: str
@@ -259,8 +258,7 @@ class _Search:
         return device.id not in self._allocated and all(pick.request.admin for pick in beside)
 
     def _counters_allow(self, device: _Device, beside: Sequence[_Pick], picks: tuple[_Pick, ...]) -> bool:
-        """Admin access is charged too. This is a defect of the real scheduler (kubernetes #140729) that drivers must
-        tolerate."""
+        """Admin access is charged too, by a defect of the real scheduler (kubernetes #140729) that drivers must tolerate."""
         if device.shared and (beside or device.id in self._allocated.consumed):
             return True
         name = device.id[:2]
