@@ -231,7 +231,7 @@ async def test_a_wrong_endpoint_is_told_before_anything_is_served(cluster: Stand
     driver = await cluster.start("--http-endpoint", "::1:9510", ready=False)
 
     assert await driver.wait() == 2
-    assert "give a port up to 65535, host:port or [IPv6 address]:port" in driver.log.read_text()
+    assert "name a port up to 65535, host:port or [IPv6 address]:port" in driver.log.read_text()
     assert "serving on" not in driver.log.read_text()
 
 

@@ -33,7 +33,7 @@ def test_without_a_policy_file_the_default_holds() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "is not there; check the path"),
+        (None, "does not exist; check the path"),
         (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
         (b"default: [", "is not YAML, line 1, column 11: "),
         (b"apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault: {modus: [gpu]}", "modus"),
@@ -192,7 +192,7 @@ def test_settings_of_a_running_driver_that_cannot_be_read_name_the_flags_to_give
     with (
         pytest.raises(
             StateError,
-            match=r"running\.json is not .* \(.*\); start the driver again, or give --node-name, and --simulate",
+            match=r"running\.json is not .* \(.*\); start the driver again, or use --node-name, and --simulate",
         ),
         node.snapshot(config),
     ):

@@ -1,4 +1,4 @@
-"""`python -m gpuslice`, and the command `gpuslice`: before anything large is loaded, SIGTERM is listened to."""
+"""`python -m gpuslice`, and the command `gpuslice`. It handles SIGTERM before it loads anything large."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     if sys.argv[1:2] in (["run"], ["mps-supervisor"]):
-        # The kernel drops SIGTERM for a process 1 that does not handle it. What serves later has handlers of its own.
+        # The kernel drops SIGTERM for a process 1 without a handler. The services set their own handlers later.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from gpuslice import cli
 

@@ -45,25 +45,25 @@ from gpuslice.web.server import HttpServer
 log = logging.getLogger(__name__)
 
 _COLLECT_PERIOD_S = 60.0
-_DRAIN_S = 10.0  # running work is let finish for so long; the DaemonSet's grace period is longer
+_DRAIN_S = 10.0  # time for running work to finish; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
-_GLANCE_S = 1.0  # a person waits for a page not as long as `node_health.LIMIT_S`
-_DRIVER_PERIOD_S = 2.0  # from one try to list the cards to the next, only if they could not be listed at the start
+_GLANCE_S = 1.0  # for the page: a person does not wait as long as `node_health.LIMIT_S`
+_DRIVER_PERIOD_S = 2.0  # between two tries to list the cards, if they could not be listed at the start
 
 
 def run(config: Config) -> int:
-    """Run the kubelet plugin until SIGTERM or SIGINT, or until a part of it fails for good; returns the exit code."""
+    """Run the kubelet plugin until SIGTERM or SIGINT, or until a part of it fails finally. Returns the exit code."""
     setup_logging(config.log_level)
     libc.use_one_arena()
     app = App(config)
     code = asyncio.run(app.serve())
     if app.again:
-        # As a new process, because a driver that was loaded meanwhile may have brought another library.
+        # Start a new process, because a driver that was loaded in the meantime may have another library.
         logging.shutdown()
         sys.stderr.flush()
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line
     if app.hanging:
-        # A thread that hangs in NVML would keep the interpreter from ending, and the DaemonSet from starting anew.
+        # A thread that hangs in NVML would block the end of the interpreter, and so the restart by the DaemonSet.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
@@ -76,7 +76,7 @@ class App:
     def __init__(self, config: Config) -> None:
         """Build all parts that need no event loop. ConfigError or StateError if the node is not ready.
 
-        Without cards that can be listed the driver serves all the same: see `nvml/session.py`.
+        If the cards cannot be listed, the driver serves nevertheless: see `nvml/session.py`.
         """
         _check(config)
         self._config = config
@@ -98,13 +98,13 @@ class App:
         misfits = node.sentences((*dynamic.notes, *static.notes), config.policy)
         for sentence in (*sentences, *self._nvml.notes(), *policy.unused(gpus), *misfits, *host.advice()):
             log.warning("%s", sentence)
-        inventory = dynamic.knowing(static)  # a claim is served under whichever plan it was made
-        # Folders only now: a start that fails at its settings leaves none.
+        inventory = dynamic.knowing(static)  # the driver serves claims that were made under either plan
+        # Folders are made only now, so that a start with wrong settings leaves none.
         files.ensure_folder(folder)
         files.ensure_folder(config.kubelet_registrar_directory_path)
         self._cards.save(gpus)
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
-        self._checkpoint.records()  # what cannot be read is named in the log
+        self._checkpoint.records()  # the log names unreadable records
         self._mps = MpsClient(config.mps_root)
         cdi_writer = CdiWriter(
             host=host, nvml=self._nvml, mps=self._mps, inventory=inventory, folder=config.cdi_root, kind=kind
@@ -146,7 +146,7 @@ class App:
             )
             jobs = [loop.create_task(guarded(job, stop)) for job in work]
             try:
-                await asyncio.sleep(0)  # recovery queues for its GPUs before the server can let anybody in
+                await asyncio.sleep(0)  # recovery queues for its GPUs before the server accepts a claim
                 await server.open()
                 controller.start()
                 healthy: site.Check = lambda: threads.problem() or server.probe()  # noqa: E731
@@ -274,31 +274,31 @@ class App:
         end(stop, FAILED, reason)
 
     def _renew(self, anew: Callable[[str], None]) -> bool:
-        """Start NVML anew. If that fails, start the whole process anew, because the library may be another one by now."""
+        """Start NVML again. If that fails, start the whole process again, because the library may have changed."""
         if not self._nvml.renew():
             return False
         if problem := self._nvml.problem:
-            anew(f"NVML does not start anew, so the process does: {problem}")
+            anew(f"NVML does not start again, so the process restarts: {problem}")
         return True
 
     async def _await_cards(self, service: ClaimService, anew: Callable[[str], None]) -> None:
-        """If the cards could not be listed at the start, wait until they can be, and then start anew to offer them."""
+        """If the cards could not be listed at the start, wait until they can be listed. Then start again to offer them."""
         if not self._nvml.problem:
             return
         log.error(
             "offering no card, and only unpreparing claims, because the cards cannot be listed: %s", self._nvml.problem
         )
         try:
-            while not await service.call_apart(self._nvml.comes, "the start of NVML"):  # noqa: ASYNC110 - nobody tells
+            while not await service.call_apart(self._nvml.comes, "the start of NVML"):  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(_DRIVER_PERIOD_S)
         except HungError as e:
             log.error("offering no card until this process is started again: %s", e)
         else:
-            anew("the cards can be listed now; the process starts anew to offer them")
+            anew("the cards can be listed now; the process restarts to offer them")
 
     async def _collect(self, service: ClaimService, anew: Callable[[str], None]) -> None:
-        """Mend CDI files at once and each minute. Once a minute, unprepare claims that were deleted, undo what was left on
-        lost cards, and start anew if there is a new card."""
+        """Repair CDI files at once and each minute. Once a minute, unprepare deleted claims, undo the rest on lost cards,
+        and restart if there is a new card."""
         while True:
             await service.mend()
             await asyncio.sleep(_COLLECT_PERIOD_S)
@@ -308,7 +308,7 @@ class App:
 
 
 def _check(config: Config) -> None:
-    """ConfigError for what is wrong before anything is opened or made."""
+    """ConfigError for wrong settings, before anything is opened or made."""
     if not config.node_name:
         raise ConfigError(
             "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
@@ -323,7 +323,7 @@ def _check(config: Config) -> None:
 
 
 async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:
-    """Undo what was left on lost cards, each time that the taints of a card have changed."""
+    """Undo the rest on lost cards, each time that the taints of a card have changed."""
     while True:
         await changed.wait()
         changed.clear()

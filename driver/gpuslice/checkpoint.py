@@ -1,18 +1,18 @@
 """Records on disk: one file per claim, in one folder per boot.
 
-A file has a line for each state of its record, and the last whole line counts: it appears whole (`files.write_atomic`), and
-a line that was torn by a death was never written. Adding a line costs half of replacing the file, and a MIG claim's record
-changes four times in a prepare. A bad file harms one claim, and readers ignore keys they do not know and default keys they
-miss. The folder's name is the boot id: partitions do not survive a reboot, so records of another boot are dropped unread,
-a torn file of a power loss among them.
+A file has a line for each state of its record, and the last whole line counts. A file appears whole (`files.write_atomic`). A
+line that a killed process left incomplete does not count. An added line takes half the time of a new file, and the record of
+a MIG claim changes four times in a prepare. A bad file harms one claim only. Readers ignore unknown keys and use defaults
+for missing keys. The folder's name is the boot id, because partitions do not survive a reboot: records of another boot are
+removed unread, including incomplete files of a power loss.
 
-Two instances may work on the same folder (rolling update): every read looks at the files. Parsed records are kept by
-inode, time and size, and each write makes the file larger or another; so a prepare on a node with many claims parses only
-what is new.
+Two instances may work on the same folder (rolling update), so every read looks at the files. Parsed records are cached by
+inode, time and size, and each write makes the file larger or replaces it. So a prepare on a node with many claims parses
+only new states.
 
-A file that is no record of its claim is left out and named, in the log once for each content: it is never guessed at, and it
-takes no other claim along. Only where the process itself cannot read (no descriptors, no memory) nothing is answered at all,
-because then a card in use would look free.
+A file that is not a record of its claim is left out, and the log names it once for each content. The driver never guesses
+its meaning, and no other claim is affected. Only if the process itself cannot read (no descriptors, no memory), there is no
+answer at all, because then a card in use would look free.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from gpuslice.system.spares import Spares
 
 log = logging.getLogger(__name__)
 
-_LONGEST = 256 * 1024  # bytes of a file that another line is added to; a claim of 14 partitions writes about 100 KiB
+_LONGEST = 256 * 1024  # bytes; a larger file gets no further line; a claim of 14 partitions writes about 100 KiB
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Records:
-    """The records in one folder, read only: also of a folder that is another user's."""
+    """The records in one folder, read only. The folder may belong to another user."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class Records:
         return frozenset(uid for uid in map(_uid, names) if uid is not None)
 
     def records(self) -> dict[ClaimUid, Record]:
-        """Every record that can be read; `broken` names the others. StateError where the process cannot read anything."""
+        """Every readable record; `broken` names the others. StateError if the process cannot read anything."""
         return self._all()[0]
 
     def broken(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Records:
         return tuple(self._all()[1].values())
 
     def _all(self) -> tuple[dict[ClaimUid, Record], dict[str, str]]:
-        """The records, and what is wrong with each file that is none."""
+        """The records, and a sentence for each file that is not a record."""
         found: dict[ClaimUid, Record] = {}
         wrong: dict[str, str] = {}
         uids = sorted(self.uids())
@@ -89,7 +89,7 @@ class Records:
     def _load(self, name: str) -> Record | None:
         path = f"{self.folder}/{name}"
         try:
-            status = os.lstat(path)  # several a claim; a Path costs more than the call
+            status = os.lstat(path)  # several calls per claim; a Path costs more than the call
             version, known = Version.of(status), self._read.get(name)
             if known is not None and known[0] == version:
                 return known[1]
@@ -112,16 +112,16 @@ class Records:
     @staticmethod
     def _decode(path: str, mode: int) -> Record:
         if not stat.S_ISREG(mode):
-            raise ValueError("it is no plain file")  # a link leads to what somebody else writes, a pipe never ends
+            raise ValueError("it is not a plain file")  # a link may lead to any file, a pipe never ends
         with open(path, "rb") as file:
             return codec.decode(json.loads(journal.last(file.read())))
 
 
 class Checkpoint(Records):
-    """The records of this boot, read and written by the driver. What cannot be read is logged."""
+    """The records of this boot, read and written by the driver. It logs unreadable records."""
 
     def __init__(self, folder: Path, boot: str) -> None:
-        """Open the records of this boot below `folder` and drop those of any other. StateError without permission."""
+        """Open the records of this boot below `folder` and drop those of any other boot. StateError without permission."""
         files.ensure_folder(folder)
         with files.translated("read", folder):
             others = [other for other in folder.iterdir() if other.name != boot and other.is_dir()]
@@ -141,7 +141,8 @@ class Checkpoint(Records):
         return found
 
     def put(self, record: Record) -> None:
-        """Write a state down; one that is there already is not written again, so that tries make no file grow."""
+        """Write a state down. If the record has this state already, nothing is written, so that retries do not grow the
+        file."""
         path = self._path(record.plan.ref.uid)
         try:
             there = os.lstat(path)

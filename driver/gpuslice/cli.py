@@ -23,7 +23,7 @@ from gpuslice.playground import commands as playground
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit; every error is one sentence on standard error."""
     if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of any kind of bytes
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may have any bytes
     code = _outcome(arguments)
     sys.exit(code)
 
@@ -47,7 +47,7 @@ def _outcome(arguments: Sequence[str] | None) -> int:
         _silence()
         return 0
     except Exception as e:
-        _silence()  # an output that fails would fail again at the end of the interpreter
+        _silence()  # a failed output would fail again at the end of the interpreter
         return _ends(trouble.sentence(e), 1)
 
 
@@ -69,7 +69,7 @@ def exit_code(error: DriverError) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command takes; docs/reference/ and the completion scripts are made of it too."""
+    """The parser of all commands. docs/reference/ and the completion scripts are made from it, too."""
     gpuslice = make(CommandParser, prog="gpuslice", about=texts.ABOUT, examples=texts.EXAMPLES)
     gpuslice.add_argument("--version", action="version", version=f"gpuslice {__version__}")
     commands = gpuslice.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -125,7 +125,7 @@ def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(parsed: argparse.Namespace) -> int:
     settings = config.check_paths(config.read(parsed))
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core writes lines of its own format otherwise
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise C-core writes lines in its own format
     from gpuslice import app
 
     return app.run(settings)

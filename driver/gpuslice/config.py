@@ -79,33 +79,33 @@ _READ_BY = {
     "mps_root": "each container",
 }
 
-# Where container runtimes look for CDI files, if their configuration says nothing else.
+# The usual folders of container runtimes for CDI files, if their configuration names no other.
 _USUAL_CDI_ROOTS = (Path("/var/run/cdi"), Path("/run/cdi"), Path("/etc/cdi"))
 
 
 def check_paths(config: Config) -> Config:
-    """The same config. ConfigError where a path would mean another place, or nothing, to the process that gets it."""
+    """The same config. ConfigError if a path would have another meaning, or none, for the process that gets it."""
     for name, reader in _READ_BY.items():
         path: Path | None = getattr(config, name)
         if path is not None and not path.is_absolute():
             raise ConfigError(
-                f"{_flag(name)} is {str(path)!r}, a relative path, which {reader} would look for elsewhere; give the whole "
+                f"{_flag(name)} is {str(path)!r}, a relative path, but {reader} has another working folder; name the whole "
                 f"path, such as {str(Path.cwd() / path)!r}"
             )
     return config
 
 
 def check_cdi_root(folder: Path) -> None:
-    """Refuse a folder that no runtime reads, as a mistyped one is: its containers would fail, each on its own."""
+    """Refuse a folder that no runtime reads, because each container would fail without an error here."""
     if folder not in _USUAL_CDI_ROOTS and not folder.exists():
         usual = " and ".join(str(path) for path in _USUAL_CDI_ROOTS if path != Path("/run/cdi"))
         raise ConfigError(
-            f"--cdi-root is {folder}, which is not there; container runtimes read {usual}, so name one of them, or create "
+            f"--cdi-root is {folder}, which does not exist; container runtimes read {usual}, so name one of them, or create "
             "the folder where the configuration of the runtime names it"
         )
 
 
-# What `mps-supervisor` needs of them.
+# The settings that `mps-supervisor` needs.
 SUPERVISOR_FLAGS = (
     "mps_root",
     "driver_root_ctr_path",
@@ -116,7 +116,7 @@ SUPERVISOR_FLAGS = (
     "simulate_folder",
 )
 
-# What `devices` and `claims` need of them.
+# The settings that `devices` and `claims` need.
 NODE_FLAGS = (
     "driver_name",
     "node_name",
@@ -128,10 +128,10 @@ NODE_FLAGS = (
     "simulate_folder",
 )
 
-# What `policy check` needs of them.
+# The settings that `policy check` needs.
 POLICY_FLAGS = ("nvidia_driver_root", "driver_root_ctr_path", "simulate")
 
-# The values of the flags that take one of a few.
+# The values of the flags with a fixed set of values.
 CHOICES = {"log_level": LEVELS, "simulate_latency": LATENCIES}
 
 _KINDS = {

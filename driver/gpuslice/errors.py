@@ -1,4 +1,4 @@
-"""Who is at fault: one small tree of errors, raised where the fact is known, caught where it can be answered.
+"""Who can fix it: one small tree of errors, raised where the fact is known, caught where it can be answered.
 
 Every text is one sentence that names the thing, the limit and the remedy, because users read it in the events of a pod.
 """
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 
 class DriverError(Exception):
-    """The driver refuses something, or fails at it; the text is one sentence for a person."""
+    """The driver refuses something, or fails at it. The text is one sentence for a person."""
 
 
 class ClaimError(DriverError):
-    """The claim cannot be served as written; only its author (or the scheduler) can change that."""
+    """The claim cannot be served as written. Only its author (or the scheduler) can change that."""
 
 
 class ConfigError(DriverError):
-    """A flag, an environment variable or a policy file is wrong; the process does not start with it."""
+    """A flag, an environment variable or a policy file is wrong. The process does not start with it."""
 
 
 class DeviceError(DriverError):
-    """The hardware refused a call; `code` keeps the NVML return value (nvml.h, `nvmlReturn_t`), 0 where NVML was not asked."""
+    """The hardware refused a call. `code` keeps the NVML return value (nvml.h, `nvmlReturn_t`), 0 if NVML was not called."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)
@@ -29,19 +29,19 @@ class DeviceError(DriverError):
 
 
 class HungError(DeviceError):
-    """A call on this GPU takes so long that the GPU counts as hung; no other job waits for it."""
+    """A call on this GPU takes so long that the GPU counts as hung. No other job waits for it."""
 
     @classmethod
     def overdue(cls, call: str, gpus: Sequence[str], limit_s: float) -> HungError:
-        """The error for a call that is over its time limit; `call` begins the sentence."""
+        """The error for a call that is over its time limit. `call` begins the sentence."""
         return cls(
-            f"{call} has not come back for {limit_s:g} s, so GPU {', '.join(gpus)} counts as hung until it does; look at the "
+            f"{call} has not returned for {limit_s:g} s, so GPU {', '.join(gpus)} counts as hung until it does; look at the "
             "kernel log of the node, and reset the GPU or restart the node if it stays hung"
         )
 
 
 class ApiError(DriverError):
-    """The API server refused a request or did not answer it; `status` is the HTTP status, 0 where there was no answer."""
+    """The API server refused a request or did not answer it. `status` is the HTTP status, 0 without an answer."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -49,7 +49,7 @@ class ApiError(DriverError):
 
 
 class LastingApiError(ApiError):
-    """An answer that stays the same until a person changes the API server, or what we know of it since our start."""
+    """An answer that stays the same until a person changes the API server, or until this process starts again."""
 
 
 class NotFoundError(ApiError):
@@ -61,8 +61,8 @@ class ConflictError(ApiError):
 
 
 class ExpiredError(ApiError):
-    """HTTP 410: the resource version of a watch is too old; list again."""
+    """HTTP 410: the resource version of a watch is too old. List again."""
 
 
 class StateError(DriverError):
-    """A record of the driver is unreadable or contradicts the node; the driver never guesses what it meant."""
+    """A record of the driver is unreadable or contradicts the node. The driver never guesses its meaning."""

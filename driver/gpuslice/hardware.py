@@ -29,7 +29,7 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
 
 
 def open_session(config: Config) -> tuple[Session, Host]:
-    """The same, but NVML may start later, and anew."""
+    """The same, but NVML may start later, and may start again."""
     from gpuslice.nvml.session import Session
 
     opener, host = _choose(config)
@@ -65,7 +65,7 @@ def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
 
 @contextlib.contextmanager
 def visit(config: Config, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
-    """As `open_node`, for one look. A simulated node that does not exist yet, or is wanted `anew`, is gone after the look."""
+    """As `open_node`, for one look. A simulated node that does not exist yet, or with `anew`, is removed after the look."""
     import tempfile
 
     with contextlib.ExitStack() as stack:
@@ -87,7 +87,7 @@ def _exists(path: Path) -> bool:
 
 
 def boot_id(config: Config) -> str:
-    """Of the node, without its GPUs."""
+    """The boot id of the node, without its GPUs."""
     from gpuslice.system.host import RealHost, SimHost
 
     return (SimHost(config.simulated_node) if config.simulate else RealHost()).boot_id()
@@ -101,5 +101,5 @@ def mps_control(config: Config) -> Sequence[str]:
         return control.program(config.driver_root_ctr_path)
     from gpuslice.nvml.sim import spec
 
-    spec.parse(config.simulate)  # ConfigError, instead of daemons that find no node
+    spec.parse(config.simulate)  # a ConfigError here, instead of daemons without a node
     return control.stand_in(config.simulated_node)

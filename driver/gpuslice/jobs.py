@@ -11,13 +11,13 @@ from gpuslice.errors import LastingApiError
 
 log = logging.getLogger(__name__)
 
-FAILED, API_REFUSES = 1, 4  # exit codes, as `gpuslice --help` has them
+FAILED, API_REFUSES = 1, 4  # exit codes, as in `gpuslice --help`
 
-Stop = asyncio.Future[tuple[int, str]]  # the exit code, and why
+Stop = asyncio.Future[tuple[int, str]]  # the exit code, and the reason
 
 
 def call_in(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
-    """Make a call in the loop from another thread, which may run longer than the loop."""
+    """Make a call in the loop from another thread, which may live longer than the loop."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call, *arguments)
 
@@ -29,7 +29,7 @@ async def guarded(job: Coroutine[None, None, str | None], stop: Stop) -> None:
     except LastingApiError as e:
         end(stop, API_REFUSES, str(e))
         return
-    except Exception as e:  # a bug: better a new process than half a driver
+    except Exception as e:  # a bug; a new process is better than a driver without this job
         name = getattr(job, "__qualname__", "unnamed")
         log.exception("a background job of the driver failed unexpectedly job=%s", name)
         reason = (

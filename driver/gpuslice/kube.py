@@ -1,14 +1,14 @@
 """The only way to the API server: a dozen blocking verbs that take and return dicts. Every failure is an `ApiError`.
 
-Bodies stay dicts on purpose. A typed client drops fields that a newer API server added, so what it read may never be
-written back; and `kubernetes`' model modules cost 0.1 to 0.7 s at start (measured). So nothing above `ApiClient` is
-used: it brings TLS, kubeconfig with all its kinds of login, rotation of the service-account token and connection pools.
-Requests go straight to its connection pool, because its own way there costs as much as the request (measured: 0.2 ms).
+Bodies stay dicts on purpose. A typed client drops fields that a newer API server added, so an object that it read must
+never be written back. And `kubernetes`' model modules take 0.1 to 0.7 s at the start (measured). So nothing above
+`ApiClient` is used: it has TLS, kubeconfig with all kinds of login, rotation of the service-account token and connection
+pools. Requests go straight to its connection pool, because its own way takes as long as the request (0.2 ms, measured).
 
-resource.k8s.io/v1 only, which Kubernetes has since 1.34 (the DRA contract, statement 66). Clusters that have only v1beta1,
-which nests devices differently, or v1beta2, whose types are those of v1, cannot share a GPU safely. An older one is told so.
+Only resource.k8s.io/v1, which Kubernetes has since 1.34 (the DRA contract, statement 66). Clusters with only v1beta1,
+which nests devices differently, or v1beta2, which has the types of v1, cannot share a GPU safely. Their users get an error.
 
-Calls block, and are safe from any number of threads. Claims have connections of their own: slices never delay a pod.
+Calls block, and are safe in any number of threads. Claims have their own connections, so slices never delay a pod.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _GROUP = f"/apis/{RESOURCE_API}"
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A request as a person with a ClusterRole in hand would name it."""
+    """A request in the words of a ClusterRole."""
 
-    verb: str  # Kubernetes' word, as RBAC has it
+    verb: str  # Kubernetes' word in RBAC
     resource: str
     path: str
 
@@ -59,9 +59,9 @@ class _Call:
 
 
 class Watch:
-    """Events as they come, until the time is up: {"type": ADDED | MODIFIED | DELETED | BOOKMARK, "object": …}.
+    """Events as they arrive, until the time is over: {"type": ADDED | MODIFIED | DELETED | BOOKMARK, "object": …}.
 
-    `close` ends it at once, from any thread. ExpiredError: the resource version is too old, list again.
+    `close` ends the watch at once, from any thread. ExpiredError: the resource version is too old, list again.
     """
 
     def __init__(self, call: _Call, response: urllib3.BaseHTTPResponse, server: str) -> None:
@@ -91,16 +91,16 @@ class Watch:
 
     def close(self) -> None:
         self._closed = True
-        # Closing alone does not wake the thread that reads. ValueError: it has come to its end by itself.
+        # A close alone does not wake the reading thread. ValueError: the watch has ended already.
         with contextlib.suppress(ValueError, OSError):
             self._response.shutdown()
 
 
 class Kube:
-    """The API server of a kubeconfig, or with None the one of the cluster that this pod runs in.
+    """The API server of a kubeconfig; with None, the API server of the cluster that this pod runs in.
 
-    Reads the configuration and connects to nothing yet (a few ms). ConfigError: the configuration is unusable.
-    Every verb raises ApiError (NotFoundError, ConflictError, ExpiredError); none waits longer than about 20 s.
+    The constructor reads the configuration, but does not connect yet (a few ms). ConfigError: the configuration is unusable.
+    Every verb raises ApiError (NotFoundError, ConflictError, ExpiredError). None waits longer than about 20 s.
     """
 
     def __init__(self, kubeconfig: Path | None = None) -> None:
@@ -126,7 +126,7 @@ class Kube:
             body = self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}"))
         except NotFoundError as e:
             said = (
-                f"there is no Node {name!r} in the cluster of {self.server}; give a name that kubectl get nodes lists"
+                f"there is no Node {name!r} in the cluster of {self.server}; name a node that kubectl get nodes lists"
             )
             raise NotFoundError(f"{said}, with --node-name or NODE_NAME", e.status) from e
         uid = body.get("metadata", {}).get("uid")
@@ -166,7 +166,7 @@ class Kube:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(timeout_s),
         }
-        # The read timeout is for a server that fell silent; a healthy one ends the watch by itself before.
+        # The read timeout is for a silent server. A healthy server ends the watch before.
         timeout = urllib3.Timeout(connect=_CONNECT_S, read=timeout_s + 30.0)
         response = self._send(self._connections, call, query, None, timeout)
         return Watch(call, response, self.server)
@@ -177,7 +177,7 @@ class Kube:
         return self._written(call, body, dry_run=dry_run)
 
     def update_resource_slice(self, body: Mapping[str, Any], *, dry_run: bool = False) -> Body:
-        """Replace the slice of this name; ConflictError where its resourceVersion is no longer the body's."""
+        """Replace the slice of this name. ConflictError if its resourceVersion differs from the body's."""
         name = quote(body["metadata"]["name"])
         call = _Call("update", "resourceslices", f"{_GROUP}/resourceslices/{name}")
         return self._written(call, body, dry_run=dry_run)
@@ -185,7 +185,7 @@ class Kube:
     def _written(self, call: _Call, body: Mapping[str, Any], *, dry_run: bool) -> Body:
         answer = self._ask(call, {"dryRun": "All"} if dry_run else {}, body)
         if not bodies.is_resource_slice(answer, stored=not dry_run):
-            raise self._odd(f"something else than a slice to {call.verb} {call.resource}")
+            raise self._odd(f"an object that is not a slice to {call.verb} {call.resource}")
         return answer
 
     def delete_resource_slice(self, name: str, *, uid: str, resource_version: str) -> None:
@@ -202,7 +202,7 @@ class Kube:
             answer = self._ask(call, page)
             items = answer.get("items") or []
             if not isinstance(items, list):
-                raise self._odd(f"a list of {call.resource} whose items are no list")
+                raise self._odd(f"a list of {call.resource} whose items are not a list")
             found += filter(bodies.is_object, items)
             metadata = answer.get("metadata", {})
             if not (onward := metadata.get("continue")):
@@ -253,11 +253,11 @@ class _Connections:
     """Kept-alive connections to one server, with its login."""
 
     def __init__(self, configuration: Configuration) -> None:
-        # urllib3 warns of each connection that it opens again; what matters is in our errors.
+        # urllib3 warns about each connection that it opens again. Our errors have all that matters.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self._client = ApiClient(configuration)
         manager: urllib3.PoolManager = self._client.rest_client.pool_manager
-        # Through a proxy the manager decides request by request how to go.
+        # With a proxy, the manager decides for each request which way it takes.
         direct = type(manager) is urllib3.PoolManager
         self._urlopen = manager.connection_from_url(configuration.host).urlopen if direct else manager.urlopen
         self._prefix = urlsplit(configuration.host).path.rstrip("/") if direct else configuration.host
@@ -265,7 +265,7 @@ class _Connections:
     def request(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout: urllib3.Timeout
     ) -> urllib3.BaseHTTPResponse:
-        """The answer's head; its body is still to be read."""
+        """The head of the answer. The body is not read yet."""
         headers = {"Accept": "application/json", "User-Agent": f"gpuslice/{__version__}"}
         data = None
         if body is not None:
@@ -319,9 +319,9 @@ def _refused(call: _Call, status: int, text: str) -> ApiError:
 def _unreachable(server: str, error: Exception) -> ApiError:
     reason = getattr(error, "reason", None) or error
     if isinstance(reason, urllib3.exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(reason):
-        # The authorities are read once, at the start.
+        # The certificate authorities are read once, at the start.
         return LastingApiError(
-            f"the API server at {server} has a certificate that is not trusted ({reason}); give the certificate authority of "
+            f"the API server at {server} has a certificate that is not trusted ({reason}); name the certificate authority of "
             "this cluster in the kubeconfig"
         )
     return ApiError(

@@ -1,4 +1,4 @@
-"""The kubeconfig: which API server, and how to log in. A file that cannot be used is one sentence."""
+"""The kubeconfig: the API server and the login. An unusable file becomes one sentence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST_REASON = 200  # characters of an error of the client library
 
 @contextlib.contextmanager
 def usable(kubeconfig: Path | None) -> Iterator[None]:
-    """The client library raises whatever a file's content happens to break, so every error here is about that content."""
+    """Translate every error in the block, because the client library raises any error that a file's content causes."""
     try:
         yield
     except ConfigError:
@@ -26,9 +26,7 @@ def usable(kubeconfig: Path | None) -> Iterator[None]:
     except Exception as e:
         text = f"{type(e).__name__}: {' '.join(str(e).split())}"[:_LONGEST_REASON]
         if kubeconfig is None:
-            said = (
-                f"cannot use this pod's service account for the API server ({text}); outside a pod, give --kubeconfig"
-            )
+            said = f"cannot use this pod's service account for the API server ({text}); outside a pod, use --kubeconfig"
         elif isinstance(e, OSError) and not isinstance(e, ValueError) and e.strerror:
             said = f"kubeconfig {kubeconfig} cannot be read ({e.strerror}); check path and permissions"
         else:
@@ -37,12 +35,12 @@ def usable(kubeconfig: Path | None) -> Iterator[None]:
 
 
 def read(kubeconfig: Path | None) -> Configuration:
-    """Of one server, with its login; from a file, or of the pod that this is. To be called within `usable`."""
+    """The configuration of one server with its login, from a file or from this pod. Call it within `usable`."""
     configuration = Configuration()
     if kubeconfig is None:
         config.load_incluster_config(client_configuration=configuration)
-    elif not kubeconfig.exists():  # the library would say that it is invalid
-        raise ConfigError(f"kubeconfig {kubeconfig} is not there; check the path that --kubeconfig names")
+    elif not kubeconfig.exists():  # the library would call the file invalid
+        raise ConfigError(f"kubeconfig {kubeconfig} does not exist; check the path that --kubeconfig names")
     else:
         config.load_kube_config(str(kubeconfig), client_configuration=configuration, persist_config=False)
     if urlsplit(configuration.host).scheme not in ("http", "https"):
@@ -54,8 +52,8 @@ def read(kubeconfig: Path | None) -> Configuration:
     configuration.proxy = configuration.proxy
     configuration.connection_pool_maxsize = 16
     configuration.keep_alive = True  # TCP keepalive: without it a half-open watch hangs for ever
-    # A kept-alive connection may have died unnoticed, so one more try; what a status means is decided by our callers
-    # (urllib3 on its own would sleep for a Retry-After, however long, inside a prepare).
+    # A kept-alive connection may have died unnoticed, so one more try. The callers decide what a status means
+    # (urllib3 by itself would sleep for a Retry-After of any length, inside a prepare).
     configuration.retries = urllib3.Retry(
         total=2, connect=1, read=1, redirect=0, status=0, status_forcelist=(), respect_retry_after_header=False
     )

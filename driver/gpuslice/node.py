@@ -25,7 +25,7 @@ from gpuslice.nvml.listing import LIMIT_S, Listing
 from gpuslice.system import documents, files
 from gpuslice.system.host import Host
 
-_OF_POLICY = "policy: "  # how sentences about a policy begin
+_OF_POLICY = "policy: "  # the beginning of sentences about a policy
 
 
 def read_policy(path: Path | None) -> Policy:
@@ -40,7 +40,7 @@ def read_policy(path: Path | None) -> Policy:
 
 
 def sentences(misfits: Iterable[Misfit], path: Path | None) -> tuple[str, ...]:
-    """What the policy of this file asks of cards in vain: each sentence once, with the file."""
+    """The settings of the policy that these cards cannot follow: each sentence once, with the file."""
     return tuple(_of_file(path, sentence) for sentence in dict.fromkeys(misfit.sentence for misfit in misfits))
 
 
@@ -50,32 +50,32 @@ def _of_file(path: Path | None, sentence: str) -> str:
 
 
 class Cards:
-    """The cards of the node. One that cannot be read now is as it was when last seen, so that its pool stays."""
+    """The cards of the node. A card that is unreadable now is as it was last seen, so that its pool stays."""
 
     def __init__(self, nvml: Nvml, host: Host, folder: Path, limit_s: float = 2 * LIMIT_S) -> None:
-        """`folder` is the plugin's. `limit_s` is for listing all cards, of which each has a limit of its own."""
+        """`folder` is the plugin's. `limit_s` is for the list of all cards; each card has its own limit, too."""
         self._nvml, self._host = nvml, host
         self._path, self._claims = folder / "gpus.json", folder / "claims"
         self._listing: Listing[tuple[Gpu, ...]] = Listing(limit_s, name=lambda _: "the list of this node's GPUs")
 
     def known(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-        """In bus order, with one sentence for each thing that is not as it should be. Nothing is written."""
+        """The cards in bus order, with one sentence for each problem. Nothing is written."""
         listed, hung = self._listed()
         lost = hung or self._nvml.lost()
-        # A folder of this boot says that a driver of ours ran in it, so a card that is missing was lost while it ran.
+        # A folder of this boot shows that a driver ran in this boot, so a missing card was lost while it ran.
         same_boot = _is_folder(self._claims / self._host.boot_id())
         gpus, sentences = cards.known(listed, _last_seen(self._path), keep_missing=same_boot or bool(lost))
         return gpus, (*lost, *sentences, *cards.none_of(gpus))
 
     def save(self, gpus: Iterable[Gpu]) -> None:
-        """Write down what `known` falls back on at the next start."""
+        """Save the cards that `known` uses at the next start, if NVML does not list them."""
         files.write_atomic(self._path, json.dumps(gpucodec.encode(tuple(gpus))))
 
     def news(self, served: Iterable[Gpu]) -> str:
-        """Why a process that serves these cards should start anew: cards that it does not know. "" if there are none."""
+        """Why a process that serves these cards should restart: cards that it does not know. "" if there are none."""
         listed, _ = self._listed()
         names = ", ".join(f"{gpu.uuid} ({gpu.product}, {gpu.bus_id})" for gpu in cards.new(listed, served))
-        return f"{names}: new on this node; the process starts anew to offer the new cards" if names else ""
+        return f"{names}: new on this node; the process restarts to offer the new cards" if names else ""
 
     def _listed(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
         found, hung = self._listing.read((0,), lambda _: self._nvml.gpus())
@@ -85,10 +85,10 @@ class Cards:
 def _last_seen(path: Path) -> tuple[Gpu, ...]:
     try:
         if not path.is_file():
-            return ()  # the first start; or a pipe, which has no end
+            return ()  # the first start; or a pipe, which never ends
         return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
-        return ()  # a torn file of a power loss: then only what is here now is known
+        return ()  # an incomplete file of a power loss: only the listed cards are known
 
 
 # ---------------------------------------------------------------- a look from outside
@@ -96,7 +96,7 @@ def _last_seen(path: Path) -> tuple[Gpu, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What the commands `devices` and `claims` show of a node. `notes`: what is wrong beside that, one sentence each."""
+    """What the commands `devices` and `claims` show of a node. `notes`: one sentence for each further problem."""
 
     inventory: Inventory
     live: Mapping[GpuUuid, LiveGpu]
@@ -107,7 +107,7 @@ class Node:
 
 @contextlib.contextmanager
 def snapshot(config: Config) -> Iterator[Node]:
-    """One look at the node, while a driver may run; changes nothing. Settings that are not given are those of `run`."""
+    """One look at the node, while a driver may run. It changes nothing. Missing settings are those of the running driver."""
     config = _as_running(config)
     policy = read_policy(config.policy)
     with hardware.visit(config) as (nvml, host):
@@ -121,7 +121,7 @@ def snapshot(config: Config) -> Iterator[Node]:
 
 
 def records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
-    """What is prepared on the node, and a sentence for whatever cannot be read. Needs no GPU and no NVML."""
+    """The records of the node, and a sentence for each unreadable one. Needs no GPU and no NVML."""
     try:
         found, notes = _records(_as_running(config))
     except StateError as e:
@@ -147,13 +147,13 @@ def _is_folder(path: Path) -> bool:
 
 def _nothing_here(config: Config) -> str:
     return (
-        f"no driver has run with the folder {config.plugin_folder}; if one has run with another folder, give its "
+        f"no driver has run with the folder {config.plugin_folder}; if one has run with another folder, use its "
         "--kubelet-plugins-directory-path and --driver-name"
     )
 
 
 def _looks(nvml: Nvml, gpus: Sequence[GpuUuid]) -> tuple[Mapping[GpuUuid, LiveGpu], Mapping[GpuUuid, Taint]]:
-    """What each card shows, and why one shows nothing."""
+    """The state of each card, and the reason for each card without a state."""
     looks: Listing[tuple[GpuUuid, LiveGpu]] = Listing(name=lambda index: f"GPU {gpus[index]}")
     found, lost = looks.read(range(len(gpus)), lambda index: (gpus[index], nvml.look(gpus[index])))
     live = dict(found)
@@ -174,7 +174,7 @@ def save_settings(config: Config) -> None:
 
 
 def _absolute(simulate: str) -> str:
-    """A node file is named by its whole path, because the next command is typed elsewhere."""
+    """The whole path of a node file, because the next command may run in another folder."""
     return str(Path(simulate).absolute()) if "/" in simulate or Path(simulate).suffix else simulate
 
 
@@ -185,7 +185,7 @@ def _as_running(config: Config) -> Config:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return replace(config, node_name="this-node")  # no driver has run
+        return replace(config, node_name="this-node")  # no driver has run here
     except OSError as e:
         raise StateError(files.unreadable(path, e)) from e
     except (ValueError, RecursionError) as e:
@@ -196,11 +196,11 @@ def _as_running(config: Config) -> Config:
         raise StateError(f"{path} is not what a driver writes ({e}); {_INSTEAD}") from e
 
 
-_INSTEAD = "start the driver again, or give --node-name, and --simulate if the node is simulated"
+_INSTEAD = "start the driver again, or use --node-name, and --simulate if the node is simulated"
 
 
 def _settings(settings: Fields, config: Config) -> dict[str, Any]:
-    """What the driver wrote down of its own settings."""
+    """The settings that the driver saved."""
     policy, folder = settings.optional_text("policy", empty=True), settings.optional_text("simulate_folder", empty=True)
     return {
         "node_name": settings.text("node_name"),

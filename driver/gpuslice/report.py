@@ -1,4 +1,4 @@
-"""What a person sees of a node: each GPU with a map of its memory slices, its claims, and what is free. Text only."""
+"""What a person sees of a node: each GPU with a map of its memory slices, its claims, and its free devices. Text only."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from gpuslice.core.policy.rules import Policy
 from gpuslice.core.record import Grant, Record
 
 _CELL = 9
-_MARGIN = 10  # what stands before the map
+_MARGIN = 10  # columns before the map
 _CUT = "…"
 _NO_BREAK = "\xa0"
-_TOGETHER = re.compile(r"\S+ at \d+ places|MIG (on|off)|no MIG|\d+ MiB|GPU \d+")  # not divided by the end of a line
+_TOGETHER = re.compile(r"\S+ at \d+ places|MIG (on|off)|no MIG|\d+ MiB|GPU \d+")  # not divided at the end of a line
 _SHARED = {Exclusive: "", Monitor: "", Mps: " by MPS", TimeSlicing: " by time-slicing"}
 
 
@@ -41,7 +41,7 @@ def node(
     taints: Taints,
     columns: int | None = None,
 ) -> str:
-    """Every GPU of the node, with its map, its offers and its holders; within so many columns, if they are given."""
+    """Every GPU of the node, with its map, its offers and its holders. With `columns`, lines are at most so wide."""
     known = tuple(records)
     return "\n\n".join(gpu_report(pool, live.get(pool.gpu.uuid), known, taints, columns) for pool in inventory.pools)
 
@@ -77,7 +77,7 @@ def mode(gpu: Gpu, live: LiveGpu | None) -> str:
 
 
 def reasons(pool: Pool, taints: Taints) -> list[str]:
-    """Why devices of this card cannot be used now, each reason once."""
+    """Why devices of this card are unavailable now, each reason once."""
     return sorted({taint.reason for device in pool.devices for taint in taints.get(device.ref, ())})
 
 
@@ -88,7 +88,7 @@ def memory_map(
     records: Sequence[Record],
     columns: int | None = None,
 ) -> list[str]:
-    """The card's memory slices in order, each under its number, with what occupies them."""
+    """The card's memory slices in order, each below its number, with what occupies them."""
     gpu = pool.gpu
     whole = occupancy.whole(grants)
     text = (share.usage(whole) or "whole card") if whole else ""
@@ -112,14 +112,14 @@ _NARROW = ("CLAIM", "STATE", "DEVICE", "SHARE")
 
 
 def claims(records: Mapping[ClaimUid, Record], columns: int | None = None) -> str:
-    """Every prepared claim with its devices, one line a device, as a table; its main columns, if the width is given."""
+    """Every prepared claim with its devices, as a table with one line per device. With `columns`, only the main columns."""
     rows = [row for _, record in sorted(records.items(), key=lambda item: item[1].plan.ref) for row in _rows(record)]
     if not rows:
         return "no claim is prepared on this node"
     if columns is None:
         return table([_HEAD, *([row[name] for name in _HEAD] for row in rows)])
     for row in rows:
-        row["DEVICE"] = row["DEVICE"].partition("/")[2] or row["DEVICE"]  # without the node, which is this one
+        row["DEVICE"] = row["DEVICE"].partition("/")[2] or row["DEVICE"]  # without the name of this node
     return table(_fitting([_NARROW, *([row[name] for name in _NARROW] for row in rows)], columns))
 
 
@@ -149,7 +149,7 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _fitting(rows: Sequence[Sequence[str]], columns: int) -> list[list[str]]:
-    """The same rows; cells of the widest column are cut in the middle until a line has room."""
+    """The same rows. Cells of the widest column are cut in the middle until each line fits."""
     widths = _widths(rows)
     while sum(widths) + 2 * (len(widths) - 1) > columns:
         widths[widths.index(max(widths))] -= 1
@@ -170,7 +170,7 @@ def _title(gpu: Gpu, live: LiveGpu | None, uuid: str | None = None) -> str:
 
 
 def _wrapped(text: str, columns: int | None) -> list[str]:
-    """Names are not broken, so that they can be copied."""
+    """The text in lines. Names are not broken, so that they can be copied."""
     if columns is None or len(text) <= columns:
         return [text]
     whole = _TOGETHER.sub(lambda match: match[0].replace(" ", _NO_BREAK), text)
@@ -190,13 +190,13 @@ def _ruled(width: int, blocks: Iterable[tuple[int, int, str]], cell: int, margin
 
 
 def _short(name: str, room: int) -> str:
-    """As much of a block's name as there is room for; of a profile's name the number of compute slices first."""
+    """As much of a block's name as there is room for. For a profile's name, first the number of compute slices."""
     profile = name.partition(" ")[0]
     return profile if len(profile) <= room else name[:room] if room > len("1g.10gb") else profile.partition(".")[0]
 
 
 def offers(pool: Pool) -> str:
-    """What claims can get of this card, in the order in which the scheduler tries it."""
+    """What claims can get of this card, in the order of the scheduler."""
     counts: Counter[str] = Counter()
     for device in pool.devices:
         match device.offer.slice_:

@@ -1,4 +1,4 @@
-"""What an operator sees of the driver: logs with one `op=` id for each request, and metrics.
+"""The signs of the driver for an operator: logs with one `op=` id for each request, and metrics.
 
 A log line is a plain sentence followed by key=value. Warning: someone should look soon. Error: something was refused or lost.
 Metric names begin with `gpuslice_`; the `dra_` family belongs to the kubelet.
@@ -29,7 +29,7 @@ def _set_op(record: logging.LogRecord) -> bool:
 def setup_logging(level: str) -> None:
     """Log to standard error at `level` ("debug" … "error")."""
     logs.setup(level, "op={op} ", _set_op)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # our own sentences say what its retries mean
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # our own sentences explain its retries
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
@@ -53,7 +53,7 @@ class Telemetry:
         )
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
@@ -61,14 +61,14 @@ class Telemetry:
         Gauge(name, text, registry=self.registry).set_function(value)
 
     def gauges(self, name: str, text: str, label: str, values: Mapping[str, Callable[[], float]]) -> None:
-        """Several of them under one name, told apart by a label."""
+        """Several values under one name, distinguished by a label."""
         family = Gauge(name, text, (label,), registry=self.registry)
         for key, value in values.items():
             family.labels(key).set_function(value)
 
     @contextlib.contextmanager
     def request(self, operation: str) -> Iterator[str]:
-        """Time a request and give it an `op=` id; an exception counts as a failure and goes on."""
+        """Time a request and give it an `op=` id. An exception counts as a failure and is raised again."""
         token = _op.set(f"{next(_numbers):x}")
         begin = time.monotonic()
         result = "error"

@@ -1,6 +1,6 @@
-// Command kube is every part of a Kubernetes cluster in one program: the first argument says which.
+// Command kube is every part of a Kubernetes cluster in one program: the first argument names the part.
 //
-// One link instead of six, and one file to keep per version. hack/cluster builds and runs it.
+// So there is one link step instead of six, and one file per version. hack/cluster builds and runs it.
 package main
 
 import (

@@ -1,7 +1,7 @@
 """The API server of a cluster that hack/cluster started, and the other servers of that cluster: dicts in, dicts out.
 
 Standard library only, because hack/cluster and hack/gpu run where nothing is installed. The driver's own client
-(gpuslice.kube) has the verbs of its ClusterRole and no others; here the administrator asks.
+(gpuslice.kube) has only the verbs of its ClusterRole. Here the administrator asks.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ CLASSES = f"{RESOURCE}/deviceclasses"
 SLICES = f"{RESOURCE}/resourceslices"
 NODES = "/api/v1/nodes"
 
-_WRITERS = 8  # requests under way at once
-_ATTEMPTS = 10  # where a controller writes the same object
+_WRITERS = 8  # requests in progress at the same time
+_ATTEMPTS = 10  # because a controller may write the same object
 _CONFLICT = 409
 _ANSWER_S = 120.0
 _JSON, _MERGE = "application/json", "application/merge-patch+json"
 
 
 class RequestError(Exception):
-    """One sentence: what was asked, and how it was refused. `status` is HTTP's, 0 where no answer came."""
+    """One sentence: what was asked, and how it was refused. `status` is the HTTP status, or 0 without an answer."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -46,7 +46,8 @@ class RequestError(Exception):
 
 
 def fetch(url: str, token: str = "", timeout_s: float = _ANSWER_S) -> bytes:
-    """From another server of the cluster: past any proxy, whoever signed its certificate. RequestError where it refuses."""
+    """Ask another server of the cluster, without a proxy and without a check of its certificate. RequestError if it
+    refuses."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     unverified = ssl._create_unverified_context()
     direct = urllib.request.build_opener(
@@ -62,7 +63,7 @@ def fetch(url: str, token: str = "", timeout_s: float = _ANSWER_S) -> bytes:
 
 
 class WatchStream:
-    """Events of a watch as they come; `close` ends it at once, from any thread."""
+    """The events of a watch as they arrive. `close` ends the watch at once, from any thread."""
 
     def __init__(
         self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, sock: socket.socket
@@ -70,7 +71,7 @@ class WatchStream:
         self._connection, self._response, self._socket = connection, response, sock
 
     def lines(self) -> Iterator[bytes]:
-        """One event each, not yet read as JSON. RequestError where the server falls silent."""
+        """One event per line, not yet parsed as JSON. RequestError if the server stays silent."""
         try:
             yield from self._response
         except (OSError, ValueError, http.client.HTTPException) as e:
@@ -79,7 +80,7 @@ class WatchStream:
             self._connection.close()
 
     def __iter__(self) -> Iterator[Body]:
-        """{"type": …, "object": …}. RequestError where the server ends it with an error."""
+        """{"type": …, "object": …}. RequestError if the server ends the watch with an error."""
         for line in self.lines():
             event: Body = json.loads(line)
             if event["type"] == "ERROR":
@@ -87,12 +88,13 @@ class WatchStream:
             yield event
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it has come to its end by itself
+        with contextlib.suppress(OSError, ValueError):  # the watch has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class ApiServer:
-    """As the administrator, from any number of threads. Every verb raises RequestError with the server's sentence."""
+    """The API server for its administrator, from any number of threads. A verb raises RequestError with the server's
+    sentence."""
 
     def __init__(self, url: str, token: str, certificate: Path, *, timeout_s: float = _ANSWER_S) -> None:
         self.token = token
@@ -117,25 +119,26 @@ class ApiServer:
         return json.loads(self._answer(method, path, body))
 
     def text(self, path: str) -> str:
-        """What is no JSON: figures, "ok"."""
+        """The text of an answer that is not JSON: metrics, "ok"."""
         return self._answer("GET", path).decode(errors="replace")
 
     def create(self, path: str, bodies: Iterable[Body]) -> list[Body]:
-        """Create all, several at once; in their order, as the server has them."""
+        """Create all objects, several at the same time. The result has the order of `bodies`, as the server stored them."""
         with ThreadPoolExecutor(_WRITERS, "api") as threads:
             return list(threads.map(lambda body: self.ask("POST", path, body), bodies))
 
     def merge(self, changes: Iterable[tuple[str, Body]]) -> None:
-        """Merge each body into the object at its path, several at once. A conflict is tried again: none names a version."""
+        """Merge each body into the object at its path, several at the same time. A conflict is tried again, because no body
+        names a version."""
         with ThreadPoolExecutor(_WRITERS, "api") as threads:
             list(threads.map(lambda change: self._again("PATCH", change[0], change[1], _MERGE), changes))
 
     def clear(self, path: str) -> None:
-        """Delete everything there, at once."""
+        """Delete all objects at this path at once."""
         self._again("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0})
 
     def watch(self, path: str, version: str, timeout_s: float) -> WatchStream:
-        """What happens after a resource version, for so long."""
+        """What happens after a resource version, for this time."""
         query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": f"{timeout_s:.0f}"}
         target = f"{path}?{urlencode(query)}"
         connection = self._connect(timeout_s + 30.0)
@@ -152,7 +155,7 @@ class ApiServer:
         return WatchStream(connection, response, sock)
 
     def wait_gone(self, path: str, timeout_s: float) -> None:
-        """Return when the collection is empty. RequestError after so long, with what is there then."""
+        """Return when the collection is empty. RequestError after this time; it names the objects that are still there."""
         listed = self.ask("GET", path)
         there = {item["metadata"]["name"] for item in listed["items"]}
         for event in self.watch(path, listed["metadata"]["resourceVersion"], timeout_s) if there else ():
@@ -206,7 +209,7 @@ class ApiServer:
         return http.client.HTTPSConnection(address.hostname, address.port, timeout=timeout_s, context=self._trust)
 
     def _reused(self) -> http.client.HTTPSConnection | None:
-        """An idle connection that the server has not closed; a closed one has its end of file to read."""
+        """An idle connection that the server has not closed. A closed connection has its end of file to read."""
         while True:
             try:
                 connection = self._idle.pop()

@@ -1,4 +1,4 @@
-"""Branch coverage by room, from the data that `hack/test --coverage` has gathered; the least covered room comes first."""
+"""Branch coverage by room, from the data of `hack/test --coverage`. The least covered room comes first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEPT = ROOT / ".coverage" / "report.json"
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A folder of the product, or its top. `points` are statements and branches, `taken` those that a test has reached."""
+    """A folder of the product, or its top. `points`: statements and branches. `taken`: those that a test has reached."""
 
     name: str
     points: int
@@ -41,7 +41,7 @@ def rooms(files: Mapping[str, Mapping[str, int]]) -> list[Room]:
 
 
 def table(found: Iterable[Room]) -> str:
-    """One line a room, and one for all."""
+    """One line per room, and one for all rooms."""
     known = list(found)
     everything = Room("all", sum(room.points for room in known), sum(room.taken for room in known))
     lines = [f"{room.name:<24}{room.points:>8}{room.percent:>8.1f} %" for room in (*known, everything)]
@@ -49,7 +49,7 @@ def table(found: Iterable[Room]) -> str:
 
 
 def main() -> int:
-    """Combine the data of all processes, print the table, and keep coverage's own report beside the data."""
+    """Combine the data of all processes, print the table, and write coverage's own report beside the data."""
     measured = coverage.Coverage()
     measured.combine(strict=True)
     measured.save()

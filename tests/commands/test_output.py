@@ -136,7 +136,7 @@ def test_claims_of_a_folder_without_a_driver_are_none_and_the_folder_is_named(
     body = json.loads(text)
     assert body["claims"] == []
     assert body["warnings"] == [
-        f"no driver has run with the folder {tmp_path}/gpuslice.dev; if one has run with another folder, give its "
+        f"no driver has run with the folder {tmp_path}/gpuslice.dev; if one has run with another folder, use its "
         "--kubelet-plugins-directory-path and --driver-name"
     ]
 

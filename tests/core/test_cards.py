@@ -22,7 +22,7 @@ def test_a_card_that_is_missing_is_named_whether_it_stays_or_goes(keep: bool) ->
     gpus, (sentence,) = cards.known((ONE,), (ONE, TWO), keep_missing=keep)
 
     assert gpus == ((ONE, TWO) if keep else (ONE,))
-    assert TWO.bus_id in sentence and ("tainted" if keep else "removed") in sentence
+    assert TWO.bus_id in sentence and ("with taints" if keep else "removed") in sentence
 
 
 def test_a_card_that_lists_no_profiles_now_has_those_of_last_time() -> None:

@@ -34,7 +34,7 @@ def test_the_demo_tells_its_story_on_two_simulated_cards_and_leaves_nothing_behi
     assert "infer has node-1/0000-18-00-0/mps, 20480 MiB, 25 % of the SMs" in told.stdout
     assert "notebook has node-1/0000-18-00-0/timeslice, 16384 MiB, 1 of 4 turns" in told.stdout
     assert "[                        mps 40960 of 81152 MiB                        ]" in told.stdout
-    assert "checked: 3 partitions, and each of them has a record" in told.stdout
+    assert "checked: 3 partitions, each with a record" in told.stdout
     assert told.stdout.rstrip().endswith("Nothing is left on this machine.")
     assert list(short.iterdir()) == []
 

@@ -85,7 +85,7 @@ def test_a_revision_that_cannot_be_measured_is_an_error_of_one_sentence() -> Non
         (("--cluster", "--vs", "HEAD"), "--vs is only for runs with stand-ins"),
         (("--cluster", "--calls", "3"), "--calls is only for runs with stand-ins"),
         (("--cluster", "--only", "mig"), "this kind has pods, successors, churn, rest"),
-        (("--only", "churn"), "--only churn is a measure of the other kind of run"),
+        (("--only", "churn"), "--only churn belongs to the other kind of run"),
         (("--cluster-version", "1.36.3"), "add --cluster"),
     ],
 )

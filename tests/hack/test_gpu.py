@@ -98,7 +98,7 @@ def test_a_stage_that_nobody_knows_is_refused_with_those_that_there_are(tmp_path
 
 
 def test_no_results_are_no_table(tmp_path: Path) -> None:
-    with pytest.raises(GpuError, match=r"has no results\.jsonl; give the folder into which hack/gpu run wrote"):
+    with pytest.raises(GpuError, match=r"has no results\.jsonl; name the folder of the results of hack/gpu run"):
         report.report(tmp_path)
 
 
@@ -203,7 +203,7 @@ def test_a_pack_of_facts_is_made_and_its_stages_run_without_a_network(tmp_path: 
     assert done.returncode == 0, done.stderr
     found = {check.name: check for check in results.read(tmp_path / "out")}
     assert found["the kernel is Linux, not gVisor"].value == Path("/proc/version").read_text(encoding="utf-8").strip()
-    assert found["the stage runs"].value.startswith("this pack holds facts alone")
+    assert found["the stage runs"].value.startswith("this pack has no programs")
     assert "NVML answers" in found
     about = json.loads((tmp_path / "pack" / "pack.json").read_text(encoding="utf-8"))
     assert about["pythons"] == [HERE]

@@ -169,7 +169,7 @@ def test_a_card_without_a_uuid_has_no_identity_and_says_so(driver_root: Path) ->
     ("function", "effect", "name"),
     [
         ("nvmlDeviceGetArchitecture", 3, "cannot read its architecture: NOT_SUPPORTED"),
-        ("nvmlDeviceGetName", FILL, "cannot read its name: what NVML answers cannot be read"),
+        ("nvmlDeviceGetName", FILL, "cannot read its name: the answer of NVML cannot be read"),
         ("nvmlDeviceGetMigMode", 999, "cannot read its MIG mode: UNKNOWN"),
     ],
 )

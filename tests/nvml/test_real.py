@@ -261,7 +261,7 @@ def test_a_card_without_memory_of_its_own_is_noted_and_listed(driver_root: Path)
     figures, note = told(driver_root, text, stub)
 
     assert figures == "0 0 Memory(total_bytes=0, used_bytes=0)"
-    assert note == "GPU 0 (0000:fe:1f.0) does not say how much memory it has; it is taken as 0"
+    assert note == "GPU 0 (0000:fe:1f.0) does not report its memory, so it counts as 0"
 
 
 @pytest.mark.parametrize(

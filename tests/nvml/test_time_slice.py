@@ -148,7 +148,7 @@ def test_a_card_without_time_slices_is_not_supported_whatever_the_exit_status(tm
 
 
 def test_another_level_than_the_one_set_is_told(tmp_path: Path) -> None:
-    with refused(Code.UNKNOWN, "took time slice long and then shows medium"):
+    with refused(Code.UNKNOWN, "accepted time slice long and then shows medium"):
         Smi(a_root(tmp_path, "#!/bin/sh\necho Timeslice = MEDIUM\n"), None).set_time_slice(GPU, "GPU 0", 3)
 
 

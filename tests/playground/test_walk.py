@@ -96,9 +96,9 @@ def test_what_a_playground_cannot_give_is_said_in_one_sentence(terminal: Termina
     busy = terminal.refused("playground", "claim", "timeslice")
     assert "so a pod would stay Pending; release one of gpu-1" in busy
     twice = terminal.refused("playground", "claim", "gpu", "--name", "gpu-1")
-    assert "a claim gpu-1 is there already" in twice
-    assert "there is no claim gpu-2; claims are: gpu-1" in terminal.refused("playground", "release", "gpu-2")
-    assert "is no Kubernetes quantity" in terminal.refused("playground", "claim", "mps", "--memory", "1GB", code=2)
+    assert "claim gpu-1 exists already" in twice
+    assert "there is no claim gpu-2; the claims are: gpu-1" in terminal.refused("playground", "release", "gpu-2")
+    assert "is not a Kubernetes quantity" in terminal.refused("playground", "claim", "mps", "--memory", "1GB", code=2)
 
 
 def test_a_second_start_says_what_to_do_and_another_folder_holds_another_one(terminal: Terminal) -> None:
@@ -111,7 +111,7 @@ def test_a_second_start_says_what_to_do_and_another_folder_holds_another_one(ter
     terminal.done("playground", "down", "--folder", other)
 
     assert "a playground runs already in" in second
-    assert "or start another one beside it with --folder" in second
+    assert "or start another one with --folder" in second
     assert "A playground with t4 runs in" in beside
     assert "has node-1/0000-0a-00-0/gpu" in claimed
     assert terminal.folder.is_dir()
@@ -130,7 +130,7 @@ def test_after_a_sigkill_down_removes_processes_and_files(terminal: Terminal) ->
     kill(pid)
 
     said = terminal.refused("playground", "claim", "gpu")
-    assert "was killed; `gpuslice playground down` removes what it has left" in said
+    assert "was killed; `gpuslice playground down` removes its files and processes" in said
     ended = terminal.done("playground", "down")
 
     assert re.search(r"was killed.\nIts files and [1-9]\d* processes are removed", ended)
@@ -143,7 +143,7 @@ def test_after_a_sigkill_up_begins_anew(terminal: Terminal) -> None:
 
     said = terminal.up("--simulate", "l4")
 
-    assert said.startswith("What a killed playground had left there is removed, with 2 of its processes.\n")
+    assert said.startswith("A killed playground was there. Its files and 2 processes are removed.\n")
     assert "has node-1" in terminal.done("playground", "claim", "gpu")
 
 
@@ -207,5 +207,5 @@ def test_ctrl_c_in_a_claim_says_that_the_playground_goes_on(terminal: Terminal) 
 
     assert asking.returncode == 1
     assert said.count("\n") == 1
-    assert "interrupted while the playground goes on with it" in said
+    assert "interrupted, but the playground continues with it" in said
     assert "claim slow is released" in terminal.done("playground", "release", "slow")

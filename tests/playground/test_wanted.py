@@ -43,12 +43,12 @@ def test_a_class_may_be_named_without_our_domain() -> None:
         ({"device_class": "gpus"}, "there is no DeviceClass 'gpus'; use one of gpu.gpuslice.dev"),
         ({"device_class": "mig-"}, "there is no DeviceClass 'mig-'"),
         ({"device_class": ""}, "there is no DeviceClass ''"),
-        ({"name": "Mine"}, "claim name 'Mine' is no DNS label"),
-        ({"name": "a" * 64}, "is no DNS label"),
-        ({"memory": "9GB"}, "memory '9GB' is no Kubernetes quantity"),
-        ({"memory": "-1Gi"}, "memory '-1Gi' is no Kubernetes quantity above 0"),
-        ({"sm_percent": "a quarter"}, "smPercent 'a quarter' is no Kubernetes quantity"),
-        ({"shares": "0"}, "shares '0' is no Kubernetes quantity above 0"),
+        ({"name": "Mine"}, "claim name 'Mine' is not a DNS label"),
+        ({"name": "a" * 64}, "is not a DNS label"),
+        ({"memory": "9GB"}, "memory '9GB' is not a Kubernetes quantity"),
+        ({"memory": "-1Gi"}, "memory '-1Gi' is not a Kubernetes quantity above 0"),
+        ({"sm_percent": "a quarter"}, "smPercent 'a quarter' is not a Kubernetes quantity"),
+        ({"shares": "0"}, "shares '0' is not a Kubernetes quantity above 0"),
         ({"count": 0}, "a claim has 1 to 32 devices, not 0"),
         ({"count": 33}, "a claim has 1 to 32 devices, not 33"),
     ],
@@ -77,7 +77,7 @@ def test_a_chosen_folder_that_is_too_long_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_not_touched(short: Path) -> None:
     (short / "letter").write_text("dear", encoding="utf-8")
 
-    with pytest.raises(PlaygroundError, match="is no folder of a playground of yours; choose another one"):
+    with pytest.raises(PlaygroundError, match="is not a folder of your playground; choose another folder"):
         PlaygroundFolder(short).take()
     assert [path.name for path in short.iterdir()] == ["letter"]
 
@@ -85,5 +85,5 @@ def test_a_folder_of_something_else_is_not_touched(short: Path) -> None:
 def test_a_link_in_its_place_is_not_followed(short: Path) -> None:
     (short / "link").symlink_to("/")
 
-    with pytest.raises(PlaygroundError, match="is no folder of a playground of yours"):
+    with pytest.raises(PlaygroundError, match="is not a folder of your playground"):
         PlaygroundFolder(short / "link").take()

@@ -204,7 +204,7 @@ async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Pa
         cue = nvml.cue("hang", "create_gpu_instance")
         first = world.claim("one", world.device("mig-1g-19-0"))
         told = (await world.prepare(first)).error
-        assert f"create_gpu_instance on {world.rig.gpus[0].uuid} (prepare {first.uid}) has not come back" in told
+        assert f"create_gpu_instance on {world.rig.gpus[0].uuid} (prepare {first.uid}) has not returned" in told
         assert "counts as hung" in told
 
         assert "counts as hung" in (await world.prepare(world.claim("two", world.device("mig-1g-19-1")))).error

@@ -86,7 +86,7 @@ async def test_what_was_left_incomplete_and_cannot_be_undone_is_named_and_tried_
 
     await service.recover()
 
-    assert f"cannot undo a prepare that did not end, trying again later claim={claim.uid}" in caplog.text
+    assert f"cannot undo a prepare that did not end; the driver tries again later claim={claim.uid}" in caplog.text
     assert len(world.rig.partitions()) == 1
     await service.recover()
     world.rig.assert_empty()

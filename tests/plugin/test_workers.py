@@ -45,7 +45,7 @@ async def test_a_gpu_whose_call_does_not_come_back_answers_everybody_until_it_do
     answer = await _hung(workers, tickets, stuck)
     queued = asyncio.create_task(tickets.take([A], tickets.arrive()))
 
-    with pytest.raises(HungError, match="has not come back"):
+    with pytest.raises(HungError, match="has not returned"):
         await answer
     with pytest.raises(HungError):
         await queued
@@ -95,7 +95,7 @@ async def test_one_call_among_many_that_does_not_come_back_is_named(tmp_path: Pa
 
     answer = asyncio.ensure_future(await _hung(workers, tickets, works))
 
-    with pytest.raises(HungError, match=rf"^processes on {gpu.uuid} \(prepare u-1\) has not come back for 0.2 s"):
+    with pytest.raises(HungError, match=rf"^processes on {gpu.uuid} \(prepare u-1\) has not returned for 0.2 s"):
         await answer
     sim.withdraw(None)
     assert await workers.drained(10)
@@ -242,7 +242,7 @@ async def test_a_long_fetch_is_no_hung_gpu_but_a_long_call_after_it_is() -> None
     assert not done
 
     fetch.release.set()
-    with pytest.raises(HungError, match="prepare u-1 has not come back"):
+    with pytest.raises(HungError, match="prepare u-1 has not returned"):
         await answer
     assert set(tickets.hung()) == {A}
     call.release.set()

@@ -182,7 +182,7 @@ def test_lost_answers_and_hung_up_watches_end_in_the_wanted_state(server: StandI
 @pytest.mark.parametrize(
     ("method", "path", "says"),
     [
-        ("POST", "/resourceslices", "answered something else than a slice to create resourceslices"),
+        ("POST", "/resourceslices", "answered an object that is not a slice to create resourceslices"),
         ("GET", "limit=", "answered a list of resourceslices with the resource version ''"),
     ],
 )

@@ -70,7 +70,7 @@ def turn_old(server: StandInApiServer, folder: Path) -> None:
 
 LASTING = [
     pytest.param(refuse_the_token, "check the token", id="token"),
-    pytest.param(distrust_the_certificate, "give the certificate authority of this cluster", id="certificate"),
+    pytest.param(distrust_the_certificate, "name the certificate authority of this cluster", id="certificate"),
     pytest.param(turn_old, "Kubernetes 1.34 or later is needed", id="version"),
 ]
 

@@ -321,7 +321,7 @@ async def crash(pb: ModuleType, request: Any) -> Any:
 @pytest.mark.parametrize(
     ("serve", "reason"),
     [
-        (answering("uid-x"), "not asked"),
+        (answering("uid-x"), "not requested"),
         (answering(), "skipped 1 ResourceClaims"),
         (answering("uid-a", device_name="gpu"), "no pool"),
         (answering("uid-a", pool_name="p", device_name="g", cdi_device_ids=["gpu"]), "not vendor/class=device"),

@@ -175,7 +175,7 @@ def test_a_root_of_another_version_than_the_kernel_module_is_refused_with_both(n
     fill_driver_root(root, RHEL, "999.1")
 
     with pytest.raises(
-        DeviceError, match=rf"is version 999\.1, and the loaded kernel module is version {VERSION}, so CUDA"
+        DeviceError, match=rf"is version 999\.1, but the loaded kernel module is version {VERSION}, so CUDA"
     ):
         RealHost(root, proc=node / "proc", dev=node / "dev").common()
 
@@ -432,7 +432,7 @@ def test_a_hook_that_is_not_below_the_driver_root_is_refused(node: Path) -> None
     check_hook(there, node / "root", Path("/run/nvidia/driver"))
 
     with pytest.raises(
-        ConfigError, match="--nvidia-cdi-hook-path is /run/nvidia/driver/usr/bin/nvidia-hook, and there is no"
+        ConfigError, match="--nvidia-cdi-hook-path is /run/nvidia/driver/usr/bin/nvidia-hook, but there is no"
     ):
         check_hook(gone, node / "root", Path("/run/nvidia/driver"))
 

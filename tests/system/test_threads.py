@@ -22,7 +22,7 @@ def ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "why"), [(fails, "by ValueError: no such thing"), (leaves, "by SystemExit"), (ends, "without a word")]
+    ("body", "why"), [(fails, "by ValueError: no such thing"), (leaves, "by SystemExit"), (ends, "without an error")]
 )
 def test_a_thread_that_ends_by_itself_is_told_and_remembered(body: object, why: str) -> None:
     told: queue.SimpleQueue[str] = queue.SimpleQueue()

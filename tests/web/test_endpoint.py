@@ -50,19 +50,19 @@ def test_the_port_is_the_one_that_is_written(text: str) -> None:
      "http://127.0.0.1:9510", "-1", "9510 ", "٩٥١٠", "[host]:9510", "127.0.0.1:9510/metrics"],
 )  # fmt: skip
 def test_what_is_no_endpoint_is_refused_with_the_forms_that_are(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"give a port up to 65535, host:port or \[IPv6 address\]:port"):
+    with pytest.raises(ConfigError, match=r"name a port up to 65535, host:port or \[IPv6 address\]:port"):
         Endpoint.parse(text)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1:9510", "no-such-host.invalid:9510"])
 def test_an_address_that_is_not_ours_is_one_sentence(host: str) -> None:
-    with pytest.raises(ConfigError, match=f"cannot listen on {host} .*; give a free host:port"):
+    with pytest.raises(ConfigError, match=f"cannot listen on {host} .*; name a free host:port"):
         Endpoint.parse(host).listen()
 
 
 def test_a_port_in_use_is_one_sentence() -> None:
     with (
         Endpoint.parse("127.0.0.1:0").listen() as listener,
-        pytest.raises(ConfigError, match=r"in use\); give a free host:port"),
+        pytest.raises(ConfigError, match=r"in use\); name a free host:port"),
     ):
         Endpoint("127.0.0.1", listener.getsockname()[1]).listen()

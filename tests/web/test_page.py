@@ -157,7 +157,7 @@ def test_a_card_that_cannot_be_read_shows_what_the_records_say(rig: Rig) -> None
 
     text = page(facts(survey(rig)))
 
-    assert "cannot be read now" in text
+    assert "unreadable now" in text
     assert '<td colspan="4" class="held">3g.40gb</td>' in text
     assert "default/one" in text
 
@@ -177,4 +177,4 @@ def test_what_cannot_be_used_is_said_once_a_card_with_its_reason() -> None:
     unwell = {inventory.pools[0].gpu.uuid: Taint("gpu", "hung", reason="it hangs")}
     taints = health.taints(inventory, {}, unwell, (), {})
 
-    assert page(facts(NodeLook(inventory, {}, {}, taints))).count("devices cannot be used now: it hangs") == 1
+    assert page(facts(NodeLook(inventory, {}, {}, taints))).count("devices unavailable now: it hangs") == 1

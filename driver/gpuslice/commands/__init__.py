@@ -1,1 +1,1 @@
-"""What the commands of `gpuslice` share: their texts, their parser, what they print and in which form."""
+"""The common parts of the commands of `gpuslice`: texts, parser, and the forms of the output."""

@@ -1,4 +1,4 @@
-"""What `devices` and `claims` say to programs (-o json, -o yaml). Keys are added between releases, never changed."""
+"""The output of `devices` and `claims` for programs (-o json, -o yaml). New releases add keys, but never change one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts that complete `gpuslice` in a shell, made from the parsers, so that they know each command and flag."""
+"""Scripts that complete `gpuslice` in a shell. They are made from the parsers, so they have each command and flag."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def values(action: argparse.Action) -> Sequence[str]:
-    """What the value of a flag or an argument can be, where there are only some."""
+    """The possible values of a flag or an argument, if there is a fixed set of them."""
     return [str(choice) for choice in action.choices or CHOICES.get(action.dest, ())]
 
 
@@ -85,7 +85,7 @@ def _fish(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Those without a flag, but for the commands."""
+    """The arguments without a flag, except the commands."""
     return [a for a in parser._actions if not a.option_strings and not isinstance(a, argparse._SubParsersAction)]
 
 

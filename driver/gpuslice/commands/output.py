@@ -1,4 +1,4 @@
-"""In which form a command prints: text that fits a terminal, or a body for programs; colours only where a person looks."""
+"""The forms of a command's output: text for a terminal, or a body for programs. Colours only on a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def show(form: str | None, text: str, body: Mapping[str, Any]) -> None:
-    """Print the text, or for json and yaml the body."""
+    """Print the text; for json and yaml, print the body."""
     match form:
         case "json":
             import json
@@ -40,14 +40,14 @@ def show(form: str | None, text: str, body: Mapping[str, Any]) -> None:
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """What a person should know beside the output, which stays as it is for programs."""
+    """Print warnings beside the output. The output for programs does not change."""
     sys.stdout.flush()
     for sentence in sentences:
         print(f"gpuslice: warning: {sentence}", file=sys.stderr)
 
 
 def for_a_person() -> bool:
-    """Whether colours are of use: a terminal, and nobody who said that they are not (https://no-color.org)."""
+    """Whether to use colours: standard output is a terminal, and the user has not disabled them (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

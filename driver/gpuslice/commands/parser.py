@@ -1,4 +1,4 @@
-"""An argument parser whose help fits 80 columns, and whose errors are one sentence of the command at hand."""
+"""An argument parser with a help of 80 columns, whose errors are one sentence of the command in use."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gpuslice.commands import texts
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-WIDTH = 80  # columns of a terminal that nobody has made wider
+WIDTH = 80  # columns of a usual terminal
 
 Command = Callable[[argparse.Namespace], int]
 
 
 class CommandParser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        """Argparse's own says nothing of an output that fails."""
+        """Argparse's own method hides that an output fails."""
         (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
@@ -52,7 +52,7 @@ def add(
     examples: str,
     usage: str = "[flags]",
 ) -> argparse.ArgumentParser:
-    """One more command; without `command` it only has commands below it."""
+    """Add a command. Without `command` it only groups commands below it."""
     prog = f"{commands._prog_prefix} {name}"
     made = make(commands.add_parser, name, about=about, examples=examples, help=short, usage=f"{prog} {usage}")
     if command is not None:
@@ -61,7 +61,7 @@ def add(
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """As `parse_args`, but what a command does not know is the error of that command, with what may have been meant."""
+    """Like `parse_args`, but an unknown argument is an error of its command, which also names the nearest known one."""
     parsed, rest = parser.parse_known_args(arguments)
     if rest:
         import difflib

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: `devices`, `claims`, `policy check`."""
+"""The commands that change nothing: `devices`, `claims`, `policy check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `gpuslice --help` and the help of each command say, within 80 columns."""
+"""The texts of `gpuslice --help` and of the help of each command, within 80 columns."""
 
 EXIT_CODES = """\
 exit codes:
@@ -89,7 +89,7 @@ PLAYGROUND_EXAMPLES = """\
 examples:
   gpuslice playground up                          start it in the background
   gpuslice playground claim slice --memory 9Gi    make a claim, see what it gets
-  gpuslice playground release slice-1             take the claim back
+  gpuslice playground release slice-1             release the claim
   gpuslice playground down                        end everything
 """
 

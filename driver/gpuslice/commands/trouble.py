@@ -1,4 +1,4 @@
-"""The last resort: an error that nobody foresaw is one sentence too, and its trace is kept in a file."""
+"""The last resort: an unforeseen error becomes one sentence too, and its trace is kept in a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def sentence(error: Exception) -> str:
     """The error with its remedy as one sentence. The trace goes into a temporary file."""
     if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT:
         return f"cannot write the output: {os.strerror(error.errno)}; send the output to a place with free space"
-    import traceback  # here and below: no command that goes well needs it
+    import traceback  # here and below: a command that succeeds does not need it
 
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
     way = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"unexpected error at {way} ({what}), a mistake of gpuslice itself; please report it with {_kept(error)}"
+    return f"unexpected error at {way} ({what}), a bug in gpuslice; please report it with {_kept(error)}"
 
 
 def _kept(error: Exception) -> str:
@@ -31,5 +31,5 @@ def _kept(error: Exception) -> str:
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(traceback.format_exception(error))
     except OSError:
-        return "this line; set TMPDIR to a folder that can be written, and the next error leaves its trace there"
+        return "this line; set TMPDIR to a writable folder, so that the next error writes its trace there"
     return f"its trace, which is in {path}"

@@ -1,4 +1,4 @@
-"""Which cards a node has: those that are listed now, those that were there before, and those that nobody can tell apart."""
+"""The cards of a node: those that NVML lists now, those that were there before, and those that cannot be told apart."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gpuslice.core.model import Gpu
 def known(
     listed: Iterable[Gpu], before: Iterable[Gpu], *, keep_missing: bool
 ) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-    """The node's cards in bus order, and one sentence for each that is not as it was.
+    """The node's cards in bus order, and one sentence for each change.
 
-    A card that is missing stays as it was seen last, so that its pool stays, as long as `keep_missing`: it may be lost, and
-    claims may hold it. Without that it was taken out of the machine.
+    With `keep_missing`, a missing card stays as it was last seen, and so does its pool: the card may be lost, and claims may
+    hold it. Without `keep_missing`, the card counts as removed from the machine.
     """
     was = {gpu.bus_id: gpu for gpu in before}
     distinct, sentences = _distinct(tuple(listed), was)
@@ -27,14 +27,15 @@ def known(
 
 
 def new(listed: Iterable[Gpu], served: Iterable[Gpu]) -> tuple[Gpu, ...]:
-    """Cards that are listed and that this process does not serve."""
+    """Listed cards that this process does not serve."""
     served_now = {(gpu.uuid, gpu.bus_id) for gpu in served}
     known_now, _ = known(listed, served, keep_missing=True)
     return tuple(gpu for gpu in known_now if (gpu.uuid, gpu.bus_id) not in served_now)
 
 
 def _distinct(listed: tuple[Gpu, ...], was: dict[str, Gpu]) -> tuple[list[Gpu], list[str]]:
-    """Without cards that share a UUID or a place: a call for one would reach the other. One that was seen before stays."""
+    """The cards without those that share a UUID or a place, because a call for one would reach the other. A known card
+    stays."""
     uuids = Counter(gpu.uuid for gpu in listed)
     places = Counter(gpu.bus_id for gpu in listed)
     clear, sentences = [], []
@@ -45,27 +46,27 @@ def _distinct(listed: tuple[Gpu, ...], was: dict[str, Gpu]) -> tuple[list[Gpu], 
             clear.append(gpu)
         else:
             sentences.append(
-                f"GPU {gpu.index} ({gpu.bus_id}) is not offered, because its UUID {gpu.uuid!r} or its place is not its own;"
-                " update the NVIDIA driver or take one of these cards out"
+                f"GPU {gpu.index} ({gpu.bus_id}) is not offered, because another card has the UUID {gpu.uuid!r} or its place;"
+                " update the NVIDIA driver, or remove one of these cards"
             )
     return clear, sentences
 
 
 def _with_profiles(gpu: Gpu, before: Gpu | None) -> Gpu:
-    """Drivers of about 535 list no profiles while MIG mode is off (NVML field 199): then the list of last time counts."""
+    """Drivers of about 535 list no profiles while MIG mode is off (NVML field 199). Then the last known list counts."""
     if gpu.profiles or before is None or before.uuid != gpu.uuid:
         return gpu
     return replace(gpu, profiles=before.profiles)
 
 
 def _missing(gpu: Gpu, *, kept: bool) -> str:
-    was_here = f"GPU {gpu.index} ({gpu.product}, {gpu.bus_id}) was here before and cannot be read now"
+    was_here = f"GPU {gpu.index} ({gpu.product}, {gpu.bus_id}) was here before and is unreadable now"
     if kept:
-        return f"{was_here}; its pool stays and is tainted until the card is back or the node restarts"
+        return f"{was_here}; its pool stays, with taints, until the card is back or the node restarts"
     return f"{was_here}, after a restart of the node, so its pool is removed; it is offered again when NVML lists it"
 
 
 def none_of(gpus: Iterable[Gpu]) -> Iterator[str]:
-    """One sentence where there is no card at all."""
+    """One sentence if there is no card at all."""
     if not any(True for _ in gpus):
-        yield "no GPU can be read on this node, so nothing is offered; it is asked again every minute"
+        yield "no GPU can be read on this node, so nothing is offered; the driver tries again every minute"

@@ -1,7 +1,7 @@
 """The CDI specification of a claim: everything that its containers get, as pure text, one file per claim.
 
-Source of the format: the Container Device Interface specification, `SPEC.md`. Version 0.5.0 is the lowest that holds
-all that we write (`hostPath` of a device node, device names that begin with a digit). A runtime with an older library
+Source of the format: the Container Device Interface specification, `SPEC.md`. Version 0.5.0 is the lowest that has
+everything that we write (`hostPath` of a device node, device names that begin with a digit). A runtime with an older library
 refuses any newer version number. Runtimes refuse 0.3.0 for a file that uses newer fields (measured: containerd 1.7, 2.1).
 
 Every device of a file contains everything that all devices of a node share (driver libraries, control nodes). So one
@@ -79,7 +79,7 @@ class ContainerEdits:
 
 @dataclass(frozen=True, slots=True)
 class CdiDevice:
-    """One device of a claim's file: its name (`device_name`) and what it adds to the common edits."""
+    """One device of a claim's file: its name (`device_name`) and its additions to the common edits."""
 
     name: str
     edits: ContainerEdits
@@ -170,7 +170,8 @@ def limit_env(
     percent: int = 0,
     profile: str = "",
 ) -> dict[str, str]:
-    """Environment variables that tell a program what it got; `label` from `labels`, `profile` empty for a whole GPU.
+    """Environment variables that describe the device to a program. `label` from `labels`; `profile` is empty for a
+    whole GPU.
 
     `enforcement` names the means that enforces the memory limit. `percent` is a ceiling on SMs (0: no ceiling). The runtime
     merges the environment of all devices of a container, so every name contains the label. Two claims that use the same

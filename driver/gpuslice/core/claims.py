@@ -14,7 +14,7 @@ from gpuslice.core.json import UncheckedBody
 from gpuslice.core.model import Allocation, Claim, ClaimRef, ClaimUid, DeviceRef, PoolName, Settings
 from gpuslice.errors import ClaimError
 
-_TEXT = 512  # as in `typed`: what is longer could be written into a record, and not read again
+_TEXT = 512  # as in `typed`, because a longer text in a record could not be read again
 _QUANTITY = 64  # characters; a quantity of the API has fewer
 
 
@@ -47,7 +47,8 @@ def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], dr
 
 
 def results(body: UncheckedBody, driver: str) -> Iterator[UncheckedBody]:
-    """Our results in a ResourceClaim's allocation; what is none is passed over, because the claim may be anybody's."""
+    """Our results in a ResourceClaim's allocation. Malformed parts are skipped, because the claim may belong to any
+    driver."""
     found: object = body
     for key in ("status", "allocation", "devices", "results"):
         found = found.get(key) if isinstance(found, Mapping) else None

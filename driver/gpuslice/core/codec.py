@@ -2,8 +2,8 @@
 
 A golden file of every released format stays in tests/golden: the kubelet asks for claims that an older version prepared.
 
-A record is read whole or not at all: each value by its type, and the parts against each other. What comes through is used
-in the work for *other* claims (who holds the card, what to undo), where a wrong value would fail them.
+A record is read completely or not at all: each value by its type, and the parts compared with each other. The content is
+used in the work for *other* claims (the holder of a card, the steps to undo), and a wrong value would make that work fail.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from gpuslice.core.typed import Fields
 
 FORMAT = 1
 
-_IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # part of the name of a file: of a record, of a lock
-_UUID = re.compile(r"(GPU|MIG)-[A-Za-z0-9/-]{1,127}")  # a partition's had slashes before driver 470
+_IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # part of file names of records and locks
+_UUID = re.compile(r"(GPU|MIG)-[A-Za-z0-9/-]{1,127}")  # before driver 470 the UUID of a partition had slashes
 _MIB = 2**24  # 16 TiB
 _COUNT = 2**16  # shares, MPS clients, ids of profiles and instances
 _SLICES = 64  # memory slices of a card; the largest has 8
@@ -71,7 +71,7 @@ def encode(record: Record) -> dict[str, object]:
 
 
 def decode(body: object) -> Record:
-    """ValueError for a format of the future, and for anything that is no record: the sentence names the value."""
+    """ValueError for a newer format, and for anything that is not a record. The sentence names the value."""
     fields = Fields(body, "")
     newest = fields.number("format")
     if newest > FORMAT:
@@ -90,8 +90,8 @@ def decode(body: object) -> Record:
 
 
 def _check(record: Record) -> None:
-    """The parts against each other, so that one wrong value cannot make a card busy, or a partition go, that is not the
-    claim's."""
+    """Compare the parts with each other. So one wrong value cannot make a card busy, or remove a partition, that does not
+    belong to the claim."""
     grants, steps = record.plan.grants, record.plan.steps
     places = {(grant.gpu, grant.slot) for grant in grants}
     gpus = record.plan.named
@@ -101,34 +101,34 @@ def _check(record: Record) -> None:
     for number, step in enumerate(steps):
         slot = step.slot if isinstance(step, CreateMig | StartMps) else None
         if step.gpu not in gpus or (isinstance(step, CreateMig | StartMps) and (step.gpu, slot) not in places):
-            raise ValueError(f"steps[{number}] is for a place that no grant has")
+            raise ValueError(f"steps[{number}] is for a place without a grant")
     made = {step.slot for step in steps if isinstance(step, CreateMig)}
     for number, done in enumerate(record.done):
         if done.slot not in made:
-            raise ValueError(f"done[{number}] is in a slot for which there is no step")
+            raise ValueError(f"done[{number}] is in a slot without a step")
     if record.prepared is not None:
         _check_prepared(grants, record.prepared.devices)
 
 
 def _check_prepared(grants: Sequence[Grant], devices: Sequence[PreparedDevice]) -> None:
     if len(devices) > len(grants):
-        raise ValueError(f"prepared has {len(devices)} devices, and there are {len(grants)} grants")
+        raise ValueError(f"prepared has {len(devices)} devices, but there are {len(grants)} grants")
     for number, (grant, device) in enumerate(zip(grants, devices, strict=False)):
         if (grant.allocation.request, grant.allocation.device) != (device.request, device.device):
-            raise ValueError(f"prepared[{number}] is another device than grants[{number}]")
+            raise ValueError(f"prepared[{number}] is not the device of grants[{number}]")
 
 
 def _identity(fields: Fields, key: str) -> str:
     value = fields.text(key)
     if not _IDENTITY.fullmatch(value):
-        fields.fail(f"has a {key} that is no identity: letters, digits, '.', '_', '-', at most 128")
+        fields.fail(f"has a {key} that is not an identity of at most 128 letters, digits, '.', '_', '-'")
     return value
 
 
 def _uuid(fields: Fields) -> GpuUuid | MigUuid:
     value = fields.text("uuid")
     if not _UUID.fullmatch(value):
-        fields.fail("has a uuid that is none of NVML's, GPU-… or MIG-…")
+        fields.fail("has a uuid that is not GPU-… or MIG-… of NVML")
     return MigUuid(value) if value.startswith("MIG-") else GpuUuid(value)
 
 
@@ -175,7 +175,7 @@ def _sharing(sharing: Sharing) -> dict[str, object]:
         case Mps():
             body = {"by": "mps", **asdict(sharing)}
             if sharing.enforced:
-                del body["enforced"]  # the format of 0.1.0; still used, except for cards that keep their compute mode
+                del body["enforced"]  # the format of 0.1.0, still used except for cards that keep their compute mode
             return body
         case _:
             assert_never(sharing)
@@ -282,7 +282,7 @@ def _done(done: Done) -> dict[str, object]:
 def _to_done(fields: Fields) -> Done:
     made = fields.text("made")
     if made != "mig":
-        raise ValueError(f"{made!r} was made by a version that this one does not know")
+        raise ValueError(f"{made!r} was made by an unknown version")
     return MadeMig(
         slot=_to_slot(fields.part("slot")),
         gi=fields.number("gi", 0, _COUNT),

@@ -1,7 +1,7 @@
-"""A policy, cut to what one card can do. What does not fit is left out with a sentence, and the rest is offered.
+"""A policy, reduced to what one card can do. Anything that does not fit is left out with a sentence; the rest is offered.
 
-One policy serves a fleet, and a node may have a card that nobody thought of. So nothing here is an error: what is wrong
-for one card must not take the other cards of its node away.
+One policy serves a fleet, and a node may have a card that its author did not know. So nothing here is an error: a problem of
+one card must not take away the other cards of its node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpuslice.core.model import MIB, Gpu, MigProfile
 from gpuslice.core.policy.rules import GpuPolicy, Misfit
 from gpuslice.core.policy.schema import Mode, Parts
 
-_LEAST_MIB = 2  # of a share: the API wants a capacity to be at least its least request and one step more
+_LEAST_MIB = 2  # of a share, because the API requires a capacity of at least the smallest request plus one step
 
 
 def fitted(gpu: Gpu, policy: GpuPolicy, *, static: bool) -> tuple[GpuPolicy, tuple[Misfit, ...]]:
@@ -35,12 +35,12 @@ def sellable_mib(gpu: Gpu, reserve_bytes: int) -> int:
 
 
 def shares_of(memory_mib: int, wanted: int) -> int:
-    """As many of the wanted shares as so much memory allows; a card without memory of its own sets no limit."""
+    """The number of shares that this memory allows, at most `wanted`. A card without its own memory has no limit."""
     return wanted if memory_mib == 0 else min(wanted, max(1, memory_mib // _LEAST_MIB))
 
 
 def static_layout(gpu: Gpu, wanted: Sequence[tuple[MigProfile, int]]) -> Sequence[ProfilePlacement] | None:
-    """A place for each of the wanted partitions, or None where they do not fit on the card together."""
+    """A place for each of the wanted partitions, or None if they do not fit on the card together."""
     if any(count > profile.max_instances for profile, count in wanted):
         return None
     return layout.arrange(layout.totals(gpu.profiles), [profile for profile, count in wanted for _ in range(count)])
@@ -81,18 +81,16 @@ def _with_shares(gpu: Gpu, policy: GpuPolicy, notes: list[Misfit]) -> GpuPolicy:
 
 
 def _refusal(gpu: Gpu, policy: GpuPolicy) -> str:
-    """Why the card cannot be cut as `static` says; "" where it can."""
+    """Why the card cannot be divided as `static` says; "" if it can."""
     card, path = f"GPU {gpu.index} ({gpu.product})", policy.path("static")
     if not isinstance(policy.static, Parts):
         if static_layout(gpu, policy.static) is not None:
             return ""
         text = ", ".join(f"{count} x {profile.name}" for profile, count in policy.static)
-        return (
-            f"{path}, the static layout of {card}, {text}, does not fit on the card; take fewer or smaller partitions"
-        )
+        return f"{path}, the static layout of {card}, {text}, does not fit on the card; use fewer or smaller partitions"
     parts, memory_mib = policy.static, sellable_mib(gpu, policy.reserve_bytes)
     if parts.mode not in policy.modes:
-        return f"{path}.{parts.mode} cuts {card} into parts, and it does not offer {parts.mode}; cut it another way"
+        return f"{path}.{parts.mode} cuts {card} into parts, but the card does not offer {parts.mode}; use another mode"
     if parts.mode is Mode.MPS and parts.count > policy.mps_clients:
         return (
             f"{path}.{parts.mode} cuts {card} into {parts.count} parts, but the card has only {policy.mps_clients}"

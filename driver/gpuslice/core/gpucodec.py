@@ -1,4 +1,4 @@
-"""`Gpu` ↔ JSON: the last known inventory. So a card that cannot be read now keeps its pool (and gets a taint)."""
+"""`Gpu` ↔ JSON: the last known inventory. So a card that is unreadable now keeps its pool (and gets a taint)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encode(gpus: Sequence[Gpu]) -> list[dict[str, object]]:
 
 
 def decode(body: object) -> tuple[Gpu, ...]:
-    """Cards that were written by this or another version; one that misses a fact, or has one of another type, is left out,
+    """Cards that this or another version has written. A card without a fact, or with a fact of another type, is left out,
     because it cannot be offered."""
     if not isinstance(body, list):
         return ()
@@ -56,7 +56,7 @@ def _gpu(fields: Fields) -> Gpu:
 def _like(fields: Fields, key: str, form: re.Pattern[str]) -> str:
     value = fields.text(key)
     if not form.fullmatch(value):
-        fields.fail(f"has a {key} of another form than {form.pattern}")
+        fields.fail(f"has a {key} that does not have the form {form.pattern}")
     return value
 
 

@@ -51,8 +51,8 @@ def taints(
 ) -> Taints:
     """Taints of every device that has any.
 
-    `unwell` names GPUs that cannot be looked at (lost, hung), with their taint; `daemons` MPS daemons that are, by key,
-    or all of them by "" (the supervisor is away). `unable` says what a card refuses for good (see `needs`).
+    `unwell`: the taint of each unreadable GPU (lost, hung). `daemons`: the taint of each MPS daemon with a problem, by
+    key; "" means all daemons (the supervisor is away). `unable`: final refusals of each card (see `needs`).
     """
     known = tuple(records)
     found: dict[DeviceRef, tuple[Taint, ...]] = {}
@@ -82,7 +82,7 @@ _REFUSED = {
 
 
 def needs(pool: Pool, live: LiveGpu) -> Iterator[str]:
-    """The verbs of NVML that the card must know for what it offers, as far as they can be asked now."""
+    """The verbs of NVML that the card needs for its offers, as far as they can be tried now."""
     yield "minor"
     offers = [device.offer for device in pool.devices]
     for verb in ("time_slice", "compute_mode"):
@@ -91,12 +91,12 @@ def needs(pool: Pool, live: LiveGpu) -> Iterator[str]:
 
 
 def refused(verb: str, reason: str) -> Taint:
-    """The taint of a card that refuses this verb for good."""
+    """The taint of a card that finally refuses this verb."""
     return replace(_REFUSED[verb], reason=reason)
 
 
 def _is_needed(offer: Offer, taint: Taint) -> bool:
-    """Whether a claim of this device cannot be served with what the card refuses."""
+    """Whether a claim of this device needs the verb that the card refuses."""
     match offer.sharing:
         case TimeSlicing(interval=interval) if taint.key == "time-slice":
             return offer.slot is None and interval != "default"
@@ -107,8 +107,8 @@ def _is_needed(offer: Offer, taint: Taint) -> bool:
 
 
 def _is_hit(offer: Offer, unwell: Taint) -> bool:
-    """A lost card is what a monitoring pod is to see, and the pod waits for the monitors of all cards (DRA contract, C6);
-    a call on a hung card would hang the pod's prepare too."""
+    """Whether the taint of the card applies to this device. A monitor must show a lost card, and a monitoring pod waits
+    for the monitors of all cards (DRA contract, C6). A call on a hung card would hang the prepare of that pod, too."""
     return not isinstance(offer.sharing, Monitor) or unwell.value != "lost"
 
 
@@ -122,7 +122,7 @@ def _mode(offer: Offer, gpu: Gpu, live: LiveGpu) -> Iterator[Taint]:
 
 
 def _other_pool(pool: Pool, records: Iterable[Record]) -> Iterator[Taint]:
-    """The whole card, because the counters of its pool know nothing of what claims hold from the other one."""
+    """Taints for the whole card, because the counters of this pool do not include what claims hold from the other pool."""
     if held := shared.under_other_names(pool.gpu.uuid, pool.name, records):
         names = ", ".join(f"{ref} ({other})" for ref, other in held)
         yield Taint(

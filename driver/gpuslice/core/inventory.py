@@ -53,7 +53,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """One card and all that it offers."""
+    """One card and its offers."""
 
     name: PoolName
     gpu: Gpu
@@ -73,7 +73,7 @@ class Inventory:
 
     pools: tuple[Pool, ...]
     known: tuple[Pool, ...] = field(default=(), compare=False)  # not published, but `offer` finds their devices
-    notes: tuple[Misfit, ...] = field(default=(), compare=False)  # what a card cannot do of what its policy says
+    notes: tuple[Misfit, ...] = field(default=(), compare=False)  # the settings of the policy that a card cannot follow
     _offers: dict[DeviceRef, Offer] = field(init=False, repr=False, compare=False)
     _pools: dict[GpuUuid, Pool] = field(init=False, repr=False, compare=False)
 
@@ -174,7 +174,7 @@ def _multiprocessors(slice_: Slice) -> tuple[int, int]:
 
 
 def _bus(bus_id: str) -> str:
-    """The bus id as part of a pool name; its figures have a fixed width, so the text sorts as the bus does."""
+    """The bus id as part of a pool name. Its figures have a fixed width, so that the text sorts like the bus."""
     return re.sub(r"[:.]", "-", bus_id.lower())
 
 
@@ -185,7 +185,7 @@ def _pool(name: PoolName, gpu: Gpu, policy: GpuPolicy, *, static: bool) -> Pool:
 
 
 def _pool_name(node: str, gpu: Gpu) -> PoolName | None:
-    """None where the card has no place on the bus by which its pool could be named."""
+    """None if the card has no place on the bus that could name its pool."""
     if _SUBDOMAIN.fullmatch(node) is None:
         raise ConfigError(f"{node!r} cannot be the name of a pool; --node-name must be the name of the Node object")
     if _SUBDOMAIN.fullmatch(_bus(gpu.bus_id)) is None:

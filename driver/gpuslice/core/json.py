@@ -1,5 +1,5 @@
-"""JSON objects, by what may be done with one: every alias of them is here, so that a name means one thing. And how one of
-the API server is read: an odd part of it, however deep, takes nothing else along."""
+"""JSON objects by permitted use: every alias is here, so that a name means one thing. Also the reading of the API server's
+answers: an odd part of an answer, at any depth, affects no other part."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 Body = dict[str, Any]  # an object of the API, as json.loads gives it; may be changed and sent back
-ReadOnlyBody = Mapping[str, Any]  # only read: a shape that is trusted, so a wrong one surfaces as KeyError or TypeError
-UncheckedBody = Mapping[str, object]  # somebody else's: each value is checked before it is used
+ReadOnlyBody = Mapping[str, Any]  # only read; its shape is trusted, so a wrong shape raises KeyError or TypeError
+UncheckedBody = Mapping[str, object]  # of another program; each value is checked before its use
 
-_LONGEST = 1000  # characters of somebody else's sentence
-_DEPTH = 100  # levels; the objects that we use have about 15, what users put into one may have 10,000
+_LONGEST = 1000  # characters of a sentence of another program
+_DEPTH = 100  # levels; our objects have about 15, but users may put 10,000 into one
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse(data: bytes) -> Any:
-    """What `json.loads` gives; where that is nested too deep for it, what lies below 100 levels is null. ValueError for what
-    is no JSON."""
+    """The result of `json.loads`. If the text is nested too deep for it, everything below 100 levels is null. ValueError for
+    anything that is not JSON."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -41,20 +41,21 @@ def _pruned(data: bytes) -> bytes:
 
 
 def parse_object(data: bytes) -> Body:
-    """As `parse`, with ValueError for what is no object, too; its metadata, where it has any, is one."""
+    """As `parse`, but ValueError for anything that is not an object, and for metadata that is not an object."""
     body = parse(data)
     if not isinstance(body, dict) or not isinstance(body.get("metadata", {}), dict):
-        raise ValueError("the answer is no object, or its metadata is none")
+        raise ValueError("the answer is not an object, or its metadata is not")
     return body
 
 
 def is_object(item: object) -> bool:
-    """Whether an item of a list is an object of the API. What is none is nobody's claim and no slice of ours."""
+    """Whether an item of a list is an object of the API. Any other item is no claim and no slice of ours."""
     return isinstance(item, dict) and isinstance(item.get("metadata"), dict) and _texts(item["metadata"], "name", "uid")
 
 
 def is_resource_slice(item: object, *, stored: bool = True) -> bool:
-    """Whether it has all that is read of a ResourceSlice, each part of its type. What a dry run made is not `stored`."""
+    """Whether it has all fields that are read of a ResourceSlice, with their types. The answer to a dry run is not
+    `stored`."""
     if not isinstance(item, dict) or not _is_spec(item.get("spec")):
         return False
     if not stored:
@@ -63,7 +64,7 @@ def is_resource_slice(item: object, *, stored: bool = True) -> bool:
 
 
 def is_event(event: Body) -> bool:
-    """Whether it is news of a ResourceSlice, or a bookmark with the version that a watch has come to."""
+    """Whether it is an event of a ResourceSlice, or a bookmark with the version that a watch has reached."""
     thing = event.get("object")
     if event.get("type") == "BOOKMARK":
         metadata = thing.get("metadata") if isinstance(thing, dict) else None
@@ -87,7 +88,7 @@ def _is_spec(spec: object) -> bool:
 
 
 def _objects(items: object, *texts: str) -> bool:
-    """Whether it is a list of objects that have these texts, or is missing."""
+    """Whether it is missing, or a list of objects with these texts."""
     if not items:
         return items is None or items == []
     return isinstance(items, list) and all(isinstance(item, dict) and _texts(item, *texts) for item in items)
@@ -98,7 +99,7 @@ def _texts(body: Body, *keys: str) -> bool:
 
 
 def message(data: bytes) -> str:
-    """The sentence in an error's body: a Status object from the API server, anything from a proxy before it."""
+    """The sentence in the body of an error: a Status object of the API server, or any text of a proxy before it."""
     try:
         return str(json.loads(data)["message"])[:_LONGEST]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Which partitions may stand on one card together: the hardware's rules, from figures that NVML reports.
+"""Which partitions can exist together on one card: the hardware's rules, from figures that NVML reports.
 
 A set of partitions is legal when their memory slices do not overlap, no profile has more than its instance count, and
 the sum of each engine stays within the card's total. The first two rules are from nvml.h. The third rule is inferred
@@ -84,14 +84,14 @@ def within(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> bool:
 
 
 def coexist(gpu: Gpu, one: MigSlot, two: MigSlot) -> bool:
-    """Whether partitions in these two slots of the card may stand together; of an unknown one, only by place."""
+    """Whether partitions in these two slots of the card can exist together. For an unknown slot, only the place counts."""
     if one.placement.overlaps(two.placement):
         return False
     profiles = gpu.profile(one.profile), gpu.profile(two.profile)
     if profiles[0] is None or profiles[1] is None:
         return True
     if one.placement not in profiles[0].placements or two.placement not in profiles[1].placements:
-        return True  # a place that the card does not list may be any number, and a bit mask of it any length
+        return True  # an unlisted place may be any number, so its bit mask could have any length
     return fits(
         totals(gpu.profiles),
         (ProfilePlacement(profiles[0], one.placement), ProfilePlacement(profiles[1], two.placement)),
@@ -110,7 +110,7 @@ def conflicts(card: Mapping[str, int], places: Sequence[ProfilePlacement]) -> It
 def _excesses(
     card: Mapping[str, int], places: Sequence[ProfilePlacement], chosen: tuple[int, ...], taken: int, start: int
 ) -> Iterator[tuple[int, ...]]:
-    """Sets without overlap that break a count or a sum, grown from legal ones."""
+    """Sets without overlap that break a count or a sum. They grow from legal sets."""
     for i in range(start, len(places)):
         if taken & places[i].memory_slices:
             continue

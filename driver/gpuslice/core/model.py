@@ -73,7 +73,8 @@ class MigProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One card: facts that do not change while the NVIDIA driver is loaded. The device minor may change: ask at prepare."""
+    """One card: facts that do not change while the NVIDIA driver is loaded. The device minor may change: read it in a
+    prepare."""
 
     uuid: GpuUuid
     index: int

@@ -1,4 +1,4 @@
-"""What occupies the memory slices of a card: the map of `gpuslice devices` and that of the page at `/` show the same."""
+"""What occupies the memory slices of a card. The map of `gpuslice devices` and the map of the page at `/` both use it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def width(gpu: Gpu) -> int:
 
 
 def whole(grants: Iterable[Grant]) -> list[Grant]:
-    """Those of a card's grants that take the whole card."""
+    """The grants that take the whole card."""
     return [grant for grant in grants if grant.slot is None and not isinstance(grant.sharing, Monitor)]
 
 
 def blocks(gpu: Gpu, live: LiveGpu, grants: Sequence[Grant], records: Iterable[Record]) -> tuple[Block, ...]:
-    """The partitions of the card as they were seen."""
+    """The partitions of the card in this look."""
     foreign = plan.foreign_partitions(gpu.uuid, live, records)
     marks = ((p, " (foreign)" if p in foreign else "" if p.uuid else " (incomplete)") for p in live.partitions)
     return tuple(_block(gpu, MigSlot(gpu.uuid, p.profile, p.placement), mark, grants) for p, mark in marks)
 
 
 def recorded_blocks(gpu: Gpu, grants: Sequence[Grant]) -> tuple[Block, ...]:
-    """The partitions of the card by our records, for a card that cannot be looked at."""
+    """The partitions of the card by our records, for an unreadable card."""
     slots = dict.fromkeys(grant.slot for grant in grants if grant.slot is not None)
     return tuple(_block(gpu, slot, "", grants) for slot in slots)
 

@@ -113,5 +113,5 @@ def _nothing_left(body: Mapping[object, object], where: str, known: str) -> None
 
 
 def _shown(value: object) -> str:
-    """A plain value as the user wrote it; of a nested one, which may be thousands of levels deep, its type."""
+    """A plain value as the user wrote it. For a nested value, only its type, because it may be thousands of levels deep."""
     return repr(value)[:_LONGEST] if isinstance(value, str | int | float) else f"of type {type(value).__name__}"

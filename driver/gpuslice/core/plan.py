@@ -125,7 +125,8 @@ def serves(record: Record, claim: Claim) -> bool:
 
 
 def stands(record: Record, live: Live) -> bool:
-    """Whether the hardware of a finished record still exists as it was made, and what it watches as it was shown."""
+    """Whether the hardware of a finished record still exists as it was made, and whether its monitored partitions are
+    the same."""
     now = {(MigSlot(gpu, p.profile, p.placement), p.uuid) for gpu, look in live.items() for p in look.partitions}
     made = {done.uuid for done in record.done if done.uuid is not None}
     devices = () if record.prepared is None else record.prepared.devices

@@ -10,7 +10,7 @@ _SUFFIX: dict[str, Decimal | int] = {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
     "m": Decimal("0.001"),
 }  # fmt: skip
-_EXPONENT = 30  # a number with a million digits takes the processor for minutes
+_EXPONENT = 30  # a number with a million digits takes minutes of CPU time
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([numkMGTPE]|[KMGTPE]i)?)")
 
 

@@ -153,7 +153,7 @@ def daemon_key(gpu: GpuUuid, slot: MigSlot | None) -> str:
 
 
 def unwanted(keys: Iterable[str], gpu: GpuUuid, records: Iterable[Record]) -> tuple[str, ...]:
-    """Those of these keys that name a daemon of this GPU for which there is no record, not even an unfinished one."""
+    """The keys that name a daemon of this GPU without any record, finished or unfinished."""
     wanted = {
         daemon_key(step.gpu, step.slot)
         for record in records
@@ -169,8 +169,8 @@ def is_on(key: str, gpu: GpuUuid) -> bool:
 
 
 def ceilings(grants: Iterable[Grant]) -> tuple[int | None, int | None]:
-    """Memory in MiB and percent of SMs of the largest of these shares. One MPS daemon can enforce only one value on all its
-    clients.
+    """Memory in MiB and percent of SMs of the largest of these shares, because one MPS daemon has the same values for all
+    its clients.
 
     None means no ceiling: there is no share, or a share without a ceiling on compute.
     """

@@ -1,4 +1,4 @@
-"""What several claims use at once: a partition that the first of them made, the MPS daemons; and a card that has two names."""
+"""Things that several claims use at once: a partition of the first claim, the MPS daemons, and a card with two names."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def shares_of(step: StartMps, records: Iterable[Record]) -> tuple[Grant, ...]:
 
 
 def under_other_names(gpu: GpuUuid, pool: PoolName, records: Iterable[Record]) -> tuple[tuple[ClaimRef, PoolName], ...]:
-    """Claims that hold something of this card from a pool of another name, with the name: the node was renamed, or the card
-    is in another slot. The scheduler sees two pools, and nothing of what is taken from the other."""
+    """Claims that hold something of this card from a pool of another name, each with that name: the node was renamed, or the
+    card is in another slot. The scheduler sees two pools, and cannot see what is taken from the other pool."""
     found = {
         (record.plan.ref, grant.allocation.device.pool)
         for record in records

@@ -1,7 +1,7 @@
-"""JSON that lies on disk, read by type: a value of another type, or out of all proportion, is a ValueError with its path.
+"""Typed reading of JSON on disk: a value of a wrong type, or outside any sensible range, is a ValueError with its path.
 
-Lenient where a version may differ (`Fields` says nothing of keys that nobody asks for), strict in what is asked for: a wrong
-value that comes through here fails later, in the work for another claim.
+Lenient if a version may differ (`Fields` ignores keys that no caller reads), strict in everything that is read, because a
+wrong value would fail later, in the work for another claim.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NoReturn
 
-MOST = 2**31 - 1  # what NVML and the kernel count with
-_LONGEST = 512  # more than a name of Kubernetes (253), a CDI name, or a sentence of NVML (96) has
+MOST = 2**31 - 1  # the largest count of NVML and of the kernel
+_LONGEST = 512  # more than any name of Kubernetes (253), CDI name or sentence of NVML (96)
 
 
 class Fields:
-    """One object. A method without "optional" in its name wants the key; with it, a missing key and null are None."""
+    """One object. A method without "optional" in its name needs the key. An optional one returns None for a missing key
+    or null."""
 
     def __init__(self, body: object, path: str) -> None:
         if not isinstance(body, Mapping):
@@ -62,7 +63,7 @@ class Fields:
         return tuple(self._text(f"{key}[{number}]", item) for number, item in enumerate(self._list(key)))
 
     def numbers(self, key: str, most: int) -> dict[str, int]:
-        """An object of which each value is a number; {} where it is missing."""
+        """An object whose values are numbers. {} if it is missing."""
         figures = Fields(self._body.get(key, {}), self._at(key))
         return {str(name): figures.number(name, 0, most) for name in figures._body}
 
@@ -87,6 +88,6 @@ class Fields:
 
 
 def _refuse(path: str, value: object, wanted: str) -> NoReturn:
-    """Says the type alone of what may be large or nested."""
+    """Name only the type of a value that may be large or nested."""
     found = repr(value) if isinstance(value, int | float) and abs(value) < 10**18 else type(value).__name__
     raise ValueError(f"{path or 'it'} is {'null' if value is None else found} and must be {wanted}")

@@ -1,7 +1,7 @@
-"""Who plays which part in the story: the cards of the node, and amounts that suit them. Pure: it is known before the start.
+"""The parts of the story: which card does what, and amounts that fit the cards. Pure, so it is known before the start.
 
-The scheduler takes the first device that fits, in the order of the cards. So the first card with MIG is the one that
-claims partition, and the story needs one more card to share. Whatever else the node has is held by one claim meanwhile.
+The scheduler takes the first device that fits, in the order of the cards. So claims partition the first card with MIG,
+and the story needs one more card to share. One claim holds all other cards of the node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpuslice.nvml.sim.spec import NodeSpec
 
 @dataclass(frozen=True, slots=True)
 class PlayingCard:
-    """A card of the node, and what claims can do with it. MIG mode of an Ampere card stays as it is without a reset."""
+    """A card of the node, and what claims can do with it. Without a reset, an Ampere card keeps its MIG mode."""
 
     product: Product
     mig: bool
@@ -26,7 +26,7 @@ class PlayingCard:
 
     @property
     def whole(self) -> bool:
-        """Whether claims get it whole, and shares of it."""
+        """Whether claims can get the whole card, or shares of it."""
         return not self.mig or self.product.resetless
 
 
@@ -40,17 +40,17 @@ class Cast:
 
     @property
     def cut(self) -> int | None:
-        """The card that claims partition; None where there is none."""
+        """The card that claims partition. None if there is none."""
         return next((index for index, card in enumerate(self.cards) if card.cuttable), None)
 
     @property
     def wholes(self) -> tuple[int, ...]:
-        """The cards that claims may get whole while one is partitioned."""
+        """The cards that claims can get whole while another card is partitioned."""
         return tuple(index for index, card in enumerate(self.cards) if card.whole and index != self.cut)
 
     @property
     def shared(self) -> int | None:
-        """The card that claims share: another one than `cut` where there is one, and best one with MIG."""
+        """The card that claims share: if possible not `cut`, and if possible a card with MIG."""
         alone = self.cut if self.cut is not None and self.cards[self.cut].whole else None
         return min(self.wholes, key=lambda index: (not self.cards[index].cuttable, index), default=alone)
 
@@ -61,27 +61,27 @@ class Cast:
 
     @property
     def extras(self) -> tuple[int, ...]:
-        """The cards that the story would rather not have: one claim holds them."""
+        """The cards that the story does not use. One claim holds them."""
         return tuple(index for index in self.wholes if index != self.shared)
 
     @property
     def share_cut(self) -> bool:
-        """Whether the card that is shared can be partitioned too."""
+        """Whether the shared card can be partitioned too."""
         return self.shared is not None and self.cards[self.shared].cuttable
 
     @property
     def stuck(self) -> bool:
-        """Whether there is MIG on this node, and MIG mode is off on a card that keeps it so."""
+        """Whether the node has cards with MIG, but MIG mode is off on all of them and needs a reset."""
         return self.cut is None and any(card.product.profiles for card in self.cards)
 
     def gib(self, share: float, card: int | None = None) -> str:
-        """This share of a card's memory in whole Gi; of the card that is shared where none is named."""
+        """This part of a card's memory in whole Gi. Without `card`: of the shared card."""
         at = card if card is not None else self.shared
         return f"{max(1, round(self.cards[at or 0].product.memory_mib / 1024 * share))}Gi"
 
 
 def numbers(indices: Sequence[int]) -> str:
-    """ "GPU 2", "GPU 2 and 3", "GPU 2 to 15": cards as a sentence names them."""
+    """ "GPU 2", "GPU 2 and 3", "GPU 2 to 15": cards in the words of a sentence."""
     *first, last = indices
     if not first:
         return f"GPU {last}"

@@ -1,4 +1,4 @@
-"""Steps of the story in which the driver is killed in the middle of its work, and starts again."""
+"""Steps of the story that kill the driver in the middle of its work, and start it again."""
 
 from __future__ import annotations
 
@@ -77,15 +77,13 @@ async def again(stage: Stage) -> None:
 
 
 def _check(stage: Stage) -> None:
-    """Node, records and CDI folder agree about every claim."""
+    """Check that node, records and CDI folder agree about every claim."""
     records = stage.look(lambda node: dict(node.records))
     made = {device.uuid for r in records.values() if r.prepared for device in r.prepared.devices}
     there = stage.look(lambda node: {p.uuid for live in node.live.values() for p in live.partitions})
     named = {f"{DRIVER}-claim_{uid}.json" for uid in records}
-    stage.must(
-        all(r.prepared for r in records.values()), f"{_many(len(records), 'record')}, and each of them is finished"
-    )
-    stage.must(there <= made, f"{_many(len(there), 'partition')}, and each of them has a record")
+    stage.must(all(r.prepared for r in records.values()), f"{_many(len(records), 'record')}, all finished")
+    stage.must(there <= made, f"{_many(len(there), 'partition')}, each with a record")
     stage.must(
         named == {path.name for path in stage.cluster.cdi.iterdir()},
         "each record has a CDI file, and there is no other CDI file",

@@ -1,4 +1,4 @@
-"""The step of the story that shows what the node publishes, and says how to read it."""
+"""The step of the story that shows the published devices, and explains how to read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ShownPool:
     name: str
     devices: str  # "7 x 1g.10gb, gpu, …"
     counters: Mapping[str, str]
-    takers: Mapping[str, Mapping[str, int]]  # counter → kind of device → the least that a device of it takes
+    takers: Mapping[str, Mapping[str, int]]  # counter → kind of device → the smallest amount that such a device takes
 
     @property
     def lines(self) -> tuple[str, str]:
@@ -69,7 +69,7 @@ def _takers(devices: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _explained(pool: ShownPool) -> list[str]:
-    """What a counter means, by the first one of the pool."""
+    """The meaning of a counter, explained with the first counter of the pool."""
     if not pool.counters:
         return []
     name, value = next(iter(pool.counters.items()))

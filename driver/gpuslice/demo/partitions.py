@@ -1,4 +1,4 @@
-"""Steps of the story in which claims partition cards, or hold whole ones."""
+"""Steps of the story in which claims get partitions or whole cards."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ async def by_memory(stage: Stage) -> None:
 
 
 def smallest(stage: Stage) -> tuple[str, str]:
-    """Profile and memory, in whole Gi, of the first partition that the scheduler would try."""
+    """Profile and memory (in whole Gi) of the first partition that the scheduler would try."""
     for device in stage.devices().values():
         if profile := device["attributes"]["profile"]["string"]:
             memory = resource_slices.amount(device["capacity"]["memory"]["value"]) or 0
             return str(profile), f"{int(memory) // GIB}Gi"
-    raise LookupError("no card of this node has MIG, and the story should not ask for a partition")
+    raise LookupError("no card of this node has MIG, so the story must not ask for a partition")
 
 
 def large(stage: Stage) -> str:
-    """A bit less than half of a card, so that a partition of about half of it is the smallest one with that much."""
+    """A little less than half of a card. So the smallest partition with this memory has about half of the card."""
     return stage.cast.gib(3 / 8, stage.cast.cut)
 
 
@@ -47,7 +47,7 @@ async def no_partition(stage: Stage) -> None:
 async def whole_card(stage: Stage) -> None:
     free = len(stage.cast.wholes)
     if free:
-        words = "a whole card" if free == 1 else f"{free} whole cards, all that are free"
+        words = "a whole card" if free == 1 else f"{free} whole cards, all free cards"
         await stage.take("train", words, cards(free))
     await stage.take("late", "one more whole card" if free else "a whole card", a_card())
     stage.show_map()
@@ -68,13 +68,13 @@ async def several_cards(stage: Stage) -> None:
     await stage.release("train")
     pair = (a_card("main"), a_partition("helper"))
     if not stage.fits(*pair):
-        await stage.release("small")  # a card of four memory slices has no room for one more
+        await stage.release("small")  # a card with four memory slices has no room for another partition
     await stage.take("pair", "a whole card, and any partition of another card", *pair)
     stage.show_map()
 
 
 async def rest_of_the_node(stage: Stage) -> None:
-    """Have one claim hold the cards without a part, so that the story goes on with one or two."""
+    """Let one claim hold the cards without a part, so that the story continues with one or two cards."""
     if extras := stage.cast.extras:
         words = f"{numbers(extras)} as whole cards; the story goes on with the rest"
         await stage.take("batch", words, *these_cards(*extras))

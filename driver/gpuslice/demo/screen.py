@@ -1,4 +1,4 @@
-"""What the demo writes: sentences folded to a terminal of 80 columns, and the map of the cards."""
+"""The output of the demo: sentences folded to a terminal of 80 columns, and the map of the cards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EDGE = 7  # before the map: room for "GPU 15 "
 
 
 def say(text: str = "", indent: int = 2) -> None:
-    """Print one line; what is too long goes on below it, further to the right."""
+    """Print one line. A long line continues below, further to the right."""
     print("\n".join(folded(text, indent)))
 
 
@@ -35,7 +35,7 @@ class CardRow:
 
 
 def map_lines(cards: Iterable[CardRow]) -> list[str]:
-    """Each card with the numbers of its memory slices above; cards beside each other that look the same are shown once."""
+    """Each card with the numbers of its memory slices above. Equal neighbours are shown once."""
     lines = []
     for shown, group in itertools.groupby(sorted(cards, key=lambda card: card.index), key=lambda card: card.lines):
         numbers = [card.index for card in group]

@@ -27,11 +27,11 @@ _HOW_TO_READ = (
     "occupies these slices."
 )
 _HOW_TO_READ_WITHOUT_MIG = "The map of the cards: [ . ] is free; a name is what occupies the card."
-_FEW = 3  # devices of one claim that are shown one by one
+_FEW = 3  # the most devices of one claim that are shown one by one
 
 
 class BrokenPromiseError(Exception):
-    """The demo saw something that must never happen; the text names it."""
+    """The demo saw a state that must never exist. The text names the state."""
 
 
 class Stage:
@@ -41,12 +41,12 @@ class Stage:
         self.cluster = cluster
         self.cast = Cast.of(spec.parse(cluster.simulate))
         self.held: dict[str, ClaimRef] = {}
-        self.calls: list[asyncio.Task[Any]] = []  # of the kubelet, cut off by a kill
+        self.calls: list[asyncio.Task[Any]] = []  # calls of the kubelet that a kill has cut off
         self._map_known = False
 
     @property
     def mps(self) -> MpsClient:
-        """The MPS daemons, as the driver asks for them."""
+        """The MPS daemons, read like the driver reads them."""
         return MpsClient(self.cluster.mps)
 
     @property
@@ -58,14 +58,14 @@ class Stage:
         return "\n".join(self.driver.log.read_text(encoding="utf-8").splitlines()[-20:]) if self.cluster.drivers else ""
 
     def devices(self) -> dict[tuple[str, str], Mapping[str, Any]]:
-        """What the node publishes, by pool and device name."""
+        """The published devices of the node, by pool and device name."""
         specs = [body["spec"] for body in self.cluster.api.all("resourceslices")]
         return {(spec["pool"]["name"], d["name"]): d for spec in specs for d in spec.get("devices", [])}
 
     # ------------------------------------------------------------ what users do
 
     def claim(self, name: str, words: str, *requests: Request) -> ClaimRef | None:
-        """Create a claim and let the scheduler choose; None where its pod stays Pending."""
+        """Create a claim and let the scheduler choose. None if its pod stays Pending."""
         say(f"claim {name}: {words}")
         try:
             ref = self.cluster.claim(name, *requests)
@@ -93,7 +93,7 @@ class Stage:
             say(f"and {len(got) - _FEW} more", 4)
 
     def got(self, record: Record) -> list[tuple[str, str]]:
-        """Each device of a claim: its name with what the claim has of it, and its UUID."""
+        """Each device of a claim: its name with the claim's part of it, and its UUID."""
         published = self.devices()
         found: list[tuple[str, str]] = []
         for device, grant in zip(record.prepared.devices if record.prepared else (), record.plan.grants, strict=True):
@@ -103,7 +103,7 @@ class Stage:
         return found
 
     async def take(self, name: str, words: str, *requests: Request) -> bool:
-        """Whether the scheduler found a device for it."""
+        """Make a claim. Returns whether the scheduler found a device."""
         ref = self.claim(name, words, *requests)
         if ref is not None:
             await self.use(ref)
@@ -118,16 +118,16 @@ class Stage:
     async def release_all(self) -> None:
         await self.release(*list(self.held))
 
-    # ------------------------------------------------------------ what there is to see
+    # ------------------------------------------------------------ looks at the node
 
     def look(self, what: Callable[[Node], _T]) -> _T:
-        """A look at the node beside the driver, as `gpuslice devices` takes it."""
+        """Look at the node beside the driver, like `gpuslice devices`."""
         config = Config(kubelet_plugins_directory_path=self.cluster.plugins, simulate_latency="zero")
         with node.snapshot(config) as seen:
             return what(seen)
 
     def show_map(self) -> None:
-        """What occupies the memory slices of each card; the first map says how to read it."""
+        """Show what occupies the memory slices of each card. The first map explains how to read it."""
         if not self._map_known:
             say(_HOW_TO_READ if self.cast.cut is not None or self.cast.stuck else _HOW_TO_READ_WITHOUT_MIG)
             self._map_known = True
@@ -152,7 +152,7 @@ def card_rows(node: Node) -> list[CardRow]:
     return rows
 
 
-# ---------------------------------------------------------------- what is asked for
+# ---------------------------------------------------------------- requests
 
 
 def a_partition(name: str = "gpu", **where: str | int) -> Request:
@@ -173,5 +173,5 @@ def these_cards(*indices: int) -> tuple[Request, ...]:
 
 
 def a_share(manner: str, name: str = "gpu", **capacity: str) -> Request:
-    """A share of a whole card by MPS or time-slicing; `capacity`: what the claim asks for; defaults decide the rest."""
+    """A share of a whole card by MPS or time-slicing. `capacity`: the claim's request; defaults decide the rest."""
     return Request(name=name, driver=DRIVER, where={"type": manner, "profile": ""}, capacity=capacity)

@@ -1,7 +1,7 @@
-"""`gpuslice demo`: the real driver, as a process, on a simulated node, and what a user, the scheduler and the kubelet do.
+"""`gpuslice demo`: the real driver, as a process, on a simulated node, with the acts of user, scheduler and kubelet.
 
-The story is a list of steps, and the node decides which of them are told (`cast`). The end is a check, not a promise:
-nothing may be left on the node.
+The story is a list of steps. The node decides which of them are shown (`cast`). The end is a check: nothing may be left
+on the node.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from gpuslice.nvml.sim import spec
 from gpuslice.standin.cluster import StandInCluster, end_once
 from gpuslice.standin.kubelet import KubeletError
 
-# The kernel takes 107 bytes of socket path, and 44 of them are ours: /gs-12345678/plugins/gpuslice.dev/dra.sock.
+# The kernel accepts 107 bytes of socket path, and our names need 44 of them: /gs-12345678/plugins/gpuslice.dev/dra.sock.
 _LONGEST_FOLDER = 63
 _SECONDS, _SECONDS_WITHOUT_MIG = 10, 3  # measured
 
 
 def run(simulate: str) -> int:
-    """Run all steps of the demo on this node. Returns 0, or 1 with a sentence if a step did not end as it must.
+    """Run all steps of the demo on this node. Returns 0, or 1 with a sentence if a step did not end as it should.
 
     ConfigError: there is no such node.
     """
@@ -56,7 +56,7 @@ def run(simulate: str) -> int:
 
 
 def _age_s() -> float:
-    """How long ago this process began. `hack/demo` becomes this process, so its set-up is in it."""
+    """The age of this process in seconds. `hack/demo` becomes this process, so its set-up counts."""
     started = ProcessId.of(os.getpid()).started / os.sysconf("SC_CLK_TCK")
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
@@ -85,14 +85,14 @@ def _short_folder() -> str | None:
 def _introduce(stage: Stage, steps: int) -> None:
     cards, seconds = len(stage.cast.cards), _SECONDS if _mig(stage.cast) else _SECONDS_WITHOUT_MIG
     say(f"gpuslice on a simulated node with {cards} card{'s' * (cards > 1)}: {stage.cluster.simulate}", 0)
-    say(f"{steps} steps, about {seconds} s on two idle cores. Ctrl-C ends it and leaves nothing.", 0)
+    say(f"{steps} steps, about {seconds} s on two idle cores. Ctrl-C ends the demo and removes everything.", 0)
 
 
 # ---------------------------------------------------------------- the first steps and the last
 
 
 async def start(stage: Stage) -> None:
-    """No latency is simulated at first, so that times are the driver's own."""
+    """At first no latency is simulated, so that the times are the driver's own."""
     supervisor = await stage.cluster.supervise()
     say(f"python -m gpuslice mps-supervisor --simulate {stage.cluster.simulate} …   (process {supervisor.pid})")
     driver = await stage.cluster.start()
@@ -139,7 +139,7 @@ async def the_end(stage: Stage) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StoryStep:
-    """One thing that is shown; it begins where the step before ended. `when`: the nodes on which it is told."""
+    """One step. It begins where the step before ended. `when`: on which nodes it is shown."""
 
     heading: str
     act: Callable[[Stage], Awaitable[None]]

@@ -13,8 +13,9 @@ from gpuslice.core.model import GpuUuid, MigUuid
 class DaemonSpec:
     """The wanted state of a daemon. The ceilings are the same for every client; None: no ceiling.
 
-    `key` names its folder (a DNS label of at most 24 characters), so that socket paths stay below 108 bytes (unix(7)).
-    `threads_percent` is a ceiling on multiprocessors, 1 … 100, no reservation.
+    `key` is a DNS label and names the daemon's folder. It has at most 24 characters, because socket paths have at
+    most 107 bytes (unix(7)).
+    `threads_percent` is a ceiling on multiprocessors, 1 … 100. It reserves nothing.
     """
 
     key: str
@@ -27,8 +28,8 @@ class DaemonSpec:
 class DaemonStatus:
     """The present state of a daemon. It has the ceilings that the daemon reports, not the wanted ceilings.
 
-    `restarts` counts since the supervisor first started it; `problem` is one sentence about the last thing that went
-    wrong, "" once the daemon was ensured again.
+    `restarts` counts since the supervisor first started the daemon. `problem` is one sentence about the last failure; a
+    successful `ensure` makes it "".
     """
 
     key: str
@@ -44,22 +45,24 @@ class MpsDaemons(Protocol):
     """Every verb blocks, may be called from several threads, and raises `DeviceError` with one sentence."""
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
-        """Make this daemon run with these ceilings; returns at once if it does already. After an error, nothing is left of it.
+        """Make this daemon run with these ceilings. Returns at once if it does. After an error, nothing of the daemon
+        is left.
 
-        Ceilings that changed hold for new clients; those that are connected keep theirs.
+        New ceilings apply to new clients. Connected clients keep their ceilings.
         """
 
     def stop(self, key: str) -> None:
-        """Terminate the clients by MPS, then the daemon, and remove its folder. No daemon of this key is no error."""
+        """Terminate the clients by MPS, then the daemon, and remove its folder. Succeeds if there is no daemon of this
+        key."""
 
     def statuses(self) -> tuple[DaemonStatus, ...]:
-        """The status of every daemon, sorted by key; also of those with a problem."""
+        """The status of every daemon, sorted by key. Includes daemons with a problem."""
 
     def seen(self) -> tuple[str, tuple[DaemonStatus, ...]]:
-        """`incarnation` and `statuses` by one question, for who asks all the time."""
+        """`incarnation` and `statuses` in one request, for frequent callers."""
 
     def incarnation(self) -> str:
-        """The identity of the supervisor process. When it changes, the driver ensures all daemons from the records."""
+        """The identity of the supervisor process. After a change, the driver ensures all daemons from the records."""
 
     def pipe(self, key: str) -> Path:
         """CUDA_MPS_PIPE_DIRECTORY for the clients of this daemon. The folder need not exist."""

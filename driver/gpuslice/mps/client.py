@@ -1,4 +1,5 @@
-"""The driver's side of the supervisor's socket: a connection for each call, so that nothing is lost when it restarts."""
+"""The driver's side of the supervisor's socket: one connection per call, so that a restart of the supervisor loses
+nothing."""
 
 from __future__ import annotations
 
@@ -33,10 +34,10 @@ class MpsClient:
         raise DeviceError(f"cannot {what}: the MPS supervisor answered without a daemon; see its log")
 
     def stop(self, key: str) -> None:
-        """Stop a daemon. If no daemon can run, this succeeds without a supervisor, too: either the folder of the daemon does
-        not exist, which is made before any daemon starts, or the folder says that the daemon has ended with its supervisor.
+        """Stop a daemon. Without a supervisor this succeeds, too, if the daemon cannot run: either its folder does not
+        exist (it is made before the start), or the folder says that the daemon ended with its supervisor.
 
-        The next supervisor starts the latter again; who looks after the daemons stops it then.
+        In the second case the next supervisor starts the daemon again. Then `Preparer.ensure_daemons` stops it.
         """
         try:
             self._list(f"stop MPS daemon {key}", {"op": "stop", "key": key}, _CHANGE_S)
@@ -68,7 +69,7 @@ class MpsClient:
         return _statuses(self._ask(what, message, timeout_s)[1])
 
     def _ask(self, what: str, message: UncheckedBody, timeout_s: float) -> tuple[UncheckedBody, UncheckedBody]:
-        """Greeting and answer of the supervisor; `what` completes "cannot …"."""
+        """Ask the supervisor. Returns its greeting and its answer; `what` completes the sentence "cannot …"."""
         path = self._paths.socket
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

@@ -26,7 +26,7 @@ _NO_MEMORY_CEILING_MIB = 1 << 24
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])", re.IGNORECASE)
 _MIB = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0 * 1024}
 _PERCENT = re.compile(r"\d+(?:\.\d+)?")
-_NOBODY = "Cannot find MPS control daemon"  # whatever it ends with then
+_NOBODY = "Cannot find MPS control daemon"  # with any exit status
 _PIDS = re.compile(r"^\s*(\d+)\s*$", re.MULTILINE)
 
 
@@ -43,7 +43,7 @@ def program(driver_root: Path, *, links: Path = LINKS) -> Sequence[str]:
 def stand_in(simulated_node: Path) -> Sequence[str]:
     """The command of the stand-in for the control program, on the cards of this simulated node."""
     script = str(Path(__file__).with_name("sim") / "control.py")
-    # Without site-packages and what the environment may bring: it starts at every command.
+    # Without site-packages and settings of the environment, because it starts at every command.
     return ("env", f"GPUSLICE_SIMULATED_NODE={simulated_node.resolve()}", sys.executable, "-S", "-E", "-s", script)
 
 
@@ -93,7 +93,7 @@ class Control:
         wanted = _NO_MEMORY_CEILING_MIB if memory_mib is None else memory_mib
         for name in (device, "0"):
             self._try(f"set_default_device_pinned_mem_limit {name} {wanted}M")
-        servers = self.servers()  # after the defaults; a server that starts in between would have the old ones
+        servers = self.servers()  # after the defaults, because a server that starts in between has the old ones
         for name in (device, "0") if servers else ():
             self._try(*(f"set_device_pinned_mem_limit {server} {name} {wanted}M" for server in servers))
         gets = ("get_default_device_pinned_mem_limit", *(f"get_device_pinned_mem_limit {s}" for s in servers))
@@ -108,7 +108,7 @@ class Control:
         )
 
     def _try(self, *commands: str) -> None:
-        """Run these commands. Whether the daemon obeyed shows when its ceilings are read back, not in this answer."""
+        """Run these commands. This answer does not show whether the daemon obeyed; only the ceilings that it reports do."""
         try:
             self.run(*commands)
         except HungError:
@@ -148,9 +148,9 @@ class Control:
 
 
 def mebibytes(text: str, wanted: int | None) -> int | None:
-    """The size in an answer, in MiB; None where it has none, zero, or more than any card has.
+    """The size in an answer, in MiB. None if it has no size, zero, or more than any card has.
 
-    Answers such as "3G" may be rounded down to whole units, so one that agrees with `wanted` in its own unit is `wanted`.
+    Answers such as "3G" may be rounded down to whole units. So an answer that equals `wanted` in its own unit is `wanted`.
     """
     sizes = [(float(number) * _MIB[unit.upper()], _MIB[unit.upper()]) for number, unit in _SIZE.findall(text)]
     total = sum(size for size, _ in sizes)

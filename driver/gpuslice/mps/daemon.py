@@ -1,4 +1,4 @@
-"""One daemon's process: started, adopted, given its ceilings, looked after, drained. No threads and no policy here.
+"""One daemon's process: start, adoption, ceilings, checks, drain. No threads and no policy here.
 
 The supervisor starts it with `-f`, so that the daemon does not fork, and with `-multiuser-server`, because the uids of
 containers differ: without this option one uid waits until the clients of another uid have left. The option needs root and
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """`probe_s`: time between two checks. `answer_s`: a control program that takes longer means that the daemon hangs."""
+    """`probe_s`: time between two checks. `answer_s`: a control program that takes longer means a hung daemon."""
 
     probe_s: float = 15.0
     answer_s: float = 5.0
@@ -40,14 +40,14 @@ class Timeouts:
 
 START_S = 10.0
 DRAIN_S = 3.0  # for servers to end after their clients were terminated
-_FLAGS = ((("-f", "-multiuser-server"), ("-f",)), (("-f",),))  # root's, others'
+_FLAGS = ((("-f", "-multiuser-server"), ("-f",)), (("-f",),))  # for root, for others
 _LAUNCHER = (sys.executable, "-I", "-S", launch.__file__)
 _REFUSED_S = 0.05
-_SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel's queue is called
+_SOCKETS = {"control", ""}  # NVIDIA's name, and the name of an overflow of the kernel's queue
 
 
 class MpsDaemon:
-    """A daemon that runs. `ceilings` are (memory in MiB, percent of multiprocessors) as it reports them."""
+    """A running daemon. `ceilings` are (memory in MiB, percent of multiprocessors), as the daemon reports them."""
 
     def __init__(self, pipe: Path, control: Control, pidfd: PidfdProcess) -> None:
         self._pipe, self.control, self.pidfd = pipe, control, pidfd
@@ -78,10 +78,10 @@ class MpsDaemon:
         return ""
 
     def stop(self, *, drain: bool = True) -> str:
-        """Terminate the clients, then the daemon, and kill what does not end. Returns how the daemon ended, as a clause."""
+        """Terminate the clients, then the daemon. Kill everything that stays. Returns how the daemon ended, as a clause."""
         try:
             if drain and not self.pidfd.ended():
-                # First this, because the kill of a client or its server during work can block the GPU for all.
+                # This comes first, because the kill of a client or its server during work can block the GPU for all.
                 ended = self.control.terminate_clients()
                 log.info("terminated the clients of an MPS daemon before its end pid=%d clients=%d", self.pid, ended)
                 self.control.run(f"quit -t {DRAIN_S:.0f}")
@@ -89,7 +89,7 @@ class MpsDaemon:
         except DeviceError as e:
             log.warning("an MPS daemon could not be drained, so it is killed pid=%d: %s", self.pid, e)
         self.pidfd.kill()
-        # Its servers must end too: they would keep the servers of the next daemon from using the card.
+        # Its servers must end too, because they block the card for the servers of the next daemon.
         kill_all(self._pipe, DRAIN_S)
         self.pidfd.ended(DRAIN_S)
         return self.pidfd.reap()
@@ -135,7 +135,7 @@ def _give_shm(paths: Paths, key: str) -> None:
 
 
 class _EndedError(DeviceError):
-    """The daemon ended before it took a command."""
+    """The daemon ended before it accepted a command."""
 
 
 def _start(
@@ -149,7 +149,7 @@ def _start(
         )
         process = MpsDaemon(paths.pipe(daemon.key), Control(command, env, answer_s), pidfd)
         try:
-            remember(paths, daemon, process)  # before it can have clients that the supervisor does not know
+            remember(paths, daemon, process)  # before the daemon can have clients that the supervisor does not know
             _wait(process, watch, console, daemon.device)
             process.ceilings = _limit(process.control, daemon)
         except DriverError:
@@ -177,16 +177,16 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], console: Path) -> int
         raise DeviceError(
             f"cannot start an MPS daemon: {e.strerror} ({e.filename}); check that file and its rights"
         ) from e
-    child.returncode = 0  # the supervisor reaps it itself, like processes that are not its children
+    child.returncode = 0  # the supervisor reaps it, not this object, as with processes that are not its children
     return child.pid
 
 
 def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) -> None:
-    """Wait until the daemon takes commands."""
+    """Wait until the daemon accepts commands."""
     until = time.monotonic() + START_S
     why = "its control socket did not appear"
     while (left := until - time.monotonic()) > 0:
-        # The socket's arrival wakes us; that the daemon listens on it does not, so there is a limit.
+        # The new socket wakes this thread. The daemon's listen call does not, so there is a limit.
         ready = wait(min(left, _REFUSED_S), watch.fileno(), process.pidfd.descriptor)
         if process.pidfd.descriptor in ready:
             lines = one_line(" ".join(_lines(console)[-3:]))
@@ -210,9 +210,9 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
 def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
     """Read what a former supervisor left in this folder: the spec of the daemon, and its process if it runs and answers.
 
-    DeviceError where the folder names no daemon, or one of an earlier boot.
+    DeviceError if the folder names no daemon, or a daemon of an earlier boot.
     """
-    paths.own(key)  # otherwise another user could choose the process that the supervisor takes for the daemon
+    paths.own(key)  # otherwise another user could choose the process that the supervisor adopts
     try:
         body = json.loads(paths.record(key).read_text(encoding="utf-8"))
         daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
@@ -236,7 +236,7 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
 
 
 def remember(paths: Paths, daemon: DaemonSpec, process: MpsDaemon) -> None:
-    """Write down for the next supervisor what this daemon is to be, and which process it is."""
+    """Write the spec and the process of this daemon to disk, for the next supervisor."""
     body = {"daemon": wire.daemon_body(daemon), "process": asdict(process.pidfd.id)}
     write_atomic(paths.record(daemon.key), json.dumps(body) + "\n")
 

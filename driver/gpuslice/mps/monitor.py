@@ -36,24 +36,24 @@ class _Snapshot:
     running: DaemonStatus
 
     def well(self, daemon: DaemonSpec) -> bool:
-        """Whether it runs, without a problem, as this spec says."""
+        """Whether the daemon runs with this spec and without a problem."""
         same = self.daemon == daemon and not self.running.problem
         return same and self.process is not None and not self.process.pidfd.ended()
 
 
 def pause_s(failures: int) -> float:
-    """How long to wait before a start: the first one after a daemon was well is at once, then pauses double."""
+    """The pause before a start. The first start after a healthy daemon is at once; then the pauses double."""
     return min(_LONGEST_PAUSE_S, 2.0 ** (failures - 1)) if failures else 0.0
 
 
 class DaemonMonitor:
-    """Keeps one daemon running. Reading `running` never waits; only one change runs at a time."""
+    """Keeps one daemon running. A read of `running` never waits. Only one change runs at a time."""
 
     def __init__(self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts) -> None:
         self._paths, self._key, self._command, self._timeouts = paths, key, command, timeouts
         self._turn = threading.Lock()
         self._state: _Snapshot | None = None
-        self._failures = 0  # ends and failed starts since it was last found well
+        self._failures = 0  # ends and failed starts since the last check without a problem
         self._why = ""  # the last problem: one clause of a sentence
         self._due = 0.0  # time.monotonic() of the next probe, or start
         self._retired = threading.Event()
@@ -69,11 +69,11 @@ class DaemonMonitor:
 
     @property
     def gone(self) -> bool:
-        """Stopped for good, or never started."""
+        """Stopped, or never started."""
         return self._retired.is_set()
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
-        """Make the daemon run as this spec says; returns at once if it does. If the first start fails, nothing is left."""
+        """Make the daemon run with this spec. Returns at once if it does. If the first start fails, nothing is left."""
         state = self._state
         if state and state.well(daemon):
             return state.running
@@ -104,7 +104,7 @@ class DaemonMonitor:
             process.limit(daemon)
             daemons.remember(self._paths, daemon, process)
         except HungError:
-            self._due = 0.0  # the watch finds out now, and replaces it
+            self._due = 0.0  # the watch checks now, and replaces the daemon
             self._wakeup.set()
             raise
         except DriverError as e:
@@ -191,7 +191,7 @@ class DaemonMonitor:
         return running
 
     def _down(self, daemon: DaemonSpec, restarts: int, more: str) -> None:
-        """Nothing runs; the next start is after a pause."""
+        """Record that nothing runs. The next start comes after a pause."""
         pause = pause_s(self._failures)
         problem = f"{self._why}{more}; it is started again in {pause:g} s"
         self._set(_Snapshot(daemon, None, self._status(daemon, None, restarts, problem)), pause)
@@ -223,7 +223,7 @@ class DaemonMonitor:
             try:
                 self._wait_and_check()
             except Exception:
-                # No descriptors, no memory, a bug: a thread that ended of it would leave the daemon to itself.
+                # No descriptors, no memory, a bug: if the thread ended, nothing would keep the daemon running.
                 log.exception("the check of an MPS daemon failed; the next try is in %g s key=%s", _AGAIN_S, self._key)
                 self._retired.wait(_AGAIN_S)
 
@@ -258,7 +258,7 @@ class DaemonMonitor:
             self._start_again(state.daemon, restarts)
 
     def _probe(self, process: MpsDaemon) -> tuple[str, bool]:
-        """What is wrong with it, "" when it is well or has ended; and whether it is no use to ask it for anything."""
+        """The problem of the daemon, "" if it is well or has ended; and whether the daemon hangs."""
         if process.pidfd.ended():
             return "", True
         try:
@@ -267,7 +267,7 @@ class DaemonMonitor:
             return str(e), True
 
     def _start_again(self, daemon: DaemonSpec, restarts: int) -> None:
-        """At the same paths, because containers hold them."""
+        """Start the daemon again at the same paths, because containers have them mounted."""
         self._failures += 1
         try:
             process = daemons.start(self._paths, daemon, self._command, self._timeouts.answer_s)

@@ -1,11 +1,11 @@
-"""Where things are below the supervisor's root. Paths never change while a claim holds the daemon: containers mount them.
+"""Paths below the supervisor's root. A path never changes while a claim holds the daemon, because containers mount it.
 
 supervisor.sock  supervisor.lock
 <key>/pipe       CUDA_MPS_PIPE_DIRECTORY: control sockets and pid file, NVIDIA's names
 <key>/shm        /dev/shm of the daemon and of its clients
 <key>/log        CUDA_MPS_LOG_DIRECTORY, and "console": what the daemon prints
-<key>/daemon.json  what it is to be and which process it is, for the next supervisor
-<key>/ended      a supervisor that ended in order has ended this daemon; gone when it is started again
+<key>/daemon.json  the daemon's spec and its process, for the next supervisor
+<key>/ended      exists if a supervisor that ended in order has ended this daemon; removed when the daemon starts again
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from gpuslice.errors import DeviceError
 
 _KEY = re.compile(r"[a-z0-9]([-a-z0-9]{0,22}[a-z0-9])?")
-_SOCKET_PATH = 107  # bytes of sun_path without its end (unix(7)); with more, the daemon fails silently
+_SOCKET_PATH = 107  # bytes of sun_path without its end (unix(7)); with a longer path the daemon fails silently
 _LONGEST_SOCKET = "control_privileged"  # NVIDIA's longest name in the pipe directory
 
 
@@ -51,7 +51,7 @@ class Paths:
         return self.root / key / "ended"
 
     def known(self) -> tuple[str, ...]:
-        """Keys of the folders that look like a daemon's."""
+        """Keys of the folders that look like folders of daemons."""
         return tuple(sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name)))
 
     def check(self, key: str) -> None:
@@ -72,7 +72,7 @@ class Paths:
             folder.mkdir(mode=0o700, exist_ok=True)
             _own(folder)
             folder.chmod(0o711)
-            # Clients have uids of their own. Sticky, as /dev/shm is: they must not remove each other's files.
+            # Clients have other uids. Sticky, like /dev/shm, so that they cannot remove each other's files.
             for path, mode in ((self.pipe(key), 0o755), (self.shm(key), 0o1777), (self.log(key), 0o755)):
                 path.mkdir(exist_ok=True)
                 _own(path)
@@ -117,7 +117,7 @@ def _check_length(path: Path) -> None:
 
 
 def _own(folder: Path) -> None:
-    """Refuse a folder of another user: he could replace the sockets of a daemon, and his files must stay."""
+    """Refuse a folder of another user, who could replace the sockets of a daemon. The files of that user must stay."""
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode):
         raise DeviceError(

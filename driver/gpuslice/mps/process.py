@@ -1,4 +1,4 @@
-"""A process that may not be our child: recognised by pid, start and boot, watched by a descriptor (pidfd_open(2))."""
+"""A process that may not be our child: identified by pid, start and boot, watched by a descriptor (pidfd_open(2))."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_MPS = b"nvidia-cuda-mps"  # what the kernel keeps of the names of both programs (15 bytes, proc(5))
+_MPS = b"nvidia-cuda-mps"  # the part of both program names that the kernel keeps (15 bytes, proc(5))
 
 
 def boot_id() -> str:
@@ -29,7 +29,7 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
-        """ProcessLookupError where there is none."""
+        """The identity of a running process. ProcessLookupError if there is none with this pid."""
         return cls(pid, _start_ticks(pid), boot_id())
 
     def alive(self) -> bool:
@@ -41,23 +41,23 @@ class ProcessId:
 class PidfdProcess:
     """A process. `descriptor` becomes readable when it ends.
 
-    The last reference closes the descriptor, never a call: otherwise another thread that still uses the number could find
-    the descriptor of another process there.
+    The last reference closes the descriptor, and no call does. Otherwise another thread that still uses the number could
+    reach the descriptor of another process.
     """
 
     def __init__(self, process: ProcessId) -> None:
         self.id = process
         self.descriptor = os.pidfd_open(process.pid)
         weakref.finalize(self, os.close, self.descriptor)
-        if not process.alive():  # it ended, and its pid went to another, before we had the descriptor
+        if not process.alive():  # it ended, and another process got its pid, before the descriptor was open
             raise ProcessLookupError(process.pid)
 
     def ended(self, timeout_s: float = 0.0) -> bool:
-        """Whether it has ended, after waiting so long for it."""
+        """Wait at most this time for its end. Returns whether it has ended."""
         return bool(wait(timeout_s, self.descriptor))
 
     def reap(self) -> str:
-        """How it ended, as a clause; of a process that is not our child only "ended"."""
+        """How it ended, as a clause; only "ended" for a process that is not our child."""
         try:
             _, status = os.waitpid(self.id.pid, os.WNOHANG)
         except ChildProcessError:
@@ -71,7 +71,7 @@ class PidfdProcess:
 
 
 class Wakeup:
-    """Wakes a thread that waits in poll(2) on `descriptor`; closed with the last reference, as above."""
+    """Wakes a thread that waits in poll(2) on `descriptor`. The last reference closes it, as above."""
 
     def __init__(self) -> None:
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -81,14 +81,14 @@ class Wakeup:
         os.eventfd_write(self.descriptor, 1)
 
     def clear(self) -> bool:
-        """Whether it was set since the last time that this was asked."""
+        """Whether it was set since the last call."""
         with contextlib.suppress(BlockingIOError):
             return os.eventfd_read(self.descriptor) > 0
         return False
 
 
 def wait(timeout_s: float, *descriptors: int) -> frozenset[int]:
-    """Those that became readable within the time. Not select(2), which knows 1024 descriptors only."""
+    """The descriptors that became readable within the time. Not select(2), which has only 1024 descriptors."""
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
@@ -96,11 +96,11 @@ def wait(timeout_s: float, *descriptors: int) -> frozenset[int]:
 
 
 def kill_all(pipe: Path, timeout_s: float) -> int:
-    """Kill every MPS process of this pipe directory and wait for their ends; how many there were.
+    """Kill every MPS process of this pipe directory and wait for their ends. Returns their number.
 
-    By what they were started with, not by process group or a list from before: servers outlive a daemon that was killed,
-    hold the card against the next one's, and a supervisor that has just started knows none of them. The name is looked
-    at as well, because clients have the same variable.
+    The processes are found by their environment, not by process group or an older list: servers survive a killed daemon, they
+    block the card for the servers of the next daemon, and a new supervisor knows none of them. The name is checked as
+    well, because clients have the same variable.
     """
     wanted = f"CUDA_MPS_PIPE_DIRECTORY={pipe}".encode()
     found = []
@@ -122,12 +122,12 @@ def _start_ticks(pid: int) -> int:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError) as e:
         raise ProcessLookupError(pid) from e
-    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces
+    fields = text.rpartition(")")[2].split()  # the name before it may contain spaces
     return int(fields[19])
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:  # it ended meanwhile, or is somebody else's
+    except OSError:  # it has ended, or belongs to another user
         return b""

@@ -1,11 +1,11 @@
 """The process that owns the MPS daemons: `gpuslice mps-supervisor`. It speaks wire.py on `<root>/supervisor.sock`.
 
 Each root has one supervisor. A second one is refused and does not wait: a silent wait would hide the wrong configuration,
-and its manager (a kubelet, systemd) starts it again anyway.
+and the kubelet or systemd starts it again anyway.
 
-SIGTERM drains and ends all daemons, but leaves their folders: containers hold them, and the next supervisor starts the
-daemons again in them. SIGKILL, or a crash, leaves the daemons as they are, where the container or unit does not take them
-along; the next supervisor adopts them, and their clients notice nothing.
+SIGTERM drains and ends all daemons, but leaves their folders: containers have them mounted, and the next supervisor starts
+the daemons in them again. SIGKILL or a crash leaves the daemons running, unless the container or unit ends them too. The
+next supervisor adopts them, and their clients notice nothing.
 
 It must stay small, because it is resident on every node: no event loop, no gRPC, no Kubernetes, no Prometheus, no YAML.
 """
@@ -37,20 +37,20 @@ from gpuslice.system import files, logs
 log = logging.getLogger(__name__)
 
 _TIMEOUTS = Timeouts()
-_TALK_S = 10.0  # for a client to send its request
+_TALK_S = 10.0  # time for a client to send its request
 _NO_ACCEPT_S = 0.5
 _BACKLOG = 64
-_FAILED = 1  # cli.py: it ran and failed
+_FAILED = 1  # cli.py: the command ran and failed
 
 
 class Supervisor:
-    """The daemons of one root, and the socket. `open` adopts, then listens; `close` ends what it owns."""
+    """The daemons of one root, and the socket. `open` adopts, then listens. `close` ends the daemons of this supervisor."""
 
     def __init__(self, root: Path, command: Sequence[str], *, timeouts: Timeouts = _TIMEOUTS) -> None:
         self._paths, self._command, self._timeouts = Paths(root), command, timeouts
         self.incarnation = str(uuid.uuid4())
         self._monitors: dict[str, DaemonMonitor] = {}
-        self._lock = threading.Lock()  # of the dict, never held while something is done
+        self._lock = threading.Lock()  # only for the dict; never held during an action
         self._closing = threading.Event()
 
     def open(self) -> None:
@@ -64,7 +64,7 @@ class Supervisor:
         self._root_lock = lock
         self._adopt()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first: a program that sees the socket may connect to it.
+        # Bound under another name first, because a program may connect as soon as it sees the socket.
         new = root / ".supervisor"
         new.unlink(missing_ok=True)
         self._listener.bind(str(new))
@@ -74,7 +74,7 @@ class Supervisor:
         threading.Thread(target=self._accept, name="mps-accept", daemon=True).start()
 
     def close(self) -> None:
-        """Drain and end all daemons at once; their folders stay."""
+        """Drain and end all daemons at the same time. Their folders stay."""
         self._closing.set()
         self._paths.socket.unlink(missing_ok=True)
         self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the accepting thread
@@ -85,7 +85,7 @@ class Supervisor:
         os.close(self._root_lock)
 
     def _adopt(self) -> None:
-        """Adopt the running daemons. Before the first request, because a daemon that is not adopted would seem to be gone."""
+        """Adopt the running daemons before the first request. A daemon that is not adopted would seem to be gone."""
         _at_once(partial(self._adopt_one, key) for key in self._paths.known())
 
     def _adopt_one(self, key: str) -> None:
@@ -122,7 +122,7 @@ class Supervisor:
             try:
                 return monitor.ensure(daemon)
             except GoneError:
-                continue  # it was being stopped; a new monitor starts it again
+                continue  # the old monitor was stopping; a new one starts the daemon again
             finally:
                 if monitor.gone:
                     self._forget(daemon.key, monitor)
@@ -132,12 +132,12 @@ class Supervisor:
         with self._lock:
             monitor = self._monitors.get(key)
         if monitor is None:
-            daemons.remove(self._paths, key)  # what a failed removal left
+            daemons.remove(self._paths, key)  # removes the rest of a failed removal
             return
         try:
             monitor.stop()
         finally:
-            self._forget(key, monitor)  # it is gone, also where its folder stays
+            self._forget(key, monitor)  # the daemon is gone, even if its folder stays
 
     def statuses(self) -> tuple[DaemonStatus, ...]:
         with self._lock:
@@ -152,13 +152,13 @@ class Supervisor:
                 connection, _ = self._listener.accept()
                 connection.settimeout(_TALK_S)
                 threading.Thread(target=self._talk, args=(connection,), name="mps-talk", daemon=True).start()
-            except Exception as e:  # noqa: BLE001 - a thread that ended of it would leave all drivers without an answer
-                # Out of descriptors or threads: the client still waits, so trying at once would only burn the processor.
+            except Exception as e:  # noqa: BLE001 - if this thread ended, no driver would get an answer
+                # Out of descriptors or threads: the client still waits, so a try at once would only use CPU time.
                 if not self._closing.wait(_NO_ACCEPT_S):
                     log.error("the MPS supervisor cannot accept a connection socket=%s: %r", self._paths.socket, e)
 
     def _talk(self, connection: socket.socket) -> None:
-        """One greeting, one request. A thread of its own, so that a slow client keeps nobody waiting."""
+        """One greeting, one request. Each in its own thread, so that a slow client does not block others."""
         try:
             with connection, connection.makefile("rwb") as stream:
                 wire.write(stream, self._converse(stream))
@@ -245,7 +245,7 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
 
 
 def _at_once(calls: Iterable[Callable[[], None]]) -> None:
-    """Each in a thread of its own; returns when all have."""
+    """Run each call in its own thread. Returns when all have returned."""
     threads = [threading.Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()

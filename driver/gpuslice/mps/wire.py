@@ -1,4 +1,4 @@
-"""The protocol of driver and supervisor: one JSON object a line over a unix socket, one request a connection.
+"""The protocol of driver and supervisor: one JSON object per line over a unix socket, one request per connection.
 
     client  {"gpuslice-mps": [1]}                          versions it speaks, any order
     server  {"gpuslice-mps": [1], "version": 1, "incarnation": "…", "release": "0.1.0"}
@@ -24,7 +24,7 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 
 VERSIONS = (1,)
 GREETING = "gpuslice-mps"
-_LONGEST = 1 << 20  # bytes of a line; 128 daemons in trouble are 50 kB
+_LONGEST = 1 << 20  # bytes of a line; the statuses of 128 daemons with problems take 50 kB
 
 
 class Stream(Protocol):
@@ -55,13 +55,13 @@ def read(stream: Stream) -> UncheckedBody | None:
 
 
 def common(theirs: object, ours: Iterable[int] = VERSIONS) -> int | None:
-    """The highest version that both speak."""
+    """The highest version that both sides have."""
     versions = theirs if isinstance(theirs, list) else []
     return max((version for version in ours if version in versions), default=None)
 
 
 def disagreement(theirs: object, release: str) -> str:
-    """The error text for two sides without a common version; `release` is the one of the other side."""
+    """The error text for two sides without a common version. `release` is that of the other side."""
     return (
         f"gpuslice {release} speaks versions {theirs} of the MPS supervisor's protocol, and this side "
         f"{list(VERSIONS)}; update the older one of driver and supervisor"
@@ -73,7 +73,7 @@ def daemon_body(daemon: DaemonSpec) -> UncheckedBody:
 
 
 def daemon_of(body: object) -> DaemonSpec:
-    """A daemon from a message or a file of ours; DeviceError if a field is missing or has a wrong value."""
+    """A daemon from a message or from a file of this project. DeviceError if a field is missing or has a wrong value."""
     if not isinstance(body, dict):
         raise DeviceError(f"{body!r} describes no MPS daemon; update the older one of driver and supervisor")
     daemon = DaemonSpec(

@@ -1,1 +1,2 @@
-"""The interface to the GPUs: one small protocol (`api`), behind it NVIDIA's library (`real`) or a simulated node (`sim`)."""
+"""The interface to the GPUs: one small protocol (`api`), implemented by NVIDIA's library (`real`) and a simulation
+(`sim`)."""

@@ -40,14 +40,14 @@ TIME_SLICES = tuple(range(len(INTERVALS)))  # a level is an index of INTERVALS; 
 
 
 XID_OFF_THE_BUS = 79
-MPS_SERVER = "nvidia-cuda-mps-server"  # as NVML's lists of processes show it
+MPS_SERVER = "nvidia-cuda-mps-server"  # the name in NVML's lists of processes
 
 
 class ComputeMode(IntEnum):
     """`nvmlComputeMode_t`; lost at reboot."""
 
     DEFAULT = 0
-    EXCLUSIVE_THREAD = 1  # of old drivers; never set by us
+    EXCLUSIVE_THREAD = 1  # only old drivers have it; this driver never sets it
     PROHIBITED = 2
     EXCLUSIVE_PROCESS = 3
 
@@ -81,7 +81,7 @@ class XidEvent:
 
 class Nvml(Protocol):
     def gpus(self) -> tuple[Gpu, ...]:
-        """All cards in index order. A card that is unreadable or hangs is left out; `lost` names it."""
+        """All cards in index order, without cards that are unreadable or hang: `lost` names these."""
 
     def lost(self) -> tuple[str, ...]:
         """One sentence for each card that the last `gpus` could not read."""

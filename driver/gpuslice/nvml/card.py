@@ -1,7 +1,7 @@
-"""What NVML says of one card while the cards are listed.
+"""Reads the facts of one card while the driver lists the cards.
 
-A card needs an identity: a handle, a UUID and a place on the bus. Everything else is a fact that some card or some NVIDIA
-driver does not tell. An unknown fact costs the offers that need it, never the card.
+A card needs an identity: a handle, a UUID and a place on the bus. Everything else is a fact that some cards or some NVIDIA
+drivers do not report. If a fact is unknown, the card loses the offers that need the fact, but never its place in the list.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _ARCHITECTURES = {
     pynvml.NVML_DEVICE_ARCH_BLACKWELL: "Blackwell",
 }
 _BUS_ID = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-_NOWHERE = "0000:00:00.0"  # what zeros read as; there a machine has its host bridge
+_NOWHERE = "0000:00:00.0"  # the text of a bus id of zeros; at this place a machine has its host bridge
 _UNKNOWN_TEXT = "unknown"
-_GONE = (Code.UNINITIALIZED, Code.GPU_IS_LOST)  # no fact of the card, but the end of it
-_Profiles = tuple[tuple[MigProfile, ...], tuple[str, ...]]  # and what was odd about them
+_GONE = (Code.UNINITIALIZED, Code.GPU_IS_LOST)  # not a missing fact: the whole card is unreachable
+_Profiles = tuple[tuple[MigProfile, ...], tuple[str, ...]]  # the profiles, and a clause for each odd answer
 Fact = TypeVar("Fact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Versions:
-    """Of the NVIDIA driver; "" where it does not say."""
+    """Versions of the NVIDIA driver; "" if it does not report them."""
 
     driver: str = ""
     cuda: str = ""
@@ -50,11 +50,11 @@ class Versions:
 class CardFacts:
     gpu: Gpu
     label: str
-    notes: tuple[str, ...]  # what it does not tell, or what had to be taken on trust
+    notes: tuple[str, ...]  # one sentence for each fact that is missing or assumed
 
 
 class _Asker:
-    """Asks for facts of one thing, and notes those that it does not tell."""
+    """Asks for facts of one thing, and notes the missing ones."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -72,7 +72,7 @@ class _Asker:
 
 
 def versions() -> tuple[Versions, tuple[str, ...]]:
-    """Of the NVIDIA driver, and what it does not tell."""
+    """The versions of the NVIDIA driver, and a note for each missing one."""
     node = _Asker("this node")
     cuda = node.fact("CUDA version", 0, lambda: int(pynvml.nvmlSystemGetCudaDriverVersion_v2()))
     driver = node.fact("NVIDIA driver version", "", lambda: str(pynvml.nvmlSystemGetDriverVersion()))
@@ -80,13 +80,13 @@ def versions() -> tuple[Versions, tuple[str, ...]]:
 
 
 def read(index: int, of: Versions) -> tuple[CardFacts, Handle]:
-    """The card of this index. DeviceError where it has no identity, or is lost."""
+    """The card of this index. DeviceError if it has no identity, or is lost."""
     with asking(f"GPU {index}", "read it"):
         device = pynvml.nvmlDeviceGetHandleByIndex(index)
     with asking(f"GPU {index}", "read its UUID"):
         uuid = GpuUuid(pynvml.nvmlDeviceGetUUID(device))
     if not uuid:
-        raise DeviceError(f"GPU {index} has no UUID, so nothing can name it; update the NVIDIA driver", Code.UNKNOWN)
+        raise DeviceError(f"GPU {index} has no UUID, so no call can name it; update the NVIDIA driver", Code.UNKNOWN)
     with asking(f"GPU {index}", "read its place on the bus"):
         bus_id = _bus_id(pynvml.nvmlDeviceGetPciInfo(device))
     card = _Asker(f"GPU {index} ({bus_id})")
@@ -96,7 +96,7 @@ def read(index: int, of: Versions) -> tuple[CardFacts, Handle]:
 def _described(card: _Asker, device: Handle, index: int, uuid: GpuUuid, bus_id: str, of: Versions) -> Gpu:
     total, reserved, _ = card.fact("memory", (0, 0, 0), lambda: memory(device))
     if not total:
-        card.notes.append(f"{card.label} does not say how much memory it has; it is taken as 0")
+        card.notes.append(f"{card.label} does not report its memory, so it counts as 0")
     architecture = card.fact("architecture", 0, lambda: int(pynvml.nvmlDeviceGetArchitecture(device)))
     return Gpu(
         uuid=uuid,
@@ -139,7 +139,7 @@ def _listed(device: Handle) -> _Profiles:
 
 
 def memory(device: Handle) -> tuple[int, int, int]:
-    """(total, reserved, used) in bytes; zeros where NVML does not say."""
+    """(total, reserved, used) in bytes; zeros if NVML does not report them."""
     try:
         info = pynvml.nvmlDeviceGetMemoryInfo(device, version=pynvml.nvmlMemory_v2)
         return info.total, info.reserved, info.used
@@ -158,7 +158,7 @@ def _capability(device: Handle) -> str:
 
 
 def _resetless(device: Handle, architecture: int) -> bool:
-    """Field 184; drivers that do not fill it are asked for the architecture, since it began with Hopper."""
+    """Field 184. If a driver does not fill it, the architecture decides, because the feature began with Hopper."""
     with tolerating(Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND, Code.INVALID_ARGUMENT):
         (field,) = pynvml.nvmlDeviceGetFieldValues(device, [pynvml.NVML_FI_DEV_IS_RESETLESS_MIG_SUPPORTED])
         if field.nvmlReturn == Code.SUCCESS:
@@ -167,12 +167,12 @@ def _resetless(device: Handle, architecture: int) -> bool:
 
 
 def _is_hopper(architecture: int) -> bool:
-    """Hopper or newer; one that is newer than this table counts as the newest of it."""
+    """Whether the architecture is Hopper or newer. An unknown newer one counts as the newest in this table."""
     return int(pynvml.NVML_DEVICE_ARCH_HOPPER) <= architecture < int(pynvml.NVML_DEVICE_ARCH_UNKNOWN)
 
 
 def _bus_id(info: pynvml.nvmlPciInfo_t) -> str:
-    """NVML's "00000000:3B:00.0" as the kernel writes it, "0000:3b:00.0"; from its numbers where the text is none."""
+    """NVML's "00000000:3B:00.0" in the form of the kernel, "0000:3b:00.0". Made from its numbers if the text is unusable."""
     try:
         domain, _, rest = str(info.busId).lower().partition(":")
         text = f"{int(domain, 16):04x}:{rest}"

@@ -1,6 +1,6 @@
 """NVIDIA's library: find it, load it, translate its errors. Only this file, mig.py and real.py use pynvml.
 
-pynvml declares no argument types. If a struct is passed by value in place of a pointer, the process ends without any
+pynvml declares no argument types. If a struct is passed by value instead of by pointer, the process ends without any
 message. So every struct is passed by reference, and these three files return only our own types.
 """
 
@@ -23,7 +23,7 @@ _PLACES = tuple(f"/{folder}/{SONAME}" for folder in (*LIBRARY_FOLDERS, ""))
 
 _REMEDIES = {
     Code.UNINITIALIZED: "NVML was closed under this call; the driver starts it anew when no card can be read",
-    Code.INVALID_ARGUMENT: "the card knows no such profile, place or mode; ask for one that it lists",
+    Code.INVALID_ARGUMENT: "the card has no such profile, place or mode; use one that it lists",
     Code.NOT_SUPPORTED: "this card, its present mode or its NVIDIA driver does not offer it",
     Code.NO_PERMISSION: "run the driver as root with CAP_SYS_ADMIN",
     Code.NOT_FOUND: "it is gone",
@@ -31,14 +31,14 @@ _REMEDIES = {
     Code.LIBRARY_NOT_FOUND: "install the NVIDIA driver, or name the folder that it is mounted in as the driver root",
     Code.FUNCTION_NOT_FOUND: "the NVIDIA driver is too old for this call; update it",
     Code.GPU_IS_LOST: "it fell off the bus; reset it or reboot the node",
-    Code.RESET_REQUIRED: "reset the GPU, or reboot the node where it cannot be reset (pass-through)",
+    Code.RESET_REQUIRED: "reset the GPU, or reboot the node if the GPU cannot be reset (pass-through)",
     Code.LIB_RM_VERSION_MISMATCH: "the NVIDIA driver was upgraded beside its loaded kernel module; reboot the node",
     Code.IN_USE: "something holds it: end its processes, and any other program with an NVML session (DCGM, nvidia-smi)",
-    Code.INSUFFICIENT_RESOURCES: "there is no room for it; destroy what is in its way",
+    Code.INSUFFICIENT_RESOURCES: "there is no room for it; destroy what blocks it",
 }
 
 
-# What Python makes of a text in another encoding, an absurd number, or a value that no enumeration has.
+# The errors of Python for a text in another encoding, an absurd number, or a value that no enumeration has.
 _UNREADABLE = (ValueError, OverflowError, LookupError, MemoryError, ctypes.ArgumentError)
 
 
@@ -50,7 +50,7 @@ def asking(where: str, what: str) -> Iterator[None]:
     except pynvml.NVMLError as e:
         raise refusal(where, what, e.value) from e
     except _UNREADABLE as e:
-        text = f"{where}: cannot {what}: what NVML answers cannot be read ({e!r}); update the NVIDIA driver"
+        text = f"{where}: cannot {what}: the answer of NVML cannot be read ({e!r}); update the NVIDIA driver"
         raise DeviceError(text, Code.UNKNOWN) from e
 
 

@@ -1,4 +1,4 @@
-"""Reading the cards of a node side by side, each in a thread of its own, so that one dead card hides no other."""
+"""Reads the cards of a node in parallel, each in its own thread, so that one dead card hides no other."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Found = TypeVar("Found")
 
 
 class Listing(Generic[Found]):
-    """A card whose read hangs is left behind with its thread, and is not asked again before that thread ends."""
+    """If the read of a card hangs, its thread is left behind. The card is not asked again before that thread ends."""
 
     def __init__(self, limit_s: float = LIMIT_S, *, name: Callable[[int], str] = "GPU {}".format) -> None:
         self._limit_s, self._name = limit_s, name
         self._stuck: dict[int, threading.Thread] = {}
 
     def read(self, indexes: Iterable[int], read: Callable[[int], Found]) -> tuple[tuple[Found, ...], tuple[str, ...]]:
-        """What was found, in order, and one sentence for each card that cannot be read."""
+        """The results in order, and one sentence for each card that cannot be read."""
         indexes = tuple(indexes)
         found: dict[int, Found] = {}
         lost: dict[int, str] = {}
@@ -32,13 +32,13 @@ class Listing(Generic[Found]):
                 into[index] = read(index)
             except DeviceError as e:
                 sentences[index] = str(e)
-            except Exception as e:  # noqa: BLE001  whatever one card answers, the others are read
+            except Exception as e:  # noqa: BLE001  an odd answer of one card must not stop the others
                 sentences[index] = f"{self._name(index)}: cannot read it: {e!r}; this is a bug of gpuslice, report it"
 
         asked = {i: self._stuck.get(i) or threading.Thread(target=ask, args=(i,), daemon=True) for i in indexes}
         self._wait(asked)
         self._stuck = {i: thread for i, thread in asked.items() if thread.is_alive()}
-        found, lost = dict(found), dict(lost)  # what a thread that was left behind finds later is not for this answer
+        found, lost = dict(found), dict(lost)  # later results of threads that were left behind do not count
         for index in indexes:
             if index not in found and index not in lost:
                 lost[index] = self._hung(index)
@@ -50,7 +50,7 @@ class Listing(Generic[Found]):
     def _hung(self, index: int) -> str:
         return (
             f"{self._name(index)} cannot be read: NVML has not answered for {self._limit_s:g} s; look at the kernel log of the"
-            " node, reset the GPU or restart the node if it stays so"
+            " node, reset the GPU or restart the node if this does not end"
         )
 
     def _wait(self, asked: dict[int, threading.Thread]) -> None:

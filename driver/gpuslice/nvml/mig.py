@@ -1,4 +1,4 @@
-"""MIG by NVML, below the verbs of real.py: profiles, instances, compute instances. Raises pynvml's errors unchanged.
+"""MIG through NVML, below the verbs of real.py: profiles, instances, compute instances. Raises pynvml's errors unchanged.
 
 Known traps: placements are passed by reference. Profile enums are not profile ids. Arrays need a generous size, because the
 A30 misreports its instance count. The device handle in the info of a compute instance is the *MIG* device's handle (the
@@ -33,7 +33,7 @@ _OF_ALL = (
     Code.GPU_IS_LOST,
     Code.FUNCTION_NOT_FOUND,
     Code.NO_PERMISSION,
-)  # said of one, true of each
+)  # as an answer for one profile, true for all
 _ABSENT = (Code.NOT_SUPPORTED, Code.INVALID_ARGUMENT, Code.NOT_FOUND)
 
 
@@ -58,7 +58,7 @@ def mode(device: Handle) -> tuple[bool, bool] | None:
 
 
 def profiles(device: Handle) -> tuple[tuple[MigProfile, ...], tuple[str, ...]]:
-    """All GPU-instance profiles of the card, and what was odd about them, as clauses."""
+    """All GPU-instance profiles of the card, and a clause for each odd answer."""
     found: list[MigProfile] = []
     odd: list[str] = []
     for enum in _PROFILE_ENUMS:
@@ -70,7 +70,7 @@ def profiles(device: Handle) -> tuple[tuple[MigProfile, ...], tuple[str, ...]]:
                 raise
             odd.append(f"it does not describe MIG profile {enum} ({e}), which is left out")
         except (ValueError, MemoryError) as e:
-            odd.append(f"what it says of MIG profile {enum} cannot be read ({e}), so the profile is left out")
+            odd.append(f"its answer for MIG profile {enum} cannot be read ({e}), so the profile is left out")
     return tuple(found), tuple(odd)
 
 
@@ -80,11 +80,11 @@ def _profile_of(device: Handle, enum: int, odd: list[str]) -> Iterator[MigProfil
     name = str(info.name).removeprefix("MIG ")
     if info.memorySizeMB > _MOST_MIB:
         raise ValueError(f"{info.memorySizeMB} MiB of {name}")
-    # The A30 misreports it on some drivers; no profile stands more often than it has places, nor never.
+    # The A30 misreports the count on some drivers. A profile has at least one instance, and at most one per place.
     count = min(max(1, info.instanceCount), len(places))
     if count != info.instanceCount:
         odd.append(
-            f"it says {info.instanceCount} instances of {name}, which has {len(places)} places; places are counted instead"
+            f"it reports {info.instanceCount} instances of {name}, which has {len(places)} places; the places count"
         )
     if places:
         yield _profile(info, name, count, places)
@@ -144,7 +144,8 @@ def partitions(device: Handle, slices: Mapping[int, int]) -> tuple[Partition, ..
 
 
 def _believed(count: c_uint) -> int:
-    """How many entries of an array NVML filled: entries beyond it are no handles, and using one ends the process."""
+    """The number of entries of an array that NVML filled. Later entries are no handles, and the use of one ends the
+    process."""
     if count.value > _ROOM:
         raise ValueError(f"{count.value} instances")
     return count.value

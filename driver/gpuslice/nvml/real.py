@@ -31,7 +31,7 @@ from gpuslice.nvml.mig import Handle, tolerating
 from gpuslice.nvml.smi import Smi
 
 _WHOLE = 0xFFFFFFFF  # instead of an instance id: the whole GPU
-_MOST_CARDS = 64  # the largest machines have 16; a count beyond is no count
+_MOST_CARDS = 64  # the largest machines have 16; a larger count is wrong
 _MOST_MINOR = 0xFFFFF  # 20 bits, Linux' dev_t
 _XID = pynvml.nvmlEventTypeXidCriticalError
 _PROC = Path("/proc")
@@ -221,8 +221,8 @@ class RealNvml:
     # ------------------------------------------------------------ handles
 
     def _device(self, gpu: GpuUuid) -> tuple[Handle, str]:
-        """The handle of a card and what to call it."""
-        if gpu in self._doubled:  # a handle, and so a device minor, could be the other card's
+        """The handle of a card, and its name for errors."""
+        if gpu in self._doubled:  # the handle, and so the device minor, could belong to the other card
             raise DeviceError(_doubled(gpu), Code.INVALID_ARGUMENT)
         if gpu not in self._handles:
             with asking(gpu, "find it"):
@@ -236,7 +236,9 @@ class RealNvml:
 
 
 def _doubled(gpu: GpuUuid) -> str:
-    return f"GPU {gpu}: several cards of this node have this UUID; update the NVIDIA driver or take one of them out"
+    return (
+        f"GPU {gpu}: several cards of this node have this UUID; update the NVIDIA driver, or remove one of these cards"
+    )
 
 
 def _subscribe() -> Handle | None:

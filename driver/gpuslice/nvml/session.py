@@ -1,11 +1,11 @@
-"""NVML as the rest of the process has it: the session may be missing, and it may be opened anew.
+"""NVML for the rest of the process: the session may be missing, and it may be replaced by a new one.
 
-Without a loaded NVIDIA driver there is no session. The process serves all the same: after a reboot pods wait for their
+Without a loaded NVIDIA driver there is no session. The process serves nevertheless: after a reboot pods wait for their
 unprepare, and NVIDIA's driver container waits for these pods before it loads the driver. Every verb then refuses with the
 reason, so that each card counts as lost.
 
-A `Pulse` hears of each call's begin and end. One call that does not come back is a hung card; many calls that take long
-together are not.
+A `Pulse` gets the start and the end of each call. One call that does not return means a hung card. Many calls that take
+long together do not.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from gpuslice.nvml.api import ComputeMode, GpuProcess, Memory, Nvml, XidEvent
 
 log = logging.getLogger(__name__)
 
-_RENEW_S = 10.0  # the shortest time between two new sessions: cards that stay lost need no more of them
+_RENEW_S = 10.0  # the shortest time between two new sessions; more would not help cards that stay lost
 
 
 class Pulse:
-    """When the calls of one thread were last heard of, and which one is under way. Read by another thread."""
+    """The last sign of a thread's calls, and the call in progress. Another thread reads it."""
 
     def __init__(self) -> None:
         self.beat = time.monotonic()
@@ -42,7 +42,7 @@ class Pulse:
             self.call, self.beat = "", time.monotonic()
 
     def listen(self, context: contextvars.Context) -> None:
-        """Hear of the calls that run in this context."""
+        """Record the calls that run in this context."""
         context.run(_pulse.set, self)
 
 
@@ -50,7 +50,7 @@ _pulse: contextvars.ContextVar[Pulse] = contextvars.ContextVar("pulse")
 
 
 class Session:
-    """`Nvml` over what `opener` returns."""
+    """`Nvml` over the result of `opener`."""
 
     def __init__(self, opener: Callable[[], Nvml]) -> None:
         self._opener = opener
@@ -64,24 +64,24 @@ class Session:
 
     @property
     def problem(self) -> str:
-        """Why no card can be listed, "" where they can."""
+        """The reason why no card can be listed, or "" if cards can be listed."""
         return str(self._refusal) if self._nvml is None else self._unlisted
 
     def renew(self) -> bool:
-        """Open a new session instead of this one and list the cards; False where there is none, a call is under way in it, or
-        it is too young."""
+        """Replace this session by a new one and list the cards. False if NVML does not start, if a call runs in this
+        session, or if the session is too young."""
         with self._lock:
             if self._nvml is None or self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
                 return False
             self._close()
             self._open()
             self._renewed_at = time.monotonic()
-        self.gpus()  # finds their handles again
+        self.gpus()  # finds the handles of the cards again
         log.warning("NVML was started anew, because no card could be read: %s", self.problem or "it answers")
         return True
 
     def comes(self) -> bool:
-        """Whether the cards can be listed now. Blocks, and starts NVML where it is not started."""
+        """Whether the cards can be listed now. Blocks, and starts NVML if it is not started."""
         with self._lock:
             if self._nvml is None:
                 self._open()
@@ -106,7 +106,7 @@ class Session:
 
     @contextlib.contextmanager
     def _call(self, name: str, device: str = "this node") -> Iterator[Nvml]:
-        """The NVML of now, counted as in use. DeviceError where there is none."""
+        """The present NVML, counted as in use. DeviceError if there is none."""
         pulse = _pulse.get(None)
         with contextlib.nullcontext() if pulse is None else pulse.during(f"{name} on {device}"):
             with self._lock:
@@ -123,7 +123,7 @@ class Session:
     # ------------------------------------------------------------ the verbs
 
     def gpus(self) -> tuple[Gpu, ...]:
-        """As `Nvml.gpus`; where nothing can be listed it is empty, and `problem` says why."""
+        """As `Nvml.gpus`. If nothing can be listed, it is empty and `problem` has the reason."""
         self._unlisted = ""
         try:
             with self._call("gpus") as nvml:

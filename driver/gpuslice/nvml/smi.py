@@ -1,6 +1,6 @@
 """Functions that only nvidia-smi has: NVML has no call for the time slice (NVIDIA's own driver runs nvidia-smi, too).
 
-Its output format may change, so the level is the word after "Timeslice", in whatever layout.
+Its output format may change, so the level is the word after "Timeslice", in any layout.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ class Smi:
         return level
 
     def set_time_slice(self, gpu: GpuUuid, label: str, level: int) -> None:
-        """Set the level and read it back. Another level is a failure. An unreadable list is no proof of a failure."""
+        """Set the level and read it back. Another level is an error. An unreadable list is no error, because it proves
+        nothing."""
         what = f"set time slice {level}"
         self._policy(gpu, label, what, f"--set-timeslice={level}")
         shown = _level(self._policy(gpu, label, what, "--list"))
         if shown not in (None, level):
             raise DeviceError(
-                f"{label}: nvidia-smi took time slice {INTERVALS[level]} and then shows {INTERVALS[shown or 0]}; "
+                f"{label}: nvidia-smi accepted time slice {INTERVALS[level]} and then shows {INTERVALS[shown or 0]}; "
                 f"check for another program that sets it",
                 Code.UNKNOWN,
             )
@@ -77,5 +78,5 @@ def _level(text: str) -> int | None:
 
 
 def _line(text: str) -> str:
-    """The first line with words in it."""
+    """The first line that is not empty."""
     return next((line.strip("| ").strip() for line in text.splitlines() if re.search(r"\w", line)), "nothing")

@@ -1,4 +1,4 @@
-"""The four commands as the terminal sees them: each returns what to print."""
+"""The four commands in the terminal. Each returns the text to print."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from gpuslice.playground.folder import MARK, PlaygroundError, PlaygroundFolder
 from gpuslice.playground.wanted import Wanted
 
 _NONE = "no playground runs in {folder}; `gpuslice playground up{flag}` starts one"
-_KILLED = "the playground in {folder} was killed; `gpuslice playground down{flag}` removes what it has left"
+_KILLED = "the playground in {folder} was killed; `gpuslice playground down{flag}` removes its files and processes"
 _THERE = (
     "a playground runs already in {folder}; end it with `gpuslice playground down{flag}`, or start another one "
-    "beside it with --folder"
+    "with --folder"
 )
 
 
 def up(chosen: Path | None, simulate: str, latency: str) -> str:
-    """Start a playground in the background, and return when it takes claims. ConfigError: there is no such node."""
+    """Start a playground in the background. Return when it accepts claims. ConfigError: there is no such node."""
     begin = time.monotonic()
     spec.parse(simulate)
     folder = PlaygroundFolder(chosen)
@@ -41,7 +41,7 @@ def up(chosen: Path | None, simulate: str, latency: str) -> str:
             process.wait()
             raise PlaygroundError(answer["said"])
     took_s = time.monotonic() - begin
-    before = f"What a killed playground had left there is removed, with {killed} of its processes.\n" if left else ""
+    before = f"A killed playground was there. Its files and {killed} processes are removed.\n" if left else ""
     return before + _WELCOME.format(
         folder=folder,
         pid=process.pid,
@@ -54,9 +54,11 @@ def up(chosen: Path | None, simulate: str, latency: str) -> str:
 
 @contextlib.contextmanager
 def _taken(folder: PlaygroundFolder) -> Iterator[int]:
-    """The folder with its lock, which the background process takes over; what goes wrong meanwhile leaves nothing."""
+    """The folder with its lock, which the background process takes over. After an error, nothing is left."""
     lock = None
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # or the folder is there, and we do not know it
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGINT]
+    )  # otherwise the folder could exist before this process knows it
     try:
         lock = folder.take()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -86,18 +88,18 @@ and after this line, `gpuslice devices` and `gpuslice claims` show its node:
 
 
 def claim(chosen: Path | None, wanted: Wanted) -> str:
-    """Make a claim of a class, and say what it got. ConfigError: what was typed is wrong."""
+    """Make a claim of a class. Returns its devices as text. ConfigError: a typed value is wrong."""
     wanted.request()
     return _asked(PlaygroundFolder(chosen), {"do": "claim", "wanted": asdict(wanted)})
 
 
 def release(chosen: Path | None, name: str) -> str:
-    """Take a claim back, and show the cards."""
+    """Release a claim, and show the cards."""
     return _asked(PlaygroundFolder(chosen), {"do": "release", "name": name})
 
 
 def down(chosen: Path | None) -> str:
-    """End a playground, and remove what it, or one that was killed, has left."""
+    """End a playground and remove its files. Also removes the files and processes of a killed playground."""
     folder = PlaygroundFolder(chosen)
     folder.check()
     there = folder.lock.exists()
@@ -118,7 +120,7 @@ def down(chosen: Path | None) -> str:
 def _start(
     folder: PlaygroundFolder, lock: int, simulate: str, latency: str
 ) -> tuple[subprocess.Popen[bytes], Mapping[str, object]]:
-    """The background process and its first words; it has a session of its own, so that Ctrl-C here is not for it."""
+    """Start the background process. Returns it with its first message. It has its own session, so Ctrl-C does not end it."""
     ready, write = os.pipe()
     try:
         with folder.log.open("wb") as log:
@@ -154,7 +156,7 @@ def _asked(folder: PlaygroundFolder, question: Mapping[str, object]) -> str:
 
 
 def _ask(folder: PlaygroundFolder, question: Mapping[str, object]) -> str:
-    """One question to the background process, and its answer."""
+    """Send one question to the background process. Returns its answer."""
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(folder.socket))
@@ -163,10 +165,10 @@ def _ask(folder: PlaygroundFolder, question: Mapping[str, object]) -> str:
                 text = answers.readline()
     except KeyboardInterrupt:
         raise PlaygroundError(
-            "interrupted while the playground goes on with it; `gpuslice claims` shows what came of it"
+            "interrupted, but the playground continues with it; `gpuslice claims` shows the result"
         ) from None
     except OSError as e:
-        raise PlaygroundError(f"the playground in {folder} starts or ends just now ({e.strerror}); try again") from e
+        raise PlaygroundError(f"the playground in {folder} is starting or ending ({e.strerror}); try again") from e
     if not text:
         raise PlaygroundError(_said("the playground in {folder} ended before it answered; try `up` again", folder))
     answer = json.loads(text)

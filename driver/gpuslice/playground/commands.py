@@ -1,4 +1,4 @@
-"""What `gpuslice playground` takes, and where it goes. Nothing of the driver is loaded before a command is chosen."""
+"""The arguments of `gpuslice playground`. No module of the driver is loaded before a command is chosen."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     claim.add_argument("device_class", metavar="CLASS", help="such as mig.gpuslice.dev, or mig for short")
     claim.add_argument("--name", default="", metavar="NAME", help="name of the claim; default CLASS-NUMBER")
     claim.add_argument("--profile", default="", metavar="1g.10gb", help="MIG profile")
-    claim.add_argument("--memory", default="", metavar="9Gi", help="memory that it needs at least")
+    claim.add_argument("--memory", default="", metavar="9Gi", help="minimum of memory")
     claim.add_argument("--sm-percent", default="", metavar="25", help="percent of the SMs (MPS)")
     claim.add_argument("--shares", default="", metavar="2", help="turns of a time-slicing share")
     claim.add_argument("--count", type=int, default=1, metavar="2", help="number of devices; default 1")
-    release = _add(actions, "release", "take a claim back", _release, "NAME [flags]")
+    release = _add(actions, "release", "release a claim", _release, "NAME [flags]")
     release.add_argument("name", metavar="NAME", help="name of the claim")
-    _add(actions, "down", "end the playground and remove all of it", _down)
+    _add(actions, "down", "end the playground and remove all its files", _down)
     for action in actions.choices.values():
         action.add_argument(
-            "--folder", type=Path, metavar="FOLDER", help="folder of the playground, where there are several"
+            "--folder", type=Path, metavar="FOLDER", help="folder of the playground, if there are several"
         )
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Run the chosen command: 0, or 1 with one sentence on standard error. ConfigError: what was typed is wrong."""
+    """Run the chosen command. Returns 0, or 1 after one sentence on standard error. ConfigError: a typed value is wrong."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from gpuslice.playground.folder import PlaygroundError
 

@@ -1,4 +1,4 @@
-"""Where the background process of a playground answers: claims are made, shown and taken back here."""
+"""The answers of a playground's background process: it makes, shows and releases claims."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gpuslice.standin.kubelet import KubeletError
 
 
 class Desk:
-    """Answers questions; `held` are the claims that are prepared, by name."""
+    """Answers questions. `held` has the prepared claims by name."""
 
     def __init__(self, cluster: StandInCluster) -> None:
         self._cluster, self._stage = cluster, Stage(cluster)
         self._held: dict[str, ClaimRef] = {}
 
     async def answer(self, question: Mapping[str, Any]) -> tuple[int, str]:
-        """Exit code, and what to print."""
+        """Exit code and text to print."""
         try:
             match question:
                 case {"do": "claim", "wanted": wanted}:
@@ -35,7 +35,7 @@ class Desk:
                 case {"do": "release", "name": name}:
                     return 0, await self._release(name)
                 case _:
-                    return 1, f"the playground knows no {question!r}; use the gpuslice that started it"
+                    return 1, f"the playground does not know {question!r}; use the gpuslice that started it"
         except ConfigError as e:
             return 2, str(e)
         except (PlaygroundError, KubeletError, RuntimeError) as e:
@@ -67,7 +67,7 @@ class Desk:
 
     def _name(self, wanted: Wanted) -> str:
         if wanted.name in self._held:
-            raise PlaygroundError(f"a claim {wanted.name} is there already; release it, or choose another --name")
+            raise PlaygroundError(f"claim {wanted.name} exists already; release it, or choose another --name")
         names = (f"{wanted.short.replace('.', '-')}-{number}" for number in itertools.count(1))
         return wanted.name or next(name for name in names if name not in self._held)
 
@@ -93,7 +93,7 @@ class Desk:
     async def _release(self, name: str) -> str:
         ref = self._held.get(name)
         if ref is None:
-            raise PlaygroundError(f"there is no claim {name}; claims are: {', '.join(self._held) or 'none'}")
+            raise PlaygroundError(f"there is no claim {name}; the claims are: {', '.join(self._held) or 'none'}")
         await self._cluster.end(ref)
         self._held.pop(name, None)
         return "\n".join([f"claim {name} is released", *await self._map()])

@@ -1,7 +1,7 @@
-"""The folder of a playground: where it is, whether it lives, and how to remove all that a killed one has left.
+"""The folder of a playground: its path, whether the playground runs, and how to remove the rest of a killed one.
 
-A lock that the background process holds says whether it lives. Each process of a playground has its folder in the
-environment, so that those which outlive a SIGKILL are found without a list.
+The background process holds a lock while it runs. Each process of a playground has the path of the folder in its
+environment. So processes that survive a SIGKILL are found without a list.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpuslice.mps.process import PidfdProcess, ProcessId
 from gpuslice.system import files
 
 MARK = "GPUSLICE_PLAYGROUND"
-# The kernel takes 107 bytes of socket path, and up to 32 of them are ours: /mps/0db83714-19-6/pipe/control.
+# The kernel accepts 107 bytes of socket path, and our names need up to 32 of them: /mps/0db83714-19-6/pipe/control.
 _LONGEST = 75
 _END_S = 10.0
 
@@ -32,7 +32,7 @@ class PlaygroundError(Exception):
 
 
 class PlaygroundFolder:
-    """Paths of one playground. ConfigError: sockets below it would have too long a path."""
+    """Paths of one playground. ConfigError: the paths of its sockets would be too long."""
 
     def __init__(self, chosen: Path | None) -> None:
         self.path = (chosen or _usual()).absolute()
@@ -48,21 +48,21 @@ class PlaygroundFolder:
 
     @property
     def flag(self) -> str:
-        """What a command line needs to mean this playground."""
+        """The flag that selects this playground on a command line; "" for the usual folder."""
         return "" if self.path == _usual().absolute() else f" --folder {shlex.quote(str(self))}"
 
     def check(self) -> None:
-        """PlaygroundError where something else is there."""
+        """PlaygroundError if something else is at this path."""
         try:
             status = self.path.lstat()
         except FileNotFoundError:
             return
         ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
         if not ours or (not self.lock.exists() and any(self.path.iterdir())):
-            raise PlaygroundError(f"{self} is no folder of a playground of yours; choose another one with --folder")
+            raise PlaygroundError(f"{self} is not a folder of your playground; choose another folder with --folder")
 
     def take(self) -> int | None:
-        """Make the folder and take its lock; None where a playground lives there."""
+        """Make the folder and take its lock. None if a playground runs there."""
         self.check()
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
@@ -94,7 +94,7 @@ class PlaygroundFolder:
                 os.close(descriptor)
 
     def clear(self, *, keep_lock: bool = False) -> int:
-        """Kill what a dead playground has left running, and remove its files; how many processes there were."""
+        """Kill the processes that a dead playground left, and remove its files. Returns the number of processes."""
         found = list(self._left())
         for process in found:
             process.kill()
@@ -116,7 +116,7 @@ class PlaygroundFolder:
         mark = os.fsencode(f"{MARK}={self}")
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
-                with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+                with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                     process = PidfdProcess(ProcessId.of(int(entry.name)))
                     if mark in (entry / "environ").read_bytes().split(b"\0"):
                         yield process

@@ -1,6 +1,6 @@
 """The background process of a playground: the stand-in cluster with the driver, and a socket for the commands.
 
-One line of JSON is a question, one line the answer: {"code": 0, "said": text}. Started by `client.up` alone.
+Each question is one line of JSON, and so is the answer: {"code": 0, "said": text}. Only `client.up` starts it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ async def _serve(folder: PlaygroundFolder, simulate: str, latency: str, voice: T
         server = await asyncio.start_unix_server(partial(_answer, desk, end), folder.socket)
         try:
             _say(voice, 0, "")
-            await asyncio.Event().wait()  # until it is cancelled
+            await asyncio.Event().wait()  # until this task is cancelled
         finally:
-            server.close()  # and no wait for its connections: a claim that hangs would keep it
+            server.close()  # without a wait for its connections, because a hung claim would block the end
 
 
 async def _answer(
@@ -58,7 +58,7 @@ async def _answer(
         code, said = 0, ""
     else:
         code, said = await desk.answer(question)
-    with contextlib.suppress(ConnectionError):  # the command was interrupted meanwhile
+    with contextlib.suppress(ConnectionError):  # the command was interrupted
         writer.write(json.dumps({"code": code, "said": said}).encode() + b"\n")
         await writer.drain()
         writer.close()
@@ -68,7 +68,7 @@ async def _answer(
 
 
 def _say(voice: TextIO, code: int, said: str) -> None:
-    with contextlib.suppress(OSError):  # `up` was killed meanwhile
+    with contextlib.suppress(OSError):  # `up` was killed
         print(json.dumps({"code": code, "said": said}), file=voice, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""What a person asks for with `gpuslice playground claim`, as a request to the stand-in scheduler. Pure.
+"""The claim of `gpuslice playground claim` as a request to the stand-in scheduler. Pure.
 
-The scheduler has no CEL. So the classes of deploy/deviceclasses.yaml are written here as what their selectors mean; a test
-compares both over all devices of a node.
+The scheduler has no CEL. So this module has the meaning of the selectors in deploy/deviceclasses.yaml. A test compares
+both over all devices of a node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TYPES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Texts as they were typed, "" for what was not. ConfigError from `request` says what is wrong with them."""
+    """The typed texts, "" for a missing one. ConfigError from `request` says what is wrong with them."""
 
     device_class: str
     name: str = ""
@@ -47,7 +47,7 @@ class Wanted:
 
     @property
     def words(self) -> str:
-        """The claim as a sentence names it: "class mig.gpuslice.dev, memory 9Gi"."""
+        """The claim in the words of a sentence: "class mig.gpuslice.dev, memory 9Gi"."""
         parts = {"profile": self.profile, "memory": self.memory, "smPercent": self.sm_percent, "shares": self.shares}
         count = f"{self.count} x " if self.count > 1 else ""
         return ", ".join(
@@ -56,7 +56,7 @@ class Wanted:
 
     def request(self) -> Request:
         if self.name and not _NAME.fullmatch(self.name):
-            raise ConfigError(f"claim name {self.name!r} is no DNS label; use lower-case letters, digits and -")
+            raise ConfigError(f"claim name {self.name!r} is not a DNS label; use lower-case letters, digits and -")
         if not 1 <= self.count <= _MOST:
             raise ConfigError(f"a claim has 1 to {_MOST} devices, not {self.count}; change --count")
         types, profile = _selected(self.short)
@@ -65,7 +65,9 @@ class Wanted:
         for name, text in given.items():
             value = resource_slices.amount(text)
             if value is None or value <= 0:
-                raise ConfigError(f"{name} {text!r} is no Kubernetes quantity above 0; write 9Gi for memory, else 25")
+                raise ConfigError(
+                    f"{name} {text!r} is not a Kubernetes quantity above 0; write 9Gi for memory, else 25"
+                )
         profiles = {text for text in (profile, self.profile) if text}
 
         def where(device: ReadOnlyBody) -> bool:
@@ -79,7 +81,7 @@ class Wanted:
 
 
 def _selected(short: str) -> tuple[tuple[str, ...], str]:
-    """The types of device that a class selects, and the profile, "" for any."""
+    """The types of device that a class selects, and the profile ("" for any)."""
     if short in _TYPES:
         return _TYPES[short], ""
     kind, _, profile = short.partition("-")

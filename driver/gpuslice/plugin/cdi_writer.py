@@ -37,8 +37,8 @@ class CdiWriter:
         self._inventory = inventory
         self._folder = files.ensure_folder(folder, 0o755)
         self._kind = kind
-        self._intact: dict[ClaimUid, Identity | None] = {}  # the files that were written or compared by this process
-        # Readable by all: a runtime need not run as the user that the driver runs as.
+        self._intact: dict[ClaimUid, Identity | None] = {}  # the files that this process has written or compared
+        # Readable by all users, because a runtime may run as another user than the driver.
         self.spares = Spares(self._folder, _MODE)
 
     def inject(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> Record:
@@ -49,7 +49,7 @@ class CdiWriter:
         return replace(record, prepared=prepared)
 
     def ensure(self, record: Record, live: Mapping[GpuUuid, LiveGpu]) -> None:
-        """Have the file of a finished record as it was: a plain file of the same text and mode, whatever is there now."""
+        """Make the file of a finished record a plain file with the same text and mode as before, if it is not one now."""
         uid = record.plan.ref.uid
         if record.prepared is None or self._is_intact(record):
             return
@@ -62,7 +62,7 @@ class CdiWriter:
         self._write(uid, text)
 
     def doubtful(self, records: Mapping[ClaimUid, Record]) -> tuple[ClaimUid, ...]:
-        """Finished claims whose file is not known to be as it was; costs a stat(2) each."""
+        """Finished claims whose file may have changed. Takes one stat(2) for each claim."""
         return tuple(uid for uid, record in records.items() if record.prepared and not self._is_intact(record))
 
     def _is_intact(self, record: Record) -> bool:
@@ -77,7 +77,7 @@ class CdiWriter:
         files.remove(self._path(uid))
 
     def sweep(self, known: Container[ClaimUid]) -> tuple[ClaimUid, ...]:
-        """Claims that have a file of ours but no record: what somebody's manual clean-up left."""
+        """Claims with a file of ours but no record: the rest of a manual clean-up."""
         before, after = cdi.file_name(self._kind, "0").split("0.", 1)
         names = (path.name for path in self._folder.glob(f"{before}*.{after}"))
         uids = (ClaimUid(name.removeprefix(before).removesuffix(f".{after}")) for name in names)
@@ -123,9 +123,9 @@ class CdiWriter:
         return replace(client, nodes=nodes, env={**client.env, **env})
 
     def _nodes(self, grant: Grant, partition: Partition | None) -> tuple[cdi.DeviceNode, ...]:
-        """Of the card or the partition; none of a card that is only watched and has none: it is lost, or never had one."""
+        """Device nodes of the card or the partition. None for a monitored card that is lost or never had a device node."""
         try:
-            # The minor is asked for now: a switch of MIG mode may have changed it.
+            # The minor is read now, because a switch of MIG mode may have changed it.
             minor = self._nvml.minor(grant.gpu)
         except DeviceError as e:
             if (

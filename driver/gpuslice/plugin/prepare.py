@@ -116,7 +116,7 @@ class Preparer:
             return None
 
     def mend(self, uid: ClaimUid, scope: Scope) -> Scope | None:
-        """Have the claim's CDI file as its finished record wants it, and none where there is no record."""
+        """Make the claim's CDI file equal to its finished record. Without a record, remove the file."""
         with self._locked(uid, scope):
             record = self._checkpoint.get(uid)
             if record != scope.record:
@@ -126,13 +126,13 @@ class Preparer:
                 self._cdi_writer.remove(uid)
             elif record.prepared is not None:
                 live = self._look_for(record.plan)
-                if plan.stands(record, live):  # else the next prepare makes it anew
+                if plan.stands(record, live):  # otherwise the next prepare makes the hardware and the file again
                     self._cdi_writer.ensure(record, live)
             return None
 
     def ensure_daemons(self, gpu: GpuUuid) -> None:
-        """Make the MPS daemons of a card run as its records say, because the supervisor may have lost some, or has started
-        some again that no claim has any more. It tries all, and then raises the first error."""
+        """Make exactly the MPS daemons of a card run that its records need, because the supervisor may have lost some,
+        or has started some that no claim uses any more. It tries all, and then raises the first error."""
         with files.locked(self._gpu_lock(gpu)):
             records = tuple(self._checkpoint.records().values())
             self._steps.stop_unwanted(gpu, records)
@@ -149,7 +149,7 @@ class Preparer:
         return self._checkpoint.records()
 
     def with_daemons(self) -> tuple[GpuUuid, ...]:
-        """The cards that have MPS daemons, or are to have some, sorted."""
+        """The cards that have MPS daemons, or need some, sorted."""
         keys = self._steps.daemons()
         wanted = {step.gpu for step in shared.daemons_of(self._checkpoint.records().values())}
         running = {p.gpu.uuid for p in self._inventory.pools if any(share.is_on(key, p.gpu.uuid) for key in keys)}
@@ -159,7 +159,7 @@ class Preparer:
         return tuple(uid for uid, record in self._checkpoint.records().items() if record.prepared is None)
 
     def to_mend(self) -> tuple[ClaimUid, ...]:
-        """Claims whose CDI file may not be as it should, those without a record among them."""
+        """Claims whose CDI file may be wrong, including claims without a record."""
         strays = self._cdi_writer.sweep(self._checkpoint.uids())
         return (*strays, *self._cdi_writer.doubtful(self._checkpoint.records()))
 
@@ -169,7 +169,7 @@ class Preparer:
         return plan.blockers(plan.grants(claim, self._inventory), others, self._inventory)
 
     def held_under_other_names(self, claim: Claim) -> frozenset[ClaimRef]:
-        """Claims that hold a card of this one from a pool of another name, of which the scheduler cannot know."""
+        """Claims that hold a card of this claim from a pool of another name. The scheduler cannot know about them."""
         records = tuple(self._others(claim.ref.uid).values())
         wanted = {(g.gpu, g.allocation.device.pool) for g in plan.grants(claim, self._inventory)}
         return frozenset(ref for gpu, pool in wanted for ref, _ in shared.under_other_names(gpu, pool, records))
@@ -183,7 +183,7 @@ class Preparer:
                 (gpu, process.gi) in made if gpu in partitioned else True
                 for gpu in record.plan.gpus
                 for process in self._nvml.processes(gpu)
-                if process.name != MPS_SERVER  # the MPS server outlives its clients
+                if process.name != MPS_SERVER  # the MPS server stays after its clients
             )
         except DeviceError:
             return True
@@ -191,7 +191,8 @@ class Preparer:
     # ------------------------------------------------------------ forward
 
     def _standing(self, record: Record) -> PreparedClaim | None:
-        """What a finished record gives, its daemons and its CDI file made good; None where the hardware has changed."""
+        """The devices of a finished record, after a repair of its daemons and its CDI file. None if the hardware has
+        changed."""
         live = self._look_for(record.plan)
         if not plan.stands(record, live):
             return None
@@ -286,7 +287,7 @@ class Preparer:
         return refused
 
     def _is_lost(self, gpu: GpuUuid) -> bool:
-        """Whether the card cannot be read. Such a card has the taint for lost cards."""
+        """Whether the card is unreadable. Such a card has the taint for lost cards."""
         try:
             self._nvml.look(gpu)
         except DeviceError:
@@ -305,7 +306,7 @@ class Preparer:
         return {other: record for other, record in self._checkpoint.records().items() if other != uid}
 
     def _look_for(self, wanted: Plan) -> dict[GpuUuid, LiveGpu]:
-        """A card that is only watched may be lost, because that is what its watcher is there to see."""
+        """A look at each card. A card that is only monitored may be lost, because a monitor must show that, too."""
         used = {
             grant.gpu for grant in wanted.grants if not isinstance(grant.sharing, Monitor) or grant.slot is not None
         }

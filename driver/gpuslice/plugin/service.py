@@ -43,8 +43,8 @@ _SPARE_S = 5.0
 _AT_ONCE = 8
 # A record is collected when the API server has not had its claim for this time (a force-deleted pod may still run).
 ORPHAN_AGE_S = 600.0
-# What the driver does for a claim without being asked, for the sentence about its failure.
-_AIMS = {"recover": "undo a prepare that did not end", "mend": "put the CDI file right"}
+# What the driver does for a claim without a call of the kubelet; used in sentences about failures.
+_AIMS = {"recover": "undo a prepare that did not end", "mend": "repair the CDI file"}
 
 
 class ClaimReader(Protocol):
@@ -86,12 +86,12 @@ class ClaimService:
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
-        """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
-        tickets."""
+        """Undo what a killed process or a lost card left incomplete. Called before the server opens, so that it gets
+        the first tickets."""
         try:
             unfinished = await asyncio.to_thread(self._preparer.unfinished)
         except DriverError as e:
-            log.error("cannot read which prepares did not end, trying again later: %s", e)
+            log.error("cannot find the unfinished prepares; the driver tries again later: %s", e)
             return
         wanted = (uid for uid in unfinished if only is None or uid in only)
         await asyncio.gather(
@@ -99,20 +99,20 @@ class ClaimService:
         )
 
     async def mend(self) -> None:
-        """Have the CDI files as the records want them: what somebody removed, changed or left is put right, not only when
-        the kubelet asks."""
+        """Make the CDI files equal to the records. So a file that a person removed, changed or left is repaired before
+        the next call of the kubelet."""
         try:
             uids = await asyncio.to_thread(self._preparer.to_mend)
         except DriverError as e:
-            log.error("cannot compare the CDI files with the records, trying again later: %s", e)
+            log.error("cannot compare the CDI files with the records; the driver tries again later: %s", e)
             return
         await asyncio.gather(
             *(self._alone(uid, "mend", self._preparer.mend) for uid in uids if not self._queue.busy(uid))
         )
 
     async def ensure_daemons(self) -> None:
-        """Make the MPS daemons of all records run and no others, one job for each card. It tries all, and then raises the
-        first error."""
+        """Make exactly the MPS daemons of all records run, with one job for each card. It tries all, and then raises
+        the first error."""
         gpus = await asyncio.to_thread(self._preparer.with_daemons)
         errors = [error for gpu in gpus if (error := await self._ensure_daemons(gpu))]
         if errors:
@@ -133,12 +133,12 @@ class ClaimService:
 
     async def collect(self, now: float) -> None:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices. Also undo the
-        hardware that was left on lost cards."""
+        rest of claims on lost cards."""
         await self.recover()
         try:
             records = await asyncio.to_thread(self._preparer.records)
         except DriverError as e:
-            log.error("cannot read which claims have records, trying again later: %s", e)
+            log.error("cannot find the claims with records; the driver tries again later: %s", e)
             return
         for uid in self._absent_since.keys() - records.keys():
             del self._absent_since[uid]
@@ -167,7 +167,7 @@ class ClaimService:
                     )
 
     async def _in_use(self, record: Record) -> bool:
-        name = f"a look at what claim {record.plan.ref} holds"
+        name = f"a look at the devices of claim {record.plan.ref}"
         scope = Scope(record.plan.gpus, record)
         try:
             return await self._work(scope, self.tickets.arrive(), Job(), name, lambda _: self._preparer.in_use(record))
@@ -175,7 +175,7 @@ class ClaimService:
             return True
 
     async def call_apart(self, call: Callable[[], T], name: str) -> T:
-        """Run a call for no claim in a thread that may be left behind; HungError where it does not come back."""
+        """Run a call that belongs to no claim, in a thread that may be left behind. HungError if the call hangs."""
         ticket = await self.tickets.take((), self.tickets.arrive())
         return await self.workers.run(ticket, Job(), call, name)
 
@@ -216,7 +216,7 @@ class ClaimService:
         await self._work(scope, self.tickets.arrive(), job, f"unprepare {uid}", unprepare)
 
     async def _alone(self, uid: ClaimUid, name: str, verb: Callable[[ClaimUid, Scope], Scope | None]) -> None:
-        """Do something for a claim that nobody asked for; an error is only logged, because it is tried again."""
+        """Run a verb for a claim without a call of the kubelet. An error is only logged, because the driver tries again."""
 
         async def work(job: Job) -> None:
             scope = self._preparer.scope(uid)
@@ -225,7 +225,7 @@ class ClaimService:
         try:
             await self._queue.run(uid, name, work)
         except DriverError as e:
-            log.error("cannot %s, trying again later claim=%s: %s", _AIMS[name], uid, e)
+            log.error("cannot %s; the driver tries again later claim=%s: %s", _AIMS[name], uid, e)
 
     # ------------------------------------------------------------ parts
 
@@ -287,7 +287,7 @@ class ClaimService:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
-        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
+        """The holders that the API has deallocated already. ClaimError if this is not enough for the claim."""
         records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
         gone: set[ClaimUid] = set()
         for holder in busy.holders:
@@ -320,8 +320,8 @@ class ClaimService:
     async def _fetched(self, call: Callable[[], T]) -> T:
         """Run a call to the API server with this task's context (`run_in_executor` alone drops the `op=` id).
 
-        These have threads of their own: a silent API server keeps them for many seconds, and what is read on the node
-        must not wait behind them.
+        These calls have their own threads: a silent API server keeps threads for many seconds, and reads on the node must not
+        wait for them.
         """
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, call)

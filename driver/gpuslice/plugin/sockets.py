@@ -1,4 +1,5 @@
-"""The names of the kubelet's sockets, the lock that goes with one, and what killed instances have left of both."""
+"""The names of the kubelet's sockets, the lock of each name, and the removal of the sockets and locks of killed
+instances."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from gpuslice.system import files
 
 log = logging.getLogger(__name__)
 
-# The kernel wants the NUL inside the 108 bytes of sun_path (unix(7)); Go and C-core refuse 108 alike.
+# The NUL is part of the 108 bytes of sun_path (unix(7)). Go and C-core refuse 108 bytes, too.
 LONGEST_PATH = 107
 _SUFFIX = ".lock"
 _UID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -26,10 +27,10 @@ _ENDPOINT = re.compile(rf"dra(?:-({_POD}))?\.sock")
 
 
 def registration_name(folder: Path, driver: str, pod_uid: str = "") -> str:
-    """Name of the registration socket: deterministic, different for each driver and pod, as short as the path needs.
+    """Name of the registration socket: deterministic, different for each driver and pod, as long as the path allows.
 
-    Without a pod UID it is fixed. With one, the full UID is preferred; the hashed forms are those of the Go helper of
-    Kubernetes 1.37. ConfigError where no form fits into a socket path.
+    Without a pod UID it is fixed. With a pod UID, the full UID is preferred. The hashed forms are those of the Go helper of
+    Kubernetes 1.37. ConfigError if no form fits into a socket path.
     """
     if not pod_uid:
         return fitting(folder, [f"{driver}-reg.sock"])
@@ -39,7 +40,7 @@ def registration_name(folder: Path, driver: str, pod_uid: str = "") -> str:
 
 
 def dra_name(folder: Path, pod_uid: str = "") -> str:
-    """Name of the socket of the service. With a pod's UID there is a short form, because MicroK8s' folder is long."""
+    """Name of the socket of the service. With a pod's UID there is a short form, because MicroK8s has a long folder path."""
     short = _digest(pod_uid.encode(), 8)
     return fitting(folder, [f"dra-{pod_uid}.sock", f"dra-{short}.sock"] if pod_uid else ["dra.sock"])
 
@@ -47,11 +48,11 @@ def dra_name(folder: Path, pod_uid: str = "") -> str:
 def paths(
     *, driver: str, registry: Path, plugin_folder: Path, pod_uid: str, registration_socket: str
 ) -> tuple[Path, Path]:
-    """The DRA socket and the registration socket. ConfigError where their names contradict each other or are too long."""
+    """The DRA socket and the registration socket. ConfigError if their names contradict each other or are too long."""
     if pod_uid and registration_socket:
         raise ConfigError(
             "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket name for each "
-            "pod; leave one of the two out"
+            "pod; remove one of the two"
         )
     name = fitting(registry, [registration_socket]) if registration_socket else ""
     return plugin_folder / dra_name(plugin_folder, pod_uid), registry / (
@@ -64,7 +65,7 @@ def _digest(data: bytes, length: int) -> str:
 
 
 def fitting(folder: Path, names: Sequence[str]) -> str:
-    """The first of these names that fits into a socket path; ConfigError where none does."""
+    """The first of these names that fits into a socket path. ConfigError if none fits."""
     for name in names:
         if len(os.fsencode(folder / name)) <= LONGEST_PATH:
             return name
@@ -76,7 +77,7 @@ def fitting(folder: Path, names: Sequence[str]) -> str:
 
 
 def exclusive(endpoint: Path) -> int:
-    """The lock of the instance that serves this socket, until the process ends; ConfigError where another one has it."""
+    """Take the lock of the instance that serves this socket, until the process ends. ConfigError if another one has it."""
     lock = files.try_lock(_lock(endpoint))
     if lock is None:
         raise ConfigError(
@@ -87,10 +88,10 @@ def exclusive(endpoint: Path) -> int:
 
 
 def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
-    """Remove what killed instances of this driver have left, because the kubelet keeps each socket of its registry for ever.
+    """Remove the sockets of killed instances of this driver, because the kubelet keeps each socket of its registry for ever.
 
-    Only where nobody listens, and nobody holds the lock of the instance: it may be about to. The longest form of a name
-    is a hash of driver and pod, so that nobody can say whose socket it is: it stays.
+    Only if no process listens, and no process holds the lock of the instance, because the instance may be starting. The
+    form for long folders is a hash of driver and pod. Its owner is unknown, so such a socket stays.
     """
     locks = [path for path in plugin_folder.iterdir() if path.name.endswith(_SUFFIX)]
     matches = [(lock, _ENDPOINT.fullmatch(lock.name.removesuffix(_SUFFIX))) for lock in locks]
@@ -106,8 +107,8 @@ def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
 
 
 def _registration(registry: Path, driver: str) -> re.Pattern[str]:
-    """Names of this driver's registration sockets. The short form only where it is used, because another driver's name
-    may look like it."""
+    """Names of this driver's registration sockets. The short form counts only if the driver uses it, because the name of
+    another driver may look like it."""
     full = len(os.fsencode(registry / f"{driver}-{'0' * 36}-reg.sock")) <= LONGEST_PATH
     return re.compile(rf"{re.escape(driver)}(?:-({_UID if full else _POD}))?-reg\.sock")
 
@@ -117,13 +118,13 @@ def _lock(endpoint: Path) -> Path:
 
 
 def _removed(lock: Path) -> bool:
-    """Remove a lock that nobody holds; whether it was so."""
+    """Remove a lock that no process holds. Returns whether it was removed."""
     try:
         descriptor = files.try_lock(lock)
         if descriptor is None:
             return False
         try:
-            files.remove(lock)  # while it is held: who waits for it makes a new one
+            files.remove(lock)  # while this process holds it: a waiting process then makes a new one
         finally:
             os.close(descriptor)
     except DriverError:
@@ -132,7 +133,7 @@ def _removed(lock: Path) -> bool:
 
 
 def _is_dead(path: Path) -> bool:
-    """Whether it is a socket on which nobody listens."""
+    """Whether this is a socket on which no process listens."""
     if not path.is_socket():
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
@@ -141,6 +142,6 @@ def _is_dead(path: Path) -> bool:
             client.connect(str(path))
         except ConnectionRefusedError:
             return True
-        except OSError:  # a full backlog, no right: somebody may be there
+        except OSError:  # a full backlog or missing rights: a process may listen
             return False
     return False

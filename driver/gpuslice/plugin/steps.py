@@ -82,17 +82,17 @@ class StepExecutor:
             raise errors[0]
 
     def daemons(self) -> tuple[str, ...]:
-        """Keys of the MPS daemons that run; none where no supervisor answers."""
+        """Keys of the MPS daemons that run. Empty if no supervisor answers."""
         try:
             return tuple(daemon.key for daemon in self._mps.statuses())
         except DeviceError:
             return ()
 
     def stop_unwanted(self, gpu: GpuUuid, records: Sequence[Record]) -> None:
-        """Stop the daemons of a card without a record: a supervisor starts again what it finds, but a claim may have been
-        unprepared while none ran."""
+        """Stop the daemons of a card without a record. A supervisor starts all daemons again that it finds, but a claim
+        may have been unprepared while no supervisor ran."""
         for key in share.unwanted(self.daemons(), gpu, records):
-            log.warning("stopping an MPS daemon that no claim has any more key=%s", key)
+            log.warning("stopping an MPS daemon that no claim uses any more key=%s", key)
             self._mps.stop(key)
 
     def undo(self, undoing: Undo, others: Sequence[Record]) -> None:

@@ -31,7 +31,7 @@ def _keeps(kube: Kube, body: Body) -> bool:
         returned = kube.create_resource_slice(body, dry_run=True)
     except ApiError as e:
         # A newer kind of gate refuses its fields instead of dropping them. A 422 may also come from an admission
-        # policy, which says nothing of them.
+        # policy, which does not depend on gates.
         if e.status in (400, 422) and any(field in str(e) for field in reconcile.PROBED):
             return False
         raise

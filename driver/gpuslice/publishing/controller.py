@@ -84,12 +84,12 @@ class SliceController:
             kube, driver, node, backoff=backoff, changed=lambda _: self.nudge(), threads=self._threads
         )
         self.refused: Future[None] = Future()
-        self.refused.set_running_or_notify_cancel()  # its waiter may leave, and it can still be set
+        self.refused.set_running_or_notify_cancel()  # so that a waiter that leaves cannot cancel it
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
         self._problem = "nothing has been published yet; wait a moment"
         self._repeats = Repeats()
-        self._failed = ""  # why the last try to plan came to nothing
+        self._failed = ""  # the reason why the last try to plan failed
 
     def start(self) -> None:
         self._threads.start("controller", self._run)
@@ -122,7 +122,7 @@ class SliceController:
 
     def _run(self) -> None:
         features = self._probe()
-        with self._wake:  # `stop` comes before this, or finds the thread started
+        with self._wake:  # `stop` comes before this, or the thread is started
             if features is not None and not self._stopped:
                 self._publisher.start()
         retry = Backoff(self._backoff)
@@ -172,7 +172,7 @@ class SliceController:
                 log.warning("cannot find out what the API server supports; the driver tries again: %s", self._problem)
             now = time.monotonic()
             if hopelessness.reached(now, lasting=lasting) and not self._serves_claims():
-                self._threads.stopping()  # this thread ends for the reason that `refused` tells
+                self._threads.stopping()  # this thread ends for the reason in `refused`
                 self.refused.set_exception(LastingApiError(f"{self._problem}; {_END}"))
                 return None
             delay_s = hopelessness.shorten(retry.delay_s(random.random()), now)  # noqa: S311 - not a secret

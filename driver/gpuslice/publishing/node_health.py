@@ -31,7 +31,7 @@ Pending = concurrent.futures.Future[Any]
 
 
 class HangGuard:
-    """Asks GPUs in a thread that is left behind where a call hangs, so that one dead card hides no other."""
+    """Asks GPUs in a thread. If a call hangs, the thread is left behind, so that one dead card hides no other."""
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
@@ -39,18 +39,19 @@ class HangGuard:
         self._stuck: dict[GpuUuid, Pending] = {}
 
     def ask(self, verb: Callable[[GpuUuid], Reply], gpu: GpuUuid) -> Reply:
-        """Ask one GPU. DeviceError from NVML; HungError if no answer comes in time, and then until an answer comes."""
+        """Ask one GPU. DeviceError from NVML. HungError without an answer in time, and in later calls until the answer
+        comes."""
         stuck = self._stuck.get(gpu)
         if stuck is not None and not stuck.done():
             raise self._hung(gpu)
         self._stuck.pop(gpu, None)
         if self._questions is None:
             questions: queue.SimpleQueue[tuple[Callable[[], Any], Pending]] = queue.SimpleQueue()
-            self._questions = questions  # the thread looks at it
+            self._questions = questions  # the thread compares this with its own questions
             try:
                 threading.Thread(target=self._answer, args=(questions,), name="look at the node", daemon=True).start()
             except RuntimeError:
-                self._questions = None  # or the next look waits for a thread that never was
+                self._questions = None  # otherwise the next look waits for a thread that does not exist
                 raise
         answer: concurrent.futures.Future[Reply] = concurrent.futures.Future()
         self._questions.put((partial(verb, gpu), answer))
@@ -83,7 +84,7 @@ class NodeHealth:
         renew: Callable[[], bool] = lambda: False,
         limit_s: float = LIMIT_S,
     ) -> None:
-        """`renew` starts NVML anew, and says whether it did; called when no card at all can be read."""
+        """`renew` starts NVML again and returns whether it did. It is called if no card at all can be read."""
         self._nvml = nvml
         self._guard = HangGuard(limit_s)
         self._verbs: dict[str, Callable[[GpuUuid], object]] = {
@@ -91,11 +92,11 @@ class NodeHealth:
             "time_slice": nvml.time_slice,
             "compute_mode": nvml.compute_mode,
         }
-        self._answered: dict[tuple[GpuUuid, str], Taint | None] = {}  # for good: a card does not learn a verb
+        self._answered: dict[tuple[GpuUuid, str], Taint | None] = {}  # final, because a card never gets a new verb
         self._mps = mps
         self._checkpoint = checkpoint
         self._hung, self._renew = hung, renew
-        self.unreadable = ""  # why no card could be read, "" where one could
+        self.unreadable = ""  # the reason why no card could be read; "" if one could
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
@@ -109,7 +110,7 @@ class NodeHealth:
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
         records = self._checkpoint.records()
         live, unwell = self._look_at_all(inventory)
-        # One card that answers shows that the session is well, and so does one that hangs: it must not be pulled away.
+        # A card that answers shows that the session works. A session with a hung card must not be replaced.
         if not live and unwell and all(taint.value == "lost" for taint in unwell.values()) and self._renew():
             live, unwell = self._look_at_all(inventory)
         self.unreadable = "" if live or not unwell else f"no card can be read: {min(unwell.values()).reason}"
@@ -120,7 +121,7 @@ class NodeHealth:
         return NodeLook(inventory, live, records, taints)
 
     def _look_at_all(self, inventory: Inventory) -> tuple[dict[GpuUuid, LiveGpu], dict[GpuUuid, Taint]]:
-        """Each card as it is, or what is wrong with it."""
+        """Each card's state, or its problem."""
         live: dict[GpuUuid, LiveGpu] = {}
         unwell = {gpu: Taint("gpu", "hung", reason=text) for gpu, text in self._hung().items()}
         for pool in inventory.pools:
@@ -137,7 +138,7 @@ class NodeHealth:
         return live, unwell
 
     def _learn(self, pool: Pool, live: LiveGpu) -> None:
-        """Ask once for each verb that claims of this card will need; what is no refusal for good is asked again."""
+        """Ask once for each verb that claims of this card will need. If an answer is not final, the next look asks again."""
         uuid = pool.gpu.uuid
         for verb in health.needs(pool, live):
             if (uuid, verb) in self._answered:

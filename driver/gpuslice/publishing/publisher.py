@@ -65,13 +65,13 @@ class Publisher:
         self._threads.start("publisher-writing", self._keep_writing)
 
     def stop(self) -> None:
-        """End both threads; what is published stays, because a restart must not cost the node its devices."""
+        """End both threads. The published slices stay, because a restart must not take the node's devices away."""
         self._threads.stopping()
         self._state.stop()
         watch = self._watch
         if watch is not None:
             watch.close()
-        self._threads.join(2.0)  # one may be in a call that hangs; it holds nothing
+        self._threads.join(2.0)  # one may be in a hung call, which holds nothing
 
     def publish(self, desired: Sequence[PoolSlices]) -> None:
         """Set the wanted pools. Returns at once."""
@@ -94,7 +94,7 @@ class Publisher:
             lasted_s = time.monotonic() - began
             if lasted_s > CALM_S:
                 retry = Backoff(self._backoff)
-            if lasted_s < self._backoff.relist_s:  # else a new list is due anyway
+            if lasted_s < self._backoff.relist_s:  # otherwise a new list is due anyway
                 stopped.wait(retry.delay_s(random.random()))  # noqa: S311 - not a secret
 
     def _list(self) -> str:

@@ -30,7 +30,7 @@ class Shapes:
         self._kept: dict[PoolName, PoolSlices] = {}
         self._version: Version | None = None  # version of the file from which `_kept` was read
         self._cordoned: set[PoolName] = set()
-        self.only_taints_awaited = False  # a pool could change its shape as soon as its taints are in force
+        self.only_taints_awaited = False  # true if a pool waits only for its taints to be in force
 
     def admit(
         self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool

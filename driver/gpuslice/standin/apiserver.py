@@ -1,8 +1,8 @@
-"""A stand-in API server over HTTPS that behaves as the real one where a driver can tell.
+"""A stand-in API server over HTTPS. It behaves like the real one in everything that a driver can notice.
 
-It keeps objects (`store`), does to ResourceSlices what the real one does (`slices`), and serves the verbs: create, get,
+It keeps objects (`store`), treats ResourceSlices like the real one (`slices`), and serves these verbs: create, get,
 list, update, delete, deletecollection, watch. It schedules nothing and checks no rights. Tests embed it and make it
-fail on cue; `python -m gpuslice.standin.apiserver --folder F` runs it as a process, with its kubeconfig in the folder.
+fail on cue. `python -m gpuslice.standin.apiserver --folder F` runs it as a process; its kubeconfig is in the folder.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ApiAnswer = tuple[int, Body]
 
 
 class StandInApiServer:
-    """One API server with its state. `start` listens and writes `kubeconfig`; the state outlives `away` and `back`.
+    """One API server with its state. `start` listens and writes `kubeconfig`. The state survives `away` and `back`.
 
-    version: "1.33" (no resource.k8s.io/v1) to "1.37"; it decides which gates are on. dropping: gates to turn off
-    besides (`slices.PARTITIONABLE` …). `writes` counts what changed something: "create resourceslices" → 2.
+    version: "1.33" (no resource.k8s.io/v1) to "1.37"; it decides which gates are on. dropping: further gates to turn
+    off (`slices.PARTITIONABLE` …). `writes` counts the requests that changed something: "create resourceslices" → 2.
     """
 
     def __init__(self, folder: Path, version: str = "1.37", *, dropping: Iterable[str] = (), port: int = 0) -> None:
@@ -56,7 +56,7 @@ class StandInApiServer:
         self._listener.stop(wake=self.release)
 
     def away(self) -> None:
-        """Stop listening and cut every connection, the hanging ones too; the objects stay."""
+        """Stop listening and cut every connection, hanging ones included. The objects stay."""
         self._listener.stop(wake=self.release)
 
     def back(self) -> None:
@@ -78,10 +78,10 @@ class StandInApiServer:
             return Counter(self.store.writes)
 
     def wait(self, until: Callable[[], object], timeout_s: float = 10.0) -> None:
-        """Return when `until` is true, which is checked after each write and each request. TimeoutError after `timeout_s`."""
+        """Return when `until` is true. It is checked after each write and each request. TimeoutError after `timeout_s`."""
         with self.store.changed:
             if not self.store.changed.wait_for(until, timeout_s):
-                raise TimeoutError(f"not so within {timeout_s} s; written so far: {dict(self.store.writes)}")
+                raise TimeoutError(f"not true within {timeout_s} s; writes so far: {dict(self.store.writes)}")
 
     # ------------------------------------------------------------ cues
 
@@ -97,19 +97,19 @@ class StandInApiServer:
         retry_after_s: int | None = None,
         text: str = "refused on cue",
     ) -> None:
-        """Answer the next such requests with an error status."""
+        """Answer the next requests of this kind with an error status."""
         self._add(ScriptedAnswer("fail", times, method, path, status, retry_after_s, text))
 
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:
-        """Leave the next such requests without an answer until `release`."""
+        """Leave the next requests of this kind without an answer until `release`."""
         self._add(ScriptedAnswer("hang", times, method, path))
 
     def cut(self, times: int = 1, *, method: str = "", path: str = "") -> None:
-        """Close the connection of the next such requests instead of answering."""
+        """Close the connection of the next requests of this kind instead of an answer."""
         self._add(ScriptedAnswer("cut", times, method, path))
 
     def release(self) -> None:
-        """Forget all cues; what hangs is served now."""
+        """Forget all cues. Hanging requests are served now."""
         with self.store.changed:
             hanging, self._cues = self._cues, []
             self.store.changed.notify_all()
@@ -130,7 +130,7 @@ class StandInApiServer:
                     return cue
         return None
 
-    # ------------------------------------------------------------ objects, for those in the same process
+    # ------------------------------------------------------------ objects, for callers in the same process
 
     def create(self, resource: str, body: Body, namespace: str = "") -> Body:
         return self._create(resource, namespace, copied(body), dry=False)
@@ -142,7 +142,7 @@ class StandInApiServer:
         return [copied(body) for _, body in self.store.items(resource, namespace, lambda _: True)[0]]
 
     def update(self, resource: str, body: Body) -> Body:
-        """Replace the whole object, its status too."""
+        """Replace the whole object, including its status."""
         meta = body["metadata"]
         return self.store.update(Key(resource, meta.get("namespace", ""), meta["name"]), copied(body))
 
@@ -150,7 +150,7 @@ class StandInApiServer:
         self.store.delete(Key(resource, namespace, name), {})
 
     def add_node(self, name: str) -> str:
-        """Register a node; its UID."""
+        """Register a node. Returns its UID."""
         return str(self.create("nodes", {"metadata": {"name": name}})["metadata"]["uid"])
 
     # ------------------------------------------------------------ requests
@@ -180,7 +180,7 @@ class StandInApiServer:
         raise RefusalError(405, "MethodNotAllowed", f"{request.method} is not served by the stand-in API server")
 
     def _target(self, request: HttpRequest) -> tuple[str, Key | None, bool]:
-        """The resource, the one object if one is meant, and whether only its status is."""
+        """The resource, the object if the path names one, and whether the path means only its status."""
         parts = request.path.strip("/").split("/")
         parts = parts[2:] if parts[0] == "api" else parts[3:]
         request.namespace = parts[1] if len(parts) > 2 and parts[0] == "namespaces" else ""
@@ -255,7 +255,7 @@ class StandInApiServer:
         return lambda body: all((body.get(at) or {}).get(field, "") == value for (at, field), value in wanted)
 
     def _watch(self, request: HttpRequest, stopped: Callable[[], bool]) -> Iterator[Body]:
-        """Events until the time is up or the listener stops."""
+        """Events until the time is over or the listener stops."""
         resource, _, _ = self._target(request)
         match = self._match(resource, request)
         version = request.query.get("resourceVersion", "")
@@ -273,7 +273,7 @@ class StandInApiServer:
         events: Sequence[Event],
         stopped: Callable[[], bool],
     ) -> Iterator[Body]:
-        """A version that is too old is an ERROR event in a stream that began well, as the real server has it."""
+        """A version that is too old is an ERROR event in a stream that began well, as in the real server."""
         deadline = request.deadline()
         while True:
             for event in events:
@@ -311,9 +311,9 @@ class StandInApiServer:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpuslice.standin.apiserver", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for the certificate, the kubeconfig and `port`")
-    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.add_argument("--port", type=int, default=0, help="port; 0: any free one")
     parser.add_argument("--version", default="1.37", help="1.33 to 1.37")
-    parser.add_argument("--node", action="append", default=[], help="a node to register; may be repeated")
+    parser.add_argument("--node", action="append", default=[], help="a node to register; repeatable")
     options = parser.parse_args()
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,6 +1,6 @@
 """A cluster of one node in a folder: stand-in API server, kubelet and scheduler, and the real driver as a process.
 
-What the demo shows, the tests ask and the benchmark measures is this driver process, through its real server.
+The demo shows this driver process, tests ask it and the benchmark measures it, always through its real server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NODE = "node-1"
 
 
 class UnschedulableError(Exception):
-    """No device of the node fits; the pod would stay Pending."""
+    """No device of the node fits. The pod would stay Pending."""
 
 
 class DriverProcess:
@@ -50,13 +50,13 @@ class DriverProcess:
         return self._process.returncode is None
 
     async def kill(self) -> None:
-        """SIGKILL: no clean-up of any kind runs."""
+        """SIGKILL: nothing cleans up."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
 
     async def terminate(self, timeout_s: float = 30.0) -> int:
-        """SIGTERM, and the exit code."""
+        """Send SIGTERM. Returns the exit code."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self._process.wait(), timeout_s)
@@ -66,14 +66,14 @@ class DriverProcess:
 
 
 class StandInCluster:
-    """Use as `async with StandInCluster(folder) as cluster`, then `await cluster.start()`."""
+    """Use it as `async with StandInCluster(folder) as cluster`, then `await cluster.start()`."""
 
-    module = "gpuslice"  # what `python -m` starts
+    module = "gpuslice"  # the module that `python -m` starts
 
     def __init__(self, folder: Path, simulate: str = "h100x2", *, latency: str = "zero", version: str = "1.37") -> None:
         self.folder, self.simulate, self.latency = folder, simulate, latency
         self.api = StandInApiServer(folder / "api", version)
-        # Below the kubelet's own names, so that paths look as they do on a node. Socket paths are short of room.
+        # The folders have the kubelet's names, so that paths look like those of a node. Paths of sockets must be short.
         self.registry, self.plugins, self.cdi = folder / "registry", folder / "plugins", folder / "cdi"
         self.mps = folder / "mps"
         for path in (self.registry, self.plugins, self.cdi):
@@ -85,7 +85,7 @@ class StandInCluster:
 
     @property
     def node_folder(self) -> Path:
-        """Where the simulated node lives."""
+        """The folder of the simulated node."""
         return self.plugins / DRIVER / "simulated"
 
     async def __aenter__(self) -> StandInCluster:
@@ -101,7 +101,7 @@ class StandInCluster:
             await driver.kill()
         for supervisor in self.supervisors:
             with contextlib.suppress(TimeoutError):
-                await supervisor.terminate()  # it ends its daemons
+                await supervisor.terminate()  # the supervisor ends its daemons
             await supervisor.kill()
         await self.kubelet.__aexit__(kind, error, trace)
         self.api.stop()
@@ -123,7 +123,7 @@ class StandInCluster:
         ]
 
     async def supervise(self) -> DriverProcess:
-        """Start the MPS supervisor as its DaemonSet does; return when it answers."""
+        """Start the MPS supervisor like its DaemonSet. Return when it answers."""
         arguments = ["mps-supervisor", "--mps-root", str(self.mps), "--simulate", self.simulate]
         arguments += ["--kubelet-plugins-directory-path", str(self.plugins)]
         self.mps.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ class StandInCluster:
     async def start(
         self, *more: str, environment: Mapping[str, str] | None = None, ready: bool = True
     ) -> DriverProcess:
-        """Start a driver process; with `ready`, return when it is registered and its slices are published."""
+        """Start a driver process. With `ready`, return when it is registered and its slices are published."""
         before = max((plugin.order for plugin in self.kubelet.plugins(DRIVER)), default=0)
         name = f"driver-{len(self.drivers)}.log"
         driver = await self._spawn(name, self.arguments(*more), environment or {})
@@ -181,7 +181,7 @@ class StandInCluster:
         cards = len(spec.parse(self.simulate).cards)
         await asyncio.to_thread(self.api.wait, lambda: complete(self.api.all("resourceslices"), cards), timeout_s)
 
-    # ------------------------------------------------------------ claims, as a user and the scheduler make them
+    # ------------------------------------------------------------ claims, made like those of a user and the scheduler
 
     def claim(
         self,
@@ -190,7 +190,7 @@ class StandInCluster:
         namespace: str = "default",
         configs: Sequence[Mapping[str, Any]] = (),
     ) -> ClaimRef:
-        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError where nothing fits."""
+        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError if nothing fits."""
         allocation = scheduler.allocate(
             self.api.all("resourceslices"), self.api.all("resourceclaims"), requests, node=NODE, configs=configs
         )
@@ -199,14 +199,14 @@ class StandInCluster:
         return self.create_allocated(name, allocation, namespace=namespace)
 
     def create_allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
-        """Create a ResourceClaim with this allocation, which nothing checks."""
+        """Create a ResourceClaim with this allocation, without a check of the allocation."""
         body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": {"devices": {}}}, namespace)
         body["status"] = {"allocation": allocation, "reservedFor": [{"resource": "pods", "name": name, "uid": name}]}
         self.api.update("resourceclaims", body)
         return ClaimRef(namespace, name, ClaimUid(body["metadata"]["uid"]))
 
     def deallocate(self, ref: ClaimRef) -> None:
-        """What happens to a claim after its last pod is gone; its devices are free for the scheduler from now on."""
+        """Do what happens to a claim after the end of its last pod. From now on the scheduler may use its devices."""
         body = self.api.get("resourceclaims", ref.name, ref.namespace)
         body["status"] = {}
         self.api.update("resourceclaims", body)
@@ -215,14 +215,14 @@ class StandInCluster:
         self.api.delete("resourceclaims", ref.name, ref.namespace)
 
     async def run(self, ref: ClaimRef) -> tuple[str, ...]:
-        """Prepare one claim as for a pod; the CDI names. RuntimeError with the driver's sentence where it refuses."""
+        """Prepare one claim as for a pod. Returns the CDI names. RuntimeError with the driver's sentence if it refuses."""
         answer = (await self.kubelet.prepare([ref]))[ref.uid]
         if answer.error:
             raise RuntimeError(answer.error)
         return tuple(name for device in answer.devices for name in device.cdi_ids)
 
     async def end(self, ref: ClaimRef) -> None:
-        """Unprepare a claim and delete it, as after its pod."""
+        """Unprepare a claim and delete it, as after the end of its pod."""
         error = (await self.kubelet.unprepare([ref]))[ref.uid]
         if error:
             raise RuntimeError(error)
@@ -230,7 +230,8 @@ class StandInCluster:
 
 
 def end_once(*signals: signal.Signals) -> Callable[[], None]:
-    """Cancel the current task at the first of these signals, or when it is called; later ones do not cut its end short."""
+    """Cancel the current task at the first of these signals, or when the result is called. Later signals do not shorten the
+    end of the task."""
     task, over = asyncio.current_task(), asyncio.Event()
     assert task is not None
 
@@ -245,7 +246,7 @@ def end_once(*signals: signal.Signals) -> Callable[[], None]:
 
 
 def complete(slices: Sequence[Mapping[str, Any]], least: int = 1) -> bool:
-    """Whether there are `least` pools, and of each as many slices of its newest generation as it says."""
+    """Whether there are at least `least` pools, each with as many slices of its newest generation as the pool says."""
     pools: dict[str, list[Mapping[str, Any]]] = {}
     for body in slices:
         pools.setdefault(body["spec"]["pool"]["name"], []).append(body["spec"]["pool"])

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over TLS, as much as the stand-in API server needs: keep-alive, one thread a connection, chunked watches."""
+"""HTTP/1.1 over TLS, as much as the stand-in API server needs: keep-alive, one thread per connection, chunked watches."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class HttpRequest:
     method: str
     path: str
     query: dict[str, str]
-    target: str  # path and query as they came
+    target: str  # path and query as received
     data: bytes = field(repr=False)
-    namespace: str = ""  # filled in by who takes the path apart
+    namespace: str = ""  # set after the path is parsed
 
     def json(self) -> Body:
         try:
@@ -57,7 +57,7 @@ class HttpRequest:
 
 @dataclass(slots=True, eq=False)
 class ScriptedAnswer:
-    """What the next requests meet instead of their answer. act: fail, hang or cut."""
+    """What the next requests get instead of their answer. act: fail, hang or cut."""
 
     act: str
     times: int
@@ -79,7 +79,7 @@ EventStream = Callable[[HttpRequest, Callable[[], bool]], Iterator[Body]]
 
 
 class Listener:
-    """Listens, stops, and listens again on the same port."""
+    """Can listen, stop, and listen again on the same port."""
 
     def __init__(
         self,
@@ -97,12 +97,12 @@ class Listener:
     def start(self) -> None:
         server = _Server(self, ("127.0.0.1", self.port))
         self._server, self.port = server, server.server_address[1]
-        # The poll interval is how long `stop` takes at most.
+        # `stop` takes at most one poll interval.
         self._thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="stand-in-api", daemon=True)
         self._thread.start()
 
     def stop(self, wake: Callable[[], None]) -> None:
-        """`wake` gets whoever waits for something else than the network to look at `stopped`."""
+        """`wake` wakes threads that wait for something other than the network, so that they check `stopped`."""
         server, thread, self._server = self._server, self._thread, None
         if server is None or thread is None:
             return
@@ -126,7 +126,7 @@ class _Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The handshake is done here, not in the accepting thread: a client that never speaks would stop everyone.
+        # The handshake is here, not in the accepting thread: otherwise a client that sends nothing would block all others.
         secure = self.owner.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         with self._lock:
             self._open[secure] = threading.current_thread()
@@ -139,18 +139,18 @@ class _Server(ThreadingHTTPServer):
                 del self._open[secure]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is part of many tests, so it prints nothing; every other error goes to stderr."""
+        """Print nothing for a broken connection, because many tests break connections. All other errors go to stderr."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
     def hang_up(self, wake: Callable[[], None]) -> None:
-        """Cut all connections and wait for their threads, so that nothing writes into a later test."""
+        """Cut all connections and wait for their threads, so that no thread writes into a later test."""
         with self._lock:
             self.stopped = True
             open_now = dict(self._open)
         for connection in open_now:
             with contextlib.suppress(OSError):
-                # Not SSLSocket.shutdown: it takes the TLS state away under the thread that still reads.
+                # Not SSLSocket.shutdown: it removes the TLS state while a thread still reads.
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
         wake()
         for thread in open_now.values():
@@ -159,7 +159,7 @@ class _Server(ThreadingHTTPServer):
 
 class _ApiHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body leave in one segment
+    wbufsize = -1  # headers and body are sent in one segment
     server: _Server
 
     def handle_one_request(self) -> None:
@@ -185,10 +185,10 @@ class _ApiHandler(BaseHTTPRequestHandler):
         except RefusalError as e:
             self._send(e.status, e.body(), e.headers)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer  # noqa: N815 - names by the library
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer  # noqa: N815 - names of the library
 
     def _act(self, cue: ScriptedAnswer) -> bool:
-        """Carry a cue out; False where the request is to be served after all."""
+        """Carry out a cue. False if the request must be served after all."""
         if cue.act == "fail":
             headers = {} if cue.retry_after_s is None else {"Retry-After": str(cue.retry_after_s)}
             raise RefusalError(cue.status, _REASONS.get(cue.status, "Unknown"), cue.text, headers)
@@ -223,4 +223,4 @@ class _ApiHandler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: `requests` holds what was asked."""
+        """Log nothing, because `requests` has all requests."""

@@ -10,7 +10,7 @@ class Kind:
     prefix: str  # "/apis/resource.k8s.io/v1"
     kind: str
     namespaced: bool = False
-    fields: frozenset[str] = frozenset()  # field selectors beside metadata.name
+    fields: frozenset[str] = frozenset()  # field selectors besides metadata.name
 
     @property
     def api_version(self) -> str:

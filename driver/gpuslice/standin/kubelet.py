@@ -1,9 +1,9 @@
 """A stand-in for the kubelet's side of a DRA driver: it finds plugins by their sockets, registers them and calls them.
 
-Kept of the real one (kubernetes, `pluginmanager` and `cm/dra`, 1.37): what it validates, which service version it takes,
-its timeouts, one long-lived connection per endpoint, the choice among several plugins of one driver, and what it makes of
-an answer. Left out: pods, checkpoints, the health stream, the wiping of ResourceSlices. A new object on the same folder
-is a kubelet that was restarted. For one event loop; nothing here is safe to call from another thread.
+Like the real kubelet (kubernetes, `pluginmanager` and `cm/dra`, 1.37): its validation, the choice of the service version,
+its timeouts, one long-lived connection per endpoint, the choice among several plugins of one driver, and its checks of an
+answer. Left out: pods, checkpoints, the health stream, the removal of ResourceSlices. A new object on the same folder is a
+restarted kubelet. It belongs to one event loop; no method is safe in another thread.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _CDI_ID = re.compile(
     r"[A-Za-z][A-Za-z0-9_.-]*[A-Za-z0-9]/[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]=[A-Za-z0-9]([\w.:-]*[A-Za-z0-9])?"
 )
 
-# By default channels to one path share a connection and its back-off. Then a plugin that comes back would have to wait for
-# as long as its predecessor had been failing.
+# By default, channels to the same path share a connection and its backoff. Then a plugin that comes back would have to
+# wait for the long backoff of its predecessor.
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.default_authority", "localhost"))
 
 
@@ -56,7 +56,7 @@ class KubeletError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """One device of an answer; `share_id` is None where the version or the device has none."""
+    """One device of an answer. `share_id` is None if the version or the device has none."""
 
     requests: tuple[str, ...]
     pool: str
@@ -67,7 +67,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class PluginAnswer:
-    """A claim's entry. With an error there are no devices, whatever the plugin sent."""
+    """The entry of one claim. With an error it has no devices, even if the plugin sent some."""
 
     error: str = ""
     devices: tuple[Given, ...] = ()
@@ -97,9 +97,9 @@ class _Socket:
 
 
 class StandInKubelet:
-    """Use as `async with StandInKubelet(registry) as kubelet`. `versions`: services this kubelet knows.
+    """Use it as `async with StandInKubelet(registry) as kubelet`. `versions`: the services that this kubelet knows.
 
-    refusals: the last reason for each registration socket that could not be registered, by file name.
+    refusals: for each registration socket that was refused, by file name, the last reason.
     """
 
     def __init__(self, registry: Path, *, versions: Sequence[str] = (V1, V1BETA1)) -> None:
@@ -132,10 +132,10 @@ class StandInKubelet:
     async def prepare(
         self, claims: Iterable[ClaimRef], *, driver: str = "", timeout_s: float = _RPC_S
     ) -> dict[ClaimUid, PluginAnswer]:
-        """NodePrepareResources for one pod's claims in one call. `driver` may be left out where there is one only.
+        """NodePrepareResources for the claims of one pod in one call. `driver` is optional if there is only one.
 
         KubeletError: no plugin, no answer in time, or an answer that breaks the contract. Errors of single claims are
-        in the answers; a real pod would not start with any of them.
+        in the answers. A real pod would not start with any of these errors.
         """
         response = await self._call("NodePrepareResources", claims, driver, timeout_s)
         answers = {ClaimUid(uid): _answer(entry) for uid, entry in response.items()}
@@ -147,7 +147,7 @@ class StandInKubelet:
     async def unprepare(
         self, claims: Iterable[ClaimRef], *, driver: str = "", timeout_s: float = _RPC_S
     ) -> dict[ClaimUid, str]:
-        """NodeUnprepareResources; each claim's error, "" where it succeeded."""
+        """NodeUnprepareResources. Returns the error of each claim, "" for success."""
         response = await self._call("NodeUnprepareResources", claims, driver, timeout_s)
         return {ClaimUid(uid): entry.error for uid, entry in response.items()}
 
@@ -163,7 +163,7 @@ class StandInKubelet:
         answered = dict(response.claims)
         if strangers := answered.keys() - {ref.uid for ref in refs}:
             raise KubeletError(
-                f"{method} of {plugin.driver} answered for claims that were not asked: {sorted(strangers)}"
+                f"{method} of {plugin.driver} answered for claims that were not requested: {sorted(strangers)}"
             )
         if skipped := len(refs) - len(answered):
             raise KubeletError(f"{method} of {plugin.driver} skipped {skipped} ResourceClaims")
@@ -177,9 +177,10 @@ class StandInKubelet:
         return tuple(sorted((p for p in found if driver in ("", p.driver)), key=lambda plugin: plugin.order))
 
     async def wait_registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
-        """Wait until `count` plugins of the driver are registered; the newest. KubeletError says what kept it.
+        """Wait until `count` plugins of the driver are registered. Returns the newest. KubeletError says what is missing.
 
-        `after`: count only registrations with a greater `order`: that of a killed process stays until its socket is gone.
+        `after`: count only registrations with a greater `order`. The plugin of a killed process stays until its socket is
+        removed.
         """
 
         def there() -> bool:
@@ -193,7 +194,7 @@ class StandInKubelet:
         await self._until(lambda: not self.plugins(driver), driver, timeout_s)
 
     async def wait_refused(self, *, timeout_s: float = 10.0) -> str:
-        """Wait for a registration to fail; why it did."""
+        """Wait until a registration fails. Returns the reason."""
         await self._until(lambda: bool(self.refusals), "any driver", timeout_s)
         return next(iter(self.refusals.values()))
 
@@ -207,7 +208,7 @@ class StandInKubelet:
             raise KubeletError(text) from e
 
     def _chosen(self, driver: str) -> Plugin:
-        """The newest plugin that is connected, else the newest."""
+        """The newest connected plugin, otherwise the newest plugin."""
         plugins = self.plugins(driver)
         if len({plugin.driver for plugin in plugins}) != 1:
             raise KubeletError(f"DRA driver {driver or '(unnamed)'} is not registered, or must be named")
@@ -220,7 +221,7 @@ class StandInKubelet:
         self._scan()
 
     def _scan(self) -> None:
-        """Follow the folder: new sockets are registered, failed ones again, gone and replaced ones deregistered."""
+        """Read the folder: register new sockets, try failed ones again, deregister removed and replaced ones."""
         there = _sockets_in(self._registry)
         for path, socket in list(self._sockets.items()):
             failed = socket.work.done() and socket.plugin is None
@@ -234,7 +235,7 @@ class StandInKubelet:
         socket = self._sockets.pop(path)
         socket.work.cancel()
         if socket.plugin is not None:
-            # Calls that are on their way may end by themselves: a driver that leaves finishes what it has begun.
+            # Unfinished calls may end by themselves: a driver that ends finishes its calls first.
             self._spawn(socket.plugin.channel.close(grace_s))
         self._spawn(self._tell())
 
@@ -261,12 +262,12 @@ class StandInKubelet:
             self._scan()
 
     async def _handshake(self, path: Path) -> Plugin:
-        """GetInfo, validate, register, NotifyRegistrationStatus: any of them failing starts all over, later."""
+        """GetInfo, validation, registration, NotifyRegistrationStatus. If one of them fails, all start again later."""
         async with grpc.aio.insecure_channel(f"unix:{path}", options=_OPTIONS) as channel:
             try:
                 await asyncio.wait_for(channel.channel_ready(), _DIAL_S)
             except TimeoutError as e:
-                raise KubeletError(f"nobody listens on {path}") from e
+                raise KubeletError(f"no process listens on {path}") from e
             stub = _REGISTRATION(channel)
             info = await stub.GetInfo(registration_v1_pb2.InfoRequest(), timeout=_GET_INFO_S)
             try:
@@ -286,14 +287,14 @@ class StandInKubelet:
         try:
             await stub.NotifyRegistrationStatus(status, timeout=_NOTIFY_S)
         except grpc.aio.AioRpcError:
-            if not error:  # a plugin may answer bad news with an error
+            if not error:  # a plugin may answer a refusal with an error
                 raise
 
     def _validate(self, info: registration_v1_pb2.PluginInfo) -> str:
-        """The service version to use: the first in the *plugin's* list that this kubelet knows."""
+        """The service version to use: the first version in the *plugin's* list that this kubelet knows."""
         if info.type != "DRAPlugin":
             raise KubeletError(
-                f"plugin {info.name!r} has type {info.type!r}, which nobody handles; a DRA driver's is DRAPlugin"
+                f"plugin {info.name!r} has type {info.type!r}, which is unknown; a DRA driver has DRAPlugin"
             )
         if len(info.name) > 63 or not _DRIVER_NAME.fullmatch(info.name):
             raise KubeletError(f"driver name {info.name!r} is not a DNS subdomain of 63 characters at most")
@@ -310,7 +311,7 @@ class StandInKubelet:
 
 
 def _sockets_in(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Registration sockets and which file each is: a socket bound anew under the old name is another plugin."""
+    """Registration sockets, each with the identity of its file. A new socket under an old name is another plugin."""
     found = {}
     for path in folder.iterdir():
         try:
@@ -343,4 +344,4 @@ def _check_device(uid: ClaimUid, given: Given) -> None:
     if not given.pool or not given.device:
         raise KubeletError(f"a device of claim {uid} has no pool or no name: {given}")
     if bad := [name for name in given.cdi_ids if not _CDI_ID.fullmatch(name)]:
-        raise KubeletError(f"claim {uid} was given CDI names that are not vendor/class=device: {bad}")
+        raise KubeletError(f"claim {uid} got CDI names that are not vendor/class=device: {bad}")

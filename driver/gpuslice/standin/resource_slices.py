@@ -1,7 +1,7 @@
-"""What an API server does to a ResourceSlice before it stores it: fields of gates that are off fall away, rules refuse.
+"""What an API server does to a ResourceSlice before it stores it: it drops fields of disabled gates, and checks rules.
 
-Written from the API's rules (resource.k8s.io/v1 types and validation, Kubernetes 1.37) and on purpose without the
-driver's own checks, so that the two can be held against each other.
+Written from the API's rules (resource.k8s.io/v1 types and validation, Kubernetes 1.37), and on purpose without the
+driver's own checks. So tests can compare the two.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def gates(version: str) -> frozenset[str]:
 
 
 def accepted(body: Body, old: Body | None, on: frozenset[str]) -> Body:
-    """The body as it will be stored. A gate that is off spares fields which the old object already uses."""
+    """The stored form of the body. A disabled gate keeps fields that the old object already uses."""
     spec = {k: v for k, v in body.get("spec", {}).items() if k in _SPEC and v not in (None, [], {})}
     before = (old or {}).get("spec", {})
     devices = [
@@ -96,7 +96,7 @@ def _dated(device: Body) -> Body:
 
 
 def _quantities(node: Any, inside: str = "") -> Any:
-    """The same with every quantity in its canonical form: the server answers 2Gi where a client sent 2048Mi."""
+    """The same object with every quantity in its canonical form: the server answers 2Gi if a client sent 2048Mi."""
     if isinstance(node, dict):
         if inside in ("attributes", "taints"):
             return node
@@ -107,7 +107,7 @@ def _quantities(node: Any, inside: str = "") -> Any:
 
 
 def canonical(text: str) -> str:
-    """A quantity as apimachinery spells it; other text stays as it is, and the rules refuse it."""
+    """A quantity in the form of apimachinery. Other text stays as it is, and the rules refuse it."""
     value = amount(text)
     if value is None:
         return text
@@ -122,7 +122,7 @@ def canonical(text: str) -> str:
 
 
 def amount(text: object) -> Decimal | None:
-    """The value of a quantity; None if it is none."""
+    """The value of a quantity. None if the text is not a quantity."""
     parsed = _QUANTITY.fullmatch(str(text))
     if parsed is None:
         return None
@@ -133,7 +133,7 @@ def amount(text: object) -> Decimal | None:
 
 
 def faults(body: Body, old: Body | None) -> list[str]:
-    """Everything that is wrong with it, one `field: what` each, as the causes of a 422."""
+    """Everything that is wrong with the body, as one `field: what` per fault, like the causes of a 422."""
     return list(_faults(body["spec"], (old or {}).get("spec")))
 
 

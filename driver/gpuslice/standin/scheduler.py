@@ -1,9 +1,9 @@
-"""A stand-in for the scheduler's allocator: the first fit, found as Kubernetes 1.37 finds it.
+"""A stand-in for the scheduler's allocator: the first fit, found in the same way as in Kubernetes 1.37.
 
-What it keeps of the real one (`k8s.io/dynamic-resource-allocation/structured`, variant "incubating"): the order of pools,
-slices and devices; no scoring; combinations, never permutations, within a request; counters charged once per device, not
-per share; capacity charged per share, rounded by its policy. What it leaves out: CEL (predicates take its place),
-constraints, binding conditions, node selectors of slices, several claims in one search.
+Like the real one (`k8s.io/dynamic-resource-allocation/structured`, variant "incubating"): the order of pools, slices and
+devices; no scoring; combinations, never permutations, within a request; counters charged once per device, not per share;
+capacity charged per share, rounded by its policy. Left out: CEL (predicates replace it), constraints, binding conditions,
+node selectors of slices, several claims in one search.
 
 Pure: dicts in, dict out.
 """
@@ -25,16 +25,16 @@ Where = Mapping[str, str | int | bool] | Callable[[ReadOnlyBody], bool]
 
 
 class SelectorError(Exception):
-    """A selector names what a device does not have: a CEL error in the real scheduler, which fails the whole pod."""
+    """A selector names something that a device does not have. In the real scheduler this CEL error fails the whole pod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One request of a claim.
 
-    where: what the device must be, by attribute or capacity name: a value for "equal", text such as ">=9Gi" for "at
-      least"; or a function of the device. Devices of drivers other than `driver` are never asked ("" asks all).
-    count: None for "All". capacity: name → quantity. alternatives: `firstAvailable`, in order; all else is ignored then.
+    where: the wanted device, by attribute or capacity name: a value for "equal", text such as ">=9Gi" for "at
+      least"; or a function of the device. Devices of other drivers than `driver` are skipped ("" skips none).
+    count: None for "All". capacity: name → quantity. alternatives: `firstAvailable`, in order; then nothing else counts.
     """
 
     name: str
@@ -72,7 +72,7 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class _Allocated:
-    """What the claims hold: exclusive devices, shared devices, and how much of their capacity."""
+    """What the claims hold: exclusive devices, shared devices, and the used capacity of shared devices."""
 
     exclusive: frozenset[DeviceId]
     consumed: Mapping[DeviceId, Counter[str]]  # its keys are the shared devices
@@ -104,9 +104,9 @@ def allocate(
     configs: Sequence[ReadOnlyBody] = (),
     new_share_id: Callable[[], str] = lambda: str(uuid.uuid4()),
 ) -> dict[str, Any] | None:
-    """`status.allocation` of a ResourceClaim (resource.k8s.io/v1) with these requests on this node; None if none fits.
+    """`status.allocation` of a ResourceClaim (resource.k8s.io/v1) with these requests on this node. None if nothing fits.
 
-    slices: ResourceSlices of the cluster. claims: all ResourceClaims, whose allocations are in use.
+    slices: ResourceSlices of the cluster. claims: all ResourceClaims; their allocations are in use.
     configs: entries of `devices.config`, already with their source. SelectorError for an absent attribute.
     """
     search = _Search(_pools(slices, node), _Allocated.of(claims))
@@ -141,7 +141,7 @@ class _Pool(NamedTuple):
 
 
 def _pools(slices: Iterable[ReadOnlyBody], node: str) -> dict[tuple[str, str], _Pool]:
-    """Complete and valid pools in the order in which the scheduler looks at them."""
+    """Complete and valid pools in the order of the scheduler's search."""
     by_name: defaultdict[tuple[str, str], list[ReadOnlyBody]] = defaultdict(list)
     for body in slices:
         by_name[body["spec"]["driver"], body["spec"]["pool"]["name"]].append(body)
@@ -173,7 +173,7 @@ def _pool(name: tuple[str, str], slices: Sequence[ReadOnlyBody], node: str) -> _
 
 @cache
 def _whole(text: str) -> int:
-    """A quantity in whole units, rounded up as the scheduler's int64 arithmetic does."""
+    """A quantity in whole units, rounded up like the scheduler's int64 arithmetic."""
     value = amount(text)
     if value is None:
         raise ValueError(f"{text!r} is not a Kubernetes quantity")
@@ -196,7 +196,7 @@ def _needs(device: _Device) -> dict[tuple[str, str], int]:
 
 
 class _Search:
-    """Depth first over requests and devices; a partial solution is the tuple of its picks."""
+    """Depth first over requests and devices. A partial solution is the tuple of its picks."""
 
     def __init__(self, pools: Mapping[tuple[str, str], _Pool], allocated: _Allocated) -> None:
         self._devices = [device for pool in pools.values() for device in pool.devices]
@@ -204,7 +204,7 @@ class _Search:
         self._free = {name: self._remaining(pool) for name, pool in pools.items()}
 
     def _remaining(self, pool: _Pool) -> Counter[tuple[str, str]]:
-        """The pool's counters less those of its allocated devices: once per device, however many shares it has."""
+        """The pool's counters without those of its allocated devices: once per device, for any number of shares."""
         left = Counter(pool.counters)
         for device in pool.devices:
             if device.id in self._allocated:
@@ -220,7 +220,7 @@ class _Search:
         return None
 
     def _choices(self, request: Request, picks: tuple[_Pick, ...]) -> Iterator[tuple[_Pick, ...]]:
-        """Every way to serve one request beside the picks, in the scheduler's order."""
+        """Every way to serve one request in addition to the picks, in the scheduler's order."""
         if request.alternatives:
             for option in request.alternatives:
                 yield from self._choices(replace(option, name=f"{request.name}/{option.name}"), picks)
@@ -232,7 +232,7 @@ class _Search:
     def _combinations(
         self, request: Request, devices: Sequence[_Device], count: int, picks: tuple[_Pick, ...]
     ) -> Iterator[tuple[_Pick, ...]]:
-        """Never the same device twice: two shares of one device do not serve `count: 2`."""
+        """Never the same device twice, because two shares of one device do not serve `count: 2`."""
         if count == 0:
             yield ()
             return
@@ -243,7 +243,7 @@ class _Search:
                     yield (pick, *more)
 
     def _pick(self, request: Request, device: _Device, picks: tuple[_Pick, ...]) -> _Pick | None:
-        """The checks of one candidate, beside what the claims hold and what this solution has picked already."""
+        """The checks of one candidate against the devices that claims hold and those that this solution has picked."""
         beside = [pick for pick in picks if pick.device.id == device.id]
         if not request.admin and not self._available(device, beside):
             return None
@@ -258,7 +258,7 @@ class _Search:
         return device.id not in self._allocated and all(pick.request.admin for pick in beside)
 
     def _counters_allow(self, device: _Device, beside: Sequence[_Pick], picks: tuple[_Pick, ...]) -> bool:
-        """Admin access is charged too: a defect of the real scheduler (kubernetes #140729) that drivers must tolerate."""
+        """Admin access is charged too, by a defect of the real scheduler (kubernetes #140729) that drivers must tolerate."""
         if device.shared and (beside or device.id in self._allocated.consumed):
             return True
         name = device.id[:2]
@@ -269,7 +269,7 @@ class _Search:
         return all(left[counter] >= value for counter, value in _needs(device).items())
 
     def _consumed(self, request: Request, device: _Device, beside: Sequence[_Pick]) -> dict[str, int] | None:
-        """What this share takes of each capacity (nothing, on an exclusive device), None where there is not enough."""
+        """The amount that this share takes of each capacity (empty for an exclusive device). None if there is not enough."""
         capacity: ReadOnlyBody = device.body.get("capacity", {})
         wanted = {name: _whole(text) for name, text in request.capacity.items()}
         if wanted.keys() - capacity.keys():
@@ -289,7 +289,7 @@ class _Search:
 
 
 def _rounded(wanted: int | None, entry: ReadOnlyBody) -> int | None:
-    """The amount that a share is charged by the capacity's policy; without a request or a policy, everything."""
+    """The amount that the capacity's policy charges for a share. Without a request or a policy, everything."""
     policy: ReadOnlyBody = entry.get("requestPolicy") or {}
     if not policy:
         return _whole(entry["value"]) if wanted is None else wanted
@@ -335,11 +335,11 @@ def _holds(device: _Device, name: str, wanted: str | int | bool) -> bool:
     value = _value(device, name)
     if isinstance(wanted, str) and wanted.startswith(">="):
         return _whole(str(value)) >= _whole(wanted[2:].strip())
-    return type(value) is type(wanted) and value == wanted  # True is no 1 here
+    return type(value) is type(wanted) and value == wanted  # here True is not 1
 
 
 def _value(device: _Device, name: str) -> object:
-    """An attribute, or the text of a capacity; names without a domain are the driver's own."""
+    """An attribute, or the text of a capacity. Names without a domain belong to the driver."""
     for key in (name, f"{device.id.driver}/{name}"):
         if key in device.body.get("attributes", {}):
             return next(iter(device.body["attributes"][key].values()))

@@ -1,6 +1,6 @@
-"""What an API server keeps: objects by name, one resource version for all, a history for watches.
+"""The storage of an API server: objects by name, one resource version for all objects, a history for watches.
 
-Bodies are never changed once stored; a write puts a new one in their place, so readers need no copies.
+A stored body never changes. A write replaces the body by a new one, so readers need no copies.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gpuslice.core.json import Body
 Predicate = Callable[[Body], bool]
 
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # of generated names (apimachinery, util/rand)
-_LONGEST_BASE = 58  # generateName is cut there before the five random characters (apiserver, storage/names)
+_LONGEST_BASE = 58  # generateName is cut here; five random characters follow (apiserver, storage/names)
 _HISTORY = 10_000
 
 
 class RefusalError(Exception):
-    """An answer other than 2xx, as the API server words it."""
+    """An answer other than 2xx, with the words of the API server."""
 
     def __init__(self, status: int, reason: str, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class RefusalError(Exception):
 @dataclass(frozen=True, slots=True, order=True)
 class Key:
     resource: str  # plural: "resourceslices"
-    namespace: str  # "" where there is none
+    namespace: str  # "" without a namespace
     name: str
 
 
@@ -67,11 +67,11 @@ def now_text() -> str:
 
 
 class Store:
-    """`changed` is notified at each write; hold it to look at several things at once."""
+    """`changed` is notified at each write. Hold it to read several things consistently."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition(threading.RLock())
-        self.writes: Counter[str] = Counter()  # "create resourceslices": what really changed something
+        self.writes: Counter[str] = Counter()  # "create resourceslices": writes that changed something
         self.version = 1000
         self._objects: dict[Key, Body] = {}
         self._history: deque[Event] = deque(maxlen=_HISTORY)
@@ -85,7 +85,7 @@ class Store:
         return body
 
     def items(self, resource: str, namespace: str, match: Predicate) -> tuple[list[tuple[Key, Body]], int]:
-        """All that match, by name, and the version at which that was so. Namespace "": all of them."""
+        """All matching objects, by name, and the version of the store at that moment. Namespace "": all namespaces."""
         with self.changed:
             found = [
                 (key, body)
@@ -107,7 +107,7 @@ class Store:
             return self._put("create", "ADDED", key, body | {"metadata": meta}, dry=dry)
 
     def update(self, key: Key, body: Body, *, dry: bool = False) -> Body:
-        """Replace; 409 where the body's resourceVersion or uid is not the stored one's. Equal bodies write nothing."""
+        """Replace an object. 409 if the body has another resourceVersion or uid. An equal body writes nothing."""
         with self.changed:
             old = self.get(key)
             _expect(key, old, body.get("metadata") or {})
@@ -127,7 +127,8 @@ class Store:
             return self._put("update", "MODIFIED", key, new, dry=dry)
 
     def delete(self, key: Key, expected: Body, *, dry: bool = False) -> Body:
-        """Remove, or with finalizers only mark. `expected`: the uid and resourceVersion that the object must still have."""
+        """Remove an object; with finalizers, only mark it. `expected`: the uid and resourceVersion that the object must
+        have."""
         with self.changed:
             old = self.get(key)
             _expect(key, old, expected)
@@ -139,7 +140,7 @@ class Store:
             return self._remove(key, old)
 
     def since(self, version: int, resource: str, namespace: str, match: Predicate) -> Iterator[Event]:
-        """Events after a version; 410 where the history does not reach back so far."""
+        """Events after a version. 410 if the history does not reach back to it."""
         with self.changed:
             if version < self._forgotten:
                 raise RefusalError(410, "Expired", f"too old resource version: {version} ({self._forgotten + 1})")
@@ -152,13 +153,13 @@ class Store:
         yield from reversed(recent)
 
     def wait_past(self, version: int, timeout_s: float, stopped: Callable[[], bool]) -> int:
-        """Wait until there was a write after this version; the version now."""
+        """Wait for a write after this version. Returns the version now."""
         with self.changed:
             self.changed.wait_for(lambda: stopped() or self.version > version, timeout_s)
             return self.version
 
     def compact(self) -> None:
-        """Forget the history, as etcd does: watches and lists from older versions are answered 410."""
+        """Forget the history, like etcd. Watches and lists from older versions then get 410."""
         with self.changed:
             self._history.clear()
             self._forgotten = self.version
@@ -208,6 +209,6 @@ def _expect(key: Key, old: Body, expected: Body) -> None:
 
 
 def copied(body: Body) -> Body:
-    """A copy of the body as JSON would make it, so that the caller may change its own."""
+    """A copy of the body through JSON, so that the caller may change the original."""
     result: Body = json.loads(json.dumps(body))
     return result

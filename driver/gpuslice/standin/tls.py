@@ -12,7 +12,7 @@ from gpuslice.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Paths of two PEM files; the certificate is signed by itself."""
+    """Paths of two PEM files. The certificate is self-signed."""
 
     certificate: Path
     key: Path
@@ -24,9 +24,10 @@ class Certificate:
 
 
 def certificate(folder: Path) -> Certificate:
-    """The folder's certificate, made now if it is not there (about 20 ms).
+    """The folder's certificate. Made now if it does not exist (about 20 ms).
 
-    An EC key: a handshake is then a fraction of a millisecond for the server. ConfigError: there is no openssl.
+    It has an EC key, because the server's part of a handshake then takes less than a millisecond. ConfigError without
+    openssl.
     """
     made = Certificate(folder / "tls.crt", folder / "tls.key")
     if made.certificate.exists() and made.key.exists():

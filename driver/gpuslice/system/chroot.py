@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpuslice.errors import DeviceError
 
-_MOST_LINKS = 40  # as in the kernel (path_resolution(7)); beyond it a chain is taken for a circle
+_MOST_LINKS = 40  # as in the kernel (path_resolution(7)); a longer chain counts as a circle
 _NO_LINK = (errno.EINVAL, errno.ENOENT, errno.ENOTDIR)
 _REMEDY = "name the folder that holds the NVIDIA driver's own files as the driver root"
 
@@ -54,13 +54,13 @@ def regular_file(root: Path, path: Path | str) -> Path | None:
 
 
 def glob(root: Path, pattern: str) -> list[tuple[str, Path]]:
-    """Regular files by a pattern of paths: where each is found ("/usr/lib64/libcuda.so.1"), and the file behind its links."""
+    """Regular files by a pattern of paths: the path of each ("/usr/lib64/libcuda.so.1"), and the file behind its links."""
     found = ((place, regular_file(root, place)) for place in _places(root, pattern))
     return [(str(place), real) for place, real in found if real is not None]
 
 
 def refusal(root: Path, patterns: Iterable[str]) -> str | None:
-    """Which link of these places is refused and why, None where none is: for an error when nothing was found."""
+    """Which link of these places is refused and why, for an error when nothing was found. None if no link is refused."""
     for pattern in patterns:
         for place in (Path("/", pattern).parent, *_places(root, pattern)):
             try:
@@ -78,7 +78,7 @@ def _places(root: Path, pattern: str) -> list[Path]:
 
 
 def _target(place: Path) -> Path | None:
-    """The target of the link, None where this is no link."""
+    """The target of the link. None if this is not a link."""
     try:
         return place.readlink()
     except OSError as e:
@@ -93,7 +93,7 @@ def _outside(root: Path, link: Path) -> str:
 
 
 def _names(root: Path, folder: Path, pattern: str) -> list[str]:
-    """Names in a folder below the root that fit one part of a pattern."""
+    """Names in a folder below the root that match one part of a pattern."""
     if not any(sign in pattern for sign in "*?["):
         return [pattern]
     try:

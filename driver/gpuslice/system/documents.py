@@ -1,4 +1,4 @@
-"""Reads YAML documents that people write (JSON is YAML too). A mistake in the text is one sentence with its place."""
+"""Reads YAML documents that people write; JSON is YAML, too. A mistake is one sentence that names its place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(
                         None,
                         None,
-                        f"key {key.value!r} is there already, in line {lines[name]}; keep one",
+                        f"key {key.value!r} is in line {lines[name]}, too; keep one",
                         key.start_mark,
                     )
                 lines[name] = line
@@ -32,12 +32,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def read(path: Path, what: str, page: str) -> object:
-    """The document in this file, None where it is empty. ConfigError begins with `what`, and `page` is where to read on."""
+    """The document in this file; None if it is empty. A ConfigError begins with `what` and refers to `page`."""
     name = f"{what} {_shown(path)}"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise ConfigError(f"{name} is not there; check the path") from e
+        raise ConfigError(f"{name} does not exist; check the path") from e
     except IsADirectoryError as e:
         raise ConfigError(f"{name} is a folder; name the file in it") from e
     except UnicodeDecodeError as e:
@@ -52,7 +52,7 @@ def read(path: Path, what: str, page: str) -> object:
         raise ConfigError(f"{name}, {_place(e)}; see {page}") from e
     except yaml.MarkedYAMLError as e:
         raise ConfigError(f"{name} is not YAML, {_place(e)}; see {page}") from e
-    # ValueError: 2026-13-01 is a date to YAML, and a number of 5,000 digits one to Python.
+    # ValueError: YAML takes 2026-13-01 for a date, and Python cannot read a number of 5,000 digits.
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e:
         raise ConfigError(f"{name} is not YAML: {' '.join(str(e).split())}; see {page}") from e
 

@@ -1,4 +1,4 @@
-"""The files of one installed NVIDIA driver that a container needs, wherever its root keeps them.
+"""The files of an installed NVIDIA driver that a container needs, in any layout of the driver root.
 
 Roots differ: the "/" of a distribution, a driver container, a folder only for the driver such as /usr/local/nvidia.
 Containers always have the same layout: libraries under the names that programs use, programs on the PATH, and data in
@@ -17,7 +17,7 @@ from gpuslice.system import chroot, programs
 from gpuslice.system.programs import LIBRARY_FOLDERS
 
 _PROGRAMS = ("smi", "debugdump", "persistenced", "cuda-mps-control", "cuda-mps-server")  # each after "nvidia-"
-# Libraries of the driver that carry a version of their own, and data for graphics, OpenCL and ray tracing.
+# Libraries of the driver with their own version numbers, and data for graphics, OpenCL and ray tracing.
 _MORE_LIBRARIES = ("libnvidia-nvvm70.so.*", "libnvidia-egl-*.so.*.*")
 _SHARE = (
     "nvidia/nvoptix.bin",
@@ -27,7 +27,7 @@ _SHARE = (
     "vulkan/implicit_layer.d/nvidia_layers*.json",
 )
 _ETC = ("vulkan/icd.d/nvidia_icd*.json", "vulkan/implicit_layer.d/nvidia_layers*.json", "OpenCL/vendors/nvidia.icd")
-# Folders of the driver root, and where a container looks for what is in them. A root that is the driver's alone has
+# Folders of the driver root, and the folders where a container looks for their content. A root for the driver only has
 # neither "usr" nor "lib" above its data (seen: /usr/local/nvidia on a virtual machine with driver 580).
 _DATA = (
     *(("usr/share", "/usr/share", pattern) for pattern in _SHARE),
@@ -45,7 +45,7 @@ _NAMES = tuple(f"{folder}/{name}" for folder in LIBRARY_FOLDERS for name in ("li
 
 @dataclass(frozen=True, slots=True)
 class DriverFiles:
-    """One installed version of the user-space driver, by paths below the driver root ("/usr/lib64/libcuda.so.…")."""
+    """One installed version of the user-space driver. Paths are below the driver root ("/usr/lib64/libcuda.so.…")."""
 
     version: str
     anchor: str  # the library whose name has the version
@@ -55,9 +55,9 @@ class DriverFiles:
 
 
 def search(root: Path, loaded: str | None) -> DriverFiles:
-    """The files below this root. `loaded`: the version of the kernel module, None where it is not known.
+    """The files below this root. `loaded`: the version of the kernel module, None if it is unknown.
 
-    DeviceError if there is no library, or none with the module's version.
+    DeviceError if there is no library, or no library with the module's version.
     """
     if not root.is_dir():
         raise DeviceError(f"driver root {root} does not exist; mount the NVIDIA driver's root or name another")
@@ -65,7 +65,7 @@ def search(root: Path, loaded: str | None) -> DriverFiles:
     folder = _inside(root, anchor.parent)
     patterns = [f"{folder}/{name}" for name in (f"*.so.{version}", *_MORE_LIBRARIES, f"vdpau/*.so.{version}")]
     libraries = list(dict.fromkeys([anchor, *(path for pattern in patterns for path in _libraries(root, pattern))]))
-    files = {_inside(root, path): path for path in libraries}  # by the path in the container: the first one counts
+    files = {_inside(root, path): path for path in libraries}  # by the path in the container; the first file counts
     for source, target in (*_programs(root), *_data(root, version)):
         files.setdefault(target, source)
     links = {_inside(root, link): _inside(root, library) for link, library in _links(root, libraries)}
@@ -79,17 +79,17 @@ def search(root: Path, loaded: str | None) -> DriverFiles:
 
 
 def _inside(root: Path, path: Path) -> str:
-    """The path as it is below the driver root: "/usr/lib64/libcuda.so.580.65.06"."""
+    """The path below the driver root: "/usr/lib64/libcuda.so.580.65.06"."""
     return f"/{path.relative_to(root)}"
 
 
 def _libraries(root: Path, pattern: str) -> Iterator[Path]:
-    """Libraries that lie there themselves. A link of a library's full name is one of its names, and no further file."""
+    """Libraries that are files. A link with a library's full name is one more name of the library, not another file."""
     return (real for place, real in chroot.glob(root, pattern) if not (root / place[1:]).is_symlink())
 
 
 def _programs(root: Path) -> Iterator[tuple[Path, str]]:
-    """NVIDIA's programs, each with the place at which it is found; the file may lie elsewhere, behind a link."""
+    """NVIDIA's programs, each with the place where it was found. A link may lead from there to the file."""
     for name in _PROGRAMS:
         yield from ((real, place) for place, real in programs.candidates(root, f"nvidia-{name}")[:1])
 
@@ -103,9 +103,9 @@ def _data(root: Path, version: str) -> Iterator[tuple[Path, str]]:
 
 
 def _anchor(root: Path, loaded: str | None) -> tuple[Path, str]:
-    """The library whose name has the version: that of the loaded kernel module, else the newest.
+    """The library whose name has the version: the version of the loaded kernel module, otherwise the newest.
 
-    DeviceError where there is none, or none that fits the kernel module.
+    DeviceError if there is no library, or if none fits the kernel module.
     """
     places = (item for pattern in _NAMES for item in chroot.glob(root, pattern))
     found = [(real, match[1]) for _, real in places if (match := _VERSIONED.fullmatch(real.name))]
@@ -115,8 +115,8 @@ def _anchor(root: Path, loaded: str | None) -> tuple[Path, str]:
     newest = max((item[1] for item in fitting or found), key=_numbers)
     if not fitting:
         raise DeviceError(
-            f"the NVIDIA driver below {root} is version {newest}, and the loaded kernel module is version {loaded}, so CUDA "
-            "would refuse to start; reboot the node, or name the driver root that fits the module"
+            f"the NVIDIA driver below {root} is version {newest}, but the loaded kernel module is version {loaded}, so CUDA "
+            "does not start; reboot the node, or name the driver root that fits the module"
         )
     return next(item for item in fitting if item[1] == newest)
 
@@ -129,7 +129,7 @@ def _no_library(root: Path) -> str:
 
 
 def _links(root: Path, libraries: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """Other names of the libraries: the links beside them, and two that every program needs, there or not."""
+    """Other names of the libraries: the links beside them, and two names that every program needs, even without a link."""
     by_folder: dict[Path, dict[str, Path]] = {}
     for path in libraries:
         by_folder.setdefault(path.parent, {})[path.name] = path
@@ -148,7 +148,7 @@ def _links(root: Path, libraries: Sequence[Path]) -> Iterator[tuple[Path, Path]]
 
 
 def _named(link: Path, names: Mapping[str, Path]) -> Path | None:
-    """The library that a chain of links names. Only names are followed, so the folders in the links do not matter."""
+    """The library that a chain of links names. Only the names count; the folders in the links do not matter."""
     for _ in range(4):
         if link.name in names or not link.is_symlink():
             break

@@ -2,8 +2,8 @@
 
 The atomic write does **not** fsync. Our files describe partitions, compute modes and MPS daemons, which do not survive a
 reboot either. A killed process loses none of its writes, because the page cache belongs to the kernel. So fsync would only
-protect records that the driver ignores after the next boot (`checkpoint.py` keeps one folder for each boot), and it would
-cost milliseconds for each write of a prepare.
+protect records that the driver ignores after the next boot (`checkpoint.py` keeps one folder for each boot), and each
+write of a prepare would take milliseconds longer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpuslice.system.spares import Spares, named
 log = logging.getLogger(__name__)
 
 
-# In temporary names: two driver pods of a rolling update may both be process 1 of their containers.
+# Part of temporary names, because two driver pods of a rolling update may both be process 1 of their containers.
 _MINE = f"{os.getpid()}-{os.urandom(4).hex()}"
 
 
@@ -34,10 +34,10 @@ _BYTE = struct.Struct("hhqqi4x")  # struct flock of fcntl(2): type, whence, star
 
 
 class Version(NamedTuple):
-    """Distinguishes contents of a file without reading them.
+    """Detects a change of a file's content without a read.
 
-    The size is part of it because the kernel's clock is coarse (4 ms) and an inode is used again at once: of three quick
-    writes the third may look like the first by those two alone.
+    The size is part of it, because the kernel's clock is coarse (4 ms) and an inode can be used again at once. So without the
+    size, the third of three quick writes could look like the first.
     """
 
     inode: int
@@ -50,7 +50,7 @@ class Version(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """As `Version`, of a file that others may change: no chmod, link or folder in its place has the same one."""
+    """Like `Version`, for a file that others may change. A chmod, a link or a folder in its place gives another identity."""
 
     inode: int
     ctime_ns: int
@@ -67,7 +67,7 @@ class Identity(NamedTuple):
 
 
 def holds(path: Path, text: str, mode: int) -> bool:
-    """Whether a plain file of this mode is there and holds exactly this text."""
+    """Whether a plain file of this mode exists with exactly this text."""
     there = Identity.at(path)
     if there is None or there.mode != stat.S_IFREG | mode:
         return False
@@ -78,32 +78,33 @@ def holds(path: Path, text: str, mode: int) -> bool:
 
 
 def clear(path: Path) -> None:
-    """Clear the place of a file of ours of a link or an empty folder. What a folder holds is somebody's: StateError."""
+    """Remove a link or an empty folder from the place of a file of ours. StateError for a folder with content, which is
+    not ours."""
     with translated("write", path):
         if path.is_symlink():
             path.unlink()
         else:
             path.rmdir()
-    log.warning("removed %s: a file of the driver belongs there, and it was none", path)
+    log.warning("removed %s, because a file of the driver belongs there", path)
 
 
-# What a person can do, by the error's number. Anything else is a matter of permissions and space.
+# Remedies by the error's number. The default remedy is about permissions and space.
 _REMEDIES = {
     errno.EMFILE: "raise the limit of open files of the driver's container",
     errno.ENFILE: "raise fs.file-max of the node",
     errno.ENOMEM: "give the driver's container more memory",
-    errno.EROFS: "mount its file system writable, or look in the kernel log why it no longer is",
-    errno.EIO: "its disk fails: look in the kernel log, and drain the node",
-    errno.ELOOP: "it is a link, and no file of ours is: remove it",
-    errno.EISDIR: "it is a folder, and a file is wanted there: move it away",
-    errno.ENOTEMPTY: "it is a folder, and a file is wanted there: move it away",
+    errno.EROFS: "mount its file system writable, or look in the kernel log for the reason",
+    errno.EIO: "its disk fails; look in the kernel log, and drain the node",
+    errno.ELOOP: "it is a link, but files of the driver are not links; remove it",
+    errno.EISDIR: "it is a folder, but the driver needs a file there; move it away",
+    errno.ENOTEMPTY: "it is a folder, but the driver needs a file there; move it away",
     errno.ENAMETOOLONG: "give the driver a shorter folder",
 }
 
 
 @contextlib.contextmanager
 def translated(verb: str, path: Path | str) -> Iterator[None]:
-    """Turn an OSError into a StateError that says what cannot be done with which path."""
+    """Turn an OSError into a StateError that names the failed action and the path."""
     try:
         yield
     except OSError as e:
@@ -118,13 +119,13 @@ def _refused(verb: str, path: Path | str, error: OSError) -> StateError:
 def write_atomic(
     path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None, spares: Spares | None = None
 ) -> Version:
-    """Make `path` hold `text`, or leave it as it was; readers see the old text or the new one, never a part.
+    """Write `text` to `path`. After an error, the file is unchanged. Readers see the old or the new text, never a part.
 
-    With `spares`, which are of the same folder and mode, the file is not made here and now.
+    `spares` must have the same folder and mode. Then no new file has to be created now.
 
-    The temporary file lies in the same folder: CDI runtimes notice a rename only from there (measured on
-    containerd 1.7 and 2.1), and its name has no suffix that they would read. Plain system calls: Python's file objects
-    make three times as many, each of which lets go of the interpreter and queues for it again.
+    The temporary file is in the same folder, because CDI runtimes notice only such a rename (measured on containerd 1.7 and
+    2.1). Its name has no suffix that they would read. The function uses plain system calls, because Python's file objects
+    make three times as many, and each call releases the interpreter lock and waits for it again.
     """
     temporary = f"{path.parent}/.{path.name}.{_MINE}.tmp"
     try:
@@ -213,11 +214,11 @@ def remove(path: Path) -> bool:
 
 
 def ensure_folder(path: Path, mode: int = 0o750) -> Path:
-    """Have a folder with at least these rights, whatever the umask; those of a folder of somebody else stay as they are."""
+    """Make a folder with at least these rights, for any umask. An existing folder of another user keeps its rights."""
     try:
         made = [parent for parent in path.parents if not parent.exists()] if mode & 0o001 else []
         path.mkdir(mode=mode, parents=True, exist_ok=True)
-        for folder in (path, *made):  # others have to pass the parents that we made, too
+        for folder in (path, *made):  # other users must be able to pass new parents, too
             there = folder.stat()
             if there.st_mode & mode != mode and there.st_uid == os.geteuid():
                 folder.chmod(stat.S_IMODE(there.st_mode) | mode)
@@ -242,14 +243,14 @@ def _obstacle(path: Path, error: OSError) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> str:
-    """The sentence about a file or folder of the driver that this process may not read, or cannot."""
+    """The sentence for a file or folder of the driver that this process cannot read, or may not read."""
     if isinstance(error, PermissionError):
         return f"{path} is not readable for uid {os.getuid()}; use the user of the driver, which is root in most cases"
     return f"cannot read {path}: {error.strerror}; check the file system and its permissions"
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still what the path names: a lock on an unlinked file excludes no other process."""
+    """Whether the open file still has this path. A lock on an unlinked file excludes no other process."""
     try:
         there = path.stat()
     except FileNotFoundError:
@@ -259,7 +260,8 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _open_lock(path: Path) -> int:
-    """A link would let two names be one lock, for which a claim with two cards waits for ever."""
+    """Open a lock without following links. Through a link, two names would be one lock, and a claim with two cards
+    would wait for itself."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         return os.open(path, flags, 0o600)

@@ -1,8 +1,8 @@
 """The node around the GPUs: files that a container needs besides its card, device numbers, boot id, places in sysfs.
 
-Every root is a parameter. `driver_root` is where *we* see the NVIDIA driver's files (the node's "/", or the root of a
-driver container); `host_root` is the path of that place on the node, because runtimes mount and run by paths of the
-node, not of our container. Inside the workload a library keeps the path that it has below that root.
+Every root is a parameter. `driver_root` is the path of the NVIDIA driver's files for *this* process (the node's "/", or the
+root of a driver container). `host_root` is the path of the same place on the node, because runtimes use paths of the
+node, not of our container. Inside the workload, a library keeps its path below that root.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GPU_MAJOR, _CONTROL_MINOR, _MODESET_MINOR = 195, 255, 254  # nv.h of the open k
 _READ_ONLY = ("ro", "nosuid", "nodev", "rbind", "rprivate")
 _SOCKET = ("nosuid", "nodev", "noexec", "rbind", "rprivate")
 
-# Not /tmp/nvidia-mps: a workload that found the node's own MPS daemon would run outside its claim.
+# Not /tmp/nvidia-mps: a workload that finds the node's own MPS daemon there runs outside its claim.
 _SOCKETS = ("run/nvidia-persistenced/socket", "run/nvidia-fabricmanager/socket")
 _HOOK_FOLDERS = ("usr/bin", "usr/local/bin", "usr/local/nvidia/toolkit", "opt/nvidia/toolkit")
 _KERNEL_MODULE = re.compile(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s")
@@ -35,18 +35,18 @@ class Host(Protocol):
     """The driver's interface to the node itself. Each call reads everything, because the NVIDIA driver may be reloaded."""
 
     def boot_id(self) -> str:
-        """Changes with every boot of the node, and only then."""
+        """The identity of this boot. It changes with every boot of the node, and only then."""
 
     def locate(self, gpu: Gpu) -> Gpu:
-        """The same card with its NUMA node and PCIe root, None where sysfs does not have them."""
+        """The same card with its NUMA node and PCIe root; None if sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
         """The edits that every container with a GPU needs. DeviceError if there is no NVIDIA driver."""
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
-        """Nodes of the card /dev/nvidia<minor>, or of one partition of it: the card and its two capabilities.
+        """Device nodes of the card /dev/nvidia<minor>, or of one partition of it: the card's node and two capabilities.
 
-        The card's node alone opens no partition, so both ids of a partition are needed (capability design of MIG).
+        The card's node opens no partition by itself, so both ids of a partition are needed (capability design of MIG).
         """
 
     def advice(self) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class Host(Protocol):
 
 
 class RealHost:
-    """A node with the NVIDIA driver. `cdi_hook` is a path of the node; without it the usual places are searched."""
+    """A node with the NVIDIA driver. `cdi_hook` is a path on the node. Without it, the usual places are searched."""
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class RealHost:
         mounts += [self._mount(path, target, _SOCKET) for path, target in self._sockets()]
         if hook is not None:
             return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), hooks=_hooks(hook, driver))
-        # Nobody makes links or the loader's cache in the container: each library appears under all its names, and
-        # programs find them by a variable. Weaker, because an image may set the variable itself.
+        # No program makes links or the loader's cache in the container. So each library appears under all its names, and
+        # programs find the libraries by a variable. This is weaker, because an image may set the variable itself.
         mounts += [self._mount(library, link) for link, library in driver.links]
         env = {"LD_LIBRARY_PATH": ":".join(driver.folders)}
         return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), env=env)
@@ -123,7 +123,8 @@ class RealHost:
         return tuple(nodes)
 
     def _major(self, name: str, remedy: str) -> int:
-        """Major of a character device that gets its number when its module loads."""
+        """Major of a character device that gets its number when its module loads. DeviceError with this remedy if it
+        has none."""
         for line in _text(self._proc / "devices").partition("Block devices:")[0].splitlines():
             number, _, found = line.strip().partition(" ")
             if found == name:
@@ -173,16 +174,18 @@ class RealHost:
 
 
 def check_hook(hook: Path, driver_root: Path, host_root: Path) -> None:
-    """Refuse a hook that is not there: a runtime fails with each container. Outside of the driver root we cannot see it."""
+    """Refuse a hook that does not exist, because every container would fail. Paths outside the driver root cannot be
+    checked."""
     if hook.is_relative_to(host_root) and chroot.regular_file(driver_root, str(hook.relative_to(host_root))) is None:
         raise ConfigError(
-            f"--nvidia-cdi-hook-path is {hook}, and there is no such program; give its path on the node, or leave the flag "
-            "out to have the usual places searched"
+            f"--nvidia-cdi-hook-path is {hook}, but there is no such program; name its path on the node, or remove the flag "
+            "to search the usual places"
         )
 
 
 def _hooks(program: str, driver: DriverFiles) -> tuple[Hook, ...]:
-    """Links first, then the loader's cache, which needs them. `nvidia-cdi-hook` is a program of NVIDIA's toolkit."""
+    """First the links, then the loader's cache, which needs the links. `nvidia-cdi-hook` is a program of NVIDIA's
+    toolkit."""
     name = "nvidia-cdi-hook"
     links = [argument for link, library in driver.links for argument in ("--link", f"{Path(library).name}::{link}")]
     folders = [argument for folder in driver.folders for argument in ("--folder", folder)]
@@ -193,7 +196,7 @@ def _hooks(program: str, driver: DriverFiles) -> tuple[Hook, ...]:
 
 
 def _loaded_version(proc: Path) -> str | None:
-    """Version of the loaded kernel module, None where procfs does not have it."""
+    """Version of the loaded kernel module; None if procfs does not have it."""
     match = _KERNEL_MODULE.search(_text(proc / "driver/nvidia/version"))
     return match[1] if match else None
 
@@ -204,7 +207,7 @@ def _numa_node(device: Path) -> int | None:
 
 
 def _pcie_root(device: Path, sys: Path) -> str | None:
-    """`pci<domain>:<bus>`: first folder below /sys/devices on the way to the card, None where it is no PCIe root."""
+    """`pci<domain>:<bus>`: the first folder below /sys/devices on the path of the card; None if it is not a PCIe root."""
     try:
         parts = device.resolve(strict=True).relative_to((sys / "devices").resolve()).parts
     except (OSError, ValueError):
@@ -213,7 +216,7 @@ def _pcie_root(device: Path, sys: Path) -> str | None:
 
 
 def _text(path: Path) -> str:
-    """A file of procfs or sysfs, empty where it is not there."""
+    """The text of a file of procfs or sysfs; empty if there is no such file."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -230,7 +233,7 @@ def _boot_id(path: Path) -> str:
 
 
 class SimHost:
-    """A simulated node: the null device under our names, so that a container shows what it was given; no mounts."""
+    """A simulated node. The null device has our names, so that a container shows which devices it got. No mounts."""
 
     _NULL = (1, 3)  # Linux' allocated numbers of /dev/null
 
@@ -241,7 +244,7 @@ class SimHost:
         return _boot_id(self._folder / "boot_id")
 
     def locate(self, gpu: Gpu) -> Gpu:
-        """Two sockets of four cards, each card with a PCIe root of its own, where the node file has no other."""
+        """Two sockets of four cards, and one PCIe root for each card, unless the node file says otherwise."""
         numa_node = gpu.index // 4 if gpu.numa_node is None else gpu.numa_node
         return replace(gpu, numa_node=numa_node, pcie_root=gpu.pcie_root or f"pci{gpu.bus_id[:7]}")
 

@@ -12,7 +12,7 @@ _M_ARENA_MAX = -8  # <malloc.h>
 
 
 def watch_folder(folder: Path, mask: int) -> int:
-    """A non-blocking inotify(7) descriptor that tells these events of the folder; OSError where the kernel refuses."""
+    """A non-blocking inotify(7) descriptor for these events of the folder. OSError if the kernel refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor: int = libc.inotify_init1(_CLOEXEC | _NONBLOCK)
     if descriptor >= 0 and libc.inotify_add_watch(descriptor, os.fsencode(folder), mask) >= 0:
@@ -24,8 +24,8 @@ def watch_folder(folder: Path, mask: int) -> int:
 
 
 def use_one_arena() -> None:
-    """Have glibc keep one heap for all threads: a heap for each costs 1 MB here (measured), and the interpreter's lock
-    lets only one of them allocate at a time anyway. Call it before any thread starts; another C library is left alone.
+    """Make glibc keep one heap for all threads. One heap per thread costs 1 MB each (measured), and the interpreter's lock
+    lets only one thread allocate at a time anyway. Call this before any thread starts. It does nothing with another C library.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

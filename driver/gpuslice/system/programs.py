@@ -1,9 +1,9 @@
 """NVIDIA's own programs: find them below a driver root, and run them with a time limit.
 
-They are linked against the libraries of the driver root. Where that is not "/", its library folder cannot simply go into
-LD_LIBRARY_PATH: it often holds the node's C library as well, which does not fit our loader. So NVIDIA's libraries and
-programs are linked into a folder of ours, and only that is named; each link names a file below the root, because the
-links of the root itself may be meant for a process that runs in it.
+NVIDIA's programs are linked against the libraries of the driver root. If that root is not "/", its library folder cannot
+be in LD_LIBRARY_PATH: it often has the node's C library as well, which does not fit our loader. So a folder of ours gets
+links to NVIDIA's libraries and programs, and only this folder is named. Each link names a file below the root, because
+the root's own links may be made for a process that runs in that root.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from gpuslice.errors import DeviceError, HungError
 from gpuslice.system import chroot
 
-# Below the driver root. "usr" before its aliases, for "lib64" is often a link to it; the rest are driver folders of
+# Below the driver root. "usr" comes before its aliases, because "lib64" is often a link to it. The rest are folders of
 # Debian's own packages, and of container-optimised systems that keep the driver in a folder without "usr".
 PROGRAM_FOLDERS = (
     "usr/bin",
@@ -36,7 +36,7 @@ LIBRARY_FOLDERS = (
     *(f"lib/{arch}" for arch in _ARCHES),
     "lib64",
     "lib",
-    "usr/local/nvidia/lib64",  # where virtual machines and images keep the driver apart
+    "usr/local/nvidia/lib64",  # the driver's own folder on virtual machines and images
     "usr/local/nvidia/lib",
     "usr/local/glibc/usr/lib",  # Talos
 )
@@ -44,12 +44,12 @@ _LIBRARIES = ("libcuda.so*", "libnvidia-*.so*")
 
 
 def candidates(root: Path, name: str) -> list[tuple[str, Path]]:
-    """Files of this program below a driver root, in order: where each is found, and the file behind its links."""
+    """Files of this program below a driver root, in order: the path of each, and the file behind its links."""
     return [item for folder in PROGRAM_FOLDERS for item in chroot.glob(root, f"{folder}/{name}")]
 
 
 def find(root: Path, name: str) -> Path:
-    """The program below a driver root; DeviceError where there is none."""
+    """The program below a driver root. DeviceError if there is none."""
     for _, real in candidates(root, name):
         if os.access(real, os.X_OK):
             return real
@@ -61,7 +61,7 @@ def find(root: Path, name: str) -> Path:
 def environment(root: Path, ours: Path) -> dict[str, str]:
     """The variables that a program of this driver root needs besides our own environment.
 
-    `ours` is a folder to be filled with links to NVIDIA's libraries, and to the programs that its programs start.
+    `ours` is a folder that gets links to NVIDIA's libraries, and to the programs that NVIDIA's programs start.
     """
     if root == Path("/"):
         return {}
@@ -76,7 +76,7 @@ def environment(root: Path, ours: Path) -> dict[str, str]:
 
 
 def _wanted(root: Path) -> dict[str, Path]:
-    """Names of NVIDIA's libraries and programs, each with its file: of several folders the first counts."""
+    """Names of NVIDIA's libraries and programs, each with its file. If several folders have a name, the first one counts."""
     patterns = [f"{folder}/{name}" for folder in LIBRARY_FOLDERS for name in _LIBRARIES]
     patterns += [f"{folder}/nvidia-*" for folder in PROGRAM_FOLDERS]
     found: dict[str, Path] = {}
@@ -88,9 +88,9 @@ def _wanted(root: Path) -> dict[str, Path]:
 def run(
     command: Sequence[str], *, stdin: str = "", timeout_s: float, env: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Exit status and what it printed, errors included. DeviceError where it cannot start or runs out of time.
+    """Exit status and output, errors included. DeviceError if the program cannot start or exceeds its time.
 
-    `env` is added to our own environment. A program that hangs is killed with all that it started.
+    `env` is added to our own environment. A program that hangs is killed with everything that it started.
     """
     name = Path(command[0]).name
     try:

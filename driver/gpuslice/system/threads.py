@@ -1,4 +1,5 @@
-"""Threads that live as long as the process. One that ends by itself is told, because it would be silence for ever."""
+"""Threads that live as long as the process. If one ends by itself, its owner is called, because its work would stop
+silently."""
 
 from __future__ import annotations
 
@@ -10,42 +11,42 @@ log = logging.getLogger(__name__)
 
 
 class ThreadWatch:
-    """Starts threads, and says which of them ended before `stopping`."""
+    """Starts threads, and names a thread that ended before `stopping`."""
 
     def __init__(self, ended: Callable[[str], object] = lambda _: None) -> None:
-        """`ended` is called, in the thread that ends, with a sentence."""
+        """`ended` is called with a sentence, in the thread that ends."""
         self._ended = ended
         self._threads: list[threading.Thread] = []
         self._stopping = False
         self._problem: str | None = None
 
     def start(self, name: str, body: Callable[[], None]) -> None:
-        """Run `body` in a thread that keeps no process from ending."""
+        """Run `body` in a daemon thread, which does not keep the process from its end."""
         thread = threading.Thread(target=self._run, args=(name, body), name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
     def problem(self) -> str | None:
-        """Which thread ended and why; None while all live."""
+        """A sentence with the thread that ended and the reason. None if all threads run."""
         return self._problem
 
     def stopping(self) -> None:
-        """From now on a thread that ends does what it should."""
+        """Call this before the threads are asked to end. From then on, the end of a thread is no problem."""
         self._stopping = True
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the end of each; one that hangs in a call is left behind."""
+        """Wait for the end of each thread. A thread that hangs in a call is left behind."""
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(timeout_s)
 
     def _run(self, name: str, body: Callable[[], None]) -> None:
-        why = "without a word"
+        why = "without an error"
         try:
             body()
         except BaseException as e:
             log.exception("thread %s failed", name)
             why = f"by {type(e).__name__}: {e}"
         if not self._stopping:
-            self._problem = f"thread {name} ended {why}; the process ends to be started again"
+            self._problem = f"thread {name} ended {why}; the process ends, so that it is started again"
             self._ended(self._problem)

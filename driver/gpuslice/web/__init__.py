@@ -1,1 +1,1 @@
-"""The HTTP port: metrics and probes for everybody, and a page about this node for a person on the node's loopback."""
+"""The HTTP port: metrics and probes for every client, and a page about this node for a user on the node's loopback."""

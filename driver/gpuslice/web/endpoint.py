@@ -1,4 +1,4 @@
-"""What `--http-endpoint` means: the address to listen at."""
+"""The address of `--http-endpoint`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`host` "" is every address of both families; port 0 is any free one."""
+    """`host` "" means every address of both families. Port 0 means any free port."""
 
     host: str
     port: int
@@ -26,23 +26,23 @@ class Endpoint:
         match = _FORM.fullmatch(text)
         if match is None or int(match["port"]) > 65535:
             raise ConfigError(
-                f"HTTP endpoint {text!r} is no address; give a port up to 65535, host:port or [IPv6 address]:port, such as "
+                f"HTTP endpoint {text!r} is not an address; name a port up to 65535, host:port or [IPv6 address]:port: "
                 "9510, 127.0.0.1:9510 or [::1]:9510"
             )
         return cls(match["six"] or match["host"] or "", int(match["port"]))
 
     def listen(self) -> socket.socket:
-        """A socket that listens there. ConfigError where that is impossible."""
+        """A socket that listens there. ConfigError if that is impossible."""
         try:
             return self._listen_anywhere() if not self.host else self._listen_at_host()
         except OSError as e:
             reason = str(e).partition(" (while attempting")[0]  # Python repeats the address
             raise ConfigError(
-                f"cannot listen on {self} for metrics and probes ({reason}); give a free host:port"
+                f"cannot listen on {self} for metrics and probes ({reason}); name a free host:port"
             ) from e
 
     def _listen_anywhere(self) -> socket.socket:
-        if socket.has_dualstack_ipv6():  # asks the kernel; false too where IPv6 is switched off
+        if socket.has_dualstack_ipv6():  # asks the kernel; false, too, if IPv6 is disabled
             return socket.create_server(("", self.port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", self.port))
 

@@ -1,10 +1,10 @@
-"""HTML that cannot be injected into: a text becomes part of it only through `tag`, which escapes it."""
+"""HTML that is safe against injection: text becomes part of it only through `tag`, which escapes the text."""
 
 from __future__ import annotations
 
 import html
 
-_LINES = ("h1", "h2", "p", "style", "table", "title", "tr")  # the source begins a new line behind them
+_LINES = ("h1", "h2", "p", "style", "table", "title", "tr")  # elements with a line break after them in the source
 
 
 class Html(str):
@@ -14,7 +14,7 @@ class Html(str):
 
 
 def tag(name: str, *children: str, **attributes: str | int) -> Html:
-    """An element with its children; a child that is no `Html` is text. An attribute `class_` is `class`."""
+    """An element with its children. A child that is not `Html` is text. The attribute `class_` becomes `class`."""
     words = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
     end = "\n" if name in _LINES else ""
     return Html(f"<{name}{words}>{joined(*children)}</{name}>{end}")

@@ -35,8 +35,8 @@ class PageFacts:
     node: str
     version: str
     time: str  # of the look
-    unhealthy: str | None  # what /healthz says, None: it is well
-    unready: str | None  # what /readyz says
+    unhealthy: str | None  # the answer of /healthz; None: healthy
+    unready: str | None  # the answer of /readyz; None: ready
     look: NodeLook
 
 
@@ -61,7 +61,7 @@ def _health(facts: PageFacts, records: Sequence[Record]) -> Html:
         ("Ready", _verdict(facts.unready, "the kubelet knows the driver, and the API shows what this node offers")),
         ("Node", joined(f"{_count(cards, 'card')}, {_count(len(records), 'claim')}, {incomplete} incomplete")),
         ("Map", joined(_LEGEND)),
-        ("As of", joined(f"{facts.time}, gpuslice {facts.version}; load the page again for news")),
+        ("As of", joined(f"{facts.time}, gpuslice {facts.version}; load the page again to update it")),
         ("More", links),
     )
     return tag("table", *(tag("tr", tag("th", name), tag("td", text)) for name, text in rows))
@@ -78,9 +78,8 @@ def _verdict(wrong: str | None, well: str) -> Html:
 def _card(pool: Pool, look: NodeLook, records: Sequence[Record]) -> Html:
     gpu, live = pool.gpu, look.live.get(pool.gpu.uuid)
     held = [(record, number) for record in records for number, g in enumerate(record.plan.grants) if g.gpu == gpu.uuid]
-    mode = "cannot be read now" if live is None else report.mode(gpu, live)
     return joined(
-        tag("h2", f"GPU {gpu.index} · {gpu.product} · {gpu.memory_bytes // MIB} MiB · {mode}"),
+        tag("h2", f"GPU {gpu.index} · {gpu.product} · {gpu.memory_bytes // MIB} MiB · {report.mode(gpu, live)}"),
         tag("p", f"{gpu.bus_id} · ", tag("code", gpu.uuid), class_="facts"),
         _map(gpu, live, [record.plan.grants[number] for record, number in held], records),
         _holders(held),
@@ -91,14 +90,15 @@ def _card(pool: Pool, look: NodeLook, records: Sequence[Record]) -> Html:
 def _tainted(pool: Pool, taints: Taints) -> Iterator[str]:
     counts = Counter(reason for device in pool.devices for reason in {t.reason for t in taints.get(device.ref, ())})
     for reason, number in sorted(counts.items()):
-        yield f"{number} of {_count(len(pool.devices), 'device')} cannot be used now: {reason}"
+        yield f"{number} of {_count(len(pool.devices), 'device')} unavailable now: {reason}"
 
 
 # ---------------------------------------------------------------- the map
 
 
 def _map(gpu: Gpu, live: LiveGpu | None, grants: Sequence[Grant], records: Sequence[Record]) -> Html:
-    """The card's memory slices in order, each under its number, with what occupies them; one cell where there are none."""
+    """The card's memory slices in order, each below its number, with what occupies them. One cell for a card without
+    slices."""
     width, whole = occupancy.width(gpu), occupancy.whole(grants)
     if whole:
         cells = {0: (width, _cell("whole card", whole, width))}
@@ -120,7 +120,7 @@ def _cell(name: str, grants: Sequence[Grant], size: int, *, foreign: bool = Fals
     return tag("td", name, *([tag("small", used)] if used else []), colspan=size, class_=look)
 
 
-# ---------------------------------------------------------------- who holds what
+# ---------------------------------------------------------------- holders
 
 
 def _holders(held: Sequence[tuple[Record, int]]) -> Html:

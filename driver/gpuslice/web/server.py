@@ -1,4 +1,4 @@
-"""An HTTP server that strangers cannot exhaust: a ceiling for connections, and a time limit for each.
+"""An HTTP server with a limit of connections and a time limit for each, so that clients cannot exhaust the process.
 
 Each connection has one request and is closed with the answer. At the ceiling the server closes the oldest connection for
 the newest one, so that it always serves the kubelet's probes. Without the ceiling, idle clients took a thread and a
@@ -26,8 +26,8 @@ from gpuslice.web.endpoint import Endpoint
 log = logging.getLogger(__name__)
 
 CEILING = 32  # connections at once
-_LIMIT_S = 10.0  # for a connection, from its beginning to its end
-_SILENCE_S = 5.0  # without a byte from the client, or towards it
+_LIMIT_S = 10.0  # for a whole connection
+_SILENCE_S = 5.0  # without a byte from or to the client
 _NO_DESCRIPTORS_S = 0.2
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -45,14 +45,14 @@ class Answer:
     status: int = 200
 
 
-Answers = Mapping[str, Callable[[], Answer]]  # path → what is answered; it may block for seconds
+Answers = Mapping[str, Callable[[], Answer]]  # path → function that makes the answer; it may block for seconds
 
 
 class HttpServer:
-    """Serves on threads of its own from now on; `close` ends it."""
+    """Serves from now on, in its own threads. `close` ends it."""
 
     def __init__(self, endpoint: Endpoint, answers: Answers, *, private: Answers | None = None) -> None:
-        """`private` is answered to loopback peers only. ConfigError where the endpoint cannot be had."""
+        """`private` is for loopback peers only. ConfigError if the endpoint cannot be used."""
         self._server = _LimitedServer(endpoint.listen(), answers, private or {})
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
         self._thread.start()
@@ -77,19 +77,19 @@ class _LimitedServer(ThreadingMixIn, TCPServer):
         self.socket = listener
         self.answers, self.private = answers, private
         self._lock = threading.Lock()
-        self._open: dict[socket.socket, float] = {}  # connection → when it began, the oldest first
+        self._open: dict[socket.socket, float] = {}  # connection → its start, the oldest first
 
     def get_request(self) -> tuple[socket.socket, object]:
         try:
             return super().get_request()
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(_NO_DESCRIPTORS_S)  # else the loop would spin, because the client still waits
+                time.sleep(_NO_DESCRIPTORS_S)  # otherwise the loop would spin, because the client still waits
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
-            if len(self._open) >= 2 * CEILING:  # those that were cut are still at work
+            if len(self._open) >= 2 * CEILING:  # the threads of cut connections still run
                 full = True
             else:
                 full = False
@@ -103,7 +103,7 @@ class _LimitedServer(ThreadingMixIn, TCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Called by the loop twice a second."""
+        """The loop of the base class calls this twice a second."""
         late = time.monotonic() - _LIMIT_S
         with self._lock:
             expired = [connection for connection, began in self._open.items() if began < late]
@@ -116,7 +116,7 @@ class _LimitedServer(ThreadingMixIn, TCPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """The client is gone or was cut, as a rule; the library would print a traceback."""
+        """In most cases the client is gone or was cut. The library would print a traceback."""
         log.debug("http request from %s failed", client_address, exc_info=True)
 
 
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             return Answer("internal error of the driver, see its log\n", status=500)
 
     def _is_local(self) -> bool:
-        """Whether a person on this node asks, or at the other end of a port-forward, and nobody on behalf of another."""
+        """Whether the client is a person on this node or at the other end of a port-forward, and not a proxy."""
         forwarded = any(name in self.headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
         return not forwarded and _is_loopback(str(self.client_address[0])) and _is_local_name(self.headers.get("Host"))
 
@@ -169,7 +169,7 @@ _PRIVATE = (
 
 
 def _cut(connection: socket.socket) -> None:
-    """Wake the thread that reads from it or writes to it; that thread closes it."""
+    """Wake the thread that reads from the connection or writes to it. That thread closes the connection."""
     with contextlib.suppress(OSError):  # it is closed already
         connection.shutdown(socket.SHUT_RDWR)
 

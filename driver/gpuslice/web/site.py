@@ -1,4 +1,4 @@
-"""What is answered at which path."""
+"""The paths of the HTTP port and their answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpuslice import __version__
 from gpuslice.core.health import NodeLook
 from gpuslice.web.server import Answer, Answers
 
-Check = Callable[[], str | None]  # None: fine; else a sentence that says what is wrong
+Check = Callable[[], str | None]  # None: no problem; otherwise a sentence about the problem
 
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 _TURN_S = 5.0
@@ -26,14 +26,14 @@ def public(*, metrics: Callable[[], bytes], healthy: Check, ready: Check) -> Ans
 
 
 def private(*, node: str, survey: Callable[[], NodeLook], healthy: Check, ready: Check) -> Answers:
-    """The page of this node. `survey` looks at the cards, and is called by one thread at once."""
+    """The page of this node. `survey` looks at the cards. Only one thread at a time calls it."""
     turn = threading.Lock()
 
     def first() -> Answer:
-        from gpuslice.web.page import PageFacts, page  # loaded for the first person who asks, as a rule for nobody
+        from gpuslice.web.page import PageFacts, page  # most processes never need it
 
         if not turn.acquire(timeout=_TURN_S):
-            return Answer("a look at the cards takes long just now; load the page again\n", status=503)
+            return Answer("a look at the cards takes long now; load the page again later\n", status=503)
         try:
             look = survey()
         finally:

@@ -1,1 +1,1 @@
-"""Measure the driver process from outside: `hack/bench`. docs/performance.md"""
+"""`hack/bench`: measure the driver process from outside. See docs/performance.md."""

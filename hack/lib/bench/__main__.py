@@ -1,4 +1,4 @@
-"""`hack/bench`: measure, and show a table or JSON. What the figures mean: docs/performance.md."""
+"""`hack/bench`: measure, and show a table or JSON. docs/performance.md explains the figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hack.lib.bench.table import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 once everything was measured, targets reached or not; 1 with a sentence where it could not be."""
+    """0 if everything was measured, even if a target was missed. 1 with a sentence if the measurement failed."""
     options = options_of(arguments)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -33,29 +33,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hack/bench",
-        description="Measure the time and the memory that the driver itself takes, on simulated cards (docs/performance.md).",
+        description="Measure the time and the memory that the driver itself uses, on simulated cards (docs/performance.md).",
         allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="a short run for a first look")
     parser.add_argument("--json", action="store_true", help="print JSON")
     names = [*alone.MEASURES, *cluster.MEASURES]
-    parser.add_argument("--only", action="append", choices=names, help="take only this measure; repeatable")
+    parser.add_argument("--only", action="append", choices=names, help="measure only this; repeatable")
     parser.add_argument(
         "--rounds", type=_positive, help=f"number of rounds of each measure ({alone.FULL.rounds}, quick 1)"
     )
     beside = parser.add_argument_group("with stand-ins for API server and kubelet")
-    beside.add_argument("--vs", metavar="REV", help="measure this git revision as well, in turn with this tree")
+    beside.add_argument("--vs", metavar="REV", help="measure this git revision as well, in turns with this tree")
     beside.add_argument(
         "--calls",
         type=_positive,
-        help=f"number of timed calls in a round ({alone.FULL.calls}, quick {alone.QUICK.calls})",
+        help=f"timed calls per round ({alone.FULL.calls}, quick {alone.QUICK.calls})",
     )
     beside.add_argument(
         "--claims",
         type=_positive,
-        help=f"number of claims in the measure of memory ({alone.FULL.claims}, quick {alone.QUICK.claims})",
+        help=f"claims in the memory measure ({alone.FULL.claims}, quick {alone.QUICK.claims})",
     )
-    real = parser.add_argument_group("on a real Kubernetes (docs/cluster.md tells what that needs)")
+    real = parser.add_argument_group("on a real Kubernetes (requirements: docs/cluster.md)")
     real.add_argument("--cluster", action="store_true", help="start one with hack/cluster, measure there, and end it")
     real.add_argument(
         "--cluster-version", metavar="1.37.1", help="release of Kubernetes; default: the newest that hack/cluster knows"
@@ -70,22 +70,22 @@ def _positive(text: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """BenchError for an option that says nothing in this kind of run."""
+    """BenchError for an option that has no effect in this kind of run."""
     given = [name for name in ("vs", "calls", "claims") if getattr(options, name)] if options.cluster else []
     if given:
         raise BenchError(
-            f"--{given[0]} is only for runs with stand-ins and has no effect with --cluster; leave one of the two out"
+            f"--{given[0]} is only for runs with stand-ins and has no effect with --cluster; remove one of the two"
         )
     if options.cluster_version and not options.cluster:
-        raise BenchError("--cluster-version names a Kubernetes to start; add --cluster")
+        raise BenchError("--cluster-version names the Kubernetes to start, so it needs --cluster; add --cluster")
     known = cluster.MEASURES if options.cluster else alone.MEASURES
     for name in options.only or ():
         if name not in known:
-            raise BenchError(f"--only {name} is a measure of the other kind of run; this kind has {', '.join(known)}")
+            raise BenchError(f"--only {name} belongs to the other kind of run; this kind has {', '.join(known)}")
 
 
 def _stop(*_: object) -> None:
-    """End after SIGTERM and SIGHUP as after Ctrl-C: what was started is ended."""
+    """SIGTERM and SIGHUP end the run like Ctrl-C: everything that the run started is ended."""
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""The driver beside stand-ins for API server and kubelet; one revision of it, or two that take turns."""
+"""The driver with stand-ins for API server and kubelet: one revision, or two that take turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = Size(rounds=1, calls=40, claims=200)
 
 
 def run(options: argparse.Namespace) -> Report:
-    """Measure what the options say. BenchError where it could not be."""
+    """Measure what the options name. BenchError if a measurement fails."""
     size = QUICK if options.quick else FULL
     size = Size(
         rounds=options.rounds or size.rounds, calls=options.calls or size.calls, claims=options.claims or size.claims
@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> Report:
 
 
 async def _measure(subjects: Sequence[Subject], names: Sequence[str], size: Size) -> Rounds:
-    """All measures, the subjects taking turns within each round: what slows this machine down meets both."""
+    """All measures. The subjects take turns in each round, so that a slow moment of this machine affects both."""
     found: Rounds = {subject.name: [{} for _ in range(size.rounds)] for subject in subjects}
     for subject in subjects:
-        await start(subject, size)  # not counted: fills the page cache, and compiles libraries that were not
+        await start(subject, size)  # not counted: it fills the page cache and compiles libraries
     for name in names:
         for number in range(size.rounds):
             print(f"{name}: round {number + 1} of {size.rounds}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Pods of all modes that come and go, eight at a time, and a node at rest: what that takes from the node and the API."""
+"""Pods of all modes that come and go, eight at a time, and a node at rest: the cost for the node and the API server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hack.lib.bench.pods import failures, spread
 from hack.lib.bench.stage import ClusterStage, Extent
 from hack.lib.bench.table import Figures
 
-_SETTLED_S = 3.0  # what is still to be written after the last pod is written by then
+_SETTLED_S = 3.0  # by then, everything after the last pod is written
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Everything that only grows."""
+    """Counters that only grow."""
 
     failed: float
     kubelet_failed: float
@@ -29,7 +29,7 @@ class _Counts:
     @classmethod
     def of(cls, kube: MeasuredCluster) -> _Counts:
         name, labels = "dra_operations_duration_seconds_count", {"operation_name": "PrepareResources"}
-        error = "false" if kube.version.startswith("v1.35.") else "true"  # there the label says the opposite
+        error = "false" if kube.version.startswith("v1.35.") else "true"  # in 1.35 the label has the opposite meaning
         return cls(
             failures(kube),
             kube.kubelet().total(name, is_error=error, **labels),
@@ -40,7 +40,8 @@ class _Counts:
 
 
 def churn(stage: ClusterStage, extent: Extent) -> Figures:
-    """Each of eight threads starts a pod, waits until it is ready, deletes it, waits until it is gone, and takes the next."""
+    """Eight threads. Each one starts a pod, waits until it is ready, deletes it, waits until it is gone, and takes the
+    next."""
     kube = stage.kube
     stage.clear()
     before, memory, began = _Counts.of(kube), resident_mb(kube.pid("driver")), time.perf_counter()
@@ -69,7 +70,7 @@ def _come_and_go(stage: ClusterStage, pod: dict[str, object]) -> float:
 
 
 def rest(stage: ClusterStage, extent: Extent) -> Figures:
-    """Nothing happens, neither pods nor claims."""
+    """Nothing happens: no pod and no claim comes or goes."""
     stage.clear()
     stage.kube.elapse(_SETTLED_S)
     before = _Counts.of(stage.kube)

@@ -27,7 +27,7 @@ QUICK = Extent(rounds=1, pods=4, waves=1, successors=3, churn=40, rest_s=20.0)
 
 
 def run(options: argparse.Namespace) -> Report:
-    """Measure what the options say, on a cluster that lasts as long. BenchError where it could not be."""
+    """Measure what the options name, on a cluster for this run only. BenchError if a measurement fails."""
     extent = QUICK if options.quick else FULL
     extent = dataclasses.replace(extent, rounds=options.rounds or extent.rounds)
     machine, subject = MachineLoad(), here()

@@ -1,4 +1,4 @@
-"""What a program tells on /metrics (Prometheus' text format), as figures: totals, and quantiles out of buckets."""
+"""The values that a program has on /metrics (Prometheus' text format): totals, and quantiles from buckets."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Exposition:
 
     @classmethod
     def of(cls, text: str, *families: str) -> Exposition:
-        """Only what begins like one of the families: an API server has 20,000 lines."""
+        """Only lines that begin with the name of one of the families, because an API server has 20,000 lines."""
         lines = "\n".join(line for line in text.splitlines() if line.startswith(families))
         found = _SAMPLE.finditer(lines)
         return cls([Sample(one[1], dict(_LABEL.findall(one[2] or "")), float(one[3])) for one in found])
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum over all label sets that match, 0 where there is none. A value may have a `*` in it."""
+        """The sum over all label sets that match; 0 if none matches. A value may contain `*`."""
         return sum(sample.value for sample in self._matching(name, labels))
 
     def histogram(self, name: str, **labels: str) -> Histogram:
-        """All label sets that match, as one."""
+        """All label sets that match, as one histogram."""
         counts: dict[float, float] = {}
         for sample in self._matching(f"{name}_bucket", labels):
             bound = float(sample.labels["le"])
@@ -52,25 +52,25 @@ class Exposition:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    counts: Mapping[float, float]  # upper bound → how many were at most that; cumulative, as Prometheus has it
+    counts: Mapping[float, float]  # upper bound → observations up to it; cumulative, as in Prometheus
     sum: float
     count: float
 
     def since(self, earlier: Histogram) -> Histogram:
-        """What has been added. A label set that was not there yet counts as zeros."""
+        """The observations since `earlier`. A label set that was not there yet counts as zeros."""
         counts = {bound: count - earlier.counts.get(bound, 0.0) for bound, count in self.counts.items()}
         return Histogram(counts, self.sum - earlier.sum, self.count - earlier.count)
 
     def mean(self) -> float:
-        """ValueError where nothing was observed."""
+        """ValueError without observations."""
         if not self.count:
             raise ValueError("a histogram without observations has no mean")
         return self.sum / self.count
 
     def quantile(self, q: float) -> float:
-        """Interpolated within its bucket, as PromQL's histogram_quantile does it: no better than the buckets are.
+        """Interpolated within its bucket, like PromQL's histogram_quantile, so it is only as exact as the buckets.
 
-        What lies above the last finite bound counts as that bound. ValueError where nothing was observed.
+        Observations above the last finite bound count as that bound. ValueError without observations.
         """
         if not self.count:
             raise ValueError("a histogram without observations has no quantiles")

@@ -1,4 +1,4 @@
-"""The machine that was measured on, and how busy other processes kept it: on a busy machine figures mean little."""
+"""The machine of the measurement, and how busy other processes keep it. On a busy machine the figures mean little."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal: proc(5), 
 
 
 class MachineLoad:
-    """CPU time of this machine since construction, by us and by other processes."""
+    """CPU time of this machine since construction: ours, and that of other processes."""
 
     def __init__(self) -> None:
         self._began, self._busy, self._own = time.monotonic(), _busy_s(), _own_s()
 
     def exclude(self, seconds: float) -> None:
-        """Count this CPU time as ours: it is of processes that are neither this one nor its children."""
+        """Count this CPU time as ours. It is of processes that are neither this process nor its children."""
         self._own -= seconds
 
     def others(self) -> float:
-        """How many CPUs, on average, other processes have kept busy."""
+        """How many CPUs other processes have kept busy, on average."""
         wall = time.monotonic() - self._began
         return max(0.0, (_busy_s() - self._busy) - (_own_s() - self._own)) / wall
 
@@ -38,22 +38,22 @@ class MachineLoad:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds of a process so far, all threads, in ticks of 10 ms (proc(5), fields 14 and 15 of its stat)."""
+    """CPU seconds of a process so far, over all threads, in ticks of 10 ms (proc(5), fields 14 and 15 of stat)."""
     return sum(_times(Path("/proc", str(pid)))[:2]) * _TICK_S
 
 
 def namespace_cpu_s(pid: int) -> float:
-    """CPU seconds of all that runs, or ran and was waited for, in the process namespace of a process."""
+    """CPU seconds of all processes, running or ended, in the process namespace of a process."""
     namespace, ticks = Path(f"/proc/{pid}/ns/pid").stat().st_ino, 0
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not to be looked at
+        with contextlib.suppress(OSError):  # it has ended, or may not be read
             if (folder / "ns" / "pid").stat().st_ino == namespace:
                 ticks += sum(_times(folder))
     return ticks * _TICK_S
 
 
 def _times(process: Path) -> list[int]:
-    """In user and in system mode: its own, then those of children it has waited for."""
+    """Ticks in user and in system mode: of the process, then of the children that it has waited for."""
     fields = (process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return [int(field) for field in fields[11:15]]
 
@@ -64,6 +64,6 @@ def _busy_s() -> float:
 
 
 def _own_s() -> float:
-    """This process and its children that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)

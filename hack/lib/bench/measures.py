@@ -1,7 +1,7 @@
-"""The measures: each runs a driver of its own on a fresh node and gives the figures of one round.
+"""The measures. Each one runs its own driver on a fresh node and returns the figures of one round.
 
-All times are taken outside the driver process, where a kubelet stands. The stand-ins (API server over TLS, kubelet) share
-one process, so their own time is in every figure.
+All times are taken outside the driver process, at the place of a kubelet. The stand-ins (API server over TLS, kubelet)
+share one process, so their own time is in every figure.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ PARTITION: Mapping[str, str] = {"type": "mig", "profile": "1g.10gb"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured. calls: timed prepares of each kind in a round. claims: how many go before memory is read last."""
+    """The size of a measurement. calls: timed prepares of each kind per round. claims: number of claims before memory is
+    read for the last time."""
 
     rounds: int
     calls: int
@@ -45,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A driver that has published, and its cluster."""
+    """A driver that has published its slices, and its cluster."""
 
     cluster: StandInCluster
     driver: DriverProcess
@@ -66,7 +67,7 @@ class Bench:
         return self.cluster.create_allocated(f"claim-{number}", allocation)
 
     async def prepare(self, ref: ClaimRef) -> float:
-        """Seconds of a NodePrepareResources that succeeds."""
+        """Seconds of one NodePrepareResources call that succeeds."""
         return await _time_of(self.cluster.run(ref))
 
     async def unprepare(self, ref: ClaimRef) -> float:
@@ -79,12 +80,12 @@ class Bench:
         return seconds
 
     async def wave(self, refs: Sequence[ClaimRef]) -> tuple[list[float], list[float]]:
-        """Prepare and unprepare them, all at once; seconds of each call."""
+        """Prepare all claims at the same time, then unprepare them. Returns the seconds of each call."""
         prepared = await asyncio.gather(*map(self.prepare, refs))
         return prepared, await asyncio.gather(*map(self.unprepare, refs))
 
     def resident_mb(self, field: str = "VmRSS") -> float:
-        """Megabytes (10^6 bytes) as the kernel counts them for the driver process; shared libraries included."""
+        """Megabytes (10^6 bytes) of the driver process as the kernel counts them, shared libraries included."""
         return resident_mb(self.driver.pid, field)
 
 
@@ -94,7 +95,7 @@ def resident_mb(pid: int, field: str = "VmRSS") -> float:
 
 
 class _BenchCluster(StandInCluster):
-    """The stand-ins are always those of this tree, so that two revisions meet the same."""
+    """The stand-ins are always those of this tree, so that two revisions are measured under the same conditions."""
 
     def __init__(self, subject: Subject, folder: Path, simulate: str, latency: str) -> None:
         super().__init__(folder, simulate, latency=latency)
@@ -108,7 +109,8 @@ class _BenchCluster(StandInCluster):
 async def driver_bench(
     subject: Subject, simulate: str = f"h100x{GPUS}", *, latency: str = "zero", supervised: bool = False
 ) -> AsyncIterator[Bench]:
-    """Start a driver on a fresh node and wait for its last slice. BenchError, with the end of its log, where it fails."""
+    """Start a driver on a fresh node and wait for its last slice. BenchError with the end of the driver's log if this
+    fails."""
     with tempfile.TemporaryDirectory(prefix="gs-") as folder:
         async with _BenchCluster(subject, Path(folder), simulate, latency) as cluster:
             try:
@@ -129,7 +131,8 @@ def _end_of(log: Path) -> str:
 
 
 def _all_published(cluster: StandInCluster) -> float:
-    """Wait for the last slice of the last card; when it was stored. Looks at the store itself: copies would cost time."""
+    """Wait for the last slice of the last card. Returns when it was stored. Reads the store itself, because copies take
+    time."""
 
     def there() -> bool:
         bodies = [body for _, body in cluster.api.store.items("resourceslices", "", lambda _: True)[0]]
@@ -154,18 +157,19 @@ def percentiles(name: str, seconds: Sequence[float]) -> Figures:
 
 
 async def start(subject: Subject, size: Size) -> Figures:
-    """From exec of the process to the last slice of eight cards stored."""
+    """From exec of the process until the last slice of eight cards is stored."""
     async with driver_bench(subject) as bench:
         return {"start_s": bench.published_s}
 
 
 async def calls(subject: Subject, size: Size) -> Figures:
-    """NodePrepareResources and NodeUnprepareResources, one claim a call: one by one, then eight at once on eight cards."""
+    """NodePrepareResources and NodeUnprepareResources with one claim per call: one by one, then eight at once on eight
+    cards."""
     figures: Figures = {}
     async with driver_bench(subject) as bench:
         for kind, where in (("card", CARD), ("mig", PARTITION)):
             devices = bench.allocations(where)
-            await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)])  # threads, connections
+            await bench.wave([bench.claim(gpu, device) for gpu, device in enumerate(devices)])  # opens connections
             cpu, single = cpu_s(bench.driver.pid), []
             for number in range(size.calls):
                 ref = bench.claim(number, devices[number % GPUS])
@@ -184,7 +188,7 @@ async def calls(subject: Subject, size: Size) -> Figures:
 
 
 async def mig(subject: Subject, size: Size) -> Figures:
-    """One partition, then one on each of eight cards at once, where NVML takes its time (a creation: 1.1 s)."""
+    """One partition, then one on each of eight cards at once, with the times of real NVML (a creation: 1.1 s)."""
     async with driver_bench(subject, f"h100x{GPUS}:mig", latency="realistic") as bench:
         refs = [bench.claim(gpu, device) for gpu, device in enumerate(bench.allocations(PARTITION))]
         one = await bench.prepare(refs[0])
@@ -194,7 +198,8 @@ async def mig(subject: Subject, size: Size) -> Figures:
 
 
 async def memory(subject: Subject, size: Size) -> Figures:
-    """Resident memory after start, after 100 claims and after them all; claims come and go eight at once, of both kinds."""
+    """Resident memory after the start, after 100 claims and after all claims. Claims of both kinds come and go, eight
+    at once."""
     async with driver_bench(subject) as bench:
         devices = [bench.allocations(CARD), bench.allocations(PARTITION)]
         figures = {"rss_start_mb": bench.resident_mb()}
@@ -208,14 +213,14 @@ async def memory(subject: Subject, size: Size) -> Figures:
 
 
 async def hang(subject: Subject, size: Size) -> Figures:
-    """The slowest GetInfo, and the slowest prepare on another card, while a prepare hangs in NVML."""
+    """While a prepare hangs in NVML: the slowest GetInfo, and the slowest prepare on another card."""
     async with driver_bench(subject) as bench:
         devices, node = bench.allocations(CARD), SimNode(bench.cluster.node_folder)
         cue = node.cue("hang", "*", node.cards[0].uuid, times=None)
         hanging = asyncio.create_task(bench.prepare(bench.claim(0, devices[0])))
         if not await asyncio.to_thread(node.wait_hung, cue, 10.0):
             raise BenchError(
-                "the prepare did not hang in NVML as ordered, so there is no figure for the other cards; see the driver's log"
+                "the prepare did not hang in NVML as ordered, so the other cards cannot be measured; see the driver's log"
             )
         asked, prepared = [], []
         for gpu in range(1, GPUS):
@@ -236,7 +241,7 @@ def _socket_in(registry: Path) -> Path:
 
 
 async def _get_info(socket: Path) -> None:
-    """As the kubelet's plugin watcher asks: on a connection of its own."""
+    """Ask like the kubelet's plugin watcher: on a new connection."""
     async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
         stub: Any = registration_v1_pb2_grpc.RegistrationStub(channel)  # type: ignore[no-untyped-call]
         await stub.GetInfo(registration_v1_pb2.InfoRequest(), timeout=10.0)

@@ -1,4 +1,4 @@
-"""A real Kubernetes to measure on: start and end it, and ask it with little work for its CPUs."""
+"""A real Kubernetes for the measurement: start it, end it, and read it with little CPU time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ Body = dict[str, Any]
 CARDS = 8
 
 _CLUSTER = (str(ROOT / "hack" / "cluster"),)
-_RUN_S = 86400.0  # of the watch on pods, which lasts as long as the run
+_RUN_S = 86400.0  # of the watch on pods; longer than any run
 
 
 @contextlib.contextmanager
 def cluster(version: str) -> Iterator[MeasuredCluster]:
-    """Start one with our driver on eight cards that take no time, and end it. BenchError where there is one, or where its
-    programs are not built: that would take ten minutes, and belongs to nobody's figures."""
+    """Start Kubernetes with our driver on eight cards that take no time, and end it. BenchError if a cluster runs
+    already, or
+    if its programs are not built: a build takes ten minutes, which must not count."""
     chosen = ["--version", version] if version else []
     _hack_cluster("check", *chosen)
-    _hack_cluster("up", "--gpus", f"h100x{CARDS}", *chosen)  # what it has begun when it fails, it takes back
+    _hack_cluster("up", "--gpus", f"h100x{CARDS}", *chosen)  # if it fails, it removes what it started
     try:
         with contextlib.closing(MeasuredCluster(json.loads(_hack_cluster("status", "--json")))) as kube:
             yield kube
@@ -50,7 +51,7 @@ def _hack_cluster(*arguments: str) -> str:
         try:
             out, errors = process.communicate()
         except BaseException:
-            process.terminate()  # not killed: it has a cluster to take back
+            process.terminate()  # SIGTERM, not SIGKILL, so that it removes the cluster
             process.communicate()
             raise
     if process.returncode:
@@ -59,10 +60,10 @@ def _hack_cluster(*arguments: str) -> str:
 
 
 class MeasuredCluster:
-    """The cluster as its administrator has it. Bodies stay JSON: models would cost the CPUs that are measured."""
+    """The cluster for its administrator. Bodies stay JSON, because models would use the CPUs that are measured."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:
-        """`status`: what `hack/cluster status --json` tells."""
+        """`status`: the output of `hack/cluster status --json`."""
         folder = Path(status["folder"])
         self._ports: Mapping[str, int] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))["ports"]
         self._processes: Mapping[str, int] = status["processes"]
@@ -78,38 +79,38 @@ class MeasuredCluster:
         self.api.close()
 
     def pid(self, part: str) -> int:
-        """Process id of a part. BenchError where the part was restarted: figures of two processes mean nothing."""
+        """Process id of a part. BenchError if the part was restarted, because figures of two processes mean nothing."""
         pid = self._processes.get(part, 0)
         if not Path(f"/proc/{pid}").exists():
             raise BenchError(f"the {part} ended during the measurement; start hack/cluster up and look at its log")
         return pid
 
     def eight(self, work: Callable[[Body], float], pods: Sequence[Body]) -> list[float]:
-        """Do it with all of them, eight at a time."""
+        """Do the work for all pods, eight at a time."""
         return list(self._threads.map(work, pods))
 
     # ------------------------------------------------------------ pods
 
     def create(self, pod: Body) -> float:
-        """The moment just before the request."""
+        """Create the pod. Returns the moment just before the request."""
         began = time.perf_counter()
         self.api.ask("POST", PODS, pod)
         return began
 
     def delete(self, name: str, *, force: bool = False) -> float:
-        """With the pod's own grace, or as `kubectl delete --force` does it; the moment just before the request."""
+        """Delete with the pod's own grace, or like `kubectl delete --force`. Returns the moment just before the request."""
         began = time.perf_counter()
         self.api.ask("DELETE", f"{PODS}/{name}", {"gracePeriodSeconds": 0} if force else None)
         return began
 
     def elapse(self, seconds: float) -> None:
-        """Return so much later, whole seconds: what ends then is a watch, and the API server ends it."""
+        """Return after this time, in whole seconds. It is a watch that the API server ends, so it takes no CPU time here."""
         version = self.api.ask("GET", SLICES)["metadata"]["resourceVersion"]
         for _ in self.api.watch(SLICES, version, seconds):
             pass
 
     def cards(self) -> int:
-        """How many cards hold claims now."""
+        """How many cards claims hold now."""
         claims = self.api.ask("GET", CLAIMS)["items"]
         allocations = (claim.get("status", {}).get("allocation") for claim in claims)
         return len({one["pool"] for found in allocations if found for one in found["devices"]["results"]})
@@ -129,9 +130,9 @@ class MeasuredCluster:
         return self._metrics(f"http://127.0.0.1:{self._ports['driver']}/metrics", "gpuslice_")
 
     def slice_writes(self) -> float:
-        """Writes by the driver since the API server began, dry runs included, refused ones too.
+        """Writes by the driver since the API server began, including dry runs and refused writes.
 
-        ResourceSlices are all that its ClusterRole lets it write, and of the others only the kubelet touches them: it
+        The driver's ClusterRole lets it write ResourceSlices only. Of the other clients only the kubelet touches them: it
         deletes them as a collection (scope="cluster") when it starts.
         """
         text = self.api.text("/metrics")

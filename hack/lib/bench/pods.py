@@ -1,4 +1,4 @@
-"""Pods on a real Kubernetes: how long each mode takes to be ready, what the kubelet waits for, how long a successor waits."""
+"""Pods on a real Kubernetes: the time until each mode is ready, the waits of the kubelet, and the wait of a successor."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SETTLED_S = 1.0
 
 
 def spread(name: str, values: Sequence[float], unit: str = "s") -> Figures:
-    """p50 and p95. Seconds in, milliseconds out where the unit says so."""
+    """p50 and p95 of seconds; in milliseconds if `unit` is "ms"."""
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     factor = 1e3 if unit == "ms" else 1.0
     return {f"{name}_p50_{unit}": cuts[49] * factor, f"{name}_p95_{unit}": cuts[94] * factor}
 
 
 def pods(stage: ClusterStage, extent: Extent) -> Figures:
-    """Each mode one by one, shares beside one that stays; then eight at once on a node that is free."""
-    _one(stage, WITHOUT)  # not counted, nor are the others of its kind below: connections open, pages come in
+    """Each mode one by one, with shares on a card that has another share; then eight at once on a free node."""
+    _one(stage, WITHOUT)  # not counted, like the other first pods below: it opens connections and fills the page cache
     figures = spread("ready_none", [_one(stage, WITHOUT) for _ in range(extent.pods)])
     figures |= spread("ready_none_eight", _waves(stage, WITHOUT, extent.waves))
     for mode in stage.modes:
@@ -51,7 +51,7 @@ def _one(stage: ClusterStage, mode: str) -> float:
 
 
 def _one_by_one(stage: ClusterStage, mode: str, count: int) -> Figures:
-    """Between two pods the kubelet's sums grow by exactly one call each, so they tell each call's own time."""
+    """Between two pods the sums of the kubelet grow by exactly one call each, so they give the time of each call."""
     took, calls = [], dict[str, list[float]](prepare=[], unprepare=[])
     before = stage.kube.kubelet()
     for _ in range(count):
@@ -67,7 +67,8 @@ def _one_by_one(stage: ClusterStage, mode: str, count: int) -> Figures:
 
 
 def _eight_at_once(stage: ClusterStage, mode: str, waves: int) -> Figures:
-    """The kubelet's buckets begin at 100 ms, so of calls that come together it tells the mean; the driver's tell more."""
+    """The kubelet's buckets begin at 100 ms, so for calls at the same time only the mean is exact. The driver has finer
+    ones."""
     stage.clear()
     kubelet, driver = stage.kube.kubelet(), stage.kube.driver()
     figures = spread(f"ready_{mode}_eight", _waves(stage, mode, waves))
@@ -83,7 +84,7 @@ def _eight_at_once(stage: ClusterStage, mode: str, waves: int) -> Figures:
 
 
 def _waves(stage: ClusterStage, mode: str, waves: int) -> list[float]:
-    """Create to Ready of each pod, eight pods created in one moment."""
+    """Create to Ready of each pod; eight pods are created at the same moment."""
     took, cards = [], set()
     for _ in range(waves):
         stage.clear()
@@ -97,7 +98,7 @@ def _waves(stage: ClusterStage, mode: str, waves: int) -> list[float]:
 
 
 def _mean(before: Exposition, after: Exposition, call: str) -> float:
-    """Seconds of a call of the driver, as the kubelet has timed it."""
+    """Seconds of a driver's call, as the kubelet measured it."""
     method = {"prepare": "*/NodePrepareResources", "unprepare": "*/NodeUnprepareResources"}[call]
     earlier, later = (
         exposition.histogram("dra_grpc_operations_duration_seconds", driver_name="gpuslice.dev", method_name=method)
@@ -110,9 +111,10 @@ def _mean(before: Exposition, after: Exposition, call: str) -> float:
 
 
 def successors(stage: ClusterStage, extent: Extent) -> Figures:
-    """A pod wants the very card of one that is being deleted: by force (its object is gone at once, its container ends
-    after that, or is killed after two seconds) and with grace (its object goes when the kubelet has unprepared what it
-    held)."""
+    """A pod wants the card of a pod that is being deleted. By force: the object of the old pod is gone at once, its
+    container
+    ends later or is killed after two seconds. With grace: the object goes after the kubelet has unprepared the claims of
+    the pod."""
     figures: Figures = {}
     for key, force, command in (("forced", True, STAYS), ("deaf", True, IGNORES), ("graceful", False, STAYS)):
         before = failures(stage.kube)
@@ -125,11 +127,11 @@ def successors(stage: ClusterStage, extent: Extent) -> Figures:
 
 
 def _time_successor(stage: ClusterStage, force: bool, command: list[str]) -> tuple[float, float]:
-    """Seconds from create to Ready of the second, and of its NodePrepareResources. `command`: of the first."""
+    """Seconds from create to Ready of the second pod, and of its NodePrepareResources. `command`: of the first pod."""
     first, second = (stage.pod("gpu", CARD_0) for _ in range(2))
     first["spec"]["containers"][0]["command"] = command
     stage.run(first)
-    # Process 1 of a container drops what it has no trap for yet, and the kubelet kills it two seconds later.
+    # Process 1 of a container ignores a signal without a trap, and the kubelet kills it two seconds later.
     stage.kube.elapse(_SETTLED_S)
     before = stage.kube.kubelet()
     stage.kube.delete(name_of(first), force=force)
@@ -141,7 +143,7 @@ def _time_successor(stage: ClusterStage, force: bool, command: list[str]) -> tup
 
 
 def failures(kube: MeasuredCluster) -> float:
-    """Prepares so far that failed: whole calls as the kubelet counts them, and claims that the driver refused."""
+    """Failed prepares so far: whole calls as the kubelet counts them, and claims that the driver refused."""
     calls, name = kube.kubelet(), "dra_grpc_operations_duration_seconds_count"
     every, good = (calls.total(name, method_name="*/NodePrepareResources", grpc_status_code=c) for c in ("*", "OK"))
     return every - good + kube.driver().total("gpuslice_requests_total", operation="prepare", result="error")

@@ -1,4 +1,4 @@
-"""When pods became ready and when they were gone, as a watch delivers it: nothing is asked twice, nothing is polled."""
+"""When pods became ready and when they were gone, from one watch, without polling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Moments by the monotonic clock, 0.0: not yet; and the state it was last seen in."""
+    """Moments by the monotonic clock, 0.0 means not yet; and the last seen state."""
 
     ready: float = 0.0
     gone: float = 0.0
@@ -25,7 +25,7 @@ class _Seen:
 
 
 class PodWatch:
-    """One watch on the pods; it notes when each became ready and when each was gone."""
+    """One watch on the pods. It notes when each pod became ready and when it was gone."""
 
     def __init__(self, watch: WatchStream) -> None:
         self._watch = watch
@@ -40,7 +40,7 @@ class PodWatch:
         self._thread.join()
 
     def ready(self, name: str) -> float:
-        """Wait for it, if need be; the moment. BenchError after a minute."""
+        """Wait until the pod is ready. Returns the moment. BenchError after a minute."""
         return self._wait(name, "ready", lambda seen: seen.ready)
 
     def gone(self, name: str) -> float:

@@ -1,4 +1,4 @@
-"""What the table of `hack/bench` shows, in its order. What the rows mean: docs/performance.md."""
+"""The rows of the table of `hack/bench`, in order. docs/performance.md explains them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _ready_rows() -> list[Row]:
 
 
 def _ready(key: str, what: str, limit: float | None) -> list[Row]:
-    """`limit` is for the median."""
+    """`limit` applies to the median."""
     return [
         Row(f"ready_{key}_p50_s", f"pod, create to Ready, {what}, p50", limit),
         Row(f"ready_{key}_p95_s", f"pod, create to Ready, {what}, p95"),

@@ -1,4 +1,4 @@
-"""Shares of a card by MPS and by time: the first one of a card, each further one, and what the supervisor takes for itself."""
+"""MPS and time-slicing shares: the first share of a card, each further share, and the memory of the supervisor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ BY_TIME: Mapping[str, str] = {"type": "timeslice", "profile": ""}
 
 
 async def shares(subject: Subject, size: Size) -> Figures:
-    """A card's first MPS share starts its daemon (the stand-in, a Python program of its own) and is measured with it; then
-    shares come and go beside one that stays. The supervisor's memory is read with a daemon on each of eight cards."""
+    """A card's first MPS share starts its daemon (the stand-in, a separate Python program); the start is part of the
+    time. Then
+    shares come and go while one share stays. The supervisor's memory is read with a daemon on each of eight cards."""
     figures: Figures = {}
     async with driver_bench(subject, supervised=True) as bench:
         by_mps = bench.allocations(BY_MPS)

@@ -1,6 +1,6 @@
-"""What the measures on a real Kubernetes play on: our templates and our pods.
+"""The claim templates and pods for the measures on a real Kubernetes.
 
-The pods are those of deploy/examples, with a container that stays until SIGTERM, and then ends at once.
+The pods are those of deploy/examples. Their container stays until SIGTERM, and then ends at once.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from hack.lib.bench.onkube import Body, MeasuredCluster
 from hack.lib.bench.subject import ROOT
 
 EXAMPLES = {"gpu": "whole-gpu", "mig": "mig-profile", "mps": "mps-share", "timeslice": "time-slice-share"}
-WITHOUT = "none"  # a pod that asks for no device: what a pod takes here anyway
+WITHOUT = "none"  # a pod without a device: the time that any pod takes here
 STAYS = ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
-IGNORES = ["sleep", "2147483647"]  # process 1 has no handler for SIGTERM, so it is dropped
+IGNORES = ["sleep", "2147483647"]  # process 1 has no handler for SIGTERM, so the signal has no effect
 _TIMEOUT_S = 60.0
-CARD_0 = "card-0"  # the template of claims that only one device can serve
+CARD_0 = "card-0"  # a template of claims for one device only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """How much is measured in a round. pods: one by one, of each mode. waves: of eight. successors: of each kind."""
+    """The size of a round. pods: one by one, of each mode. waves: of eight. successors: of each kind."""
 
     rounds: int
     pods: int
@@ -36,13 +36,13 @@ class Extent:
 
 
 class ClusterStage:
-    """The cluster with our templates on it."""
+    """The cluster with our templates."""
 
     def __init__(self, kube: MeasuredCluster) -> None:
         self.kube = kube
         types = kube.types()
         self.modes = [mode for mode in EXAMPLES if mode in types]
-        self.notes: dict[str, str] = {}  # by what they are about
+        self.notes: dict[str, str] = {}  # by subject
         self._numbers = itertools.count(1)
         self._pods: dict[str, Body] = {}
         for mode in self.modes:
@@ -57,24 +57,24 @@ class ClusterStage:
             self.notes["modes"] = f"not offered on this Kubernetes, so not measured: {', '.join(sorted(left_out))}"
 
     def pod(self, mode: str, template: str = "") -> Body:
-        """A pod with a new name; `template`: a claim template in place of the one of the example."""
+        """A pod with a new name. `template`: a claim template that replaces the one of the example."""
         pod = copy.deepcopy(self._pods[mode])
         pod["metadata"]["name"] = f"{mode}-{next(self._numbers)}"
         pod["spec"]["containers"][0]["command"] = STAYS
-        # The kubelet looks every 300 ms whether a pod's volumes are mounted, which would be most of what is measured.
+        # The kubelet looks every 300 ms whether a pod's volumes are mounted: most of the measured time.
         pod["spec"]["automountServiceAccountToken"] = False
-        pod["spec"]["terminationGracePeriodSeconds"] = 1  # for one that gets SIGTERM before it has set its trap
+        pod["spec"]["terminationGracePeriodSeconds"] = 1  # for a container that gets SIGTERM before its trap is set
         for claim in pod["spec"].get("resourceClaims", ()) if template else ():
             claim["resourceClaimTemplateName"] = template
         return pod
 
     def run(self, pod: Body) -> float:
-        """Create it; seconds from just before the request until the watch delivered Ready."""
+        """Create the pod. Returns the seconds from just before the request until the watch delivered Ready."""
         began = self.kube.create(pod)
         return self.kube.pods.ready(name_of(pod)) - began
 
     def end(self, pod: Body) -> float:
-        """Delete it with its own grace; seconds until the watch delivered that it is gone."""
+        """Delete the pod with its own grace. Returns the seconds until the watch delivered its end."""
         began = self.kube.delete(name_of(pod))
         return self.kube.pods.gone(name_of(pod)) - began
 

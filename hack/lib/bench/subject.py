@@ -1,4 +1,4 @@
-"""Which driver is measured: the one of this working tree, or another revision's in a worktree of its own."""
+"""The driver to measure: the one of this working tree, or of another revision in its own worktree."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-_WITHOUT = Path(__file__).resolve().parent / "without"  # hides what only a development environment has
+_WITHOUT = Path(__file__).resolve().parent / "without"  # hides packages that only a development environment has
 
 
 class BenchError(Exception):
-    """It could not be measured; one sentence that says why."""
+    """A measurement failed. One sentence with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A driver to measure: its name in the table, its package, and the folder in which the package lies."""
+    """A driver to measure: its name in the table, its package, and the folder of the package."""
 
     name: str
     root: Path
     module: str
 
     def environment(self) -> Mapping[str, str]:
-        """Without PYTHONSAFEPATH `python -m` would take the package of the current folder, whatever the path."""
+        """PYTHONSAFEPATH, because `python -m` would otherwise load the package of the current folder."""
         return {"PYTHONPATH": f"{self.root}:{_WITHOUT}", "PYTHONSAFEPATH": "1"}
 
     def known(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments without flags that this revision does not have yet: `run`, then pairs of flag and value."""
+        """The arguments without flags that this revision does not have: `run`, then pairs of flag and value."""
         command, *pairs = arguments
         flags = self._flags()
         kept = (pair for pair in zip(pairs[::2], pairs[1::2], strict=True) if pair[0] in flags)
@@ -56,7 +56,7 @@ def here() -> Subject:
 
 
 def _subject(name: str, tree: Path) -> Subject:
-    """The driver in a work tree: `driver/gpuslice`, or `driver` in revisions before 0.2. BenchError where there is none."""
+    """The driver in a work tree: `driver/gpuslice`, or `driver` in revisions before 0.2. BenchError if there is none."""
     for root, module in ((tree / "driver", "gpuslice"), (tree, "driver")):
         if (root / module / "__main__.py").exists():
             return Subject(name, root, module)
@@ -65,7 +65,7 @@ def _subject(name: str, tree: Path) -> Subject:
 
 @contextlib.contextmanager
 def at_revision(revision: str) -> Iterator[Subject]:
-    """The driver of a git revision, checked out beside this tree for as long as the context lasts."""
+    """The driver of a git revision, checked out beside this tree while the context is open."""
     with tempfile.TemporaryDirectory(prefix="gpuslice-rev-") as folder:
         tree = Path(folder, "tree")
         _git("worktree", "add", "--detach", str(tree), revision)
@@ -82,10 +82,10 @@ def _git(*arguments: str) -> None:
 
 
 def with_byte_code(subjects: list[Subject]) -> list[str]:
-    """Compile the drivers and see to it that what they import is compiled too; notes for the reader.
+    """Compile the drivers, and allow Python to compile their libraries. Returns notes for the reader.
 
-    A driver that compiles at each start is several MB larger and starts up to 3.5 times slower (measured). Libraries
-    are compiled by the warm-up start, which only needs to be allowed to.
+    A driver that compiles at each start is several MB larger and starts up to 3.5 times slower (measured). The warm-up
+    start compiles the libraries.
     """
     notes = []
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):

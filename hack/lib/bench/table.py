@@ -1,4 +1,4 @@
-"""What was found, as a report for machines and as a table for people."""
+"""The results, as a report for machines and as a table for people."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 _UNITS = {"mb": "MB", "ratio": "x", "count": "", "rate": "pods/s"}
 
 Figures = dict[str, float]  # of one round, by a row's key
-Rounds = dict[str, list[Figures]]  # one entry a round, by the subject's name; the last is the one that targets are for
+Rounds = dict[str, list[Figures]]  # one entry per round, by subject; targets are for the last subject
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     key: str  # ends in its unit
     text: str
-    limit: float | None = None  # at most; None: for information
+    limit: float | None = None  # upper limit; None: for information
 
     @property
     def unit(self) -> str:
@@ -27,8 +27,8 @@ class Row:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     what: str
-    size: Mapping[str, float]  # how much of everything was done
-    extent: str  # the same for people
+    size: Mapping[str, float]  # how much was measured
+    extent: str  # the same, as text for people
     machine: Mapping[str, object]
     notes: Sequence[str]
     figures: Sequence[Mapping[str, object]]
@@ -38,7 +38,7 @@ class Report:
 
 
 def figures(rows: Sequence[Row], found: Rounds) -> list[Mapping[str, object]]:
-    """The rows that were measured, with the median of their rounds."""
+    """The measured rows, with the median of their rounds."""
     rows_found: list[Mapping[str, object]] = []
     for row in rows:
         values = {name: [one[row.key] for one in rounds if row.key in one] for name, rounds in found.items()}

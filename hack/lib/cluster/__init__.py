@@ -1,1 +1,1 @@
-"""A real Kubernetes of one node on this machine: `hack/cluster`. docs/cluster.md"""
+"""`hack/cluster`: a real Kubernetes of one node on this machine. See docs/cluster.md."""

@@ -1,4 +1,4 @@
-"""`hack/cluster`: a real Kubernetes of one node on this machine, with our driver on it if asked for. docs/cluster.md"""
+"""`hack/cluster`: a real Kubernetes of one node on this machine, on request with our driver. See docs/cluster.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Try:
   hack/cluster kubectl get resourceslices                            what the node offers
   hack/cluster kubectl apply -f deploy/examples/mig-profile.yaml     a pod with a MIG partition (all examples work)
   hack/cluster kubectl get pods,resourceclaims
-  hack/cluster kubectl logs mig-profile                              what the driver put into its container
+  hack/cluster kubectl logs mig-profile                              what the driver added to its container
   {devices}
       a map of the cards, and which claims hold them
   tail -f {logs}/driver.log
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         "build", help="build the programs of the cluster, and start nothing", allow_abbrev=False
     )
     check = commands.add_parser(
-        "check", help="tell what `up` needs and does not find; exit code 1 if anything is missing", allow_abbrev=False
+        "check", help="list what `up` needs and cannot find; exit code 1 if something is missing", allow_abbrev=False
     )
     for one in (up, build, check):
         one.add_argument(
@@ -211,7 +211,7 @@ def _say(text: str) -> None:
 
 
 def _stop(*_: object) -> None:
-    """Told to end in another way than Ctrl-C, it ends in the same."""
+    """Any other signal that ends the command ends it like Ctrl-C."""
     raise KeyboardInterrupt
 
 

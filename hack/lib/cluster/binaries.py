@@ -17,7 +17,7 @@ from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.versions import CONTAINERD, KUBE, TOOLKIT, module_file
 
 _GIB = 1 << 30
-_BUILD_GIB = 8  # sources, Go's build cache, the programs: measured 6
+_BUILD_GIB = 8  # sources, Go's build cache and programs; 6 were measured
 _TOOLKIT_PROGRAMS = ("nvidia-cdi-hook", "nvidia-ctk")
 _CONTAINERD_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr")
 
@@ -28,7 +28,7 @@ def cache() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Binaries:
-    """Where the programs of one version are, or will be."""
+    """The folders for the programs of one version."""
 
     version: str
 
@@ -50,7 +50,7 @@ class Binaries:
         return [path for path in (self.kube, *programs) if not path.exists()]
 
     def ensure(self) -> None:
-        """Build what is missing, with progress on standard error. PlaygroundError where that cannot be."""
+        """Build the missing programs, with progress on standard error. PlaygroundError if that is not possible."""
         missing = self.missing()
         if not missing:
             return
@@ -72,7 +72,7 @@ class Binaries:
         major, minor, _ = self.version.split(".")
         package = "k8s.io/component-base/version"
         stamped = {"gitVersion": f"v{self.version}", "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
-        # Clients look at the version, and so does our driver.
+        # Clients read the version; our driver does too.
         flags = " ".join(["-s -w", *(f"-X {package}.{key}={value}" for key, value in stamped.items())])
         total = _count(["go", "list", "-deps", "-modfile", modules, "."], KUBE)
         with _built_into(self.folder) as made:
@@ -88,7 +88,7 @@ class Binaries:
 
 
 def toolkit() -> list[Path]:
-    """NVIDIA's `nvidia-cdi-hook` and `nvidia-ctk`, for real cards; built where they are missing (a minute)."""
+    """NVIDIA's `nvidia-cdi-hook` and `nvidia-ctk`, for real cards. Missing ones are built (a minute)."""
     folder = cache() / f"toolkit-{TOOLKIT}"
     if missing := [name for name in _TOOLKIT_PROGRAMS if not (folder / name).exists()]:
         _check_room()
@@ -99,7 +99,7 @@ def toolkit() -> list[Path]:
             programs = [
                 f"github.com/NVIDIA/nvidia-container-toolkit/cmd/{name}@{TOOLKIT}" for name in _TOOLKIT_PROGRAMS
             ]
-            # It finds NVML while it runs, so symbols of a library that is not there now must not be bound at the start.
+            # It finds NVML at run time. So the start must not bind symbols of a library that is not there yet.
             flags = "-s -w -extldflags=-Wl,-z,lazy"
             command = ["go", "install", "-v", "-trimpath", "-ldflags", flags, *programs]
             _build(command, Path("/"), 300, GOBIN=str(made), CGO_ENABLED="1", CGO_CFLAGS="-w")
@@ -108,7 +108,7 @@ def toolkit() -> list[Path]:
 
 @contextlib.contextmanager
 def _built_into(folder: Path) -> Iterator[Path]:
-    """A folder to build in, beside `folder`; its files are moved there when all went well."""
+    """A folder to build in, beside `folder`. If the build succeeds, its files are moved to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as made:
         yield Path(made)
@@ -118,12 +118,12 @@ def _built_into(folder: Path) -> Iterator[Path]:
 
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:
-    # No other toolchain is fetched behind anybody's back, and nothing of the C compiler is needed.
+    # Go must not fetch another toolchain silently. Nothing needs the C compiler.
     return {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off", **more}
 
 
 def _count(command: Sequence[str], folder: Path) -> int:
-    """Packages to compile at most; the first time this fetches the sources."""
+    """An upper limit of the packages to compile. The first call fetches the sources."""
     _say("fetching the sources of Kubernetes and containerd")
     done = subprocess.run(command, cwd=folder, env=_environment({}), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -132,7 +132,7 @@ def _count(command: Sequence[str], folder: Path) -> int:
 
 
 def _build(command: Sequence[str], folder: Path, total: int, **more: str) -> None:
-    """Run a build that prints each package it compiles."""
+    """Run a build that prints each package that it compiles."""
     lines: list[str] = []
     with subprocess.Popen(
         ["nice", *command], cwd=folder, env=_environment(more), stderr=subprocess.PIPE, text=True
@@ -152,7 +152,7 @@ def _build(command: Sequence[str], folder: Path, total: int, **more: str) -> Non
 
 
 def _progress(done: int, total: int) -> None:
-    """On a terminal one line that moves; elsewhere a line for each tenth. A warm build cache makes it stop early."""
+    """On a terminal one line that moves, otherwise one line per tenth. With a warm build cache it ends below the total."""
     if sys.stderr.isatty():
         print(f"\r  {done} of at most {total} packages", end="", file=sys.stderr, flush=True)
     elif done % max(1, total // 10) == 0:

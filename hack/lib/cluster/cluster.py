@@ -1,7 +1,7 @@
-"""The cluster from outside: make it, find it, end it.
+"""The cluster from outside: create it, find it, end it.
 
-Which one runs is not a matter of a file that says so: whoever runs it holds a lock on the work folder, and the kernel lets
-go of that when the last of it has ended, however it ended.
+No file says which cluster runs. The cluster's processes hold a lock on the work folder. The kernel releases the lock when
+the last of these processes has ended, for whatever reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hack.lib.cluster.processes import TIMEOUT_S
 from hack.lib.cluster.ready import Readiness
 
 _WAIT_S = 30.0
-_GLANCE_S = 0.05  # between two looks at something that sends no event
+_GLANCE_S = 0.05  # pause of a poll, because the thing sends no event
 NONE = "there is no cluster; hack/cluster up starts one"
 _TAKEN = (
     "a cluster is there already, and a machine can run only one; use that cluster (hack/cluster status) or end it first "
@@ -40,13 +40,13 @@ Say = Callable[[str], None]
 
 
 def wanted(version: str, **choices: Any) -> Facts:
-    """The facts of a new cluster, with new secrets and free ports; `choices` are further fields of `Facts`."""
+    """The facts of a new cluster, with new secrets and free ports. `choices` are further fields of `Facts`."""
     tokens = {"admin": secrets.token_hex(16), "kubelet": secrets.token_hex(16)}
     return Facts(version=version, tokens=tokens, ports=Ports.free(), **choices)
 
 
 def up(facts: Facts, say: Say) -> None:
-    """Start this cluster and return when it serves. After a failure or Ctrl-C nothing of it stays."""
+    """Start this cluster and return when it serves. After a failure or Ctrl-C nothing is left."""
     machine.check()
     machine.check_gpus(facts.gpus)
     if current() is not None:
@@ -66,7 +66,7 @@ def up(facts: Facts, say: Say) -> None:
 
 
 def check(version: str) -> None:
-    """PlaygroundError with the first reason why `up` would not start at once."""
+    """PlaygroundError with the first reason that stops `up`, or that would make it build first."""
     machine.check()
     if current() is not None:
         raise PlaygroundError(_TAKEN)
@@ -76,7 +76,7 @@ def check(version: str) -> None:
 
 
 def down() -> bool:
-    """End the cluster and remove its files. True where there was one."""
+    """End the cluster and remove its files. False if there is none."""
     place = Place(work_folder())
     if not place.root.exists():
         return False
@@ -121,18 +121,18 @@ def _noted(place: Place) -> dict[str, int]:
     return {}
 
 
-# ---------------------------------------------------------------- one part of it
+# ---------------------------------------------------------------- one part
 
 
 def stop(part: str, number: signal.Signals = signal.SIGKILL) -> None:
-    """End a part, and let nobody start it again: as its crash would, or as an update does it, with SIGTERM."""
+    """End a part and keep it down: by SIGKILL, as in a crash, or by SIGTERM, as in an update."""
     place, _ = _part(part)
     (place.stopped / part).touch()
     _kill(processes().get(part, 0), number)
 
 
 def start(part: str) -> None:
-    """Let a part run again; return when it serves."""
+    """Start a part again. Return when it serves."""
     place, facts = _part(part)
     (place.stopped / part).unlink(missing_ok=True)
     _wake(place)
@@ -141,7 +141,7 @@ def start(part: str) -> None:
 
 
 def reboot() -> None:
-    """Restart the node, as far as that can be had; return when its kubelet and its driver serve."""
+    """Restart the node, as far as processes can. Return when its kubelet and its driver serve."""
     facts = _served()
     if not facts.kubelet:
         raise PlaygroundError(
@@ -172,7 +172,7 @@ def _served() -> Facts:
 
 
 def _wake(place: Place) -> None:
-    """Make process 1 look at its children, which it does at each SIGCHLD."""
+    """Make process 1 check its children. It does so at each SIGCHLD."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(_first(place) or os.getpid(), signal.SIGCHLD)
 
@@ -189,7 +189,7 @@ def _await(done: Callable[[], bool], what: str) -> None:
 
 
 def _start(place: Place, lock: int, say: Say) -> None:
-    """Run process 1 in namespaces of its own, until it says that all is ready."""
+    """Run process 1 in its own namespaces until it reports that everything is ready."""
     apart = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
     errors = place.root / "log" / "init.log"
     with errors.open("wb") as log:
@@ -201,7 +201,7 @@ def _start(place: Place, lock: int, say: Say) -> None:
             stderr=log,
             text=True,
             pass_fds=[lock],
-            start_new_session=True,  # Ctrl-C is for us: we end it in order
+            start_new_session=True,  # only this process gets Ctrl-C, and ends the cluster in order
         )
     try:
         place.init.write_text(str(process.pid))
@@ -216,14 +216,14 @@ def _start(place: Place, lock: int, say: Say) -> None:
 
 
 def _listen(process: subprocess.Popen[str], say: Say) -> str | None:
-    """Print the lines of process 1. None when all is ready, else the last reason that it printed."""
+    """Print the lines of process 1. Returns None when everything is ready, otherwise the last reason that it printed."""
     assert process.stdout is not None
     failed: list[str] = []
     for line in process.stdout:
         if line == "ready\n":
-            process.returncode = 0  # it stays; nobody waits for it
+            process.returncode = 0  # it stays, and nothing waits for it
             return None
-        if failed or line.startswith("failed "):  # what follows are the reason's further lines
+        if failed or line.startswith("failed "):  # the lines after it belong to the reason
             failed.append(line)
         else:
             say(line.rstrip())
@@ -245,7 +245,7 @@ def _end(place: Place) -> None:
 
 
 def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """End a process and wait for it; process 1 of a namespace ends after all other processes there."""
+    """End a process and wait for it. Process 1 of a namespace ends after all other processes there."""
     with contextlib.suppress(ProcessLookupError):
         if not pid:
             return
@@ -266,7 +266,7 @@ def _outer(place: Place) -> int:
     with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
         pid = int(place.init.read_text())
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if str(place.root).encode() in words:  # else the number has gone to somebody else
+        if str(place.root).encode() in words:  # otherwise another process has this number now
             return pid
     return 0
 
@@ -288,7 +288,7 @@ def _counted_inside(first: int) -> dict[int, int]:
     except FileNotFoundError:
         return found
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not to be looked at
+        with contextlib.suppress(OSError):  # it has ended, or may not be read
             if (folder / "ns" / "pid").stat().st_ino == namespace:
                 line = next(s for s in (folder / "status").read_text().splitlines() if s.startswith("NSpid:"))
                 found[int(line.split()[-1])] = int(folder.name)
@@ -296,7 +296,7 @@ def _counted_inside(first: int) -> dict[int, int]:
 
 
 def _remove_cgroups() -> None:
-    """Remove the cgroups that containers leave, in each hierarchy. A cgroup with processes in it is not ours and stays."""
+    """Remove the cgroups that containers leave, in each hierarchy. A cgroup with processes is not ours and stays."""
     top = Path("/sys/fs/cgroup")
     for tree in (top / CGROUP, *top.glob(f"*/{CGROUP}")):
         for folder, _, _ in os.walk(tree, topdown=False):
@@ -309,7 +309,7 @@ def _remove_cgroups() -> None:
 
 @contextlib.contextmanager
 def _owned(root: Path) -> Iterator[int]:
-    """The work folder, made and locked by us. PlaygroundError where a cluster has it."""
+    """Make and lock the work folder. PlaygroundError if a cluster has the lock."""
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
     _check_owner(root)
@@ -339,13 +339,13 @@ def _locked(root: Path) -> bool:
 
 
 def _clear(root: Path) -> None:
-    """Remove what a cluster left that ended with the machine."""
+    """Remove what is left of a cluster that ended with the machine."""
     _remove_cgroups()
     empty(root)
 
 
 def _check_owner(root: Path) -> None:
-    """In a folder that all may write to, the name could be somebody else's."""
+    """In a folder that everybody may write to, another user may have taken the name."""
     found = root.lstat()
     if root.is_symlink() or not root.is_dir() or found.st_uid != os.geteuid():
         raise PlaygroundError(f"{root} is not a folder of hack/cluster; remove it, or set TMPDIR to another place")

@@ -1,5 +1,5 @@
-"""One kind of failure: a sentence for whoever typed the command."""
+"""The one kind of failure: a sentence for the person who typed the command."""
 
 
 class PlaygroundError(Exception):
-    """Names the thing, the limit and the remedy."""
+    """A sentence that names the thing, the limit and the remedy."""

@@ -1,6 +1,6 @@
-"""The one container image: busybox, and an `nvidia-smi` that says what the driver put into the container.
+"""The one container image: busybox, and an `nvidia-smi` that prints what the driver added to the container.
 
-It goes by the names that deploy/examples use, so that they run unchanged on a machine that can pull nothing.
+The image has the names that deploy/examples use. So the examples run unchanged on a machine that can pull no image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from hack.lib.cluster.parts import PAUSE
 
-# Full names, as the kubelet asks the runtime for them.
+# Full names, because the kubelet asks the runtime for full names.
 NAMES = ("docker.io/library/ubuntu:24.04", "docker.io/library/busybox:latest", PAUSE)
 
 _NVIDIA_SMI = b"""\
@@ -30,7 +30,7 @@ env | grep -E '^(GPUSLICE|CUDA|NVIDIA)_' | sort
 def write(
     archive: Path, busybox: Path, links: list[str], programs: Sequence[str] = (), *, simulated: bool = True
 ) -> None:
-    """Write an OCI archive for `ctr images import`. `programs`: of this machine, with the libraries that they need."""
+    """Write an OCI archive for `ctr images import`. `programs`: programs of this machine; their libraries are added."""
     files = {f"usr/bin/{Path(program).name}": Path(program) for program in programs}
     files |= {str(path).lstrip("/"): path for program in programs for path in _libraries(program)}
     contents = {name: path.read_bytes() for name, path in files.items()} | {"bin/busybox": busybox.read_bytes()}
@@ -59,13 +59,13 @@ def write(
 
 
 def _libraries(program: str) -> list[Path]:
-    """Of the C library and whatever else the program is linked with, the loader included; by the paths that it names.
+    """The libraries that a program is linked with, the C library and the loader included, by the paths in the program.
 
-    ldd(1): "libc.so.6 => /lib/…/libc.so.6 (0x…)", and the loader as a path alone.
+    Format of ldd(1): "libc.so.6 => /lib/…/libc.so.6 (0x…)", and for the loader the path only.
     """
     listing = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
     words = [word for line in listing.splitlines() for word in line.split() if word.startswith("/")]
-    # The NVIDIA libraries in the container need these of the C library, though the program does not name them.
+    # NVIDIA's libraries in the container need these libraries too, and the program does not name them.
     folders = sorted({Path(word).parent for word in words if Path(word).name == "libc.so.6"})
     more = [
         folder / name for folder in folders for name in ("libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6")
@@ -90,13 +90,13 @@ def _layer(contents: Mapping[str, bytes], links: list[str]) -> bytes:
 
 
 def _folders(contents: Mapping[str, bytes]) -> list[str]:
-    """The folders of these files that every image lacks, the outer ones first."""
+    """The folders of these files that an image does not have yet, outer folders first."""
     parents = {str(parent) for name in contents for parent in Path(name).parents}
     return sorted(parents - {".", "bin", "usr", "usr/bin"})
 
 
 def _architecture() -> str:
-    """This machine's, in Go's words."""
+    """The architecture of this machine, as Go names it."""
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 

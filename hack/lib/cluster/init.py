@@ -1,7 +1,7 @@
-"""Process 1 of the cluster's own namespaces: it lays out the node, starts every part and starts again what ends.
+"""Process 1 of the cluster's own namespaces: it prepares the node, starts every part, and restarts parts that end.
 
-The cluster has a process and a mount namespace of its own. So one SIGKILL of this process ends containers, shims and all,
-their mounts go with them, and what the kubelet and containerd write outside of their folders never reaches the machine.
+The cluster has its own process namespace and mount namespace. So one SIGKILL of this process ends all containers and
+shims and removes their mounts. Files that kubelet and containerd write outside their folders never reach the machine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Init:
             self._start_driver(kubectl)
 
     def _start_control_plane(self) -> None:
-        """All but a node."""
+        """All parts except those of a node."""
         for name in ("etcd", "kube-apiserver"):
             self._spawn(name)
         _tell("the API server")
@@ -61,7 +61,7 @@ class Init:
         kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={TIMEOUT_S:.0f}s")
 
     def keep(self) -> None:
-        """Start again whatever ends, and the whole node when asked to, for ever."""
+        """Run for ever. Restart parts that end, and the whole node when a reboot is requested."""
         while True:
             if self._place.reboot.exists():
                 self._reboot()
@@ -102,7 +102,7 @@ def _tell(text: str) -> None:
 
 
 def lay_out(place: Place) -> None:
-    """Make this namespace's /run, /var/log and the like the cluster's own."""
+    """Give this namespace its own /run, /var/log and similar folders."""
     for folder in (
         place.logs,
         place.node,
@@ -152,7 +152,7 @@ def main() -> None:
         sys.exit(1)
     _tell("ready")
     nothing = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1):  # nobody reads the pipe from now on
+    for number in (0, 1):  # from now on nothing reads the pipe
         os.dup2(nothing, number)
     init.keep()
 

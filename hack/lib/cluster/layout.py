@@ -1,4 +1,4 @@
-"""Where everything of the running cluster lies: one folder, and ports of the loopback address."""
+"""Where the files of the running cluster are: one folder. Its ports are on the loopback address."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 NODE = "node1"
-REAL = "real"  # the cards of this machine, in place of simulated ones
+REAL = "real"  # the cards of this machine, instead of simulated cards
 LOOPBACK = "127.0.0.1"
-CGROUP = "k8s.io"  # where containerd puts the containers of a kubelet that makes no cgroups itself
+CGROUP = "k8s.io"  # where containerd puts containers if the kubelet makes no cgroups
 REPOSITORY = Path(__file__).parents[3]
 
 
@@ -22,35 +22,35 @@ def work_folder() -> Path:
 
 
 def empty(folder: Path) -> None:
-    """Remove everything in a folder that is there."""
+    """Remove everything in a folder, if it exists."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The work folder's tree. Names are short: many are sockets, whose paths have 107 bytes."""
+    """The work folder's tree. The names are short, because many are sockets, and a socket's path has at most 107 bytes."""
 
     root: Path
 
     @property
     def facts(self) -> Path:
-        """What was started, for `status`, `kubectl` and `down`."""
+        """The facts of the running cluster, for `status`, `kubectl` and `down`."""
         return self.root / "cluster.json"
 
     @property
     def init(self) -> Path:
-        """Holds the process id of what waits for process 1."""
+        """The process id of the process that waits for process 1."""
         return self.root / "init"
 
     @property
     def pids(self) -> Path:
-        """Process ids of the parts, as they are counted inside."""
+        """Process ids of the parts, as the cluster's own namespace counts them."""
         return self.root / "pids.json"
 
     @property
     def stopped(self) -> Path:
-        """Folder with one file for each part that was stopped by command."""
+        """Folder with one file for each part that a command stopped."""
         return self.root / "held"
 
     @property
@@ -60,12 +60,12 @@ class Place:
 
     @property
     def boot_id(self) -> Path:
-        """What the cluster's processes find as /proc/sys/kernel/random/boot_id."""
+        """The cluster's processes read this file as /proc/sys/kernel/random/boot_id."""
         return self.node / "boot_id"
 
     @property
     def simulated(self) -> Path:
-        """The state of the simulated cards, where the driver keeps it by default."""
+        """The state of the simulated cards, at the driver's default path below this root."""
         return self.plugins / "gpuslice.dev" / "simulated"
 
     @property
@@ -86,12 +86,12 @@ class Place:
 
     @property
     def certificate(self) -> Path:
-        """The certificate that the API server makes and signs itself."""
+        """The certificate that the API server makes and signs by itself."""
         return self.api / "apiserver.crt"
 
     @property
     def key(self) -> Path:
-        """Signs service-account tokens."""
+        """The key that signs service-account tokens."""
         return self.root / "sa.key"
 
     @property
@@ -128,7 +128,7 @@ class Place:
 
     @property
     def node(self) -> Path:
-        """What takes the place of files and folders of this machine, for the cluster's processes only."""
+        """Files and folders that replace those of this machine, for the cluster's processes only."""
         return self.root / "node"
 
 
@@ -144,7 +144,7 @@ class Ports:
 
     @classmethod
     def free(cls) -> Ports:
-        """Ports nobody listens on now. All are held until all are known, so that they differ."""
+        """Ports that are free now. All are held until all are known, so that no two are equal."""
         with ExitStack() as held:
             sockets = [held.enter_context(socket.socket()) for _ in cls.__dataclass_fields__]
             for one in sockets:
@@ -154,17 +154,17 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One running cluster, as it was asked for."""
+    """One running cluster, as it was requested."""
 
     version: str
-    gpus: str  # "" for none: no driver is started; REAL, or what `--simulate` takes
+    gpus: str  # "" for none, so no driver starts; REAL; or a value of `--simulate`
     tokens: dict[str, str]
     ports: Ports
-    kubelet: bool = True  # False: the control plane alone, whose nodes are objects and nothing else
-    driver_root: str = "/"  # of NVIDIA's driver, where the cards are real
-    cdi_hook: str = ""  # NVIDIA's nvidia-cdi-hook, where it is not in its usual place
-    policy: str = ""  # a file
-    programs: tuple[str, ...] = ()  # of this machine, that containers have too
+    kubelet: bool = True  # False: only the control plane; its nodes are objects without machines
+    driver_root: str = "/"  # root of NVIDIA's driver, for real cards
+    cdi_hook: str = ""  # NVIDIA's nvidia-cdi-hook, if it is not in its usual place
+    policy: str = ""  # policy file
+    programs: tuple[str, ...] = ()  # programs of this machine that containers get too
 
     def write(self, path: Path) -> None:
         path.touch(mode=0o600)

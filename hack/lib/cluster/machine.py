@@ -17,11 +17,11 @@ _PROGRAMS = {
     "mount": "keeps the cluster apart from this machine; apt-get install mount",
 }
 _ROOM_GIB = 1
-_LONGEST = 40  # of the work folder's path: sockets below it have 107 bytes
+_LONGEST = 40  # characters of the work folder's path; sockets below it have at most 107 bytes
 
 
 def check() -> None:
-    """PlaygroundError with the remedy where this machine cannot run a cluster."""
+    """PlaygroundError with the remedy if this machine cannot run a cluster."""
     if sys.platform != "linux":
         raise PlaygroundError("a cluster needs Linux; use a virtual machine, or hack/demo, which runs anywhere")
     if os.geteuid() != 0:
@@ -47,7 +47,7 @@ def check() -> None:
 
 
 def check_gpus(gpus: str) -> None:
-    """PlaygroundError where these cards cannot be simulated."""
+    """PlaygroundError if these cards cannot be simulated."""
     from gpuslice.errors import DriverError
     from gpuslice.nvml.sim import spec
 

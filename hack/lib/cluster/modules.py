@@ -1,8 +1,8 @@
-"""Write the go.mod of `hack/kube` for one Kubernetes version: python -m hack.lib.cluster.modules 1.37.1
+"""Write the go.mod of `hack/kube` for one version of Kubernetes: python -m hack.lib.cluster.modules 1.37.1
 
-Kubernetes is not meant to be required: its go.mod replaces its own parts by folders of its repository. Each of them is
-also a module, of the version that belongs to it, and that is what we name instead. The results are checked in, with
-their sums, so that a build takes exactly what was tried; run this again only for another version.
+The module of Kubernetes is not made to be imported: its go.mod replaces its parts by folders of its repository. Each part
+is also a module with a matching version, and our go.mod names these modules. The results and their sums are checked in,
+so that a build takes exactly the tested versions. Run this again only for a new version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STAGED = re.compile(r"^\s*(k8s\.io/[\w.-]+) => \./staging/", re.MULTILINE)
 
 
 def module_text(version: str, theirs: str) -> str:
-    """Our go.mod from that of kubernetes `version` (1.37.1)."""
+    """Our go.mod, made from the go.mod of kubernetes `version` (1.37.1)."""
     staged = sorted(set(_STAGED.findall(theirs)))
     replaced = "\n".join(f"\t{name} => {name} v0.{version.removeprefix('1.')}" for name in staged)
     return (
@@ -38,7 +38,7 @@ def _line(text: str, word: str) -> str:
 def _etcd(text: str) -> str:
     found = re.search(r"go\.etcd\.io/etcd/client/v3 (v\S+)", text)
     if found is None:
-        raise SystemExit("modules: kubernetes' go.mod names no etcd client; look which server belongs to it")
+        raise SystemExit("modules: kubernetes' go.mod names no etcd client; find out which etcd server belongs to it")
     return found[1]
 
 

@@ -1,6 +1,6 @@
-"""An interface with a default route, for machines that have none: API server and kubelet look for an address there.
+"""An interface with a default route, for machines without one, because API server and kubelet take their address from it.
 
-Nothing leaves by it. The address is of TEST-NET-1 (RFC 5737), which nobody has.
+No packet leaves by this interface. The address is in TEST-NET-1 (RFC 5737), which no machine has.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from hack.lib.cluster.errors import PlaygroundError
 
 NAME = "gpuslice0"
 _ADDRESS = "192.0.2.10/32"
-_KINDS = ("dummy", "bridge")  # a bridge without ports does as well, where the kernel has no dummy
+_KINDS = ("dummy", "bridge")  # if the kernel has no dummy, a bridge without ports works too
 _DEFAULT = "00000000"
 
 
 def ensure(routes: Path = Path("/proc/net/route")) -> None:
-    """Make the interface where this machine has no default route. PlaygroundError where that is not allowed."""
+    """Make the interface if this machine has no default route. PlaygroundError if that is not allowed."""
     if any(line.split()[1] == _DEFAULT for line in routes.read_text().splitlines()[1:]):
         return
     refusals = [_add(kind) for kind in _KINDS]
@@ -37,13 +37,13 @@ def ensure(routes: Path = Path("/proc/net/route")) -> None:
 
 
 def remove() -> None:
-    """Undo `ensure`; nothing to undo is fine."""
+    """Undo `ensure`. If there is nothing to undo, do nothing."""
     if Path("/sys/class/net", NAME).exists():
         software.call([str(software.busybox()), "ip", "link", "del", NAME])
 
 
 def _add(kind: str) -> str:
-    """Why there is no interface of this kind now; "" if there is one of the name."""
+    """Add an interface of this kind. Returns "" if there is one of this name now, otherwise the reason."""
     if Path("/sys/class/net", NAME).exists():
         return ""
     command = [str(software.busybox()), "ip", "link", "add", NAME, "type", kind]

@@ -1,4 +1,4 @@
-"""The parts of the cluster: their command lines and their files. A comment explains a flag whose purpose is not plain."""
+"""The parts of the cluster: their command lines and their files. Comments explain the flags that need an explanation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hack.lib.cluster.layout import LOOPBACK, NODE, REAL, Facts, Place
 
 Command = list[str]
 
-# The kubelet sets these for the whole machine; it shall find them set already, in files of ours.
+# The kubelet sets these for the whole machine. It must find them set already, in files of the cluster.
 SYSCTLS = {
     "vm/overcommit_memory": "1",
     "vm/panic_on_oom": "0",
@@ -28,7 +28,7 @@ PAUSE = "gpuslice.dev/pause:1"
 
 
 def commands(place: Place, facts: Facts, binaries: Binaries) -> dict[str, Command]:
-    """Every part of the control plane and the node by its name."""
+    """Every part of the control plane and of the node, by name."""
     kube = str(binaries.kube)
     return {
         "etcd": [kube, "etcd", *_etcd(place, facts)],
@@ -60,7 +60,7 @@ def supervisor(place: Place, facts: Facts) -> Command:
 
 
 def _cards(facts: Facts, *, supervisor: bool = False) -> Command:
-    """Which cards the driver's processes serve."""
+    """The flags for the cards that the driver's processes serve."""
     if facts.gpus != REAL:
         return ["--simulate", facts.gpus]
     seen = ["--driver-root-ctr-path", facts.driver_root]
@@ -79,7 +79,7 @@ def _etcd(place: Place, facts: Facts) -> Command:
         f"--listen-peer-urls={peer}",
         f"--initial-advertise-peer-urls={peer}",
         f"--initial-cluster=default={peer}",
-        "--unsafe-no-fsync",  # nothing here outlives the machine
+        "--unsafe-no-fsync",  # no data has to survive a crash of the machine
         "--log-level=warn",
     ]
 
@@ -90,7 +90,7 @@ def _api_server(place: Place, facts: Facts) -> Command:
         f"--bind-address={LOOPBACK}",
         f"--secure-port={facts.ports.api}",
         f"--cert-dir={place.api}",
-        "--endpoint-reconciler-type=none",  # a loopback address is refused as an endpoint
+        "--endpoint-reconciler-type=none",  # the API server refuses a loopback address as an endpoint
         "--service-account-issuer=https://kubernetes.default.svc",
         f"--service-account-key-file={place.key}",
         f"--service-account-signing-key-file={place.key}",
@@ -99,7 +99,7 @@ def _api_server(place: Place, facts: Facts) -> Command:
         "--enable-admission-plugins=NodeRestriction",
         "--service-cluster-ip-range=10.0.0.0/24",
         "--allow-privileged",
-        "--kubelet-preferred-address-types=Hostname",  # NODE stands in the node's /etc/hosts: logs and exec work
+        "--kubelet-preferred-address-types=Hostname",  # NODE is in the node's /etc/hosts, so logs and exec work
     ]
 
 
@@ -107,12 +107,12 @@ def _client(place: Place) -> Command:
     return [f"--kubeconfig={place.admin}", "--leader-elect=false", f"--bind-address={LOOPBACK}"]
 
 
-# For measuring: the API server is the limit, not the client's own (50 a second keeps the scheduler at 14 pods a second).
+# For measurements, so that the API server is the limit. The default (50 a second) limits the scheduler to 14 pods a second.
 _UNHURRIED = ["--kube-api-qps=2000", "--kube-api-burst=2000"]
 
 
 def _controllers(place: Place, facts: Facts) -> Command:
-    # Nobody speaks for nodes without a kubelet, so nobody may judge them by their silence.
+    # Without a kubelet, nodes send no heartbeat. So the controller must not judge nodes by missing heartbeats.
     judges = "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,-device-taint-eviction-controller"
     return [
         *_client(place),
@@ -124,7 +124,7 @@ def _controllers(place: Place, facts: Facts) -> Command:
 
 
 def _scheduler(place: Place, facts: Facts) -> Command:
-    asked = f"={place.admin}"  # who may read its profile (/debug/pprof), the API server says
+    asked = f"={place.admin}"  # the API server decides who may read the profile (/debug/pprof)
     return [
         *_client(place),
         f"--secure-port={facts.ports.scheduler}",
@@ -148,7 +148,7 @@ def _kubelet(place: Place) -> Command:
 
 
 def write_files(place: Place, facts: Facts, busybox: str) -> None:
-    """Every configuration file that does not depend on a running part."""
+    """Write every configuration file that needs no running part."""
     tokens = facts.tokens
     _secret(
         place,
@@ -207,9 +207,9 @@ def _kubelet_config(place: Place, facts: Facts) -> Mapping[str, Any]:
         "makeIPTablesUtilChains": False,
         "localStorageCapacityIsolation": False,
         "resolvConf": "",
-        "clusterDNS": ["10.0.0.10"],  # nobody is there; without an address each pod has a warning about it
+        "clusterDNS": ["10.0.0.10"],  # no server is there, but without an address each pod has a warning
         "syncFrequency": "1s",
-        # A full disk of a developer's machine is no reason to evict a pod, nor to drop images that nobody can pull.
+        # A full disk of a developer's machine must not evict a pod, and must not remove images that cannot be pulled again.
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%"},
         "podLogsDir": str(place.logs / "pods"),
@@ -245,8 +245,8 @@ state = '{place.containerd / "state"}'
 """
 
 
-# Pods get a network of their own with nothing but the loopback interface in it. The address is told to the kubelet, which
-# wants one; nobody answers there.
+# Pods get their own network, with the loopback interface only. The kubelet needs an address, so the plugin names one.
+# No machine answers at that address.
 _CNI = """\
 #!{busybox} sh
 case $CNI_COMMAND in

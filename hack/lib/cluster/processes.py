@@ -1,4 +1,4 @@
-"""The processes of the cluster's parts, as process 1 of their namespace has them."""
+"""The processes of the cluster's parts, from the view of process 1 of their namespace."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hack.lib.cluster.layout import REPOSITORY, Place
 from hack.lib.cluster.parts import Command
 
 TIMEOUT_S = 120.0
-_GLANCE_S = 0.05  # between two looks at something that sends no event
-_PAUSE_S = 1.0  # before what has ended is started again
+_GLANCE_S = 0.05  # pause of a poll, because the thing sends no event
+_PAUSE_S = 1.0  # before an ended part is started again
 
 
 class Processes:
-    """The parts that run, by name. Those that end are started again by `restart_ended`."""
+    """The running parts, by name. `restart_ended` starts ended parts again."""
 
     def __init__(self, place: Place, programs: Path) -> None:
-        """`programs` has containerd's, which look for each other on PATH."""
+        """`programs` has the programs of containerd, which find each other on PATH."""
         self._place = place
         path = f"{programs}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-        # Nothing of the developer's own cluster may leak into ours.
+        # Settings of the developer's own cluster must not reach ours.
         self._environment = {**{k: v for k, v in os.environ.items() if k != "KUBECONFIG"}, "PATH": path}
         self._commands: dict[str, Command] = {}
         self._pids: dict[str, int] = {}
         self._ended: dict[str, int] = {}
-        self._due: dict[str, float] = {}  # when what has ended is started again
+        self._due: dict[str, float] = {}  # when each ended part is started again
         self._wake, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -45,11 +45,11 @@ class Processes:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY, env=self._environment
             )
         self._pids[name] = process.pid
-        process.returncode = 0  # it is ours to wait for, not its object's
+        process.returncode = 0  # this class waits for the process, not the Popen object
         self._note()
 
     def until(self, name: str, ready: Callable[[], bool], what: str) -> None:
-        """Return when `ready`. PlaygroundError where any part ends before, or `name` takes too long."""
+        """Return when `ready`. PlaygroundError if any part ends before that, or if `name` takes too long."""
         end = time.monotonic() + TIMEOUT_S
         while not ready():
             self._reap()
@@ -60,7 +60,7 @@ class Processes:
             self._rest(_GLANCE_S)
 
     def restart_ended(self) -> None:
-        """Start again what has ended and nobody has stopped; return when something may have changed."""
+        """Start parts again that have ended and that no command stopped. Return when something may have changed."""
         self._reap()
         now = time.monotonic()
         ended = {name for name in self._ended if not (self._place.stopped / name).exists()}
@@ -70,13 +70,13 @@ class Processes:
         self._rest(min(self._due.values()) - now if self._due else None)
 
     def start(self, name: str) -> None:
-        """Start again what has ended, now."""
+        """Start an ended part again, now."""
         self._due.pop(name, None)
         self._ended.pop(name, None)
         self.spawn(name, self._commands[name])
 
     def end_all_but(self, names: Sequence[str]) -> None:
-        """Kill every other process of this namespace, containers included; return when they have ended."""
+        """Kill every other process of this namespace, containers included. Return when all have ended."""
         kept = {os.getpid(), *(pid for name, pid in self._pids.items() if name in names)}
         while others := {int(path.name) for path in Path("/proc").glob("[0-9]*")} - kept:
             for pid in others:
@@ -93,7 +93,7 @@ class Processes:
         return "its last words:\n" + "\n".join(f"  {line[:400]}" for line in lines)
 
     def _rest(self, seconds: float | None) -> None:
-        """Until a child ends, or so long."""
+        """Wait until a child ends, or for this time."""
         select.select([self._wake], [], [], seconds)
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake, 4096)

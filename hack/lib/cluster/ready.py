@@ -1,4 +1,4 @@
-"""When a part serves: asked of the part itself, past any proxy."""
+"""Whether a part serves. The part itself is asked, without any proxy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Readiness:
     facts: Facts
 
     def of(self, part: str) -> bool:
-        """Whether this part does its work; of a part that nobody can ask: yes."""
+        """Whether this part does its work. True for a part that cannot be asked."""
         known = {
             "containerd": self.place.socket.exists,
             "kube-apiserver": self.api,
-            "etcd": self.api,  # which is not ready without it
+            "etcd": self.api,  # which is ready only with etcd
             "kubelet": self.kubelet,
             "driver": self.driver,
         }
@@ -33,7 +33,8 @@ class Readiness:
         return self.place.certificate.exists() and _answers(lambda: self._with_api(lambda api: api.text("/readyz")))
 
     def kubelet(self) -> bool:
-        """Whether it serves; its node may be ready later, and a restarted one's node looks ready before."""
+        """Whether the kubelet serves. Its node may become ready later. After a restart the node looks ready before the
+        kubelet."""
         url = f"https://{LOOPBACK}:{self.facts.ports.kubelet}/healthz"
         return _answers(lambda: fetch(url, timeout_s=_ANSWER_S))
 
@@ -57,9 +58,9 @@ class Readiness:
 
 
 def _answers(ask: Callable[[], object]) -> bool:
-    """Whether a server of ours answers and does not refuse."""
+    """Whether one of our servers answers without a refusal."""
     try:
         ask()
-    except (RequestError, OSError):  # OSError: the certificate that the API server is still writing
+    except (RequestError, OSError):  # OSError: the API server is still writing the certificate
         return False
     return True

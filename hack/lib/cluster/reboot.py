@@ -1,7 +1,7 @@
-"""A reboot of the node, as far as a process can do it: what lives in memory is gone, what lies on disk stays.
+"""A reboot of the node, as far as a process can do it: everything in memory is lost, everything on disk stays.
 
-Gone: every process of the node with its containers, the mounts they had, /run, the folders that a node has below /run (CDI
-files, MPS), the boot id, and what a reset takes from the cards. The control plane runs on, as on machines of its own.
+Lost: every process of the node with its containers and mounts, /run, the folders that a node has below /run (CDI files,
+MPS), the boot id, and the settings of cards that a reset clears. The control plane keeps running, as if it were elsewhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def new_boot(place: Place) -> None:
 
 
 def _unmount(place: Place) -> None:
-    """What kubelet and containerd mounted, the last first; not the mount that the kubelet's folder itself is."""
+    """Unmount what kubelet and containerd mounted, the last mount first. The mount of the kubelet's own folder stays."""
     lines = Path("/proc/self/mounts").read_text().splitlines()
     points = [Path(line.split()[1]) for line in lines]
     below = [

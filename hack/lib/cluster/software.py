@@ -1,4 +1,4 @@
-"""What runs on the cluster from the start: our manifests, and a pod in whose name the driver speaks."""
+"""What the cluster has from the start: our manifests, and a pod whose token the driver uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MANIFESTS = ("namespace", "rbac", "deviceclasses", "admission-policy")
 
 
 class Kubectl:
-    """`kubectl` as the administrator: call it with its arguments; its standard output."""
+    """`kubectl` for the administrator: call it with the arguments of kubectl. Returns the standard output."""
 
     def __init__(self, kube: Path, kubeconfig: Path) -> None:
         self._start = [str(kube), "kubectl", "--kubeconfig", str(kubeconfig)]
@@ -29,7 +29,7 @@ class Kubectl:
 
 
 def call(command: Sequence[str], given: str | None = None) -> str:
-    """Run a program to its end; its standard output. PlaygroundError with its errors where it fails."""
+    """Run a program to its end. Returns its standard output. PlaygroundError with the program's errors if it fails."""
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
@@ -50,15 +50,16 @@ def busybox() -> Path:
 
 
 def install(kubectl: Kubectl) -> None:
-    """Apply what deploy/ has beside the DaemonSets: the driver runs as a process here, so that it can be edited."""
+    """Apply the manifests of deploy/ except the DaemonSets: here the driver runs as a process, so that it is easy to
+    edit."""
     files = [argument for name in _MANIFESTS for argument in ("-f", str(REPOSITORY / "deploy" / f"{name}.yaml"))]
     kubectl("apply", *files)
 
 
 def node_token(kubectl: Kubectl) -> str:
-    """A token as the kubelet mounts it into a pod of the DaemonSet: of our account, bound to a pod on the node.
+    """A token like the one that the kubelet mounts into a pod of the DaemonSet: for our account, bound to a pod on the node.
 
-    With it the API server knows the node that speaks, which the admission policy asks for.
+    The token tells the API server which node sends a request. The admission policy needs this.
     """
     pod = {
         "apiVersion": "v1",

@@ -1,4 +1,4 @@
-"""What is run: Kubernetes versions that were tried, and the container runtime."""
+"""The supported versions: tested releases of Kubernetes, and the container runtime."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 KUBE = Path(__file__).parents[2] / "kube"
 
-# Newest first; the first is the default. 1.35 drops what keeps overlapping devices apart: the driver has to notice.
+# Newest first; the first is the default. 1.35 drops the counters for overlapping devices: the driver must notice.
 VERSIONS = ("1.37.1", "1.36.3", "1.35.4")
 CONTAINERD = "v2.3.6"
 TOOLKIT = "v1.20.2"  # of NVIDIA's container toolkit
 
 
 def module_file(version: str) -> str:
-    """The go.mod of this version, beside main.go; the default's has the name that editors and `go vet` look for."""
+    """The go.mod of this version, beside main.go. The default version has the name that editors and `go vet` look for."""
     return "go.mod" if version == VERSIONS[0] else f"v{version}.mod"

@@ -1,5 +1,5 @@
 """The tables of docs/reference/, made from the code.
 
-What the code knows (names, types, defaults, who has what) is read from the code. What only a person can say (a meaning,
-an example) stands here, by name: a name that one side has and the other has not is an error, so neither gets old.
+Names, types, defaults and which device has what come from the code. Meanings and examples, which only a person can write,
+stand here, by name. A name that only one side has is an error, so neither side becomes outdated.
 """

@@ -1,4 +1,4 @@
-"""`hack/docs`: write the generated places of every page below docs/reference/ again."""
+"""`hack/docs`: write the generated parts of every page below docs/reference/ again."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ ATTRIBUTES = {
         "compute capability of the card", f"{_OURS}.cudaComputeCapability.compareTo(semver('9.0.0')) >= 0"
     ),
     "cudaDriverVersion": AttributeText(
-        "newest CUDA version that the NVIDIA driver serves",
+        "newest CUDA version that the NVIDIA driver supports",
         f"{_OURS}.cudaDriverVersion.isGreaterThan(semver('12.8.0'))",
     ),
     "driverVersion": AttributeText(
@@ -40,12 +40,12 @@ ATTRIBUTES = {
     ),
     "index": AttributeText("NVML's index of the card on its node, as `nvidia-smi -L` shows it", f"{_OURS}.index == 0"),
     "memoryEnforcement": AttributeText(
-        "by which means a claim is kept within its memory: `hardware`, `mps` or `none`",
+        "what enforces the memory limit of a claim: `hardware`, `mps` or `none`",
         f"{_OURS}.memoryEnforcement == 'hardware'",
     ),
     "parentUUID": AttributeText(
-        "UUID of the card on which the device is; on a whole card its own. In `matchAttribute` and `distinctAttribute` "
-        "it says: the same card, different cards",
+        "UUID of the card of the device; a whole card has its own UUID. In `matchAttribute` and `distinctAttribute` "
+        "it means: the same card, different cards",
         f"{_OURS}.parentUUID == '{NOWHERE}'",
     ),
     "productName": AttributeText(
@@ -53,9 +53,9 @@ ATTRIBUTES = {
     ),
     "profile": AttributeText("MIG profile of the partition", f"{_OURS}.profile == '1g.10gb'"),
     "timeSliceInterval": AttributeText(
-        "the interval that the policy sets for time-slicing on the card", f"{_OURS}.timeSliceInterval == 'long'"
+        "the time-slicing interval that the policy sets for the card", f"{_OURS}.timeSliceInterval == 'long'"
     ),
-    "type": AttributeText("which kind of device it is: see above", f"{_OURS}.type == 'mig'"),
+    "type": AttributeText("the kind of device: see above", f"{_OURS}.type == 'mig'"),
     "uuid": AttributeText(
         "NVML's UUID of the card; a partition has one only while it exists", f"{_OURS}.uuid == '{NOWHERE}'"
     ),
@@ -78,7 +78,7 @@ CAPACITIES = {
         "bytes",
     ),
     "clients": AttributeText(
-        "CUDA contexts that the MPS daemon serves", f"{_CAPACITY}.clients.compareTo(quantity('24')) >= 0", "count"
+        "CUDA contexts that the MPS daemon can serve", f"{_CAPACITY}.clients.compareTo(quantity('24')) >= 0", "count"
     ),
     "copyEngines": AttributeText("copy engines", f"{_CAPACITY}.copyEngines.compareTo(quantity('2')) >= 0", "count"),
     "decoders": AttributeText("video decoders (NVDEC)", f"{_CAPACITY}.decoders.compareTo(quantity('1')) >= 0", "count"),
@@ -91,10 +91,10 @@ CAPACITIES = {
         "optical flow engines", f"{_CAPACITY}.ofaEngines.compareTo(quantity('1')) >= 0", "count"
     ),
     "shares": AttributeText(
-        "shares of the device that time-slicing serves", f"{_CAPACITY}.shares.compareTo(quantity('2')) >= 0", "count"
+        "time-slicing shares of the device", f"{_CAPACITY}.shares.compareTo(quantity('2')) >= 0", "count"
     ),
     "smPercent": AttributeText(
-        "part of the card's multiprocessors; of a device that is shared by MPS, what all ceilings together may be",
+        "part of the card's multiprocessors; of an MPS device, the most that all shares can have together",
         f"{_CAPACITY}.smPercent.compareTo(quantity('25')) >= 0",
         "percent",
     ),
@@ -130,7 +130,7 @@ def capacities_in_cel() -> str:
 
 
 def _lines(words: Mapping[str, AttributeText]) -> str:
-    """One expression a line, in the order of the table."""
+    """One expression per line, in the order of the table."""
     names = sorted(words, key=lambda name: ("/" in name, name != "memory", name))
     return "```cel\n" + "".join(f"{words[name].example}\n" for name in names) + "```\n"
 
@@ -139,11 +139,11 @@ def _attribute_holders(name: str) -> str:
     found = devices.published()
     mine = [device for device in found if any(value != "" for value in device["attributes"].get(name, {}).values())]
     missing = any(name not in device["attributes"] for device in found)
-    return devices.types(mine) + (", where the machine says it" if missing else "")
+    return devices.types(mine) + (", if the machine reports it" if missing else "")
 
 
 def _shares(name: str) -> str:
-    """On which shared devices a claim can ask for some of it."""
+    """The shared devices of which a claim can ask for a part of this capacity."""
     return devices.types(device for device in devices.published() if _divided(device, name)).replace("none", "–")
 
 

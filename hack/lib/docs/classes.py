@@ -1,4 +1,4 @@
-"""DeviceClasses, as deploy/ has them."""
+"""The DeviceClasses of deploy/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEANINGS = {
     "mps": "a share of a card or of a partition, at the same time as the other shares (MPS)",
     "timeslice": "a share of a card or of a partition, by time-slicing",
     "slice": "a part of a card: a partition, or a share of either kind",
-    "monitor": "a card beside those who use it; only with `adminAccess: true`",
+    "monitor": "a view of a card that other claims may use; only with `adminAccess: true`",
     _ANY: "a partition with this profile; one class for each profile in `deviceClasses.migProfiles` of the chart",
 }
 
@@ -41,7 +41,7 @@ def _name(full: str) -> str:
 
 
 def _row(spec: dict[str, Any]) -> list[str]:
-    """The selector without what all of them begin with: that the device is ours."""
+    """The selector without its common beginning: that the device is ours."""
     (selector,) = spec["selectors"]
     ours = f"device.driver == '{DRIVER_NAME}' && "
     expression = str(selector["cel"]["expression"]).removeprefix(ours)

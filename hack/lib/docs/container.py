@@ -24,12 +24,12 @@ VARIABLES = {
     f"{REQUEST}MEMORY_MIB": Variable(
         MODES, "the memory of the claim on this device; on a monitor device, of the card", "MiB"
     ),
-    f"{REQUEST}MEMORY_ENFORCEMENT": Variable(MODES, "by which means that limit holds: `hardware`, `mps` or `none`"),
-    f"{REQUEST}SM_PERCENT": Variable(_MPS, "ceiling on multiprocessors; missing where there is none", "percent"),
+    f"{REQUEST}MEMORY_ENFORCEMENT": Variable(MODES, "what enforces that limit: `hardware`, `mps` or `none`"),
+    f"{REQUEST}SM_PERCENT": Variable(_MPS, "ceiling on multiprocessors; missing without a ceiling", "percent"),
     f"{REQUEST}PROFILE": Variable(("mig", *_SHARES), "MIG profile; on shares, only of a partition"),
     "NVIDIA_VISIBLE_DEVICES": Variable(MODES, "always `void`, so that NVIDIA's older hook adds no cards of its own"),
     "LD_LIBRARY_PATH": Variable(
-        MODES, "folders of the NVIDIA driver's libraries; only where the node has no `nvidia-cdi-hook`"
+        MODES, "folders of the NVIDIA driver's libraries; only if the node has no `nvidia-cdi-hook`"
     ),
     "CUDA_MPS_PIPE_DIRECTORY": Variable(_MPS, "folder in which CUDA finds the MPS daemon"),
     "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": Variable(_MPS, "the memory of the share, for CUDA: `0=20480M`", "MiB"),

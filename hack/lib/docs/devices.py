@@ -1,4 +1,4 @@
-"""Every device that the driver publishes: over all simulated products, all modes, both ways of planning a card."""
+"""Every device that the driver publishes: for all simulated products, all modes and both ways to plan a card."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ PLANS = (
 
 @cache
 def published() -> tuple[Body, ...]:
-    """The devices as the ResourceSlices show them."""
+    """The devices of the ResourceSlices."""
     return tuple(device for plan in PLANS for device in _devices(_cards(), plan))
 
 
 def type_of(device: Body) -> str:
-    """Which kind of device it is: one of `MODES`."""
+    """The kind of a device: one of `MODES`."""
     return str(device["attributes"]["type"]["string"])
 
 
@@ -64,13 +64,13 @@ def types(devices: Iterable[Body]) -> str:
 
 
 def a_card() -> Gpu:
-    """One that can do everything."""
+    """A card that supports everything."""
     return next(card for card in _cards() if card.profiles and card.resetless)
 
 
 @cache
 def _cards() -> tuple[Gpu, ...]:
-    """One card of each product as a node has it, and one on a machine that says less, with an older driver."""
+    """One card of each product as a node has it, and one card with an older driver on a machine that reports less."""
     with tempfile.TemporaryDirectory() as folder:
         cards = [card for key in models.known() for card in _of_product(Path(folder) / key, key)]
     bare = replace(cards[0], uuid=NOWHERE, index=1, bus_id="0000:0b:00.0", numa_node=None, pcie_root=None)
@@ -86,7 +86,7 @@ def _of_product(folder: Path, key: str) -> Iterator[Gpu]:
 
 def _devices(cards: Iterable[Gpu], plan: CardPlan) -> Iterator[Body]:
     policy = Policy.parse({"apiVersion": API_VERSION, "kind": KIND, "default": plan.default})
-    for number, card in enumerate(cards):  # a node for each, because they stand in the same place
+    for number, card in enumerate(cards):  # one node per card, because all have the same PCI address
         inventory = Inventory.of([card], policy, f"node-{number}", static=plan.static)
         for planned in pool.resource_slices(inventory, {}, driver=DRIVER_NAME, features=ALL):
             for spec in planned.specs:

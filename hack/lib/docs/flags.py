@@ -1,4 +1,4 @@
-"""Commands, flags, environment variables and exit codes, as the command's own parser has them."""
+"""Commands, flags, environment variables and exit codes, read from the command's own parser."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _HELP = re.compile(r"(?P<meaning>.*?)(?: \(env (?P<env>\w+)(?:; default (?P<defa
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    """Those that do something, each with its parser; "policy check" is one of them."""
+    """The commands without subcommands, each with its parser. "policy check" is one of them."""
     return {" ".join(path): at for path, at in tree(cli.parser()) if path and not subcommands(at)}
 
 
 def flags() -> str:
-    """Each flag once, with the commands that have it."""
+    """Each flag once, with its commands."""
     of: dict[str, list[str]] = {}
     cells: dict[str, list[str]] = {}
     for command, action in _options():

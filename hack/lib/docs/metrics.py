@@ -1,4 +1,4 @@
-"""Every metric of the driver: asked of a registry that is filled as the driver fills its own."""
+"""Every metric of the driver, read from a registry that is filled like the driver's own."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ METRICS = {
     ),
     "gpuslice_prepared_claims": MetricText("claims", "claims with a record on this node"),
     "gpuslice_prepared_devices": MetricText("devices", "devices that these claims hold, by kind of device"),
-    "gpuslice_hung_gpus": MetricText("cards", "cards with an NVML call that has not come back for 15 s"),
+    "gpuslice_hung_gpus": MetricText("cards", "cards with an NVML call that has not returned for 15 s"),
     "gpuslice_mps_daemons_unwell": MetricText(
         "daemons", "MPS daemons with a problem; -1 while no MPS supervisor answers"
     ),
-    "gpuslice_requests_total": MetricText("claims", "claims of the kubelet's requests that are done, by outcome"),
-    "gpuslice_request_duration_seconds": MetricText("seconds", "time for one claim, with the wait for its cards"),
-    "gpuslice_requests_inflight": MetricText("claims", "claims of the kubelet's requests that are under way"),
+    "gpuslice_requests_total": MetricText("claims", "claims in finished requests of the kubelet, by outcome"),
+    "gpuslice_request_duration_seconds": MetricText("seconds", "time for one claim, including the wait for its cards"),
+    "gpuslice_requests_inflight": MetricText("claims", "claims in unfinished requests of the kubelet"),
 }
 
 LABELS = {
@@ -45,16 +45,16 @@ LABELS = {
 
 @cache
 def families() -> tuple[Metric, ...]:
-    """The metrics without `_created`, by which the client library says when it began to count."""
+    """The metrics without `_created`, which the client library adds with the time of its first count."""
     telemetry, nowhere = Telemetry(), Path("/nonexistent")
     gauges.register(telemetry, Checkpoint(nowhere, "boot"), MpsClient(nowhere), hung=tuple, problem=lambda: None)
     with telemetry.request("prepare"):
-        pass  # a metric has its labels once it has counted something
+        pass  # a metric has its labels only after it has counted something
     return tuple(telemetry.registry.collect())
 
 
 def name_of(family: Metric) -> str:
-    """As /metrics shows it."""
+    """The name on /metrics."""
     return f"{family.name}_total" if family.type == "counter" else family.name
 
 
@@ -72,5 +72,5 @@ def labels() -> str:
 
 
 def _labels(family: Metric) -> list[str]:
-    """Without `le`, which every histogram has."""
+    """The labels without `le`, which every histogram has."""
     return sorted({label for sample in family.samples for label in sample.labels} - {"le"})

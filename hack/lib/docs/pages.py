@@ -1,4 +1,4 @@
-"""Which tables there are, by the name that a page has them by."""
+"""All tables, by the name that a page uses."""
 
 from __future__ import annotations
 

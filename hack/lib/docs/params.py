@@ -1,4 +1,4 @@
-"""`SliceConfig`: what each setting does with each kind of device. The code is asked, not described."""
+"""`SliceConfig`: the effect of each setting on each kind of device, found by calling the code."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ KEYS = {
     "enforcement": SettingText(
         "enforcement",
         ("required", "preferred"),
-        "`required`: the claim must have a memory limit that hardware enforces. `preferred`: any means will do, which "
-        "is also what counts without this setting",
+        "`required`: the claim must have a memory limit that hardware enforces. `preferred`: the claim accepts any "
+        "enforcement, even none. This is the default",
     ),
     "interval": SettingText(
         "timeSlicing.interval",
@@ -48,13 +48,13 @@ def keys() -> str:
     rows = []
     for _, key in paired("settings", (field.name for field in fields(Settings)), KEYS):
         for value in key.values:
-            params.parse(body(key.path, value), "parameters")  # ClaimError: the page would name a wrong value
+            params.parse(body(key.path, value), "parameters")  # ClaimError: the page names a wrong value
         rows.append([code(key.path), codes(key.values), key.meaning])
     return table(["setting", "values", "meaning"], rows)
 
 
 def devices_that_take() -> str:
-    """Each setting and value, with what comes of it on each kind of device."""
+    """Each setting and value, with the result on each kind of device."""
     offers = _offers()
     rows = []
     for key in KEYS.values():
@@ -73,7 +73,7 @@ def _answer(settings: Settings, offer: Offer) -> str:
 
 
 def _offers() -> dict[str, Offer]:
-    """One device of each kind, of a card that can do everything."""
+    """One device of each kind, from a card that supports everything."""
     policy = Policy.parse({"apiVersion": API_VERSION, "kind": "Policy"})
     (pool,) = Inventory.of([devices.a_card()], policy, "node-1").pools
     found = {device.ref.device.partition("-")[0]: device.offer for device in pool.devices}

@@ -1,7 +1,7 @@
 """The pictures of README and docs, drawn again by `hack/pictures`; tests/docs/test_pictures.py compares them.
 
-Each picture is a function that returns its text. Names that end in `.py` are modules below driver/gpuslice, and the test
-checks that they are there.
+Each picture is a function that returns its text. Names that end in `.py` are modules below driver/gpuslice, and a test
+checks that these modules exist.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "docs/img"
 
 _SLICE = 60  # pixels of one of the eight memory slices of a card
-_MAP = 118  # where the map of a card begins
-_SAYS = _MAP + 8 * _SLICE + 18  # where the column beside it begins
+_MAP = 118  # x where the map of a card begins
+_SAYS = _MAP + 8 * _SLICE + 18  # x where the column beside the map begins
 
 
 def shared_cards() -> str:
-    """Four cards of one node, each used in another way, and one card over time."""
+    """Four cards of one node, each used in another way, and one card at different times."""
     sheet = Sheet(
         900,
         390,
@@ -59,7 +59,7 @@ def _mps(sheet: Sheet, y: int) -> None:
         y,
         "GPU 1",
         "MPS",
-        ("run at once; each program has a", "memory ceiling; a fault of one", "reaches all of them"),
+        ("run at once; each program has a", "memory ceiling; a fault of one", "hits all of them"),
     )
     sheet.box(Box(_MAP, y, 142, 48), ("pod infer", "20Gi, 25 % of the SMs"), "green")
     sheet.box(Box(_MAP + 142, y, 71, 48), ("pod serve", "10Gi"), "green")
@@ -82,7 +82,7 @@ _TURNS: tuple[tuple[str, Colour], ...] = (("pod x", "yellow"), ("pod y", "red"))
 
 
 def _whole(sheet: Sheet, y: int) -> None:
-    _card(sheet, y, "GPU 3", "whole", ("one claim has the card", "for itself", ""))
+    _card(sheet, y, "GPU 3", "whole", ("one claim has the", "whole card", ""))
     sheet.box(Box(_MAP, y, 8 * _SLICE, 48), ("pod big", "the whole card"), "grey")
 
 
@@ -112,7 +112,7 @@ _LIFE: tuple[tuple[int, tuple[str, ...], Colour], ...] = (
 
 
 def claim() -> str:
-    """From the kubelet's call to the container, with what is written down on the way."""
+    """From the kubelet's call to the container, with everything that is written on the way."""
     sheet = Sheet(
         900,
         470,
@@ -220,7 +220,7 @@ def offer() -> str:
 
 def _looks(sheet: Sheet, pools: Box, write: Box) -> None:
     health = sheet.box(
-        Box(410, 216, 160, 56), ("NodeHealth", "what cannot be used now"), "red", note="publishing/node_health.py"
+        Box(410, 216, 160, 56), ("NodeHealth", "what is unavailable now"), "red", note="publishing/node_health.py"
     )
     probe = sheet.box(
         Box(600, 216, 165, 56),
@@ -243,7 +243,7 @@ def _looks(sheet: Sheet, pools: Box, write: Box) -> None:
 
 
 def layers() -> str:
-    """Who may import whom, from the first import contract of pyproject.toml."""
+    """Which module may import which, from the first import contract of pyproject.toml."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     rows = [str(row).split(" | ") for row in config["tool"]["importlinter"]["contracts"][0]["layers"]]
     sheet = Sheet(
@@ -285,7 +285,7 @@ _SAYS_OF = {
     "demo": "the story of hack/demo",
     "config": "flags and environment",
     "report": "text for people",
-    "errors": "who is at fault",
+    "errors": "who can fix it",
     "hardware": "real or simulated: chosen here",
     "plugin": "the kubelet's side",
     "publishing": "the API server's side",

@@ -1,4 +1,4 @@
-"""Every key of a policy: its values, what it is without the key, and with which modes it has an effect."""
+"""Every key of a policy: its values, its default, and the modes with which it has an effect."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ class KeyText(NamedTuple):
     values: str
     default: str
     meaning: str
-    examples: tuple[object, ...]  # the modes with which the driver takes one of them are those of the key
+    examples: tuple[object, ...]  # the key's modes are those with which the driver accepts one of these
 
 
 SECTION = {
     "modes": KeyText(f"a list of {codes(ALL_MODES)}", "all", "how claims may use the card", ()),
     "profiles": KeyText(
-        "a list of names (`1g.10gb`) and ids (`19`)", "all without a suffix", "only these MIG profiles", ([19],)
+        "a list of names (`1g.10gb`) and ids (`19`)",
+        "all without a suffix",
+        "the only MIG profiles that the card offers",
+        ([19],),
     ),
     "suffixes": KeyText('a list, such as `"+me"`', "none", "MIG profiles with these suffixes too", (["+me"],)),
     "reserve": KeyText(
@@ -45,20 +48,23 @@ SECTION = {
     "keep": KeyText(
         f"a list of {codes(Setting)}",
         "none",
-        "settings of the card that the driver leaves alone",
+        "settings of the card that the driver does not change",
         tuple([one] for one in Setting),
     ),
 }
 
 SHARED_KEYS = {
     "mps.shares": KeyText(
-        "a number from 1 on", str(SHARES), "a claim that names no memory gets one of so many parts", (2,)
+        "a number N from 1 on", str(SHARES), "a claim without a memory request gets 1/N of the memory", (2,)
     ),
     "mps.clients": KeyText(
-        "a number from 1 on", f"what MPS serves, {_CARD_CLIENTS} or more", "CUDA contexts of the whole card", (40,)
+        "a number from 1 on", f"what MPS can serve, {_CARD_CLIENTS} or more", "CUDA contexts of the whole card", (40,)
     ),
     "timeslice.shares": KeyText(
-        "a number from 1 on", str(SHARES), "so many shares at most; without a request, one of so many parts", (2,)
+        "a number N from 1 on",
+        str(SHARES),
+        "at most N shares; without a memory request, each gets 1/N of the memory",
+        (2,),
     ),
     "timeslice.interval": KeyText(
         f"one of {codes(INTERVALS)}", "`default`", "how long a share computes at a time", ("long",)
@@ -69,7 +75,7 @@ MATCH = {
     "index": KeyText("a number, or a list", "any card", "NVML's index of the card on its node", (0,)),
     "uuid": KeyText("a UUID, or a list", "any card", "UUID of the card", (devices.NOWHERE,)),
     "product": KeyText(
-        "a text, or a list; `*` is any text", "any card", "product name, upper and lower case are the same", ("*H100*",)
+        "a text, or a list; `*` is any text", "any card", "product name; upper and lower case are equal", ("*H100*",)
     ),
 }
 
@@ -107,7 +113,7 @@ def _row(name: str, key: KeyText) -> list[str]:
 
 
 def _modes(name: str, examples: tuple[object, ...]) -> str:
-    """The modes with which the driver takes this key; the driver refuses a setting without an effect."""
+    """The modes with which the driver accepts this key. The driver refuses a setting without an effect."""
     sections = [_nested(name, example) for example in examples]
     found = [mode for mode in ALL_MODES if any(_accepted({"modes": [mode], **section}) for section in sections)]
     return codes(found) or "any"

@@ -1,4 +1,4 @@
-"""The sentences with which the driver refuses a claim, as the source has them."""
+"""The sentences with which the driver refuses a claim, read from the source."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hack.lib.docs.text import table
 
 _CLAIM, _DEVICE = ClaimError.__name__, DeviceError.__name__
 _PARAMETERS = Path(params.__file__)
-_OF_A_CLAIM = ("core", "plugin")  # a DeviceError elsewhere is about the node, whatever claim comes
+_OF_A_CLAIM = ("core", "plugin")  # a DeviceError in another room is about the node, not about a claim
 
 
 def parameters() -> str:
-    """The author of the claim wrote opaque parameters that the driver does not take."""
+    """Refusals of opaque parameters that the driver does not accept."""
     return _listed(text for path, text in _sentences(_CLAIM) if path == _PARAMETERS)
 
 
 def devices() -> str:
-    """Every other refusal of a claim, without those of bodies that no API server makes."""
+    """Every other refusal of a claim, except refusals of bodies that no API server makes."""
     found = (text for path, text in _sentences(_CLAIM) if path != _PARAMETERS)
     return _listed(text for text in found if not text.endswith("is broken"))
 
 
 def node() -> str:
-    """The node has to change first."""
+    """Refusals that only a change of the node can end."""
     found = (text for path, text in _sentences(_DEVICE) if path.relative_to(source.PRODUCT).parts[0] in _OF_A_CLAIM)
     return _listed([*source.returned(plan.mode_advice), *found])
 

@@ -1,4 +1,4 @@
-"""What the source of the driver says, read as a syntax tree: taints and refusals."""
+"""Facts from the driver's source, read as a syntax tree: taints and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOT_THE_DRIVER = ("standin", "demo", "sim", "pb")
 
 
 def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
-    """Every call of this name in the driver, without stand-ins and simulators; in the order of the files."""
+    """Every call of this name in the driver, except in stand-ins and simulators; in the order of the files."""
     for path in sorted(PRODUCT.rglob("*.py")):
         if set(path.relative_to(PRODUCT).parts).isdisjoint(_NOT_THE_DRIVER):
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -22,14 +22,14 @@ def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
 
 
 def returned(function: Callable[..., str]) -> list[str]:
-    """The texts that this function returns, without the one of nothing."""
+    """The texts that this function returns, without the empty text."""
     nodes = ast.walk(ast.parse(inspect.getsource(function)))
     values = [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
     return [text for value in values for text in texts(value) if text]
 
 
 def texts(node: ast.expr) -> list[str]:
-    """The texts that this expression can be, with … where a value comes in; none where it is no text by itself."""
+    """The texts that this expression can have, with … for each inserted value. None if it is no text by itself."""
     match node:
         case ast.Constant(value=str(text)):
             return [text]

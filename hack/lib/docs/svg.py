@@ -1,4 +1,4 @@
-"""A sheet to draw on: boxes, texts and arrows in whole pixels, so that the same drawing is the same file byte for byte."""
+"""A sheet to draw on: boxes, texts and arrows in whole pixels. So the same drawing gives the same file, byte for byte."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Point = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Where a box is; arrows begin and end at the middles of its sides."""
+    """The place of a box. Arrows begin and end at the middles of its sides."""
 
     x: int
     y: int
@@ -53,7 +53,7 @@ class Box:
 
 
 class Sheet:
-    """`title` and `description` are what a screen reader says."""
+    """`title` and `description` are the texts for a screen reader."""
 
     def __init__(self, width: int, height: int, title: str, description: str) -> None:
         self._parts = [
@@ -65,7 +65,7 @@ class Sheet:
         ]
 
     def box(self, box: Box, lines: Sequence[str], colour: Colour, *, note: str = "") -> Box:
-        """A box with centred lines, the first one bold; `note` is the last line, small."""
+        """A box with centred lines, the first one bold. `note` is the last line, in small letters."""
         fill, border = _COLOURS[colour]
         self._parts.append(
             f'<rect x="{box.x}" y="{box.y}" width="{box.width}" height="{box.height}" rx="5" '
@@ -93,7 +93,8 @@ class Sheet:
             self.text((at[0], at[1] + number * _LINE), line, soft=soft)
 
     def arrow(self, *points: Point, dashed: bool = False, both: bool = False) -> None:
-        """A line through these points, each part level or upright, with a tip at its end; `both`: at its beginning too."""
+        """A line through these points with a tip at its end. Each part is horizontal or vertical. `both`: a tip at its
+        start too."""
         path = " ".join(f"{x},{y}" for x, y in points)
         dash = ' stroke-dasharray="4 3"' if dashed else ""
         self._parts.append(f'<polyline points="{path}" fill="none" stroke="{_SOFT}" stroke-width="1.3"{dash}/>')
@@ -102,7 +103,7 @@ class Sheet:
             self._tip(points[1], points[0])
 
     def _tip(self, before: Point, end: Point) -> None:
-        """Drawn as a triangle, because not every renderer turns an SVG marker."""
+        """The tip of an arrow, as a triangle, because not every renderer rotates an SVG marker."""
         along = [(e > b) - (e < b) for b, e in zip(before, end, strict=True)]
         x, y = end[0] - 9 * along[0], end[1] - 9 * along[1]
         aside = 4 * along[1], 4 * along[0]
@@ -111,7 +112,7 @@ class Sheet:
         self._parts.append(f'<polygon points="{path}" fill="{_SOFT}"/>')
 
     def frame(self, box: Box, title: str, at: int) -> None:
-        """A dashed frame around what belongs together; its title stands at the top and begins `at` this x."""
+        """A dashed frame around a group. Its title stands at the top and begins at the x `at`."""
         self._parts.append(
             f'<rect x="{box.x}" y="{box.y}" width="{box.width}" height="{box.height}" rx="8" fill="none" '
             'stroke="#9aa5b1" stroke-dasharray="5 4"/>'

@@ -1,4 +1,4 @@
-"""Taints of devices: keys and values as the source has them."""
+"""Taints of devices, with the keys and values of the source."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hack.lib.docs.text import code, paired, table
 TAINTS = {
     ("gpu", "lost"): (
         "every device of the card but monitor",
-        "the card does not answer NVML: it fell off the bus. Reset the card, or restart the node",
+        "the card does not answer NVML, because it fell off the bus. Reset the card, or restart the node",
     ),
-    ("gpu", "hung"): ("every device of the card", "an NVML call has not come back for 15 s"),
+    ("gpu", "hung"): ("every device of the card", "an NVML call has not returned for 15 s"),
     ("mig-mode", "on"): (
         "gpu, and mps and timeslice of the card",
         "MIG mode is on, and only a reset of the card switches it (A100, A30)",
@@ -34,21 +34,21 @@ TAINTS = {
     ),
     ("device-node", "none"): (
         "every device of the card but monitor",
-        "NVML names no device minor of the card, so a container cannot be given its device node",
+        "NVML names no device minor of the card, so a container cannot get its device node",
     ),
     ("time-slice", "unsupported"): (
         "timeslice of the card",
-        "the policy sets an interval, and the card has none to set (Pascal and older)",
+        "the policy sets an interval, but the card has no such setting (Pascal and older)",
     ),
     ("compute-mode", "unsupported"): (
         "mps of the card",
-        "the card has no compute mode, so nothing would keep other programs out of an MPS share",
+        "the card has no compute mode, so nothing keeps other programs away from an MPS share",
     ),
     ("mps", "fault"): ("devices of this MPS daemon", "the MPS daemon has a problem"),
     ("mps", "supervisor-away"): ("every device of type mps", "no MPS supervisor answers on the node"),
     (shape.TAINT, "pending"): (
         "every device of the card",
-        "the policy or the Kubernetes release changed what the card offers, and the change waits until no claim has it",
+        "the policy or the Kubernetes release changed the offer of the card. The change waits until no claim holds the card",
     ),
 }
 

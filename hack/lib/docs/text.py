@@ -1,4 +1,4 @@
-"""Markdown: tables, and the places of a page that are generated."""
+"""Markdown: tables, and the generated parts of a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 def filled(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """The page with each of its generated places written anew."""
+    """The page with new text in each of its generated parts."""
 
     def write(place: re.Match[str]) -> str:
         if place[2] not in tables:
@@ -24,7 +24,7 @@ def filled(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 
 def places(page: str) -> list[str]:
-    """The names of the generated places of a page, in order."""
+    """The names of the generated parts of a page, in order."""
     return [place[2] for place in _PLACE.finditer(page)]
 
 
@@ -42,7 +42,7 @@ def codes(texts: Iterable[str]) -> str:
 
 
 def paired(what: str, found: Iterable[str], said: Mapping[str, _T]) -> list[tuple[str, _T]]:
-    """Each name that the code has, with what is said of it. DocsError where the names are not the same ones."""
+    """Each name of the code with its sentence. DocsError if the two sides do not have the same names."""
     names = list(dict.fromkeys(found))
     if missing := sorted(set(names) - set(said)):
         raise DocsError(f"{what} without a sentence in hack/lib/docs: {', '.join(missing)}; add it")

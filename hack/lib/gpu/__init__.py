@@ -1,1 +1,1 @@
-"""An hour with a real GPU on a machine without a network: pack here, run there, report. docs/on-a-gpu.md"""
+"""A test of one hour on a real GPU, on a machine without a network: pack here, run there, report. See docs/on-a-gpu.md."""

@@ -1,4 +1,4 @@
-"""`hack/gpu`: an hour with a real GPU on a machine without a network. docs/on-a-gpu.md"""
+"""`hack/gpu`: a test of one hour on a real GPU, on a machine without a network. See docs/on-a-gpu.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from hack.lib.gpu.errors import GpuError
 
 _ABOUT = """\
-Prove on a real GPU all that needs no change of a setting of the card.
+Prove on a real GPU everything that needs no change of the card's settings.
 
   hack/gpu pack .gpu             make a folder to copy to a machine without a network (60 MiB, some minutes)
   hack/gpu pack --facts .gpu     the same for the first stages only (12 MiB, a minute)
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     pack = commands.add_parser("pack", help="make the folder to copy", allow_abbrev=False)
     pack.add_argument("folder", type=Path, metavar="FOLDER")
     pack.add_argument(
-        "--facts", action="store_true", help="leave Kubernetes out, which only the stage of the whole stack needs"
+        "--facts", action="store_true", help="leave out Kubernetes, which only the stage of the whole stack needs"
     )
     pack.add_argument(
         "--uncompressed",
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="3.12",
-        help="pack for this release of Python; repeatable; default: all that fit",
+        help="pack for this release of Python; repeatable; default: all that the driver supports",
     )
     run = commands.add_parser("run", help="run the stages from the folder", allow_abbrev=False)
     run.add_argument("folder", type=Path, metavar="FOLDER")

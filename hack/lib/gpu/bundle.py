@@ -1,4 +1,4 @@
-"""The packed folder: what is in it, whether it is whole and fits this machine, and how it is laid out on arrival.
+"""The packed folder: its contents, whether it is complete and fits this machine, and how it is unpacked.
 
 Standard library only: this runs where nothing of ours is installed yet.
 """
@@ -18,8 +18,8 @@ from hack.lib.gpu.errors import GpuError
 
 FORMAT = 1
 ABOUT = "pack.json"
-SITE = "site"  # Python packages, for every Python that they were packed for
-PROGRAMS = "programs"  # Kubernetes, containerd and what they need; left out of a pack of facts alone
+SITE = "site"  # Python packages, for all Pythons of the pack
+PROGRAMS = "programs"  # Kubernetes, containerd and what they need; missing in a pack with --facts
 _SHARED_LIBRARIES = "lib"
 TREE = Path(__file__).resolve().parents[3]
 
@@ -28,13 +28,13 @@ TREE = Path(__file__).resolve().parents[3]
 class About:
     """`pack.json`: written last, so that a folder without it is incomplete."""
 
-    revision: str  # of the source, as git describes it
-    machine: str  # as `uname -m` says it
+    revision: str  # of the source, from `git describe`
+    machine: str  # from `uname -m`
     pythons: list[str]  # "3.12"
     archives: dict[str, str]  # file name: SHA-256
-    contents: dict[str, str]  # file name: one SHA-256 of all that is in it, however it was packed
-    kubernetes: str = ""  # version; "" in a pack of facts alone
-    sizes: dict[str, int] = field(default_factory=dict)  # bytes of each part before it was packed
+    contents: dict[str, str]  # file name: one SHA-256 of its contents, independent of the compression
+    kubernetes: str = ""  # version; "" in a pack with --facts
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of each part before packing
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -42,7 +42,7 @@ class About:
 
 
 def read(folder: Path) -> About:
-    """GpuError where the folder is no pack, is incomplete, or was made for another machine or another Python."""
+    """GpuError if the folder is not a pack, is incomplete, or was made for another machine or another Python."""
     again = "make it again with hack/gpu pack"
     try:
         about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
@@ -71,7 +71,7 @@ def read(folder: Path) -> About:
 
 
 def archive(folder: Path, about: About, part: str) -> Path | None:
-    """The archive of a part, its sum checked; None where this pack has no such part. GpuError where it was damaged."""
+    """The archive of a part, with a checked sum. None if this pack has no such part. GpuError if the archive is damaged."""
     name = next((name for name in about.archives if name.partition(".")[0] == part), None)
     if name is None:
         return None
@@ -89,13 +89,14 @@ def digest(path: Path) -> str:
 def unpack(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(source) as tar:
-        # Our own archive, its sum checked. An attribute, because `filter=` is newer than Python 3.11.2 (Debian 12).
+        # It is our own archive with a checked sum. `filter=` is newer than Python 3.11.2 (Debian 12), so this is an
+        # attribute.
         tar.extraction_filter = lambda member, _: member
         tar.extractall(target)
 
 
 def lay_out_programs(programs: Path) -> None:
-    """Make `bin/` what a PATH needs: a program that came with libraries of its own finds them through a starter."""
+    """Fill `bin/` for PATH. A program with its own libraries gets a starter script that finds them."""
     for program in sorted((programs / "own-libraries").glob("*")):
         starter = programs / "bin" / program.name
         libraries = programs / _SHARED_LIBRARIES
@@ -104,7 +105,7 @@ def lay_out_programs(programs: Path) -> None:
 
 
 def environment(site: Path, programs: Path | None) -> dict[str, str]:
-    """What a stage finds: our packages, and before the machine's own programs those that were packed."""
+    """The environment of a stage: our packages, and the packed programs before those of the machine."""
     path = os.environ.get("PATH", os.defpath)
     mine = {"PYTHONPATH": f"{site}:{TREE}", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if programs is None:

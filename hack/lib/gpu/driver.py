@@ -1,17 +1,17 @@
-"""Where NVIDIA's driver is on this machine. Standard library only."""
+"""The place of NVIDIA's driver on this machine. Standard library only."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-# Roots in which the driver is known to lie beside or below the node's own files.
+# Known roots of the driver beside or below the node's own files.
 _ROOTS = ("/usr/local/nvidia", "/home/kubernetes/bin/nvidia", "/run/nvidia/driver", "/opt/nvidia")
 _LIBRARIES = ("lib64", "lib", "usr/lib64", "usr/lib/x86_64-linux-gnu", "usr/lib")
 
 
 def find_root() -> Path | None:
-    """The folder that holds the driver's own files, not links to them; None where there is no driver."""
+    """The folder that has the driver's own files, not links to them. None without a driver."""
     for root in map(Path, _ROOTS):
         if any((root / folder / "libcuda.so.1").exists() for folder in _LIBRARIES):
             return root
@@ -19,7 +19,7 @@ def find_root() -> Path | None:
 
 
 def libraries(root: Path) -> list[Path]:
-    """Folders for LD_LIBRARY_PATH, for a driver that the loader does not know by itself."""
+    """Folders for LD_LIBRARY_PATH, for a driver that the dynamic loader does not find by itself."""
     return [root / folder for folder in _LIBRARIES if (root / folder / "libcuda.so.1").exists()]
 
 

@@ -1,4 +1,4 @@
-"""`hack/gpu pack`: one folder that travels to a machine without a network."""
+"""`hack/gpu pack`: make one folder to copy to a machine without a network."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hack.lib.gpu.bundle import PROGRAMS, SITE, About
 from hack.lib.gpu.errors import GpuError
 
 PYTHONS = ("3.11", "3.12", "3.13")
-LIMIT_MIB = 60  # with the work tree it must stay below the 64 MiB that travel
+LIMIT_MIB = 60  # 64 MiB with the work tree
 _MIB = 1 << 20
-# One solid block: Kubernetes' programs repeat each other's libraries, as far apart as the dictionary is long.
+# One solid block, because Kubernetes' programs contain the same libraries. The dictionary is large enough to reach them.
 _FILTERS = [
     {"id": lzma.FILTER_X86},
     {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * _MIB},
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 
 def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str], version: str, say: Say) -> About:
-    """Make the folder anew. GpuError where a part cannot be had; then the folder has no `pack.json`."""
+    """Make the folder again. GpuError if a part cannot be made; then the folder has no `pack.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     before = _before(folder)
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as work:
@@ -69,7 +69,7 @@ def pack(folder: Path, *, facts: bool, compressed: bool, pythons: Sequence[str],
 
 
 def _before(folder: Path) -> Mapping[str, str]:
-    """What is packed there already, by archive, and the mark of a whole pack taken off. Nothing where it is not whole."""
+    """The contents of an older pack, by archive. Its `pack.json` is removed first. Empty if the older pack is incomplete."""
     try:
         about = About(**json.loads((folder / bundle.ABOUT).read_text(encoding="utf-8")))
         whole = all(bundle.digest(folder / name) == digest for name, digest in about.archives.items())
@@ -110,7 +110,7 @@ def _fill(tar: tarfile.TarFile, source: Path) -> None:
 
 
 def _in_order(source: Path) -> Iterator[Path]:
-    """Folders first, then what resembles each other side by side: by kind, then by name."""
+    """Folders first, then files by kind and by name, so that similar files are side by side."""
     paths = sorted(source.rglob("*"))
     yield from (path for path in paths if path.is_dir())
     yield from sorted((path for path in paths if not path.is_dir()), key=lambda path: (path.suffix, path.name))

@@ -1,8 +1,8 @@
-/* A CUDA program that needs neither a CUDA toolkit nor its runtime: libcuda alone, and kernels as PTX.
+/* A CUDA program that needs neither a CUDA toolkit nor its runtime: only libcuda, and kernels as PTX.
  *
- * It takes a context on its first device and says what it sees. Then it obeys its arguments, one command each ("allocate
- * 1024"), and after an argument "-" its standard input, one command a line. Each command gets one line of answer: "ok …",
- * or "error CODE NAME" (cuda.h). Status 1 where CUDA fails before the first command.
+ * The program takes a context on its first device and prints a line about it. Then it runs the commands in its arguments,
+ * one per argument ("allocate 1024"). After an argument "-" it reads commands from standard input, one per line. It answers
+ * each command with one line: "ok …", or "error CODE NAME" (cuda.h). Exit status 1 if CUDA fails before the first command.
  *
  *   memory         free and total memory, MiB
  *   allocate MIB   device memory, kept
@@ -26,7 +26,7 @@
 
 static const char PTX[] =
     ".version 7.0\n.target sm_70\n.address_size 64\n"
-    /* out[0] is written only where the sum is a value that it never has: no compiler may drop the loop. */
+    /* out[0] is written only if the sum has an impossible value. So no compiler can remove the loop. */
     ".visible .entry spin(.param .u64 p_out, .param .u32 p_rounds) {\n"
     "  .reg .pred %p<3>; .reg .f32 %f<3>; .reg .b32 %r<4>; .reg .b64 %d<2>;\n"
     "  ld.param.u64 %d1, [p_out]; ld.param.u32 %r1, [p_rounds];\n"
@@ -46,7 +46,7 @@ static const char PTX[] =
     "done:\n  ret;\n}\n";
 
 enum { ATTRIBUTE_MULTIPROCESSORS = 16, ATTACH_GLOBAL = 1 }; /* cuda.h */
-enum { BLOCKS = 2112 }; /* of a timed kernel: the same work however many multiprocessors there are */
+enum { BLOCKS = 2112 }; /* of a timed kernel: the same work for any number of multiprocessors */
 
 typedef int Result;
 typedef uint64_t Pointer;

@@ -1,4 +1,4 @@
-"""The programs of a pack: those of `hack/cluster`, NVIDIA's container tools, and a CUDA program of ours."""
+"""The programs of a pack: those of `hack/cluster`, NVIDIA's container tools, and our CUDA program."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hack.lib.gpu.errors import GpuError
 SOURCE = Path(__file__).with_name("program.c")
 PROGRAM = "cuda-program"
 _OF_THE_MACHINE = ("runc", "openssl")
-# Every machine has the C library, and only its own fits its kernel and its other programs.
+# Every machine has its own C library, and no other C library fits its kernel and its programs.
 _C_LIBRARY = re.compile(r"(?:linux-vdso|ld-linux\S*|lib(?:c|m|dl|rt|pthread|resolv))\.so")
 
 
 def collect(target: Path, version: str) -> None:
-    """Lay all out below `target`. GpuError where one is missing and cannot be built."""
+    """Put all programs below `target`. GpuError if one is missing and cannot be built."""
     binaries = Binaries(version)
     try:
         binaries.ensure()
@@ -49,7 +49,7 @@ def compile_program(target: Path) -> None:
 
 
 def _with_libraries(name: str, target: Path) -> None:
-    """A program of this machine with the libraries that another machine may lack."""
+    """Copy a program of this machine with the libraries that another machine may lack."""
     found = shutil.which(name)
     if found is None:
         raise GpuError(f"there is no {name} on PATH, but the cluster needs it; apt-get install {name}")

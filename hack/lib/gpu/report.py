@@ -1,4 +1,4 @@
-"""`hack/gpu report`: the results of a run as a table for docs/on-a-gpu.md, and what they prove."""
+"""`hack/gpu report`: the results of a run as a table for docs/on-a-gpu.md, and what the results prove."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hack.lib.gpu import results
 from hack.lib.gpu.errors import GpuError
 from hack.lib.gpu.results import LEFT_OUT, NO, YES, CheckResult
 
-# The beginning of a line of docs/unproven.md, and the checks that prove it where all of them hold.
+# The beginning of a line of docs/unproven.md → the checks that prove this line together.
 PROVES = {
     "MPS: `-multiuser-server` with programs of several users": ("two users at once",),
     "`nvidia-smi` of the examples runs in the container": ("nvidia-smi of the driver runs in a container",),
@@ -17,10 +17,10 @@ PROVES = {
 
 
 def report(folder: Path) -> str:
-    """GpuError where the folder has no results."""
+    """GpuError if the folder has no results."""
     checks = results.read(folder)
     if not checks:
-        raise GpuError(f"{folder} has no {results.FILE}; give the folder into which hack/gpu run wrote")
+        raise GpuError(f"{folder} has no {results.FILE}; name the folder of the results of hack/gpu run")
     counts = {result: sum(check.result == result for check in checks) for result in (YES, NO, LEFT_OUT)}
     lines = [
         f"{len(checks)} checks: {counts[YES]} hold, {counts[NO]} do not, {counts[LEFT_OUT]} were left out.",

@@ -1,4 +1,4 @@
-"""What a run found: one line of JSON for each check, written at once, so that an early end loses none of them."""
+"""The results of a run: one line of JSON per check, written at once, so that an early end loses no result."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ YES, NO, LEFT_OUT = "yes", "no", "left out"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """`name` is a statement; `result` says whether it holds here."""
+    """`name` is a statement. `result` says whether the statement is true here."""
 
     stage: str
     name: str
     result: str  # YES, NO or LEFT_OUT
-    value: str = ""  # what was seen, or why it was left out
-    seconds: float = 0.0  # from the beginning of the check to its end
+    value: str = ""  # the observation, or why the check was left out
+    seconds: float = 0.0  # duration of the check
 
 
 class Results:
@@ -37,10 +37,10 @@ class Results:
 
     @contextlib.contextmanager
     def trying(self, name: str) -> Iterator[None]:
-        """Whatever is raised inside means: the statement does not hold; the stage goes on."""
+        """Any exception inside the block means that the statement is false. The stage continues."""
         try:
             yield
-        except Exception as e:  # noqa: BLE001  the next check may hold
+        except Exception as e:  # noqa: BLE001  the next check may succeed
             self.check(name, False, f"{type(e).__name__}: {e}")
 
     def _write(self, name: str, result: str, value: str) -> str:

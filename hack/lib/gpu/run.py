@@ -1,7 +1,7 @@
 """`hack/gpu run`: install from the packed folder, without a network, and run the stages one after the other.
 
-Each stage is a process of its own with a time limit, and its results are on disk when it ends. The most valuable stages
-come first, so that a machine that is taken away early has shown what matters.
+Each stage is a process of its own with a time limit. Its results are on disk when it ends. The most valuable stages come
+first, because the machine may be taken away early.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STAGES = (
 
 
 def run(folder: Path, out: Path | None, only: str, driver_root: Path | None, say: Say) -> int:
-    """Run the stages; 0 where each of them ran to its end. GpuError where nothing can be run at all."""
+    """Run the stages. 0 if each one ran to its end. GpuError if no stage can run."""
     about = bundle.read(folder)
     chosen = _chosen(only)
     target = (out or Path(os.environ.get("OUT") or folder / "results")).resolve()
@@ -84,7 +84,7 @@ def _chosen(only: str) -> tuple[StageSpec, ...]:
 
 
 class _Unpacking:
-    """The large archive, laid out while the first stages run."""
+    """Unpacks the large archive while the first stages run."""
 
     def __init__(self, archive: Path | None, target: Path) -> None:
         self._done = threading.Event()
@@ -110,11 +110,11 @@ class _Unpacking:
 
 
 def run_stage(stage: StageSpec, site: Path, programs: Path | None, root: Path | None, out: Path, say: Say) -> int:
-    """Run one stage to its end or its limit; its exit code. What it found is in `out` then."""
+    """Run one stage to its end or to its time limit. Returns its exit code. Its results are in `out` then."""
     results = Results(out, stage.name)
     if stage.programs and programs is None:
         results.leave_out(
-            "the stage runs", "this pack holds facts alone; hack/gpu pack without --facts has the programs"
+            "the stage runs", "this pack has no programs; make it again with hack/gpu pack without --facts"
         )
         return 0
     begun = time.monotonic()
@@ -145,7 +145,7 @@ def run_stage(stage: StageSpec, site: Path, programs: Path | None, root: Path | 
 
 
 def _end(process: subprocess.Popen[bytes], limit_s: float) -> int:
-    """Its exit code; negative where it was too slow."""
+    """The exit code of the process; negative if it was too slow."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(limit_s)
     for number in (signal.SIGTERM, signal.SIGKILL):

@@ -1,7 +1,7 @@
-"""The Python packages of a pack: our own and what it needs, for several Pythons in one folder.
+"""The Python packages of a pack: our package and its dependencies, for several Pythons in one folder.
 
-A package for several Pythons differs in its compiled modules only, and their names tell the Python
-("…cpython-312-x86_64-linux-gnu.so"), so all of them lie beside each other.
+Packages for several Pythons differ only in their compiled modules. The name of such a module contains the Python
+("…cpython-312-x86_64-linux-gnu.so"), so all modules can be in the same folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hack.lib.gpu.errors import GpuError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TESTS = ("pytest", "pytest-asyncio", "pytest-timeout")  # the NVML contract is a test suite
-# What our dependencies bring and we never import: the asynchronous Kubernetes client, and what only it needs.
+# Packages that our dependencies install and we never import: the asynchronous Kubernetes client and its dependencies.
 UNUSED = (
     "kubernetes/aio",
     *("aiohttp", "aiohttp_retry", "aiohappyeyeballs", "aiosignal", "frozenlist", "multidict", "propcache", "yarl"),
@@ -26,7 +26,7 @@ UNUSED = (
 
 
 def collect(target: Path, downloads: Path, pythons: Sequence[str]) -> None:
-    """Lay out our package and all that it needs below `target`. GpuError where the package index refuses."""
+    """Put our package and its dependencies below `target`. GpuError if the package index refuses."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     ours = downloads / "ours"
     _pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(ours), str(REPOSITORY))

@@ -1,1 +1,1 @@
-"""How fast the real scheduler places pods on nodes with our slices: `hack/scale`. docs/performance.md"""
+"""`hack/scale`: how fast the real scheduler places pods on nodes with our slices. See docs/performance.md."""

@@ -1,6 +1,7 @@
-"""`hack/scale`: how fast the real scheduler places pods on nodes with our slices, against whole GPUs alone.
+"""`hack/scale`: how fast the real scheduler places pods on nodes with our slices, compared with whole GPUs only.
 
-The two sets of slices take turns, round by round, so that what slows this machine down meets both. docs/performance.md
+The two sets of slices take turns, round by round, so that a slow moment of this machine affects both. See
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from hack.lib.scale.fleet import CARDS, NodePlan, cards, create_classes, create_
 from hack.lib.scale.measure import KINDS, WHOLE, Figure, RequestKind, measure
 from hack.lib.scale.report import BASELINE, OURS, Found, report, table
 
-_WARM = 8  # pods that are not counted: the scheduler compiles selectors, and has seen the new slices
+_WARM = 8  # pods before the count: the scheduler compiles selectors and reads new slices
 _PROFILE_S = 3
 _WHOLE_ONLY = {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"modes": ["gpu"]}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 once all was measured, targets reached or not; 1 with a sentence where it could not be."""
+    """0 if everything was measured, even if a target was missed. 1 with a sentence if the measurement failed."""
     options = options_of(arguments)
     try:
         gpus = cards()
@@ -68,7 +69,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="measure only this kind of request; repeatable",
     )
     parser.add_argument(
-        "--policy", type=Path, metavar="FILE", help="policy file: what the driver offers (docs/policy.md); default: all"
+        "--policy", type=Path, metavar="FILE", help="policy file: what the driver may offer (docs/policy.md)"
     )
     parser.add_argument(
         "--profile",
@@ -106,7 +107,7 @@ def _measure(api: ApiServer, scheduler: Scheduler, plans: Mapping[str, NodePlan]
 
 
 def _figure(api: ApiServer, scheduler: Scheduler, kind: RequestKind, pods: int, profile: Path | None) -> Figure:
-    """Measured once; where a profile is asked for, that costs a little too."""
+    """One measurement. A profile makes it a little slower."""
     if profile is None:
         return measure(api, scheduler, kind, pods)
     profile.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ def _say(text: str) -> None:
 
 
 def _stop(*_: object) -> None:
-    """End after SIGTERM and SIGHUP as after Ctrl-C."""
+    """SIGTERM and SIGHUP end the run like Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""A control plane without a node, by `hack/cluster`: its API server, and its scheduler, which can be held."""
+"""A control plane without a node, started by `hack/cluster`: its API server, and its scheduler, which can be paused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """It stands still: pods pile up that it does not know of."""
+        """The scheduler is stopped inside the block, so that new pods wait."""
         os.kill(self.pid, signal.SIGSTOP)
         try:
             yield
@@ -33,18 +33,18 @@ class Scheduler:
             os.kill(self.pid, signal.SIGCONT)
 
     def cpu_s(self) -> float:
-        """Processor time that it has used so far, of all its threads."""
+        """CPU seconds of the scheduler so far, over all threads."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def profile(self, server: ApiServer, seconds: int) -> bytes:
-        """Where its processor time goes for so long from now on, for `go tool pprof -top`."""
+        """A CPU profile of the scheduler for this many seconds from now on, for `go tool pprof -top`."""
         return api.fetch(f"{self.url}/debug/pprof/profile?seconds={seconds}", server.token)
 
 
 @contextlib.contextmanager
 def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
-    """Start a control plane for the block, and end it; nothing of it stays."""
+    """Start a control plane for the block, and remove it at the end."""
     if _run("up", "--control-plane"):
         raise ScaleError("the control plane did not start; the reason is above")
     try:
@@ -57,7 +57,7 @@ def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
 
 
 def _run(*arguments: str) -> int:
-    """Run hack/cluster in a session of its own: Ctrl-C reaches us alone, and we end the command in order."""
+    """Run hack/cluster in its own session. Then only this process gets Ctrl-C, and ends the command in order."""
     process = subprocess.Popen([_CLUSTER, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait()

@@ -1,7 +1,7 @@
-"""What keeps the measurement from being made."""
+"""The error of a measurement that cannot be made."""
 
 from __future__ import annotations
 
 
 class ScaleError(Exception):
-    """One sentence that says what is missing or went wrong, and what to do."""
+    """One sentence with the reason and the remedy."""

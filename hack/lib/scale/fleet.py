@@ -1,4 +1,4 @@
-"""Nodes that are objects and nothing else, each with the slices that our driver would publish on it."""
+"""Node objects without machines, each with the slices that our driver would publish on it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DRIVER = "gpuslice.dev"
 CARDS = "h100x8"
 REPOSITORY = Path(__file__).parents[3]
 _SEED = uuid.UUID(int=0)
-ALL = Features(partitionable=True, consumable=True, taints=True)  # as Kubernetes 1.36 and later have them
+ALL = Features(partitionable=True, consumable=True, taints=True)  # as in Kubernetes 1.36 and later
 _READY = {"type": "Ready", "status": "True", "reason": "Simulated", "message": "an object and nothing else"}
 
-NodePlan = Callable[[str], Sequence[PoolSlices]]  # what a node of this name publishes
+NodePlan = Callable[[str], Sequence[PoolSlices]]  # the pools that a node of this name publishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def cards() -> tuple[Gpu, ...]:
 
 
 def plan(gpus: Sequence[Gpu], policy: Policy) -> NodePlan:
-    """What the driver publishes on a node with these cards under this policy; only names and UUIDs are the node's own."""
+    """The pools of a node with these cards under this policy. Only names and UUIDs differ between nodes."""
 
     def pools(node: str) -> Sequence[PoolSlices]:
         own = [replace(gpu, uuid=GpuUuid(f"GPU-{uuid.uuid5(_SEED, f'{node}/{gpu.index}')}")) for gpu in gpus]
@@ -56,13 +56,13 @@ def plan(gpus: Sequence[Gpu], policy: Policy) -> NodePlan:
 
 
 def slices(node: FleetNode, pools: Sequence[PoolSlices]) -> list[Body]:
-    """The objects that the driver's publisher would create, in its order."""
+    """The objects that the driver's publisher would create, in the same order."""
     owner = Owner(DRIVER, node.name, node.uid)
     return [change.body for change in reconcile.changes(pools, [], owner) if isinstance(change, Create)]
 
 
 def publish(api: ApiServer, nodes: Iterable[FleetNode], plan: NodePlan) -> None:
-    """Replace all slices of these nodes by those of the plan."""
+    """Replace all slices of these nodes by the slices of the plan."""
     api.clear(SLICES)
     api.create(SLICES, (body for node in nodes for body in slices(node, plan(node.name))))
 
@@ -73,7 +73,7 @@ def create_classes(api: ApiServer) -> None:
 
 
 def create_nodes(api: ApiServer, count: int) -> list[FleetNode]:
-    """Nodes that are ready for pods. Admission adds a taint to each, which only a kubelet's life would remove."""
+    """Create nodes that are ready for pods. Admission adds a taint to each node, which only a kubelet would remove."""
     names = [f"node-{i:03}" for i in range(count)]
     made = api.create(
         NODES, ({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}} for name in names)

@@ -1,8 +1,8 @@
 """How fast the scheduler places pods of one kind.
 
-The pods and their claims are made while the scheduler is held (SIGSTOP), so that neither the API client nor the
-controller that makes the claims is what is measured; the time is from its release to the last pod bound, as a watch
-tells. In it are the scheduler's own work, its writes (claim status, binding, events) and the API server's.
+The pods and their claims are made while the scheduler is paused (SIGSTOP). So the time of the API client, and of the
+controller that makes the claims, does not count. The time runs from the end of the pause until a watch shows the last pod
+bound. It includes the scheduler's own work, its writes (claim status, binding, events) and the API server's work.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hack.lib.scale.control import Scheduler
 from hack.lib.scale.errors import ScaleError
 from hack.lib.scale.fleet import REPOSITORY
 
-_LONGEST_S = 600  # of a watch
+_LONGEST_S = 600  # limit of a watch
 
 
 @dataclass(frozen=True, slots=True)
 class RequestKind:
-    """A kind of request, as an example in deploy/examples asks for it."""
+    """A kind of request, taken from an example in deploy/examples."""
 
     key: str
     text: str
@@ -53,15 +53,15 @@ KINDS = (
 @dataclass(frozen=True, slots=True)
 class Figure:
     pods_per_s: float
-    cpu_ms: float  # the scheduler's processor time for each pod
+    cpu_ms: float  # the scheduler's CPU time for each pod
 
 
 def measure(
     api: ApiServer, scheduler: Scheduler, kind: RequestKind, count: int, meanwhile: Callable[[], None] | None = None
 ) -> Figure:
-    """Place `count` pods of a kind and remove them again. `meanwhile` is called when the scheduler has begun.
+    """Place `count` pods of a kind and remove them again. `meanwhile` is called after the scheduler has begun.
 
-    ScaleError where there is no room for them.
+    ScaleError if there is no room for the pods.
     """
     template, pod = kind.template(), kind.pod("")
     api.create(TEMPLATES, [template])
@@ -83,7 +83,7 @@ def measure(
 
 
 def _until(api: ApiServer, count: int, is_so: Callable[[Body], bool]) -> None:
-    """Return when `is_so` holds for this many pods. ScaleError where one finds no room, or after ten minutes."""
+    """Return when `is_so` is true for this many pods. ScaleError if a pod finds no room, or after ten minutes."""
     done: set[str] = set()
     for pod in _pods(api):
         if refusal := _refusal(pod):
@@ -98,7 +98,7 @@ def _until(api: ApiServer, count: int, is_so: Callable[[Body], bool]) -> None:
 
 
 def _pods(api: ApiServer) -> Iterator[Body]:
-    """Those that are there, and then each that changes."""
+    """First the existing pods, then each pod that changes."""
     listed = api.ask("GET", PODS)
     yield from listed["items"]
     watch = api.watch(PODS, listed["metadata"]["resourceVersion"], _LONGEST_S)
@@ -110,7 +110,7 @@ def _has_claim(pod: Body) -> bool:
 
 
 def _refusal(pod: Body) -> str:
-    """The sentence of the scheduler where no node has room for the pod, else ""; it retries after any other refusal."""
+    """The scheduler's sentence if no node has room for the pod, otherwise "". It retries after any other refusal."""
     conditions = pod.get("status", {}).get("conditions", ())
     messages = (
         one.get("message", "") for one in conditions if one["type"] == "PodScheduled" and one["status"] == "False"

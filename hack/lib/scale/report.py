@@ -10,13 +10,13 @@ from hack.lib.scale.measure import WHOLE, Figure, RequestKind
 
 BASELINE = "whole GPUs only"
 OURS = "our driver"
-TARGET = 0.5  # of the baseline's pods a second
+TARGET = 0.5  # part of the baseline's pods per second
 
-Found = dict[tuple[str, RequestKind], list[Figure]]  # by what is published and what is asked for; one figure a round
+Found = dict[tuple[str, RequestKind], list[Figure]]  # by published slices and kind of request; one figure per round
 
 
 def report(found: Mapping[tuple[str, RequestKind], Sequence[Figure]], size: Mapping[str, object]) -> dict[str, Any]:
-    """Medians over the rounds. A ratio is taken round by round, against the baseline of the same round."""
+    """Medians over the rounds. A ratio compares a figure with the baseline of the same round."""
     base = found[BASELINE, WHOLE]
     rows = []
     for (published, kind), figures in found.items():

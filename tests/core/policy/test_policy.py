@@ -224,7 +224,7 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ("default: {sharedPartitions: [gpu]}", "names 'gpu', which is unknown; use mps, timeslice"),
         ("default: {sharedPartitions: mps}", "default.sharedPartitions must be a list, not a text"),
         ("default: {modes: [mps], sharedPartitions: [mps]}", "default.sharedPartitions has no effect without mode mig"),
-        ("default: {static: {mps: 2, 19: 1}}", "default.static mixes mps, 19, which nothing would keep apart"),
+        ("default: {static: {mps: 2, 19: 1}}", "default.static mixes mps, 19, which nothing keeps apart"),
         ("default: {static: {mps: 2, timeslice: 2}}", "default.static mixes mps, timeslice"),
         ("default: {static: {timeslice: 0}}", "default.static.timeslice is 0, which has no effect"),
         ("default: {modes: [gpu], static: {mps: 2}}", "default.static has no effect without mode mps"),
@@ -288,7 +288,7 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ("gpus: {}", "gpus must be a list, not a mapping"),
         ("gpus: []", "gpus is an empty list"),
         ("gpus: [{modes: [gpu]}]", "gpus[0] has no match"),
-        ("gpus: [{match: {index: 0}}]", "gpus[0] says nothing about the GPUs it matches"),
+        ("gpus: [{match: {index: 0}}]", "gpus[0] has no setting for the GPUs that it matches"),
         ("gpus: [{match: {}, modes: [gpu]}]", "gpus[0].match is empty"),
         ("gpus: [{match: {name: x}, modes: [gpu]}]", "gpus[0].match has the unknown key 'name'"),
         ("gpus: [{match: {index: '0'}, modes: [gpu]}]", "gpus[0].match.index is the text '0' and must be a number"),
@@ -456,7 +456,7 @@ def test_an_entry_whose_cards_are_all_taken_by_another_one_is_said() -> None:
     text = "gpus: [{match: {product: '*H100*'}, modes: [gpu]}, {match: {index: 0}, modes: [mig]}]"
 
     assert policy(text).unused([a_gpu("h100", 0)]) == (
-        "policy: gpus[1] counts for no GPU of this node, because gpus[0] matches those GPUs first",
+        "policy: gpus[1] applies to no GPU of this node, because gpus[0] matches those GPUs first",
     )
 
 

@@ -36,7 +36,7 @@ def read(body: object) -> tuple[Section, tuple[Rule, ...]]:
     if other is not None:
         strict.fail(
             "the document",
-            f"is {other}, and a Policy is wanted; docs/policy.md#from-other-tools shows how the same is said in a Policy",
+            f"is {other}, but must be a Policy; docs/policy.md#from-other-tools shows the same settings in a Policy",
         )
     whole = strict.mapping(body, "the document", ("apiVersion", "kind", "default", "gpus"))
     for key, only in (("apiVersion", API_VERSION), ("kind", KIND)):
@@ -69,9 +69,9 @@ def _check_reached(rule: Rule, before: Sequence[Rule]) -> None:
 def _rule(entry: object, path: str, base: Section) -> Rule:
     body = strict.mapping(entry, path, ("match", *KEYS))
     if "match" not in body:
-        strict.fail(path, "has no match; say which GPUs it is for (index, uuid or product), or put it under default")
+        strict.fail(path, "has no match; name its GPUs (index, uuid or product), or put it under default")
     if len(body) == 1:
-        strict.fail(path, f"says nothing about the GPUs it matches; add one of: {', '.join(KEYS)}")
+        strict.fail(path, f"has no setting for the GPUs that it matches; add one of: {', '.join(KEYS)}")
     match = _match(strict.mapping(body["match"], f"{path}.match", ("index", "uuid", "product")), f"{path}.match")
     return Rule(path, match, _section({key: body[key] for key in KEYS if key in body}, path, base))
 
@@ -250,7 +250,7 @@ def _static(value: object, path: str) -> tuple[tuple[ProfileRef, int], ...] | Pa
     for mode in SHARED:
         if mode in value and len(value) > 1:
             strict.fail(
-                path, f"mixes {', '.join(map(str, value))}, which nothing would keep apart; name {mode} or the others"
+                path, f"mixes {', '.join(map(str, value))}, which nothing keeps apart; name {mode} or the others"
             )
         if mode in value:
             return Parts(mode, strict.positive(value[mode], f"{path}.{mode}"))

@@ -18,7 +18,7 @@ from gpuslice.core.model import Gpu, GpuUuid, MigProfile, Setting
 from gpuslice.core.policy import reading
 from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, ProfileRef, Rule, Section
 
-_VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits of its own for each client
+_VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits for each client
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,8 @@ class GpuPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """What one card cannot do of its policy. `path`: where the document says it; "" or a mere key where it says nothing."""
+    """A setting that one card cannot follow. `path`: its place in the document; "" or only a key if it is not in the
+    document."""
 
     path: str
     gpu: GpuUuid
@@ -72,7 +73,7 @@ class Policy:
         return Policy(*reading.read(body))
 
     def of(self, gpu: Gpu) -> GpuPolicy:
-        """What this card may offer. What the policy asks for and the card cannot do is left out, and `misfits` names it."""
+        """The offer of this card. Settings that the card cannot follow are left out, and `misfits` names them."""
         rule, section = self._rule(gpu), self._section(gpu)
         modes = frozenset(section.modes or ALL_MODES) - (frozenset() if _has_mps(gpu) else {Mode.MPS})
         mig = Mode.MIG in modes
@@ -92,11 +93,11 @@ class Policy:
         )
 
     def misfits(self, gpu: Gpu) -> tuple[Misfit, ...]:
-        """What the policy asks of this card, by name, that the card does not have."""
+        """The named settings of the policy that this card cannot follow."""
         return tuple(self._misfits(gpu))
 
     def suiting_none(self, misfits: Iterable[Misfit], gpus: Iterable[Gpu]) -> tuple[Misfit, ...]:
-        """Those of settings that suit none of the cards for which they count."""
+        """The misfits of settings that fit none of the cards to which they apply."""
         misfits, gpus = tuple(misfits), tuple(gpus)
         counts = {gpu.uuid: {self.path(gpu), *self.of(gpu).paths.values()} for gpu in gpus}
         missed = {(misfit.path, misfit.gpu) for misfit in misfits}
@@ -142,7 +143,7 @@ class Policy:
         """Why the entry applies to none of these cards."""
         first = dict.fromkeys(self.path(gpu) for gpu in gpus if gpu in rule.match)
         if first:
-            return f"counts for no GPU of this node, because {' and '.join(first)} matches those GPUs first"
+            return f"applies to no GPU of this node, because {' and '.join(first)} matches those GPUs first"
         return f"matches no GPU of this node, so it has no effect here; {_cards(gpus)}"
 
     def _unused(self, gpus: tuple[Gpu, ...]) -> Iterator[str]:
@@ -150,7 +151,7 @@ class Policy:
             here = [gpu for gpu in gpus if self._rule(gpu) == rule]
             if not here:
                 yield f"policy: {rule.path} {self._missed(rule, gpus)}"
-            for missing in () if rule.match.certain() else _missing(rule.section, here):  # else `misfits` says it
+            for missing in () if rule.match.certain() else _missing(rule.section, here):  # otherwise `misfits` names it
                 yield f"policy: {rule.path} {missing}"
         for missing in _missing(self.base, gpus):
             yield f"policy: default {missing}"
@@ -214,7 +215,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _static(section: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[MigProfile, int], ...] | Parts:
-    """What this card is cut into; nothing where it cannot, or may not."""
+    """The parts into which this card is divided. Empty if the card cannot be divided, or must not."""
     if isinstance(section.static, Parts):
         return section.static if section.static.mode in modes else ()
     if not gpu.profiles or Mode.MIG not in modes or any(_static_strangers(section, gpu)):
@@ -228,7 +229,7 @@ def _static(section: Section, gpu: Gpu, modes: frozenset[Mode]) -> tuple[tuple[M
 
 
 def _static_strangers(section: Section, gpu: Gpu) -> Iterator[ProfileRef]:
-    """Profiles of the static layout that this card lacks; none where it cannot be partitioned at all."""
+    """Profiles of the static layout that this card lacks. Empty if the card cannot be partitioned at all."""
     if isinstance(section.static, Parts) or not gpu.profiles or Mode.MIG not in (section.modes or ALL_MODES):
         return
     for ref, _ in section.static or ():

@@ -106,7 +106,7 @@ class Section:
         return replace(base, **given)
 
     def said(self) -> list[str]:
-        """The keys that this section has, as the document spells them. Only the keys that errors about a card can name."""
+        """The keys of this section, as the document spells them. Only the keys that errors about a card can name."""
         fields_of = {
             "reserve": self.reserve_bytes,
             "mps": self.mps_shares or self.mps_clients,

@@ -32,7 +32,7 @@ def sequence(value: object, path: str) -> Sequence[object]:
     if not isinstance(value, list | tuple):
         fail(path, f"must be a list, not {_kind(value)}; write it in brackets or with dashes")
     if not value:
-        fail(path, "is an empty list, which would leave nothing; name what you want, or leave the key out")
+        fail(path, "is an empty list, so nothing would be left; name a value, or remove the key")
     return value
 
 
@@ -52,7 +52,7 @@ def number(value: object, path: str) -> int:
 
 def positive(value: object, path: str) -> int:
     if number(value, path) == 0:
-        fail(path, "is 0, which has no effect; write how many, or leave it out")
+        fail(path, "is 0, which has no effect; write a number from 1 on, or remove it")
     return number(value, path)
 
 

@@ -216,7 +216,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
 def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
     """The same hardware, shared. A fixed part has its fraction of all divisible capacities.
 
-    `smPercent` is of the multiprocessors of the slice that is shared, a partition's too, because MPS counts them so
+    `smPercent` refers to the multiprocessors of the shared slice, a partition included, because MPS counts in this way
     (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE).
     """
     shared = replace(
@@ -253,7 +253,7 @@ def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevic
 
 
 def _memory_policy(sharing: Mps | TimeSlicing) -> ReadOnlyBody:
-    """Whole MiB, and an equal part by default; nothing to ask for where there is no room for a step."""
+    """Whole MiB, and an equal part by default. If there is no room for a step, a claim cannot request any."""
     if sharing.memory_mib < 2 * sharing.shares:
         only = quantity.mebibytes(sharing.memory_mib)
         return {"default": only, "validValues": [only]}
@@ -331,7 +331,7 @@ def _capacity(shown: PublishedDevice) -> ReadOnlyBody:
 
 
 def _text(value: str) -> ReadOnlyBody:
-    """As many whole characters as the API takes: it counts bytes (DRA contract, C9)."""
+    """As many whole characters as the API accepts. The API counts bytes (DRA contract, C9)."""
     return {"string": value.encode("utf-8", "replace")[:_TEXT].decode("utf-8", "ignore")}
 
 

@@ -81,12 +81,12 @@ def decode(body: Any) -> dict[PoolName, PoolSlices]:
         raise ValueError("it has no pools")
     for name, specs in body["pools"].items():
         if not isinstance(specs, list) or not all(map(_is_part, specs)):
-            raise ValueError(f"pool {name[:100]} is no list of slices")
+            raise ValueError(f"pool {name[:100]} is not a list of slices")
     return {PoolName(name): PoolSlices(PoolName(name), tuple(specs)) for name, specs in body["pools"].items()}
 
 
 def _is_part(spec: object) -> bool:
-    """Whether it has the form of a slice, as far as it is read here: named devices, and lists of counters."""
+    """Whether it has the form of a slice, as far as this module reads it: named devices, and lists of counters."""
     if not isinstance(spec, dict):
         return False
     lists = [spec.get("devices", []), spec.get("sharedCounters", [])]

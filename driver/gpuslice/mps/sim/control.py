@@ -1,8 +1,8 @@
-"""The simulated node's `nvidia-cuda-mps-control`: what a machine without a GPU runs in its place (docs/mps.md).
+"""The `nvidia-cuda-mps-control` of a simulated node, for machines without a GPU (docs/mps.md).
 
-With `-f` or `-d` it becomes the daemon (start.py, daemon.py). Without, it hands the commands on its standard
+With `-f` or `-d` it becomes the daemon (start.py, daemon.py). Otherwise it passes the commands on its standard
 input to the daemon of CUDA_MPS_PIPE_DIRECTORY and prints the answers. It starts at every command, so this half imports
-next to nothing: `_socket` because `socket` takes as long as all the rest, and no pathlib.
+very little: `_socket`, because `socket` takes as long as everything else, and no pathlib.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 
 PIPE = "CUDA_MPS_PIPE_DIRECTORY"
-_PIPE_DEFAULT = "/tmp/nvidia-mps"  # noqa: S108  NVIDIA's
+_PIPE_DEFAULT = "/tmp/nvidia-mps"  # noqa: S108  NVIDIA's default
 _FLAGS = {"-d", "-f", "-multiuser-server"}
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     pipe = os.environ.get(PIPE, _PIPE_DEFAULT)
     if not {"-d", "-f"} & set(arguments):
         return _command(f"{pipe}/control")
-    sys.path[0] = __file__.rsplit("/", 4)[0]  # the folder of `gpuslice`; it was the one of this file
+    sys.path[0] = __file__.rsplit("/", 4)[0]  # the folder of `gpuslice` instead of the folder of this file
     from gpuslice.mps.sim import start
 
     return start.run(pipe, background="-d" in arguments, multiuser="-multiuser-server" in arguments)

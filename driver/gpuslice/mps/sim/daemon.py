@@ -1,27 +1,27 @@
-"""The daemon of the simulated `nvidia-cuda-mps-control`: one thread, one loop, servers as processes of their own.
+"""The daemon of the simulated `nvidia-cuda-mps-control`: one thread, one loop, and a process for each server.
 
-What it refuses and what it takes silently follows NVIDIA's documentation of MPS: a device of a limit is not
-validated, defaults hold for servers that start afterwards, a server's own limits for clients that connect afterwards.
-Where NVIDIA documents no text of an answer, the text is ours.
+What the daemon refuses or accepts silently follows NVIDIA's documentation of MPS. The device of a limit is not
+validated. Defaults apply to servers that start later, and the limits of a server to clients that connect later.
+If NVIDIA documents no text of an answer, the text is ours.
 
-A program that connects to `control` writes lines. Commands are answered when the writer has shut down its side. A
-simulated client writes one line first, and is a client for as long as it stays connected:
+A program that connects to `control` writes lines. The daemon answers commands when the writer has shut down its side. A
+simulated client writes one line first, and is a client while it stays connected:
 
     client  client PID UID
-    daemon  server PID memory MIB|none threads PERCENT     at once, or when the clients of another uid have gone
-    daemon  refused: WHY                                   and hangs up
-    client  allocate MIB                                   in all, not in addition
+    daemon  server PID memory MIB|none threads PERCENT     at once, or after the clients of another uid left
+    daemon  refused: WHY                                   then the daemon hangs up
+    client  allocate MIB                                   total, not in addition
     daemon  ok | out of memory
-    daemon  terminated                                     by terminate_client, or with its server; and hangs up
+    daemon  terminated                                     by terminate_client, or with its server; then the daemon hangs up
 
-Faults on cue: while the file `mps/CUE` or `mps/CUE.UUID` (of the device) lies in the simulated node's folder,
+Faults on cue: while the file `mps/CUE` or `mps/CUE.UUID` (of the device) is in the simulated node's folder,
 
-    ignore-limits         no limit is taken
-    ignore-uuid-limits    limits by UUID are not taken, those by index are
+    ignore-limits         the daemon ignores all limits
+    ignore-uuid-limits    the daemon ignores limits by UUID, but not limits by index
     refuse-multiuser      -multiuser-server is an unknown option, as with an older driver
     refuse-start          the daemon ends at its start
-    hang                  no command is answered, clients go on
-    fault                 servers say FAULT and refuse new clients
+    hang                  the daemon answers no command; clients continue
+    fault                 servers report FAULT and refuse new clients
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gpuslice.mps.sim.server import Ceilings, Client, Server, mebibytes
 
 
 class RefusedError(Exception):
-    """A command that is not obeyed, with what the daemon prints."""
+    """The daemon refuses a command. The text is what the daemon prints."""
 
 
 class SimDaemon:
@@ -48,13 +48,13 @@ class SimDaemon:
         self._defaults = Ceilings()
         self._servers: dict[int, Server] = {}
         self._waiting: list[Client] = []
-        self._requests: dict[int, tuple[socket.socket, bytes]] = {}  # by descriptor: requests that are not complete yet
-        self._leave_at: float | None = None  # time.monotonic(); inf: when the last client has gone
+        self._requests: dict[int, tuple[socket.socket, bytes]] = {}  # by descriptor: incomplete requests
+        self._leave_at: float | None = None  # time.monotonic(); inf: after the last client left
         self._poll = select.poll()
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first: a program that sees "control" may connect to it.
+        # Bound under another name first, because a program may connect to "control" as soon as it exists.
         self._control.bind(f"{pipe}/.control")
-        os.chmod(f"{pipe}/.control", 0o777)  # noqa: PTH101, S103  clients have uids of their own
+        os.chmod(f"{pipe}/.control", 0o777)  # noqa: PTH101, S103  clients have other uids
         self._control.listen(128)
         self._path = f"{pipe}/control"
         os.rename(f"{pipe}/.control", self._path)  # noqa: PTH104
@@ -100,7 +100,7 @@ class SimDaemon:
         elif more:
             self._requests[descriptor] = (connection, text)
         elif self._cued("hang"):
-            self._poll.unregister(connection)  # it stays connected and gets no answer
+            self._poll.unregister(connection)  # the connection stays open and gets no answer
         else:
             del self._requests[descriptor]
             answers = [self._answer(line.split()) for line in text.decode().splitlines() if line.strip()]
@@ -126,7 +126,7 @@ class SimDaemon:
         self._let_in()
 
     def _let_in(self) -> None:
-        """One uid at a time, unless the server is for all."""
+        """Let waiting clients in: one uid at a time, or all uids with -multiuser-server."""
         for client in list(self._waiting):
             active = next((s for s in self._servers.values() if s.clients), None)
             if self._multiuser or active is None or active.uid == client.uid:
@@ -167,7 +167,7 @@ class SimDaemon:
             if self._multiuser or server.uid == uid:
                 return server
         for idle in list(self._servers.values()):
-            self._end(idle, "terminated")  # of another uid, and nobody is connected to it
+            self._end(idle, "terminated")  # it is of another uid and has no client
         server = Server(uid, self._defaults.copy())
         self._servers[server.pid] = server
         self._poll.register(server.descriptor, select.POLLIN)
@@ -249,7 +249,7 @@ class SimDaemon:
         return ""
 
     def _device(self, name: str) -> int | None:
-        """None for one that is not there, and for a limit that a cue makes it ignore: it says nothing about either."""
+        """The index of a device. None for an unknown device, and for a limit that a cue ignores; both are silent."""
         if self._cued("ignore-limits") or (not name.isdigit() and self._cued("ignore-uuid-limits")):
             return None
         if name.isdigit():

@@ -1,6 +1,6 @@
-"""Which devices of the simulated node a daemon sees: CUDA_VISIBLE_DEVICES against the node's files (nvml/sim/state.py).
+"""The devices of the simulated node that a daemon sees: CUDA_VISIBLE_DEVICES compared with nvml/sim/state.py's files.
 
-Read here and not by that module, because the daemon starts without installed packages such as YAML.
+This module reads the files itself, because the daemon starts without installed packages such as YAML.
 """
 
 from __future__ import annotations

@@ -30,14 +30,14 @@ class Client:
 
 
 class Server:
-    """A process of its own. `descriptor` becomes readable when it ends."""
+    """A process for one server. `descriptor` becomes readable when the process ends."""
 
     def __init__(self, uid: int, ceilings: Ceilings) -> None:
         self.uid, self.ceilings = uid, ceilings
         self.clients: list[Client] = []
         self.pid = os.fork()
         if not self.pid:
-            os.closerange(3, 1024)  # or the daemon's sockets and its lock outlive it
+            os.closerange(3, 1024)  # otherwise the daemon's sockets and lock survive the daemon
             name_myself(NAME)
             while True:
                 signal.pause()
@@ -50,12 +50,12 @@ class Server:
 
 
 def name_myself(name: str) -> None:
-    """What the kernel shows as this process' name: its first 15 bytes (proc(5))."""
+    """Set the name that the kernel shows for this process: at most 15 bytes (proc(5))."""
     with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write(name)
 
 
 def mebibytes(value: str) -> int:
-    """`4G`, `512M` or bytes, in whole MiB; ValueError for anything else."""
+    """`4G`, `512M` or bytes, in whole MiB. ValueError for anything else."""
     number, unit = (value[:-1], _BYTES[value[-1]]) if value[-1:] in _BYTES else (value, 1)
     return int(number) * unit >> 20

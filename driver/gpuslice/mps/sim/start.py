@@ -1,4 +1,4 @@
-"""The start of the simulated daemon: what it refuses, its files, its place in fore- or background."""
+"""The start of the simulated daemon: its refusals, its files, and its move into the background."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTROL = "nvidia-cuda-mps-control"
 
 
 def run(pipe: str, *, background: bool, multiuser: bool) -> int:
-    """Be the daemon until `quit`; its exit status."""
+    """Run the daemon until `quit`. Returns its exit status."""
     node, logs = os.environ.get(NODE, ""), os.environ.get("CUDA_MPS_LOG_DIRECTORY", "/var/log/nvidia-mps")
     try:
         devices = visible(Path(node), os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -56,7 +56,7 @@ def _refusal(node: str, devices: tuple[str, ...], multiuser: bool) -> str:
 
 
 def _continue_in_background() -> bool:
-    """False in the process that was started, once the other one is on its way."""
+    """Fork. False in the first process, which then ends; True in the background process."""
     if os.fork():
         return False
     os.setsid()

@@ -82,7 +82,7 @@ class Cue:
             )
 
     def meets(self, call: str, gpu: GpuUuid | None, done: bool) -> bool:
-        calls = (call,) if call == "start" else ("*", call)  # "*" is for a node that was opened
+        calls = (call,) if call == "start" else ("*", call)  # "*" means any call on a started node
         return self.call in calls and self.gpu in (None, gpu) and self.done == done
 
 
@@ -120,13 +120,11 @@ class Cues:
         if added_at == self._none_at:
             return {}
         found = self._found()
-        self._none_at = (
-            None if found else added_at
-        )  # read before the folder, so that a cue which is added in between is seen
+        self._none_at = None if found else added_at  # read before the folder, so that a cue added in between counts
         return found
 
     def _added_at(self) -> int:
-        return os.stat(self._lock).st_mtime_ns  # noqa: PTH116  each simulated call begins with it
+        return os.stat(self._lock).st_mtime_ns  # noqa: PTH116  each simulated call begins here
 
     def _found(self) -> dict[str, Cue]:
         names = (name[:-5] for name in os.listdir(self._folder) if name.endswith(".json") and name[0] != ".")  # noqa: PTH208
@@ -209,7 +207,7 @@ class Cues:
 
 
 class Events:
-    """The folder of XID events. `next` is for one caller, and starts with events after its first call."""
+    """The folder of XID events. `next` has one caller, and returns only events after its first call."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

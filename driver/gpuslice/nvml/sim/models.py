@@ -107,9 +107,7 @@ def _body(key: str, own: Mapping[str, Mapping[str, object]]) -> Mapping[str, obj
     _check_mapping(f"product {key!r}", body)
     if body.get("missing"):
         what = "; ".join(map(str, _list(f"product {key!r}", body, "missing")))
-        raise ConfigError(
-            f"{key} cannot be simulated, because nobody has published its {what}; describe it in a node file"
-        )
+        raise ConfigError(f"{key} cannot be simulated, because its {what} is not published; describe it in a node file")
     return body
 
 
@@ -132,7 +130,7 @@ def _profile(key: str, body: Mapping[str, object]) -> MigProfile:
 
 def _check_mapping(where: str, body: object) -> None:
     if not isinstance(body, Mapping):
-        raise ConfigError(f"{where} is {body!r} and must be a mapping, as an entry of models.json is")
+        raise ConfigError(f"{where} is {body!r} and must be a mapping, like an entry of models.json")
 
 
 def _list(where: str, body: Mapping[str, object], field: str) -> list[object]:

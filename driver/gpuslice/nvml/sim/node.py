@@ -90,7 +90,7 @@ class SimNode:
 
     def profile(self, index: int, partition: Partition) -> MigProfile:
         profile = self._gpus[index].profile(partition.profile)
-        assert profile is not None, "a partition is only ever made from a profile of its card"
+        assert profile is not None, "every partition has a profile of its card"
         return profile
 
     # ------------------------------------------------------------ injected faults

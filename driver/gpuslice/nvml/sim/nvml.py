@@ -25,12 +25,12 @@ from gpuslice.nvml.sim.state import GpuState, Mutation
 
 Latency = Literal["realistic", "zero", "serial"]
 
-# First compute capability with an adjustable time slice here. Volta and later have it. Some Pascal cards have it too, but
+# The first compute capability with an adjustable time slice in this simulator: Volta. Some Pascal cards have it too, but
 # no source lists them.
 _TIME_SLICED = 7
 
 # Seconds of a call: orders of magnitude, not measurements. Comments in NVIDIA's DRA driver give about 1 s for the destroy
-# of a GPU instance, and about the same for a create. The others are our guess in proportion to that.
+# of a GPU instance, and about the same for a create. The other values are our guess in proportion to these.
 SECONDS = {
     "gpus": 0.02,
     "look": 0.002,
@@ -115,7 +115,7 @@ class SimNvml(SimNode):
 
     def wait_event(self, timeout_s: float) -> XidEvent | None:
         self._check_open()
-        # Before the faults, so that an XID during a hung call is not missed.
+        # Before the faults: an XID during a hung call must not be lost.
         self._events.subscribe()
         self._meet("wait_event", None, done=False)
         return self._events.next(timeout_s)
@@ -129,7 +129,7 @@ class SimNvml(SimNode):
             return
         if busy := _busy(state):
             raise self._refusal(
-                index, Code.IN_USE, f"MIG mode waits for a reset, and {busy}; end that and reset the GPU"
+                index, Code.IN_USE, f"MIG mode waits for a reset, and {busy}; end these processes, then reset the GPU"
             )
         raise self._refusal(index, Code.RESET_REQUIRED, "MIG mode is pending; reset the GPU or reboot the node")
 
@@ -140,11 +140,13 @@ class SimNvml(SimNode):
         if state.live.mig == on:
             return state.with_mig(on)
         if state.live.partitions:
-            raise self._refusal(index, Code.IN_USE, "GPU instances stand on it; destroy them first")
+            raise self._refusal(index, Code.IN_USE, "it has GPU instances; destroy them first")
         if not gpu.resetless:
             return state.with_mig(state.live.mig, pending=on)
         if busy := _busy(state):
-            raise self._refusal(index, Code.IN_USE, f"MIG mode cannot be switched while {busy}; end that first")
+            raise self._refusal(
+                index, Code.IN_USE, f"MIG mode cannot be switched while {busy}; end these processes first"
+            )
         return replace(state.with_mig(on), compute_mode=ComputeMode.DEFAULT, time_slice=0)
 
     # ------------------------------------------------------------ partitions
@@ -161,9 +163,7 @@ class SimNvml(SimNode):
         standing = [(self.profile(index, p), p.placement) for p in state.live.partitions]
         model = self._products[index]
         if reason := geometry.refusal(model.engines, standing, profile, placement):
-            text = (
-                f"no room for a {profile.name} at memory slice {placement.start}: {reason}; destroy what is in its way"
-            )
+            text = f"no room for a {profile.name} at memory slice {placement.start}: {reason}; destroy what blocks it"
             raise self._refusal(index, Code.INSUFFICIENT_RESOURCES, text)
         gi = geometry.instance_id(model.memory_slices, placement, (p.gi for p in state.live.partitions))
         new = Partition(profile=profile_id, placement=placement, gi=gi)
@@ -180,7 +180,7 @@ class SimNvml(SimNode):
             )
         if placement not in profile.placements:
             starts = ", ".join(str(p.start) for p in profile.placements)
-            text = f"{profile.name} cannot stand at {placement.start}:{placement.size}; use one of the starts {starts}"
+            text = f"{profile.name} cannot be at {placement.start}:{placement.size}; use one of the starts {starts}"
             raise self._refusal(index, Code.INVALID_ARGUMENT, text)
         return profile
 
@@ -326,7 +326,7 @@ class SimNvml(SimNode):
                 raise DeviceError(f"{here}: {call} failed with {Code(cue.code).name}, as cued", cue.code)
 
     def _spend(self, call: str) -> None:
-        # The only place that waits for a fixed time on purpose. The event ends the wait when the session is closed.
+        # The only place that waits for a fixed time on purpose. The end of the session ends the wait.
         if self._latency != "zero" and self._closing.wait(SECONDS[call]):
             raise DeviceError(f"NVML was closed during {call}", Code.UNINITIALIZED)
 

@@ -36,7 +36,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """The description of a node. Compared by value, so that a folder can find out whether another node is wanted."""
+    """The description of a node. Compared by value, so that a folder can detect a request for another node."""
 
     cards: tuple[Card, ...]
     driver_version: str = _DRIVER
@@ -99,7 +99,7 @@ def _checked(where: str, spec: NodeSpec) -> NodeSpec:
 def _cards(text: str, part: str) -> list[Card]:
     match = _CARD.fullmatch(part)
     if match is None and _CARD.fullmatch(part.lower()):
-        raise ConfigError(f"{part!r} has capital letters, and the names of products have none; write {text.lower()}")
+        raise ConfigError(f"{part!r} has capital letters, but names of products have none; write {text.lower()}")
     count = int(match["count"] or 1) if match else 0
     if match is None or not 0 < count <= MAX_CARDS:
         place = "" if part == text else f" in {text!r}"

@@ -99,7 +99,8 @@ class StateFolder:
         return self._part(f"gpu{index}.json")
 
     def _part(self, name: str) -> Path:
-        """A file of the folder. Cached, because each call on a GPU needs some, and a Path costs as much as its use."""
+        """A file of the folder. Cached: each call on a GPU needs some of them, and a Path costs as much as the use of
+        its file."""
         path = self._parts.get(name)
         if path is None:
             path = self._parts[name] = self.path / name
@@ -109,7 +110,7 @@ class StateFolder:
         """The card's state, from the cache if the file is unchanged."""
         path = self._file(index)
         try:
-            key = Version.of(os.stat(path))  # noqa: PTH116  twice as fast as Path.stat, and `look` calls nothing else
+            key = Version.of(os.stat(path))  # noqa: PTH116  twice as fast as Path.stat; `look` needs nothing else
             held = self._cache.get(index)
             if held is not None and held[0] == key:
                 return held[1]
@@ -182,7 +183,7 @@ def _decode(body: Mapping[str, object]) -> GpuState:
     return GpuState(
         live=live,
         compute_mode=ComputeMode(cast("int", body["computeMode"])),
-        time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release does not have it
+        time_slice=cast("int", body.get("timeSlice", 0)),  # a node of an earlier release has no such key
         processes=tuple(
             GpuProcess(pid=p["pid"], name=str(p["name"]), gi=p["gi"], ci=p["ci"], used_bytes=p["usedBytes"])
             for p in processes

@@ -1,1 +1,1 @@
-"""The stages of a run. Each is a function of a `Machine` and the `Results` of its stage."""
+"""The stages of a run. Each is a function with a `Machine` and the `Results` of its stage."""

@@ -11,7 +11,7 @@ from hack.lib.gpu.stages.machine import Machine
 
 
 def _stop(*_: object) -> None:
-    """A stage that is too slow takes back what it began."""
+    """A stage that exceeds its time limit undoes what it began."""
     sys.exit(1)
 
 

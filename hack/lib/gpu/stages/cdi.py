@@ -1,4 +1,4 @@
-"""What our CDI file would give a container, file by file, beside what NVIDIA's `nvidia-ctk cdi generate` writes."""
+"""Compare our CDI file, file by file, with the output of NVIDIA's `nvidia-ctk cdi generate`."""
 
 from __future__ import annotations
 

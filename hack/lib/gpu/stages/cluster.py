@@ -19,7 +19,7 @@ from hack.lib.gpu.stages.machine import Machine
 
 FILE = "stack.txt"  # the logs of the cluster's parts
 TIMEOUT_S = 40
-# The card's settings are not ours to change: docs/policy.md, `keep`.
+# This driver must not change the card's settings: docs/policy.md, `keep`.
 _POLICY = {
     "apiVersion": "gpuslice.dev/v1alpha1",
     "kind": "Policy",
@@ -28,7 +28,7 @@ _POLICY = {
 
 
 class Stack:
-    """The cluster as its administrator has it, and pods that run the CUDA program, or a shell where there is no card."""
+    """The cluster for its administrator, and pods that run the CUDA program. Without a card, the pods run a shell."""
 
     def __init__(self, machine: Machine, *, hook: bool) -> None:
         assert machine.programs is not None
@@ -51,7 +51,7 @@ class Stack:
         return subprocess.run(command, cwd=TREE, capture_output=True, text=True, check=False)
 
     def kubectl(self, *arguments: str, given: str | None = None) -> str:
-        """Its output; RuntimeError with its errors where it fails."""
+        """Run kubectl. Returns its output. RuntimeError with its errors if it fails."""
         kube = self.programs / "cache" / "gpuslice" / "cluster" / f"v{VERSIONS[0]}" / "kube"
         command = [str(kube), "kubectl", f"--kubeconfig={self.folder / 'admin.conf'}", *arguments]
         done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=TIMEOUT_S + 10)
@@ -65,7 +65,7 @@ class Stack:
     # ------------------------------------------------------------ pods
 
     def command(self, *lines: str) -> list[str]:
-        """What the container runs: the CUDA program with these lines; on a simulated card `env`."""
+        """The command of the container: the CUDA program with these lines; for a simulated card, `env`."""
         if self.real:
             return [f"/usr/bin/{programs.PROGRAM}", *lines]
         held = "trap exit TERM; while :; do sleep 1; done" if "hold" in lines else "true"
@@ -117,13 +117,13 @@ class Stack:
         return self.logs(name)
 
     def holds(self, name: str) -> str:
-        """Wait until its program has done all and holds; its log."""
+        """Wait until the program of the pod has done all commands and holds. Returns its log."""
         self.until(name, "condition=Ready")
         deadline = time.monotonic() + TIMEOUT_S
         while (
             "hold" not in (log := self.logs(name)) and "error" not in log and time.monotonic() < deadline and self.real
         ):
-            time.sleep(0.2)  # a log tells nobody that it grew
+            time.sleep(0.2)  # a log sends no event when it grows
         return log
 
     def logs(self, name: str) -> str:

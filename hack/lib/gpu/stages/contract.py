@@ -1,4 +1,4 @@
-"""The NVML contract and what a container would be given, on the real card; the simulated side where there is none."""
+"""The NVML contract and the edits of a container, on the real card; without a card, on the simulated one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every answer of NVML to the calls that our driver makes, raw, as JSON: golden data for the simulator. Reads only."""
+"""Every answer of NVML to the driver's calls, raw, as JSON: golden data for the simulator. Reads only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CARD = (
     *("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses"),
     *("nvmlDeviceGetGraphicsRunningProcesses", "nvmlDeviceGetSupportedEventTypes", "nvmlDeviceGetRemappedRows"),
 )
-# MIG: resetless switch, and others that a driver of ours asks (nvml.h, NVML_FI_*).
+# MIG: resetless switch, and other fields that our driver reads (nvml.h, NVML_FI_*).
 _FIELDS = (184, 193, 226, 227, 230)
 _R615 = ("nvmlDeviceGetMemoryLimits_v1", "nvmlDeviceGetMemoryLimits")  # a container's memory limit, from driver 615 on
 
@@ -93,7 +93,7 @@ def _ask(call: Callable[..., object], *arguments: object) -> object:
         return _plain(call(*arguments))
     except pynvml.NVMLError as e:
         return {"error": e.value, "text": str(e)}
-    except Exception as e:  # noqa: BLE001  pynvml raises more than its own errors
+    except Exception as e:  # noqa: BLE001  pynvml raises other errors than its own, too
         return {"raised": repr(e)}
 
 

@@ -1,4 +1,4 @@
-"""What this machine is and allows: kernel, namespaces, cgroups, device nodes, files of NVIDIA's driver."""
+"""The machine and its permissions: kernel, namespaces, cgroups, device nodes, files of NVIDIA's driver."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hack.lib.gpu.results import Results
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What `hack/gpu run` knows of the machine when a stage begins."""
+    """Facts of the machine that `hack/gpu run` knows before a stage begins."""
 
     driver_root: Path | None  # None: there is no NVIDIA driver
-    programs: Path | None  # None: not packed, or not laid out yet
+    programs: Path | None  # None: not packed, or not unpacked yet
     out: Path
 
     @staticmethod
@@ -25,7 +25,7 @@ class Machine:
         return Machine(Path(root) if root else None, Path(programs) if programs else None, Path(os.environ["GPU_OUT"]))
 
     def program_environment(self) -> dict[str, str]:
-        """For a CUDA program that runs outside of any container."""
+        """The environment of a CUDA program that runs outside of a container."""
         folders = [str(folder) for folder in driver.libraries(self.driver_root)] if self.driver_root else []
         path = ":".join([*folders, os.environ.get("LD_LIBRARY_PATH", "")]).strip(":")
         mine = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}

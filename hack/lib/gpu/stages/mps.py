@@ -1,4 +1,4 @@
-"""NVIDIA's own MPS programs with CUDA programs of ours, in private folders: what holds, and what does not.
+"""NVIDIA's own MPS programs with our CUDA programs, in private folders: which statements about MPS are true.
 
 The card's settings stay as they are: no compute mode is set.
 """
@@ -17,7 +17,7 @@ from hack.lib.gpu.stages.machine import Machine
 from hack.lib.gpu.stages.program import CudaProgram, numbers
 
 _CEILING_MIB = 4096
-_ROUNDS = 4_000_000  # of the timed kernel: long beside its start
+_ROUNDS = 4_000_000  # of the timed kernel; they take much longer than its start
 
 
 def run(machine: Machine, results: Results) -> None:
@@ -50,7 +50,7 @@ class Daemon:
         folder.chmod(0o755)
 
     def start(self) -> int:
-        path = f"{self._control.parent}:{os.environ['PATH']}"  # it looks for the server program there
+        path = f"{self._control.parent}:{os.environ['PATH']}"  # the control program looks for the server program there
         environment = {**self._machine.program_environment(), **self.environment, "PATH": path}
         command = [str(self._control), "-d", *(["-multiuser-server"] if os.geteuid() == 0 else [])]
         return subprocess.run(command, env=environment, check=False, timeout=20).returncode
@@ -79,12 +79,12 @@ class Daemon:
         self.tell("quit -t 5")
         deadline = time.monotonic() + 8
         while (self.folder / "pipe" / "nvidia-cuda-mps-control.pid").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)  # nothing tells that it has ended
+            time.sleep(0.1)  # its end sends no event
         return not (self.folder / "pipe" / "nvidia-cuda-mps-control.pid").exists()
 
 
 def _control(machine: Machine) -> Path | None:
-    """NVIDIA's control program, None where the driver root has none."""
+    """NVIDIA's control program. None if the driver root has none."""
     if machine.driver_root is None:
         return None
     from gpuslice.errors import DeviceError
@@ -170,7 +170,7 @@ def _killed(daemon: Daemon, results: Results) -> None:
     program, other = daemon.program(), daemon.program()
     program.does("touch 2048")
     program.tell("second 5")
-    time.sleep(0.5)  # it is in the middle of its kernels then
+    time.sleep(0.5)  # then it runs its kernels
     program.process.send_signal(signal.SIGKILL)
     program.process.wait()
     results.check(
@@ -185,7 +185,7 @@ def _killed(daemon: Daemon, results: Results) -> None:
 
 
 def _escape(daemon: Daemon, results: Results) -> None:
-    """Without compute mode EXCLUSIVE_PROCESS a program that does not know the daemon has the card for itself."""
+    """Without compute mode EXCLUSIVE_PROCESS, a program that does not know the daemon can use the whole card."""
     program = daemon.program()
     free = CudaProgram(daemon._machine)
     answer = free.does(f"allocate {2 * _CEILING_MIB}")

@@ -1,4 +1,4 @@
-"""The CUDA program of ours, as a process that obeys."""
+"""Our CUDA program, as a process that takes commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMEOUT_S = 40.0
 
 
 def find(machine: Machine) -> Path:
-    """The packed program, or one compiled here. GpuError where neither can be had."""
+    """The packed program, or a program that is compiled here. GpuError if neither is possible."""
     packed = machine.programs / "bin" / programs.PROGRAM if machine.programs else None
     if packed is not None and packed.exists():
         return packed
@@ -31,7 +31,7 @@ def find(machine: Machine) -> Path:
 
 
 class CudaProgram:
-    """One process on the card; `first` is what it says of the card."""
+    """One process on the card. `first` is its first line, which describes the card."""
 
     def __init__(self, machine: Machine, *before: str, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -61,7 +61,7 @@ class CudaProgram:
         return self.says()
 
     def end(self) -> int:
-        """Its exit status; killed where it does not end with its input."""
+        """Close the input of the process. Returns its exit status. Kills it if it does not end."""
         try:
             self.process.communicate(timeout=_TIMEOUT_S)
         except (subprocess.TimeoutExpired, BrokenPipeError):
@@ -71,5 +71,5 @@ class CudaProgram:
 
 
 def numbers(answer: str) -> Mapping[str, float]:
-    """{"free": 3825.0, …} of "ok free=3825 total=…"."""
+    """{"free": 3825.0, …} from "ok free=3825 total=…"."""
     return {name: float(value) for name, value in re.findall(r"(\w+)=([0-9.]+)\b", answer)}

@@ -1,4 +1,4 @@
-"""Two programs that share the card by time: their speed, what each sees of the memory, and a fault in one of them."""
+"""Two programs that share the card by time-slicing: speed, visible memory, and a fault in one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole stack: kubelet, containerd and our driver, and pods that compute on the card; simulated where there is none."""
+"""The whole stack: kubelet, containerd and our driver, with pods that compute on the card. Without a card, simulated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hack.lib.gpu.stages.program import numbers
 
 
 def run(machine: Machine, results: Results) -> None:
-    # Where NVIDIA's hook does not work here, the driver has another way to tell a container about its libraries.
+    # If NVIDIA's hook does not work here, the driver tells a container about its libraries in another way.
     for hook in (True, False) if machine.driver_root is not None else (False,):
         stack = Stack(machine, hook=hook)
         try:
@@ -29,7 +29,7 @@ def run(machine: Machine, results: Results) -> None:
 
 
 def _start(stack: Stack, results: Results) -> bool:
-    """Whether claims may be made."""
+    """Start the cluster. Returns whether claims may be made."""
     begun = time.perf_counter()
     up = stack.cluster("up", *stack.cards())
     took = time.perf_counter() - begun
@@ -40,7 +40,7 @@ def _start(stack: Stack, results: Results) -> bool:
 
 
 def _works(stack: Stack, results: Results) -> bool:
-    """Whether the first pod computes; without it the other checks would only take time."""
+    """Whether the first pod computes. Without it the other checks would only take time."""
     found = False
     with results.trying("a pod computes on the card that its claim holds"):
         found = _whole(stack, results)
@@ -59,7 +59,7 @@ def _trials(stack: Stack, results: Results) -> None:
 
 
 def _published(stack: Stack, results: Results) -> bool:
-    """Whether claims may be made: on a real card none of them may switch MIG mode."""
+    """Whether claims may be made: on a real card no claim may be able to switch MIG mode."""
     slices = stack.items("resourceslices")
     devices = [device for body in slices for device in body["spec"].get("devices") or ()]
     kinds = sorted({device["attributes"]["type"]["string"] for device in devices})
@@ -69,7 +69,7 @@ def _published(stack: Stack, results: Results) -> bool:
 
 
 def _computes(stack: Stack, log: str) -> bool:
-    """Whether every command was answered with ok; whether the container was given a device where there is no card."""
+    """Whether every command was answered with ok. Without a card: whether the container has a device."""
     lines = log.splitlines()
     if not stack.real:
         return bool(lines) and lines[0] == "ok" and "GPUSLICE_" in log
@@ -139,7 +139,7 @@ def _mps(stack: Stack, results: Results) -> None:
 
 
 def _replaced(stack: Stack, results: Results) -> None:
-    """A pod is deleted by force, and the next one wants its card at once."""
+    """A pod is deleted by force, and the next pod wants the same card at once."""
     stack.template("again", "gpu")
     stack.pod("first", "again", "touch 1024", "hold")
     stack.holds("first")
@@ -152,7 +152,7 @@ def _replaced(stack: Stack, results: Results) -> None:
 
 
 def _restart(stack: Stack, results: Results) -> None:
-    """The driver is killed while a pod computes, and the kubelet's next calls find another one."""
+    """The driver is killed while a pod computes. The next calls of the kubelet find a new driver."""
     stack.template("survives", "mps", memory="4Gi")
     stack.pod("survives", "survives", "second 6", "hold")
     stack.until("survives", "condition=Ready")
@@ -170,7 +170,7 @@ def _restart(stack: Stack, results: Results) -> None:
 def _nothing_left(stack: Stack, results: Results) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while (left := _left(stack)) and time.monotonic() < deadline:
-        time.sleep(0.5)  # kubelet, driver and supervisor clean up, each in its own time
+        time.sleep(0.5)  # kubelet, driver and supervisor clean up independently
     results.check("nothing is left: claims, records, CDI files, MPS daemons", not left, left)
     if stack.machine.driver_root is not None:
         from gpuslice.nvml.api import ComputeMode
@@ -194,7 +194,7 @@ def _left(stack: Stack) -> list[str]:
 
 
 def _times(stack: Stack, results: Results) -> None:
-    """The driver's own figures: memory, and how long each call took."""
+    """The driver's own figures: memory, and the duration of each call."""
     done = stack.cluster("status")
     resident = re.findall(r"^\s+(driver|mps-supervisor)\s+\d+\s+(\d+) MB", done.stdout, re.MULTILINE)
     results.check("memory resident", True, ", ".join(f"{name} {mb} MB" for name, mb in resident))

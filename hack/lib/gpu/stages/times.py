@@ -1,4 +1,4 @@
-"""The driver's own times with real NVML: start, a look, and what the process needs."""
+"""The driver's own times with real NVML: the start, one look, and the memory of the process."""
 
 from __future__ import annotations
 
