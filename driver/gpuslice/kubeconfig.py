@@ -8,9 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import urllib3
-from kubernetes import config
-from kubernetes.client.configuration import Configuration
 
+from gpuslice.client_library import Configuration, config
 from gpuslice.errors import ConfigError
 
 _LONGEST_REASON = 200  # characters of an error of the client library
