@@ -12,15 +12,18 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from hack.lib.gpu.errors import GpuError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TESTS = ("pytest", "pytest-asyncio", "pytest-timeout")  # the NVML contract is a test suite
-# Packages that our dependencies install and we never import: the asynchronous Kubernetes client and its dependencies.
+# What our dependencies install and we never import: the asynchronous Kubernetes client and its dependencies, and of the
+# other client all but logins and connections (`gpuslice/client_library.py`); time zones.
 UNUSED = (
-    "kubernetes/aio",
+    *(f"kubernetes/{part}" for part in ("aio", "dynamic", "e2e_test", "informer", "leaderelection", "stream", "watch")),
+    *("kubernetes/client/api", "kubernetes/client/models/[!_]*", "tzdata", "websocket"),
     *("aiohttp", "aiohttp_retry", "aiohappyeyeballs", "aiosignal", "frozenlist", "multidict", "propcache", "yarl"),
 )
 
@@ -66,4 +69,4 @@ def _unzip(wheel: Path, target: Path) -> None:
 
 
 def _unused(name: str) -> bool:
-    return any(name == unused or name.startswith(f"{unused}/") for unused in UNUSED)
+    return any(fnmatch(name, unused) or fnmatch(name, f"{unused}/*") for unused in UNUSED)
