@@ -1,4 +1,4 @@
-"""Who waits where, without any GPU: events decide the order, never time."""
+"""Which job waits for which, without any GPU. Events decide the order, never time."""
 
 from __future__ import annotations
 
