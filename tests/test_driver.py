@@ -427,7 +427,7 @@ async def test_devices_and_claims_show_the_node_of_a_running_driver_without_flag
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("run",), 2, "the name of the node is missing; give --node-name or NODE_NAME"),
+        (("run",), 2, "the name of the node is missing; use --node-name or NODE_NAME"),
         (("run", "--node-name", NODE, "--log-level", "loud"), 2, "log level 'loud' is not known; use one of"),
         (("run", "--driver-name", "x" * 37), 2, "at most 36 characters"),
         (("run", "--simulate-folder", "f"), 2, "no effect without --simulate"),

@@ -310,7 +310,7 @@ def _check(config: Config) -> None:
     """ConfigError for wrong settings, before anything is opened or made."""
     if not config.node_name:
         raise ConfigError(
-            "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
+            "the name of the node is missing; use --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
         )
     sockets.paths(
         driver=config.driver_name,

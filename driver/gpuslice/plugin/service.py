@@ -249,7 +249,7 @@ class ClaimService:
         return claims.parse(body, ref, self._driver)
 
     async def _unprepare_unheard(self, ref: ClaimRef, job: Job) -> None:
-        """Undo a prepare whose caller is gone and whose claim is deleted, because perhaps no unprepare follows."""
+        """Undo a prepare whose caller is gone and whose claim is deleted, because the kubelet may not unprepare it."""
         if job.listeners:
             return
         try:
