@@ -51,7 +51,7 @@ _DRIVER_PERIOD_S = 2.0  # between two tries to list the cards, if they could not
 
 
 def run(config: Config) -> int:
-    """Run the kubelet plugin until SIGTERM or SIGINT, or until a part of it fails finally. Returns the exit code."""
+    """Run the kubelet plugin until SIGTERM or SIGINT, or until a part of it fails permanently. Returns the exit code."""
     setup_logging(config.log_level)
     libc.use_one_arena()
     app = App(config)
