@@ -20,7 +20,7 @@ from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.standin.apiserver import TOKEN
 from gpuslice.standin.cluster import DRIVER, NODE, StandInCluster
 from gpuslice.standin.scheduler import Request
-from gpuslice.system import files
+from gpuslice.system.folder_watch import FolderWatch
 
 MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
 CARD = Request(name="gpu", driver=DRIVER, where={"type": "gpu"})
@@ -383,7 +383,7 @@ async def test_what_a_lost_card_kept_is_given_back_when_the_card_is_back_without
     await cluster.end(other)  # the removal of a record triggers a look at the node
     await asyncio.to_thread(cluster.api.wait, lambda: lost(cluster), 20)
 
-    with contextlib.closing(files.FolderWatch(record.parent)) as watch:
+    with contextlib.closing(FolderWatch(record.parent)) as watch:
         node.reset(card)
         await cluster.run(again := cluster.claim("again", CARD))
         await cluster.end(again)
@@ -401,7 +401,7 @@ def lost(cluster: StandInCluster) -> bool:
     return any(taint.get("value") == "lost" for device in found for taint in device.get("taints", ()))
 
 
-def arrivals(watch: files.FolderWatch) -> list[str]:
+def arrivals(watch: FolderWatch) -> list[str]:
     """The names of the next files that are deleted from this folder."""
     assert select.select([watch], [], [], 20)[0], "no file has left"
     return [*watch.read()]

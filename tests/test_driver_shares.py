@@ -18,7 +18,7 @@ from gpuslice.mps.api import DaemonStatus
 from gpuslice.mps.client import MpsClient
 from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster
 from gpuslice.standin.scheduler import Request
-from gpuslice.system.files import FolderWatch
+from gpuslice.system.folder_watch import FolderWatch
 
 from tests.kit.mps_node import StandInProgram
 

@@ -89,7 +89,7 @@ FILES: dict[str, Callable[[Rig, Claim], Path]] = {
     "record": lambda rig, claim: rig.checkpoint.folder / f"{claim.ref.uid}.json",
     "CDI file": lambda rig, claim: rig.folder / "cdi" / f"gpuslice.dev-claim_{claim.ref.uid}.json",
     "lock of a card": lambda rig, claim: rig.folder / "locks" / f"gpu-{rig.gpus[0].uuid}.lock",
-    "lock of a claim": lambda rig, claim: rig.folder / "locks" / f"claim-{claim.ref.uid}.lock",
+    "lock of the claims": lambda rig, claim: rig.folder / "locks" / "claims.lock",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -203,6 +204,38 @@ def test_no_typed_model_is_imported_for_they_cost_half_a_second(server: StandInA
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("unused", ["kubernetes.stream", "kubernetes.dynamic", "requests", "websocket"])
+def test_what_the_driver_does_not_use_of_the_client_library_is_not_loaded(unused: str) -> None:
+    program = f"import sys; import gpuslice.app; print({unused!r} in sys.modules)"
+
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.strip() == "False"
+
+
+def test_a_login_by_openid_connect_gets_the_real_session() -> None:
+    program = (
+        "import sys; import gpuslice.kube; from kubernetes.config import kube_config;"
+        "session = kube_config.OAuth2Session(client_id='me', token={'refresh_token': 'r'});"
+        "print(type(session).__module__, session.client_id, 'requests' in sys.modules)"
+    )
+
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.split() == ["requests_oauthlib.oauth2_session", "me", "True"]
+
+
+def test_the_environment_is_read_for_a_proxy_only_at_the_start(
+    server: StandInApiServer, kube: Kube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = itertools.count()
+    monkeypatch.setattr("kubernetes.client.configuration.getproxies", lambda: {"number": str(next(reads))})
+
+    assert kube.version()
+
+    assert next(reads) == 0
 
 
 def test_a_proxy_of_the_kubeconfig_is_asked_for_the_whole_address(tmp_path: Path) -> None:

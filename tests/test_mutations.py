@@ -29,7 +29,7 @@ from gpuslice.core.record import PreparedClaim
 from gpuslice.errors import DriverError, NotFoundError
 from gpuslice.mps import control
 from gpuslice.mps.supervisor import Supervisor
-from gpuslice.plugin.claim_queue import Releases
+from gpuslice.plugin.releases import Releases
 from gpuslice.plugin.service import ClaimService
 from gpuslice.publishing.node_health import NodeHealth
 

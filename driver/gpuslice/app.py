@@ -25,9 +25,9 @@ from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
 from gpuslice.plugin import gauges, sockets
 from gpuslice.plugin.cdi_writer import CdiWriter
-from gpuslice.plugin.claim_queue import Releases
 from gpuslice.plugin.mps_upkeep import MpsUpkeep
 from gpuslice.plugin.prepare import Preparer
+from gpuslice.plugin.releases import Releases
 from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.plugin.steps import StepExecutor
@@ -35,6 +35,7 @@ from gpuslice.publishing import node_health
 from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.system import files, libc
+from gpuslice.system.folder_watch import FolderWatch
 from gpuslice.system.threads import ThreadWatch
 from gpuslice.telemetry import Telemetry, setup_logging
 from gpuslice.web import site
@@ -228,7 +229,7 @@ class App:
     def _watch_records(self, loop: asyncio.AbstractEventLoop, controller: SliceController) -> Callable[[], None]:
         """Tell waiting claims and waiting pools which records were dropped, by this instance or another one. Returns a
         function that stops this."""
-        watch = files.FolderWatch(self._checkpoint.folder)
+        watch = FolderWatch(self._checkpoint.folder)
 
         def read_news() -> None:
             self._releases.notify([ClaimUid(name.removesuffix(".json")) for name in watch.read()])

@@ -25,7 +25,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from gpuslice.core import codec
+from gpuslice.core import codec, journal
 from gpuslice.core.model import ClaimUid
 from gpuslice.core.record import Record
 from gpuslice.errors import StateError
@@ -114,7 +114,7 @@ class Records:
         if not stat.S_ISREG(mode):
             raise ValueError("it is not a plain file")  # a link may lead to any file, a pipe never ends
         with open(path, "rb") as file:
-            return codec.decode(json.loads(_last_line(file.read())))
+            return codec.decode(json.loads(journal.last(file.read())))
 
 
 class Checkpoint(Records):
@@ -150,23 +150,22 @@ class Checkpoint(Records):
             there = None
         if there is not None and self._read.get(path.name) == (Version.of(there), record):
             return
-        line = json.dumps(codec.encode(record), separators=(",", ":")) + "\n"
+        line = json.dumps(codec.encode(record), separators=(",", ":"))
         if there is not None and there.st_size < _LONGEST:
-            version = files.append(path, f"\n{line}")  # first end an incomplete line before it
+            version = files.append(path, journal.entry(line))
         else:
-            version = files.write_atomic(path, line, spares=self.spares)
+            version = self._replace(path, f"{line}\n", new=there is None)
         self._read[path.name] = (version, record)
+
+    def _replace(self, path: Path, text: str, *, new: bool) -> Version:
+        version = files.create(path, text, 0o600, self.spares) if new else None
+        return version or files.write_atomic(path, text, spares=self.spares)
 
     def drop(self, uid: ClaimUid) -> None:
         files.remove(self._path(uid))
 
     def _path(self, uid: ClaimUid) -> Path:
         return self.folder / f"{uid}.json"
-
-
-def _last_line(data: bytes) -> bytes:
-    """The last whole line that is not empty. ValueError if there is none. Anything after it is an incomplete write."""
-    return data[: data.rindex(b"\n")].rstrip().rpartition(b"\n")[2]
 
 
 def _uid(name: str) -> ClaimUid | None:

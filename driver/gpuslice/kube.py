@@ -23,11 +23,9 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import urllib3
-from kubernetes import config
-from kubernetes.client.api_client import ApiClient
-from kubernetes.client.configuration import Configuration
 
 from gpuslice import __version__
+from gpuslice.client_library import ApiClient, Configuration, config
 from gpuslice.core import json as bodies
 from gpuslice.core.json import Body
 from gpuslice.core.model import RESOURCE_API

@@ -8,9 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import urllib3
-from kubernetes import config
-from kubernetes.client.configuration import Configuration
 
+from gpuslice.client_library import Configuration, config
 from gpuslice.errors import ConfigError
 
 _LONGEST_REASON = 200  # characters of an error of the client library
@@ -47,6 +46,9 @@ def read(kubeconfig: Path | None) -> Configuration:
         raise ConfigError(
             f"kubeconfig {kubeconfig} names the server {configuration.host!r}, which is not a URL; write https://HOST:PORT"
         )
+    # A proxy that is set stays. Otherwise the library sets the host again at each request, and looks through the whole
+    # environment for a proxy: a third of the time of a claim's fetch (measured).
+    configuration.proxy = configuration.proxy
     configuration.connection_pool_maxsize = 16
     configuration.keep_alive = True  # TCP keepalive: without it a half-open watch hangs for ever
     # A kept-alive connection may have died unnoticed, so one more try. The callers decide what a status means

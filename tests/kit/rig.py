@@ -177,4 +177,5 @@ class Rig:
         self.assert_agreed()
         assert self.records() == set()
         assert all(self.figures(gpu) == (ComputeMode.DEFAULT, 0) for gpu in range(len(self.gpus)))
-        assert not any(path.name.startswith("claim-") for path in (self.folder / "locks").iterdir())
+        locks = {path.name for path in (self.folder / "locks").iterdir()}
+        assert locks <= {"claims.lock", *(f"gpu-{gpu.uuid}.lock" for gpu in self.gpus)}

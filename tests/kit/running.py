@@ -11,13 +11,15 @@ from types import TracebackType
 from typing import Any
 
 from gpuslice.core.model import ClaimRef, ClaimUid, DeviceRef
+from gpuslice.core.record import PreparedClaim
 from gpuslice.kube import Kube
-from gpuslice.plugin.claim_queue import Releases
+from gpuslice.plugin.releases import Releases
 from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.service import ClaimService
 from gpuslice.standin.apiserver import StandInApiServer
 from gpuslice.standin.kubelet import PluginAnswer, StandInKubelet
 from gpuslice.system import files
+from gpuslice.system.folder_watch import FolderWatch
 from gpuslice.telemetry import Telemetry
 
 from tests.kit.rig import NODE, Rig
@@ -48,10 +50,21 @@ class DriverInstance:
             plugin_folder=world.plugins,
             pod_uid=pod_uid,
             registration_socket="",
-            claims=self.service,
+            claims=self,
             telemetry=Telemetry(),
         )
-        self._watch = files.FolderWatch(self.rig.checkpoint.folder)
+        self.deserted = asyncio.Event()  # a caller of a prepare has gone before its answer
+        self._watch = FolderWatch(self.rig.checkpoint.folder)
+
+    async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
+        try:
+            return await self.service.prepare(ref, timeout_s)
+        except asyncio.CancelledError:
+            self.deserted.set()
+            raise
+
+    async def unprepare(self, uid: ClaimUid) -> None:
+        await self.service.unprepare(uid)
 
     async def open(self) -> DriverInstance:
         def wake() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.playground.folder import MARK
-from gpuslice.system.files import FolderWatch
+from gpuslice.system.folder_watch import FolderWatch
 
 from tests.kit import processes
 

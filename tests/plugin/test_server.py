@@ -18,6 +18,7 @@ from gpuslice.plugin.server import PluginServer
 from gpuslice.plugin.sockets import LONGEST_PATH, dra_name, registration_name
 from gpuslice.standin.kubelet import V1BETA1, StandInKubelet
 from gpuslice.system import files
+from gpuslice.system.folder_watch import FolderWatch
 from gpuslice.telemetry import Telemetry
 
 from tests.kit.rig import Rig
@@ -204,7 +205,7 @@ async def test_sockets_are_for_root_only(short: Path) -> None:
 @pytest.mark.contract(4)
 async def test_the_dra_socket_listens_before_the_registration_socket_appears(short: Path) -> None:
     ours = server(short)
-    watch = files.FolderWatch(ours.registration.parent, arrivals=True)
+    watch = FolderWatch(ours.registration.parent, arrivals=True)
     connected = asyncio.get_running_loop().create_future()
 
     def arrived() -> None:

@@ -10,6 +10,7 @@ import pytest
 from gpuslice.core.model import ClaimRef, ClaimUid
 
 from tests.kit.running import DRIVER, World
+from tests.kit.waiting import settled
 
 
 @pytest.fixture
@@ -187,6 +188,7 @@ async def test_what_nobody_listens_to_any_more_is_given_back_if_the_claim_is_gon
     with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
         await late
     world.delete(claim)
+    await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
 
     nvml.withdraw(cue)
     await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim) >= 2)
@@ -444,3 +446,32 @@ async def test_shutting_down_answers_whoever_waits(world: World) -> None:
     assert await world.instances[0].service.close(10)
 
     assert "shutting down" in (await waits).error
+
+
+async def test_shutting_down_refuses_a_claim_whose_fetch_ends_only_then(world: World) -> None:
+    claim = world.claim("new", world.device("gpu"))
+    world.api.hang(path="resourceclaims/new")
+    asked = asyncio.create_task(world.prepare(claim))
+    await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim))
+    closing = asyncio.create_task(world.instances[0].service.close(10))
+    await settled()
+
+    world.api.release()
+
+    assert "shutting down" in (await asked).error
+    assert await closing
+    world.rig.assert_empty()
+
+
+async def test_an_unprepare_cancels_a_prepare_whose_fetch_is_under_way(world: World) -> None:
+    claim = world.claim("one", world.device("gpu"))
+    world.api.hang(path="resourceclaims/one")
+    asked = asyncio.create_task(world.prepare(claim))
+    await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim))
+
+    await asyncio.wait_for(world.unprepare(claim), 5)
+    assert "was cancelled before it began" in (await asked).error
+
+    world.api.release()
+    assert await world.instances[0].service.workers.drained(10)
+    world.rig.assert_empty()

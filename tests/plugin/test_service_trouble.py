@@ -106,6 +106,7 @@ async def test_what_nobody_listens_to_is_kept_while_the_api_server_cannot_say_wh
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
     with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
         await late
+    await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
     world.api.away()
 
     nvml.withdraw(cue)

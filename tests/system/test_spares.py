@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -53,24 +52,28 @@ def test_a_file_that_is_there_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_text() == "text"
 
 
-def test_a_lock_through_a_spare_excludes_one_without_and_leaves_nothing(tmp_path: Path) -> None:
-    path, order, tried = tmp_path / "claim.lock", [], threading.Event()
+def test_a_new_file_appears_whole_and_one_that_is_there_stays(tmp_path: Path) -> None:
+    spares = filled(tmp_path, 0o644, number=2)
 
-    def second() -> None:
-        tried.set()
-        with files.locked(path, unlink=True, spares=filled(tmp_path)):
-            order.append("second")
+    made = files.create(tmp_path / "a.json", "text", 0o644, spares)
 
-    with files.locked(path, unlink=True, spares=filled(tmp_path)):
-        thread = threading.Thread(target=second)
-        thread.start()
-        tried.wait(5)
-        assert files.try_lock(path) is None
-        order.append("first")
-    thread.join(5)
+    assert made == files.Version.of((tmp_path / "a.json").stat())
+    assert (tmp_path / "a.json").read_text() == "text"
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
+    assert files.create(tmp_path / "a.json", "another", 0o644, spares) is None
+    assert (tmp_path / "a.json").read_text() == "text"
+    assert files.create(tmp_path / "b.json", "text", 0o644, spares) is None, "no spare is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
-    assert order == ["first", "second"]
-    assert list(tmp_path.iterdir()) == []
+
+def test_the_umask_takes_nothing_of_a_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        files.create(tmp_path / "a.json", "text", 0o644, filled(tmp_path, 0o644))
+    finally:
+        os.umask(before)
+
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
 
 
 def test_no_more_than_eight_are_kept_and_a_used_one_is_closed(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from gpuslice.mps.api import DaemonSpec
 from gpuslice.mps.control import Control, one_line
 from gpuslice.mps.paths import Paths
 from gpuslice.mps.process import PidfdProcess, ProcessId, boot_id, kill_all, wait
-from gpuslice.system.files import FolderWatch, write_atomic
+from gpuslice.system.files import write_atomic
+from gpuslice.system.folder_watch import FolderWatch
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from gpuslice.nvml.api import MPS_SERVER, Nvml
 from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.steps import StepExecutor
 from gpuslice.system import files
-from gpuslice.system.spares import Spares
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,6 @@ class Preparer:
         self._steps = steps
         self._cdi_writer = cdi_writer
         self._locks = files.ensure_folder(locks)
-        self._lock_spares = Spares(self._locks, 0o600)
 
     # ------------------------------------------------------------ the kubelet's verbs
 
@@ -142,7 +140,7 @@ class Preparer:
 
     def make_spares(self) -> None:
         """Make files for the next claim in advance. Called between claims."""
-        for spares in (self._lock_spares, self._checkpoint.spares, self._cdi_writer.spares):
+        for spares in (self._checkpoint.spares, self._cdi_writer.spares):
             spares.refill()
 
     # ------------------------------------------------------------ questions of other modules
@@ -328,7 +326,7 @@ class Preparer:
     @contextlib.contextmanager
     def _locked(self, uid: ClaimUid, scope: Scope) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(files.locked(self._locks / f"claim-{uid}.lock", unlink=True, spares=self._lock_spares))
+            stack.enter_context(files.locked_name(self._locks / "claims.lock", uid))
             for gpu in scope.gpus:
                 stack.enter_context(files.locked(self._gpu_lock(gpu)))
             yield

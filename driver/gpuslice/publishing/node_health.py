@@ -22,7 +22,7 @@ from gpuslice.nvml.api import Code, Nvml
 log = logging.getLogger(__name__)
 
 
-# Same limit as for prepares (`plugin/claim_queue.py`): a look that takes longer counts as hung.
+# Same limit as for prepares (`plugin/workers.py`): a look that takes longer counts as hung.
 LIMIT_S = 15.0
 _FOR_GOOD = (Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND)
 

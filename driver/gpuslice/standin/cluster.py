@@ -24,7 +24,7 @@ from gpuslice.standin import scheduler
 from gpuslice.standin.apiserver import StandInApiServer
 from gpuslice.standin.kubelet import StandInKubelet
 from gpuslice.standin.scheduler import Request
-from gpuslice.system import files
+from gpuslice.system.folder_watch import FolderWatch
 
 DRIVER = "gpuslice.dev"
 NODE = "node-1"
@@ -127,7 +127,7 @@ class StandInCluster:
         arguments = ["mps-supervisor", "--mps-root", str(self.mps), "--simulate", self.simulate]
         arguments += ["--kubelet-plugins-directory-path", str(self.plugins)]
         self.mps.mkdir(exist_ok=True)
-        watch = files.FolderWatch(self.mps, arrivals=True)
+        watch = FolderWatch(self.mps, arrivals=True)
         arrived = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_reader(watch.fileno(), arrived.set)
@@ -140,7 +140,7 @@ class StandInCluster:
             watch.close()
         return supervisor
 
-    async def _answers(self, arrived: asyncio.Event, watch: files.FolderWatch) -> None:
+    async def _answers(self, arrived: asyncio.Event, watch: FolderWatch) -> None:
         while True:
             with contextlib.suppress(DeviceError):
                 await asyncio.to_thread(MpsClient(self.mps).incarnation)

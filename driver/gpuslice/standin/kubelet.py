@@ -29,7 +29,7 @@ from gpuslice.pb import (
     registration_v1_pb2,
     registration_v1_pb2_grpc,
 )
-from gpuslice.system.files import FolderWatch
+from gpuslice.system.folder_watch import FolderWatch
 
 V1, V1BETA1 = "v1.DRAPlugin", "v1beta1.DRAPlugin"
 _MESSAGES: dict[str, ModuleType] = {V1: dra_v1_pb2, V1BETA1: dra_v1beta1_pb2}

@@ -28,21 +28,29 @@ class Spares:
                 flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
                 self._descriptors.append(os.open(self._folder, flags, self._mode))
 
-    def link(self, path: str) -> int | None:
-        """Give a spare this name in the folder. Returns its descriptor; None if the name is taken or no spare is left."""
+    def take(self) -> int | None:
+        """The descriptor of an empty file, now the caller's. None if no spare is left."""
         try:
-            descriptor = self._descriptors.popleft()
+            return self._descriptors.popleft()
         except IndexError:
             return None
-        try:
-            # Python follows the link in /proc (AT_SYMLINK_FOLLOW) only if a folder's descriptor is given. An absolute
-            # path ignores it.
-            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
-        except OSError:
-            os.close(descriptor)
-            return None
-        return descriptor
+
+    def link(self, path: str) -> int | None:
+        """Give a spare this name in the folder. Returns its descriptor, or None if the name is taken or no spare is left."""
+        descriptor = self.take()
+        return None if descriptor is None else named(descriptor, path)
 
     def __del__(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popleft())
+
+
+def named(descriptor: int, path: str) -> int | None:
+    """Give the file of a spare its name. If that fails, for example because the name is taken, close it and return None."""
+    try:
+        # With a folder's descriptor, which an absolute path ignores, Python follows the link in /proc (AT_SYMLINK_FOLLOW).
+        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

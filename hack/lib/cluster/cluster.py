@@ -109,11 +109,16 @@ def wait() -> None:
 def processes() -> dict[str, int]:
     """Process ids of the running parts, as this machine counts them."""
     place = Place(work_folder())
-    inside: dict[str, int] = {}
-    with contextlib.suppress(FileNotFoundError):
-        inside = json.loads(place.pids.read_text())
     here = _counted_inside(_first(place))
-    return {name: here[pid] for name, pid in inside.items() if pid in here}
+    return {name: here[pid] for name, pid in _noted(place).items() if pid in here}
+
+
+def _noted(place: Place) -> dict[str, int]:
+    """All parts with the process ids that process 1 knows; 0 of a part that has ended."""
+    with contextlib.suppress(FileNotFoundError):
+        noted: dict[str, int] = json.loads(place.pids.read_text())
+        return noted
+    return {}
 
 
 # ---------------------------------------------------------------- one part
@@ -153,7 +158,7 @@ def reboot() -> None:
 
 def _part(name: str) -> tuple[Place, Facts]:
     facts, place = _served(), Place(work_folder())
-    known = sorted(processes().keys() | {path.name for path in place.stopped.iterdir()})
+    known = sorted(_noted(place))
     if name not in known:
         raise PlaygroundError(f"the cluster has no part {name!r}; it has {', '.join(known)}")
     return place, facts

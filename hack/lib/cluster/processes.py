@@ -109,6 +109,7 @@ class Processes:
                     self._note()
 
     def _note(self) -> None:
+        """Write down all parts. One that has ended stays a part of the cluster, with the process id 0."""
         written = self._place.pids.with_suffix(".new")
-        written.write_text(json.dumps(self._pids))
+        written.write_text(json.dumps(dict.fromkeys(self._commands, 0) | self._pids))
         written.rename(self._place.pids)

@@ -126,9 +126,7 @@ def claim() -> str:
         Box(370, 40, 150, 56), ("ClaimQueue", "one line for each claim"), "blue", note="plugin/claim_queue.py"
     )
     fetch = sheet.box(Box(560, 40, 150, 56), ("fetch the claim", "as it is now"), "blue", note="plugin/service.py")
-    tickets = sheet.box(
-        Box(740, 40, 144, 56), ("Tickets", "one line for each GPU"), "blue", note="plugin/claim_queue.py"
-    )
+    tickets = sheet.box(Box(740, 40, 144, 56), ("Tickets", "one line for each GPU"), "blue", note="plugin/tickets.py")
     api = sheet.box(Box(560, 128, 150, 34), ("API server",), "grey")
     for one, two in ((kubelet, server), (server, queue), (queue, fetch), (fetch, tickets)):
         sheet.arrow(one.right, two.left)

@@ -18,7 +18,7 @@ import yaml
 from gpuslice.core.model import Partition
 from gpuslice.mps.paths import Paths
 from gpuslice.nvml.sim.nvml import SimNvml
-from gpuslice.system import files
+from gpuslice.system.folder_watch import FolderWatch
 
 from hack.lib.api import fetch
 from tests.kit.cluster.bodies import DRIVER, STAY, Body
@@ -204,7 +204,7 @@ class Cluster:
         """Return when the last record is gone. AssertionError where it stays, or something that no record knows of."""
         (folder,) = (self._plugin / "claims").iterdir()
         end = time.monotonic() + _TIMEOUT_S
-        with contextlib.closing(files.FolderWatch(folder)) as watch:
+        with contextlib.closing(FolderWatch(folder)) as watch:
             while self.records():
                 ready, _, _ = select.select([watch], [], [], max(0.0, end - time.monotonic()))
                 assert ready, f"claims are never unprepared: {self.records()}"

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 import pytest
-from gpuslice.system.files import FolderWatch
+from gpuslice.system.folder_watch import FolderWatch
 
 from tests.kit.mps_node import SOON_S, MpsNode
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,30 @@ def test_a_damaged_folder_is_told_and_not_guessed_at(tmp_path: Path, node: SimNv
     (tmp_path / "gpu0.json").write_text("{}")
     with pytest.raises(StateError, match=r"gpu0\.json"):
         node.look(node.cards[0].uuid)
+
+
+def test_a_line_that_a_killed_process_left_torn_was_never_written(tmp_path: Path, node: SimNvml) -> None:
+    gpu = uuids(node)[0]
+    node.set_mig_mode(gpu, True)
+    with (tmp_path / "gpu0.json").open("ab") as file:
+        file.write(b'\n{"mig": fal')
+
+    assert node.look(gpu).mig
+    node.create_gpu_instance(gpu, ONE_G, AT_0)
+    node.close()
+    with closing(SimNvml(tmp_path, None, latency="zero")) as again:
+        assert [p.placement for p in again.look(gpu).partitions] == [AT_0]
+
+
+def test_the_file_of_a_card_stays_short_and_each_change_is_seen(tmp_path: Path, node: SimNvml) -> None:
+    gpu, sizes = uuids(node)[0], set[int]()
+    with closing(SimNvml(tmp_path, None, latency="zero")) as other:
+        for number in range(1000):
+            node.set_compute_mode(gpu, ComputeMode.EXCLUSIVE_PROCESS if number % 2 else ComputeMode.DEFAULT)
+            assert other.compute_mode(gpu) == node.compute_mode(gpu) == (3 if number % 2 else 0)
+            sizes.add((tmp_path / "gpu0.json").stat().st_size)
+    assert len(sizes) > 100
+    assert max(sizes) < 65 * 1024
 
 
 def test_a_reboot_loses_what_a_reboot_loses(node: SimNvml) -> None:

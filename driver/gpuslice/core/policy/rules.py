@@ -9,7 +9,6 @@ such entries, one sentence each.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,6 +167,8 @@ class Policy:
 
 def _near(ref: ProfileRef, profiles: Iterable[MigProfile]) -> str:
     """The value that the author probably means."""
+    import difflib
+
     found = difflib.get_close_matches(str(ref), dict.fromkeys(profile.name for profile in profiles), 1)
     return f"; did you mean {found[0]}?" if found else ""
 

@@ -10,6 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from gpuslice.core import journal
+
 
 class VisibleError(Exception):
     """CUDA_VISIBLE_DEVICES names a device that does not exist. The text is the last message of the daemon."""
@@ -20,7 +22,7 @@ def visible(node: Path, names: str | None) -> tuple[str, ...]:
     try:
         body = json.loads((node / "node.json").read_text(encoding="utf-8"))
         count, seed = len(body["node"]["gpus"]), uuid.UUID(body["seed"])
-        states = [json.loads((node / f"gpu{index}.json").read_text(encoding="utf-8")) for index in range(count)]
+        states = [json.loads(journal.last((node / f"gpu{index}.json").read_bytes())) for index in range(count)]
     except (OSError, ValueError, LookupError) as e:
         raise VisibleError(f"No simulated node in {node}: {e}") from e
     cards = [f"GPU-{uuid.uuid5(seed, str(index))}" for index in range(count)]

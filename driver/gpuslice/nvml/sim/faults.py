@@ -22,7 +22,8 @@ from typing import Literal
 from gpuslice.core.model import GpuUuid
 from gpuslice.errors import ConfigError
 from gpuslice.nvml.api import Code, XidEvent
-from gpuslice.system.files import FolderWatch, locked, remove, write_atomic
+from gpuslice.system.files import locked, remove, write_atomic
+from gpuslice.system.folder_watch import FolderWatch
 
 _ANYWHERE = frozenset({Code.UNINITIALIZED, Code.INVALID_ARGUMENT, Code.NOT_SUPPORTED, Code.GPU_IS_LOST, Code.UNKNOWN})
 _CHANGE = _ANYWHERE | {Code.NO_PERMISSION, Code.IN_USE}

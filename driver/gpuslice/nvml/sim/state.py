@@ -5,8 +5,11 @@
     gpu<N>.json     the state of card N; gpu<N>.lock guards changes, gpu<N>.turn is the queue of NVML calls
     cues/ events/   see faults.py
 
-Two processes may use one folder. A reader uses its cache while inode and mtime of the file stay the same. The clock of the
-kernel is too coarse for that, because an inode can be used again within a tick. So each write sets a larger mtime.
+A card's file has a line for each of its states, and the last whole line counts. A new line costs a tenth of a new file,
+and simulated hardware must take little of the driver's time. A file that has become long is replaced.
+
+Two processes may use one folder. A reader trusts its cache as long as inode, mtime and size of the file stay the same. The
+kernel's clock is too coarse for a replaced file (an inode is used again within a tick), so a replacement gets a larger mtime.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from gpuslice.core import journal
 from gpuslice.core.model import LiveGpu, MigUuid, Partition, Placement
 from gpuslice.errors import ConfigError, StateError
 from gpuslice.nvml.api import ComputeMode, GpuProcess
 from gpuslice.nvml.sim.spec import NodeSpec, from_body
-from gpuslice.system.files import Version, ensure_folder, locked, write_atomic
+from gpuslice.system.files import Version, append, ensure_folder, locked, write_atomic
+
+_LONGEST = 64 * 1024  # bytes of a file that another line is added to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +81,7 @@ class StateFolder:
         ensure_folder(self.path / "events")
         for index, card in enumerate(spec.cards):
             live = LiveGpu(mig=card.mig, mig_pending=card.mig)
-            write_atomic(self._file(index), _encode(GpuState(live=live)))
+            write_atomic(self._file(index), f"{_encode(GpuState(live=live))}\n")
         write_atomic(self.path / "boot_id", f"{uuid.uuid4()}\n", mode=0o644)
         # Last, because its presence shows that the node is complete.
         body = {"format": 1, "seed": str(uuid.uuid4()), "node": spec.json()}
@@ -108,7 +114,7 @@ class StateFolder:
             held = self._cache.get(index)
             if held is not None and held[0] == key:
                 return held[1]
-            state = _decode(json.loads(path.read_text(encoding="utf-8")))
+            state = _decode(json.loads(journal.last(path.read_bytes())))
         except (OSError, ValueError, LookupError, TypeError) as e:
             raise StateError(
                 f"{path} does not describe a simulated GPU ({e}); remove its folder to make a new node"
@@ -121,8 +127,12 @@ class StateFolder:
         path = self._file(index)
         with locked(self._part(f"gpu{index}.lock")):
             state = change(self.read(index))
-            after = max(time.time_ns(), self._cache[index][0].mtime_ns + 1)
-            self._cache[index] = (write_atomic(path, _encode(state), mtime_ns=after), state)
+            before = self._cache[index][0]
+            if before.size < _LONGEST:
+                version = append(path, journal.entry(_encode(state)))
+            else:
+                version = write_atomic(path, f"{_encode(state)}\n", mtime_ns=max(time.time_ns(), before.mtime_ns + 1))
+            self._cache[index] = (version, state)
             return state
 
     @contextmanager
@@ -161,7 +171,7 @@ def _encode(state: GpuState) -> str:
             {"pid": p.pid, "name": p.name, "gi": p.gi, "ci": p.ci, "usedBytes": p.used_bytes} for p in state.processes
         ],
     }
-    return json.dumps(body) + "\n"
+    return json.dumps(body)
 
 
 def _decode(body: Mapping[str, object]) -> GpuState:
