@@ -1,4 +1,4 @@
-"""What every test may ask for."""
+"""Fixtures and rules for all tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ctrl-C is on. A shell turns it off for what it starts in the background, and all that the tests start inherits that."""
+    """Enable Ctrl-C. A shell disables it for processes in the background, and all processes of the tests inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Nothing to run is no failure where only these tests were asked for, and it was said why they are left out."""
+    """If only tests were requested that cannot run, and the reason was printed, an empty run is no failure."""
     nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
     if nothing and wanted.asked_for(session.config, alone=True) and wanted.refusal(session.config):
         session.exitstatus = pytest.ExitCode.OK
@@ -42,7 +42,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.fixture
 def short(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A folder with a short name: pytest's own leaves little of the 107 bytes of a socket path."""
+    """A folder with a short name, because pytest's own folder leaves little of the 107 bytes of a socket path."""
     folder = Path(tempfile.mkdtemp(prefix="gs-"))
     yield folder
     shutil.rmtree(folder)
@@ -50,6 +50,6 @@ def short(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test starts is not measured by coverage, which takes memory and writes files of its own."""
+    """Child processes without coverage, which takes memory and writes files of its own."""
     for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
         monkeypatch.delenv(name, raising=False)

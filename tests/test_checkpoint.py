@@ -1,4 +1,4 @@
-"""Records on disk: whole or absent, one bad file harms one claim, another boot's are dropped unread."""
+"""Records on disk: complete or absent. A bad file harms one claim only. Records of another boot are dropped unread."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_process_without_descriptors_reads_nothing_rather_than_a_part(
     Checkpoint(tmp_path, "boot-1").put(a_record())
     checkpoint = Checkpoint(tmp_path, "boot-1")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # those of a process are open already
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # the usual three are open already
     try:
         with pytest.raises(StateError, match="raise the limit of open files"):
             checkpoint.records()

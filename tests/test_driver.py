@@ -1,4 +1,4 @@
-"""The driver as a process, through its real doors: started, killed, restarted, updated, misconfigured."""
+"""The driver as a process, through its real interfaces: started, killed, restarted, updated, misconfigured."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 def published(cluster: StandInCluster) -> dict[str, object]:
-    """Name → everything of each slice that a write would change."""
+    """Name → everything in each slice that a write would change."""
     return {
         body["metadata"]["name"]: (body["metadata"]["resourceVersion"], body["spec"])
         for body in cluster.api.all("resourceslices")
@@ -57,7 +57,7 @@ def half_made(cluster: StandInCluster) -> list[Path]:
 
 
 async def agreed(cluster: StandInCluster, refs: Sequence[ClaimRef]) -> None:
-    """Records, CDI files and partitions are those of exactly these claims."""
+    """Records, CDI files and partitions belong to exactly these claims."""
     found = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
     records = {path.stem: json.loads(path.read_text().splitlines()[-1]) for path in found}
     files = {path.name for path in cluster.cdi.iterdir()}
@@ -132,7 +132,7 @@ async def test_a_restart_alone_undoes_what_was_half_made(cluster: StandInCluster
 
     await cluster.start()
     other = cluster.claim("other", MIG)
-    await cluster.run(other)  # behind the recovery, which has the first ticket of the card
+    await cluster.run(other)  # after the recovery, which has the first ticket of the card
 
     await agreed(cluster, [other])
     node.close()
@@ -334,7 +334,7 @@ async def test_a_device_in_use_stays_published_when_the_policy_drops_it(cluster:
         }
 
     await cluster.start("--policy", str(policy))
-    # The card in use keeps its old devices, closed to newcomers; the idle one takes the new shape.
+    # The card in use keeps its old devices, closed for new claims; the idle card takes the new shape.
     await asyncio.to_thread(cluster.api.wait, lambda: set(devices(1)) == {"gpu", "monitor"}, 20)
     assert devices(0)["mig-1g-19-6"]
     assert all(devices(0).values())
@@ -379,8 +379,8 @@ async def test_what_a_lost_card_kept_is_given_back_when_the_card_is_back_without
     card = next(card.uuid for card in node.cards if card.uuid in record.read_text())
     node.lose(card)
     await cluster.end(kept)
-    (left,) = set(record.parent.glob("*.json")) - {record.with_stem(other.uid)}  # a record of its own
-    await cluster.end(other)  # a record that goes has the node looked at again
+    (left,) = set(record.parent.glob("*.json")) - {record.with_stem(other.uid)}  # the leftover has its own record
+    await cluster.end(other)  # the removal of a record triggers a look at the node
     await asyncio.to_thread(cluster.api.wait, lambda: lost(cluster), 20)
 
     with contextlib.closing(FolderWatch(record.parent)) as watch:
@@ -396,13 +396,13 @@ async def test_what_a_lost_card_kept_is_given_back_when_the_card_is_back_without
 
 
 def lost(cluster: StandInCluster) -> bool:
-    """Whether devices of a lost card are tainted in the API."""
+    """Whether devices of a lost card have taints in the API."""
     found = [device for body in cluster.api.all("resourceslices") for device in body["spec"].get("devices", ())]
     return any(taint.get("value") == "lost" for device in found for taint in device.get("taints", ()))
 
 
 def arrivals(watch: FolderWatch) -> list[str]:
-    """The next files that left this folder."""
+    """The names of the next files that are deleted from this folder."""
     assert select.select([watch], [], [], 20)[0], "no file has left"
     return [*watch.read()]
 
@@ -427,7 +427,7 @@ async def test_devices_and_claims_show_the_node_of_a_running_driver_without_flag
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("run",), 2, "the name of the node is missing; give --node-name or NODE_NAME"),
+        (("run",), 2, "the name of the node is missing; use --node-name or NODE_NAME"),
         (("run", "--node-name", NODE, "--log-level", "loud"), 2, "log level 'loud' is not known; use one of"),
         (("run", "--driver-name", "x" * 37), 2, "at most 36 characters"),
         (("run", "--simulate-folder", "f"), 2, "no effect without --simulate"),
@@ -473,7 +473,7 @@ def test_help_teaches_every_command() -> None:
 
 
 def a_kubeconfig(folder: Path) -> Path:
-    """Of a cluster that is not there."""
+    """The kubeconfig of a cluster that does not exist."""
     path = folder / "kubeconfig"
     path.write_text(
         "apiVersion: v1\nkind: Config\ncurrent-context: c\n"

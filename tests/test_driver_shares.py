@@ -1,4 +1,4 @@
-"""Shares with the driver and the MPS supervisor as processes: killed, restarted, lost, and what the API shows meanwhile."""
+"""Shares with the driver and the MPS supervisor as processes: killed, restarted, lost; and what the API shows meanwhile."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ async def start(cluster: StandInCluster) -> DriverProcess:
 
 
 def program(cluster: StandInCluster, ref: ClaimRef) -> StandInProgram:
-    """A CUDA program in the container that the CDI file of this claim makes."""
+    """A CUDA program in a container with the CDI file of this claim."""
     body = json.loads((cluster.cdi / f"{DRIVER}-claim_{ref.uid}.json").read_text())
     told = dict(entry.split("=", 1) for entry in body["devices"][0]["containerEdits"]["env"])
     return StandInProgram.of_environment(told)
 
 
 def taints(cluster: StandInCluster) -> dict[str, set[str]]:
-    """Keys of the taints of each device of the first card, by its name."""
+    """The keys of the taints of each device of the first card, by device name."""
     found: dict[str, set[str]] = {}
     for body in cluster.api.all("resourceslices"):
         for device in body["spec"].get("devices", ()):
@@ -73,7 +73,7 @@ def mended(client: MpsClient, watch: FolderWatch, old_pid: int) -> DaemonStatus:
         if running.pid not in (0, old_pid) and not running.problem:
             return running
         assert time.monotonic() < until, running
-        # The record is written before the status is shown, so its arrival alone would be too early.
+        # The record is written before the status, so the record alone would be too early.
         if select.select([watch], [], [], 0.1)[0]:
             watch.read()
 
@@ -110,7 +110,7 @@ async def test_a_supervisor_that_is_lost_is_told_and_its_daemons_come_back_at_th
     (before,) = MpsClient(cluster.mps).statuses()
     gone = cluster.supervisors.pop()
 
-    await gone.terminate()  # it ends its daemons, as the end of its container would
+    await gone.terminate()  # the supervisor ends its daemons, like the end of its container
     await until_tainted(cluster, True)
     assert taints(cluster)["mps"] == {f"{DRIVER}/mps"}
     assert taints(cluster)["gpu"] == taints(cluster)["timeslice"] == set()
@@ -140,7 +140,7 @@ async def test_a_supervisor_that_ended_in_order_keeps_no_pod_from_its_end(cluste
     await cluster.end(ended)
     await cluster.end(other)
 
-    # The next one starts again what it finds; the daemon that no claim has any more goes, the other one stays.
+    # The next supervisor starts both daemons again. The driver stops the one without a claim; the other one stays.
     watch = FolderWatch(cluster.mps)
     await cluster.supervise()
     await asyncio.to_thread(gone, watch, cluster.mps, len(keys) - 1)
@@ -155,7 +155,7 @@ async def test_a_supervisor_that_ended_in_order_keeps_no_pod_from_its_end(cluste
 
 
 def gone(watch: FolderWatch, root: Path, left: int) -> None:
-    """Return when so many daemons have a folder."""
+    """Return when this number of daemons has a folder."""
     until = time.monotonic() + 20
     while sum(path.is_dir() for path in root.iterdir()) > left:
         assert select.select([watch.fileno()], [], [], max(0.0, until - time.monotonic()))[0], list(root.iterdir())
@@ -211,7 +211,7 @@ async def test_metrics_count_devices_by_mode(cluster: StandInCluster) -> None:
 
 @pytest.mark.parametrize("mode", ["mps", "timeslice"])
 async def test_where_nothing_keeps_devices_apart_a_part_of_a_card_is_served(short: Path, mode: str) -> None:
-    """Found on a real Kubernetes 1.35: what the static plan publishes has names of its own, which prepare has to know."""
+    """Found on a real Kubernetes 1.35: the static plan publishes other device names, and prepare must know them."""
     (short / "policy.yaml").write_text(
         f"apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault: {{static: {{{mode}: 3}}}}\n", encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""The driver as a process on a node where something it needs is missing or ends: what is served all the same."""
+"""The driver as a process on a node where something is missing or ends: what the driver still serves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def asked(driver: DriverProcess, path: str) -> tuple[int, str]:
 
 
 def lost(cluster: StandInCluster) -> set[str]:
-    """Pools of which a device is tainted because its card cannot be read."""
+    """Pools with a device that has a taint because its card is unreadable."""
     return {
         body["spec"]["pool"]["name"]
         for body in cluster.api.all("resourceslices")
@@ -97,7 +97,7 @@ async def test_what_a_claim_holds_is_given_up_without_the_nvidia_driver_and_undo
     await cluster.start(ready=False)
     await cluster.kubelet.wait_registered(DRIVER, after=1)
 
-    await asyncio.to_thread(cluster.api.wait, lambda: len(lost(cluster)) == 2, 20)  # cards that were seen before stay
+    await asyncio.to_thread(cluster.api.wait, lambda: len(lost(cluster)) == 2, 20)  # known cards stay
     await cluster.end(claim)
     assert any(node.look(gpu.uuid).partitions for gpu in node.gpus())
 
@@ -105,7 +105,7 @@ async def test_what_a_claim_holds_is_given_up_without_the_nvidia_driver_and_undo
     again = [plugin.order for plugin in cluster.kubelet.plugins(DRIVER)]
     await cluster.kubelet.wait_registered(DRIVER, after=max(again))
     await asyncio.to_thread(cluster.api.wait, lambda: not lost(cluster), 20)
-    await cluster.run(cluster.claim("two", MIG))  # behind the recovery, which has the first ticket of the card
+    await cluster.run(cluster.claim("two", MIG))  # after the recovery, which has the first ticket of the card
     records = (cluster.plugins / DRIVER / "claims").glob("*/*.json")
     assert len(list(records)) == 1
     assert sum(len(node.look(gpu.uuid).partitions) for gpu in node.gpus()) == 1
@@ -131,7 +131,7 @@ async def test_cards_that_cannot_be_read_make_the_driver_unready_until_one_can(c
 
 
 async def test_an_nvml_that_dies_and_does_not_start_again_makes_the_process_start_anew(cluster: StandInCluster) -> None:
-    """As when a driver container brings another version: the library in this process does not fit any more."""
+    """A driver container brings another version, so the library in this process does not fit any more."""
     driver = await cluster.start()
     claim = cluster.claim("one", MIG)
     await cluster.run(claim)
@@ -174,7 +174,7 @@ async def test_a_socket_that_cannot_be_bound_is_named_and_nothing_else_is_said(
 async def test_a_driver_that_is_still_starting_ends_by_sigterm_as_process_1_too(
     cluster: StandInCluster, short: Path
 ) -> None:
-    """Process 1 has no default action for a signal: without a handler SIGTERM is lost, and here it would kill."""
+    """Process 1 has no default action for a signal. So without a handler SIGTERM is lost there, and here it would kill."""
     os.mkfifo(short / "policy.yaml")
     driver = await cluster.start("--policy", str(short / "policy.yaml"), ready=False)
     writer = await asyncio.to_thread(open, short / "policy.yaml", "w")  # returns when the driver reads

@@ -1,4 +1,4 @@
-"""Every file of ours: gone, empty, torn, of another mode, a folder, a link. Its own claim may be refused, no other one."""
+"""Every file of ours: missing, empty, incomplete, of another mode, a folder, a link. Only its own claim may be refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def a_link_to_nothing(path: Path) -> None:
 
 
 def a_link_to_a_file(path: Path) -> None:
-    """As somebody leaves who has moved the file."""
+    """A person has moved the file away."""
     there = path.parent / ".moved"
     if path.exists():
         path.rename(there)
@@ -61,7 +61,7 @@ def a_link_to_a_file(path: Path) -> None:
 
 
 def a_link_to_a_neighbour(path: Path) -> None:
-    """To another file of the same kind: two locks that are one, two records of one claim."""
+    """A link to another file of the same kind: two locks that are one, or two records of one claim."""
     neighbours = [p for p in sorted(path.parent.iterdir()) if p != path and p.suffix == path.suffix and p.is_file()]
     path.unlink(missing_ok=True)
     path.symlink_to(neighbours[-1] if neighbours else path.parent)
@@ -111,7 +111,7 @@ def test_a_file_that_is_not_as_it_was_harms_no_other_claim(
     again.prepare(a_claim("newcomer", again.device("mig-1g-19-2")))
     for claim in others:
         again.unprepare(claim)
-    if file != "record":  # its files are mended, without anybody who asks
+    if file != "record":  # the driver repairs its other files without a request
         if file == "CDI file":
             assert_as_written(again, victim)
         again.prepare(victim)

@@ -1,4 +1,4 @@
-"""driver/gpuslice/pb/ is what proto/ generates, and nobody has edited it."""
+"""driver/gpuslice/pb/ is exactly what the generator makes of proto/."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""What leaves the driver stays as it is, byte for byte: published slices, CDI files and records, of three kinds of node.
+"""The driver's output stays the same, byte for byte: published slices, CDI files and records, for three kinds of node.
 
 Each node is planned dynamically and statically, with every mode. The golden files were written by the code of commit
-68236a9. A change of one is a change of format: say so in CHANGELOG.md, and write the file anew by removing it.
+68236a9. A change of one is a change of format: name it in CHANGELOG.md, and remove the file to write it again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PLANS: dict[str, tuple[Features, Policy]] = {
     "static-mps": (STATIC, a_policy(static={"mps": 4})),
     "static-timeslice": (STATIC, a_policy(static={"timeslice": 4})),
 }
-EVERYTHING = "everything"  # partitions shared in both manners, and every suffix: of one card only, the file is long
+EVERYTHING = "everything"  # partitions shared in both ways, every suffix; for one card only, because it is long
 PLANS_OF_ONE = PLANS | {EVERYTHING: (DYNAMIC, a_policy(sharedPartitions=["mps", "timeslice"], suffixes=["+me", "-me"]))}
 
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every UUID that the simulated node draws is the next one of a count."""
+    """Every UUID of the simulated node is the next number of a count."""
     numbers = iter(range(1, 1 << 20))
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=next(numbers)))
 
@@ -88,7 +88,7 @@ def claimed(ref: DeviceRef, sharing: str) -> Claim:
 
 
 def prepared(rig: Rig) -> Iterator[str]:
-    """Record and CDI file of a claim for each device, prepared and given back one after the other."""
+    """Record and CDI file of a claim for each device. The claims are prepared and unprepared one after the other."""
     for ref in one_of_each(rig):
         offer = rig.inventory.offer(ref)
         assert offer is not None

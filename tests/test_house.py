@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows."""
+"""House rules that no linter knows."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/contract.md"
-SITTING = 350  # lines of a file that a stranger reads in one go
+SITTING = 350  # lines of a file that a stranger reads in one sitting
 
 # The DRA contract has 77 statements. 70 to 77 are about health, metadata and status, which this release does not have;
 # 26, 35 and 64 are about shares of a device.
@@ -29,7 +29,7 @@ def shown() -> Iterator[tuple[int, str]]:
 
 
 def _contract(body: list[ast.stmt]) -> set[int]:
-    """Numbers of a `pytestmark` of the whole file."""
+    """The numbers of a `pytestmark` of a whole file."""
     marks = [s.value for s in body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "pytestmark"]
     return {n for mark in marks for call in ast.walk(mark) for n in _numbers(call)}
 
@@ -41,7 +41,7 @@ def _numbers(mark: ast.AST) -> list[int]:
 
 
 def page(text: str) -> str:
-    """docs/contract.md with the last column of its table as the tests have it now."""
+    """docs/contract.md with a new last column of its table, from the tests."""
     tests: dict[int, list[str]] = {}
     for number, test in shown():
         tests.setdefault(number, []).append(f"`{test.removeprefix('tests/')}`")
@@ -68,7 +68,7 @@ def test_the_table_of_the_contract_is_up_to_date() -> None:
 
 
 def test_no_file_of_the_driver_is_longer_than_one_sitting() -> None:
-    """A file that has to be says so, and why, in its docstring: "Longer than one sitting, because …"."""
+    """A longer file says so, and why, in its docstring: "Longer than one sitting, because …"."""
     texts = {p: p.read_text(encoding="utf-8") for p in (ROOT / "driver").rglob("*.py") if p.parent.name != "pb"}
     long = {str(path.relative_to(ROOT)) for path, text in texts.items() if len(text.splitlines()) > SITTING}
     excused = {
@@ -84,7 +84,7 @@ def _docstring(text: str) -> str:
 
 
 def test_no_two_modules_of_the_driver_name_two_classes_alike() -> None:
-    """Aliases count, too: a reader who knows a name from one module must not meet another thing under it."""
+    """Aliases count, too: a reader who knows a name from one module must not find another thing under it."""
     places: dict[str, list[str]] = {}
     for path in sorted((ROOT / "driver/gpuslice").rglob("*.py")):
         if path.parent.name != "pb":
@@ -105,7 +105,7 @@ def _classes(module: ast.Module) -> Iterator[str]:
 
 
 def test_the_door_to_the_api_server_loads_no_typed_models() -> None:
-    """All of them cost half a second and 20 MB at start (measured)."""
+    """All of them take half a second and 20 MB at the start (measured)."""
     program = "import sys, gpuslice.kube; print(sum(n.startswith('kubernetes.client.models.') for n in sys.modules))"
 
     count = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

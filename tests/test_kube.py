@@ -1,4 +1,4 @@
-"""The door to the API server, against the stand-in one."""
+"""The API client, against the stand-in API server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One wrong value in a record, at any place, of any kind: the claim itself may be refused; no other claim notices."""
+"""One wrong value in a record, at any place, of any kind: only the claim itself may be refused, and no other claim
+notices."""
 
 from __future__ import annotations
 
@@ -48,13 +49,13 @@ GIB = 1024 * MIB
 
 @dataclass(frozen=True)
 class Case:
-    """The claim whose record is edited, those beside it, and one that comes later: devices as (name, card)."""
+    """The claim whose record is edited, the claims beside it, and a later claim: devices as (name, card)."""
 
     victim: Callable[[Rig], Claim]
     others: Callable[[Rig], tuple[Claim, ...]]
     newcomer: str
     card: int = 0
-    step: int = 4  # of the broken texts each so many: they are all the same to others
+    step: int = 4  # every fourth of the broken texts, because all have the same effect on other claims
 
 
 def partitions(node: Rig) -> tuple[Claim, ...]:
@@ -62,7 +63,7 @@ def partitions(node: Rig) -> tuple[Claim, ...]:
 
 
 def with_shares(device: str) -> Callable[[Rig], tuple[Claim, ...]]:
-    """Two more shares of the device that the victim has a share of, and a claim on the other card."""
+    """Two more shares of the victim's device, and a claim on the other card."""
 
     def others(node: Rig) -> tuple[Claim, ...]:
         sharers = [a_share(f"sharer-{n}", node.device(device), {"memory": 2 * GIB}) for n in range(2)]
@@ -105,7 +106,7 @@ CASES = {
 
 
 class Api:
-    """The API server as it is when the pod of the victim is gone: the claims beside it are allocated as they were."""
+    """The API server after the end of the victim's pod. The claims beside it keep their allocations."""
 
     def __init__(self, claims: tuple[Claim, ...]) -> None:
         self._claims = {claim.ref.name: claim for claim in claims}
@@ -122,7 +123,7 @@ class Api:
 
 
 class Node:
-    """A node that can be put back to how it was when its claims had been prepared."""
+    """A node that can return to its state after the prepares of its claims."""
 
     def __init__(self, folder: Path, case: Case) -> None:
         self.folder, self.case = folder, case
@@ -146,7 +147,7 @@ class Node:
 
 
 def harm(node: Node, text: str) -> list[str]:
-    """What goes wrong for others in a new process that finds this text as the record of the victim."""
+    """The harm to other claims in a new process that finds this text as the record of the victim."""
     node.again().nvml.close()
     node.record.write_text(text + "\n", encoding="utf-8", errors="surrogatepass")
     rig = Rig(node.folder, policy=POLICY)
@@ -196,7 +197,7 @@ def _own_claim(rig: Rig, victim: Claim, wrong: list[str]) -> None:
 
 
 async def life(rig: Rig, api: Api) -> None:
-    """What the process does by itself: recovery at start, the daemons, the collector until it counts a claim as gone."""
+    """The process's own work: recovery at the start, the daemons, the collector until it counts a claim as gone."""
     with ThreadPoolExecutor(1) as executor:
         service = ClaimService(
             api=api, driver="gpuslice.dev", preparer=rig.preparer, releases=Releases(), executor=executor
@@ -223,7 +224,7 @@ BROKEN = ("", "{", "[]", "{}", "null", '"x"', "\x00", "[" * 5_000 + "]" * 5_000,
 
 @pytest.mark.parametrize("node", list(CASES), indirect=True)
 def test_no_value_of_a_record_harms_another_claim_or_ends_the_process(node: Node) -> None:
-    """What is refused when it is read is, for all others, the same as the `BROKEN` texts: only what is read lives on."""
+    """For other claims, a text that the reader refuses is the same as the `BROKEN` texts. So only accepted texts run."""
     before = codec.decode(node.body)
     harmed = {text[:20]: wrong for text in BROKEN[:: node.case.step] if (wrong := harm(node, text))}
     tried, read = 0, Counter[str]()

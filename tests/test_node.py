@@ -1,5 +1,5 @@
-"""Files that the driver reads at its start, and what `devices` and `claims` read of a running one: whole, torn, or wrong.
-And the cards of a node over the life of its driver."""
+"""Files that the driver reads at its start, and that `devices` and `claims` read of a running one: complete, incomplete, or
+wrong. And the cards of a node while its driver runs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_file_of_cards_that_tells_nothing_is_made_again(tmp_path: Path, text: 
 
 
 def remembered(cards: node.Cards) -> tuple[Gpu, ...]:
-    """As a start does that gets so far."""
+    """Save the settings like a start that gets so far."""
     gpus, _ = cards.known()
     cards.save(gpus)
     return gpus
@@ -102,7 +102,7 @@ class Machine:
         return node.Cards(self.nvml, self.host, self.plugin, limit_s=2.0)
 
     def has_run(self) -> None:
-        """As a driver of this boot leaves the node."""
+        """The node as a driver of this boot leaves it."""
         assert len(remembered(self.start())) == 3
         files.ensure_folder(self.plugin / "claims" / self.host.boot_id())
 
@@ -176,7 +176,7 @@ def test_a_card_that_is_not_there_after_a_reboot_goes_with_a_word(machine: Machi
 
 
 def settings(folder: Path, text: str) -> Config:
-    """The configuration of a `gpuslice devices` beside a driver that has left this file."""
+    """The configuration of a `gpuslice devices` next to a driver that has left this file."""
     config = Config(kubelet_plugins_directory_path=folder)
     config.plugin_folder.mkdir(parents=True)
     (config.plugin_folder / "running.json").write_text(text)

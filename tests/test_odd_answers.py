@@ -1,4 +1,4 @@
-"""What the API server, a proxy before it or a user's claim may hold: each verb gives an ApiError or a sound answer."""
+"""Odd content from the API server, a proxy before it or a user's claim: each verb gives an ApiError or a sound answer."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ GOOD: dict[str, Any] = {
 
 
 def compared(found: list[Any]) -> object:
-    """What the publisher does with a list."""
+    """The publisher's work with a list."""
     wanted = [PoolSlices(PoolName("n/p"), ({"devices": [{"name": "gpu", "taints": [TAINT]}]},))]
     return shape.published(found), reconcile.changes(wanted, found, OWNER)
 
@@ -150,7 +150,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def unfit(server: Server, verb: str, text: str) -> str:
-    """The exception that is no ApiError; "" where there is none."""
+    """The exception that is not an ApiError; "" if there is none."""
     server.answer = text.encode(errors="surrogatepass") + b"\n"
     try:
         VERBS[verb](server.kube)

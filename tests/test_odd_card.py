@@ -1,4 +1,4 @@
-"""One odd card: whatever it answers to any call, the other cards are offered and served as if it were well.
+"""One odd card: for any answer to any call, the other cards are offered and served as if it were healthy.
 
 Each verb of NVML × (each code that it may return, a hang, an absurd text, an absurd number), with one product of
 each generation as the odd card. `tests/nvml/test_odd_card.py` does the same to NVIDIA's functions below.
@@ -39,7 +39,7 @@ PRODUCTS = {
     "gb10": OLD | {"name": "NVIDIA GB10", "architecture": "Blackwell", "compute_capability": "12.1", "memory_mib": 0},
 }
 GENERATIONS = ("p4", "v100", "t4", "a100-40g", "l4", "h100", "rtx-pro-6000", "gb10")
-VERBS = tuple(verb for verb in CODES if verb != "wait_event")  # nobody waits for events
+VERBS = tuple(verb for verb in CODES if verb != "wait_event")  # no thread waits for events
 POLICY = a_policy(timeslice={"interval": "short"})
 ALL = Features(partitionable=True, consumable=True, taints=True)
 # A text that is no UTF-8 ends at the door (tests/nvml/test_odd_card.py); any other comes through.
@@ -73,7 +73,7 @@ def absurd_looks() -> Iterator[LiveGpu]:
 
 
 class OddNvml(SimNvml):
-    """The simulated node, whose card 0 answers what `says` has for a verb."""
+    """The simulated node, whose card 0 answers with the value in `says` for a verb."""
 
     says: dict[str, Any] = {}  # noqa: RUF012  replaced for each case
 
@@ -100,7 +100,7 @@ class OddNvml(SimNvml):
 
 
 class Trial:
-    """One node with an odd card at index 0, and what its good cards publish while all is well."""
+    """A node with an odd card at index 0, and what its good cards publish while no card is odd."""
 
     def __init__(self, folder: Path, product: str, limit_s: float) -> None:
         spec = folder / "node.yaml"
@@ -116,7 +116,7 @@ class Trial:
         self.well = self.published()
 
     def published(self) -> dict[PoolName, str]:
-        """What the good cards show, after a start and a look at the node."""
+        """The published devices of the good cards, after a start and a look at the node."""
         gpus, _ = self.cards.known()
         inventory = Inventory.of(gpus, POLICY, NODE)
         health = NodeHealth(
@@ -136,7 +136,7 @@ class Trial:
             self.rig.unprepare(claim)
 
     def attempt(self, what: str, *, hangs: bool = False, serve: bool = True) -> None:
-        """Publish, and serve the odd card where it does not hang; `serve` the good one too."""
+        """Publish, and serve the odd card if it does not hang. With `serve`, serve the good card, too."""
         self.tried += 1
         try:
             if self.published() != self.well:
@@ -159,13 +159,13 @@ class Trial:
         self.rig.recover()
 
     def result(self) -> tuple[list[str], list[str]]:
-        """Good cards that were harmed, and what would have ended the process."""
+        """Harmed good cards, and errors that would have ended the process."""
         return self.harmed, self.lost
 
 
 @pytest.fixture
 def trial(request: pytest.FixtureRequest) -> Iterator[Trial]:
-    """In memory where the machine has such a folder, because a thousand claims wait for a disk."""
+    """A folder in memory if the machine has one, because a thousand claims wait for a disk."""
     product, limit_s = request.param
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="gs-", dir=memory if os.access(memory, os.W_OK) else None) as folder:

@@ -1,6 +1,6 @@
-"""Every file and flag that a person writes, changed at random: whatever is in it, the answer is one sentence, never a trace.
+"""Random changes of every file and flag that a person writes: the answer is always one sentence, never a trace.
 
-The changes are seeded, so that a failure comes again; its text has the seed and the input.
+The changes have seeds, so that a failure can be repeated. The text of a failure has the seed and the input.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def places(body: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed(body: Any, by: random.Random) -> Any:
-    """The document with one to three values that are another thing, gone, renamed, or there twice."""
+    """The document with one to three values that are changed, missing, renamed, or duplicate."""
     new = copy.deepcopy(body)
     for _ in range(by.randint(1, 3)):
         if not (found := [*places(new)]):
@@ -101,7 +101,7 @@ def changed(body: Any, by: random.Random) -> Any:
 
 
 def torn(text: str, by: random.Random) -> str:
-    """The text with one to four places that a person or a disk has damaged."""
+    """The text with damage, by a person or a disk, at one to four places."""
     for _ in range(by.randint(1, 4)):
         at, end = sorted(by.randrange(len(text) + 1) for _ in range(2))
         match by.randrange(4):
@@ -117,7 +117,7 @@ def torn(text: str, by: random.Random) -> str:
 
 
 def documents(body: Any, write: Callable[[Any], str]) -> Iterator[bytes]:
-    """Changed documents, and documents that are torn; the seed is the number of the case."""
+    """Changed documents, and incomplete documents. The seed is the number of the case."""
     text = write(body)
     for seed in range(CASES):
         by = random.Random(seed)
@@ -136,7 +136,7 @@ def attempt(
     read: Callable[[Any], object],
     allowed: tuple[type[Exception], ...] = (DriverError,),
 ) -> None:
-    """Each input is taken, or refused with a sentence of one line."""
+    """Each input is accepted, or refused with a sentence of one line."""
     refused = count = 0
     for count, given in enumerate(inputs, 1):
         try:
@@ -238,7 +238,7 @@ def command_lines() -> Iterator[list[str]]:
 
 
 class WrongUsageError(Exception):
-    """The parser has said its sentence and would exit."""
+    """The parser has printed its sentence and would exit."""
 
 
 def test_flags_are_taken_or_refused_with_a_sentence() -> None:

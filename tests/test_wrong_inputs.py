@@ -1,4 +1,4 @@
-"""What a person types wrongly, and the one sentence that answers it. A row is a mistake; the folder has the files."""
+"""Mistakes of a person on the command line, and the one sentence of each. A row is a mistake; the folder has the files."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def gpuslice(*arguments: str, stdout: int = subprocess.PIPE, **more: str) -> sub
     )
 
 
-SERVICES = (["run"], ["mps-supervisor"])  # they set up logging, so each has a process of its own
+SERVICES = (["run"], ["mps-supervisor"])  # they set up logging, so each needs its own process
 
 
 def process(arguments: list[str]) -> tuple[object, str, str]:
@@ -182,7 +182,7 @@ def test_another_user_is_told_whose_files_these_are(folder: Path, command: str, 
     (folder / "gpuslice.dev/running.json").write_text("{}", encoding="utf-8")
     (folder / "gpuslice.dev").chmod(0o700)
     folder.chmod(0o755)
-    # Everything is imported before, because the other user cannot read the interpreter's own files everywhere.
+    # All imports come first, because on some machines the other user cannot read the interpreter's files.
     program = (
         "import os, sys; from gpuslice.cli import main; from gpuslice.commands import show; from gpuslice.system import host; "
         "os.setuid(65534); main(sys.argv[1:])"

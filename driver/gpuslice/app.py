@@ -52,7 +52,7 @@ _DRIVER_PERIOD_S = 2.0  # between two tries to list the cards, if they could not
 
 
 def run(config: Config) -> int:
-    """Run the kubelet plugin until SIGTERM or SIGINT, or until a part of it fails finally. Returns the exit code."""
+    """Run the kubelet plugin until SIGTERM or SIGINT, or until a part of it fails permanently. Returns the exit code."""
     setup_logging(config.log_level)
     libc.use_one_arena()
     app = App(config)
@@ -311,7 +311,7 @@ def _check(config: Config) -> None:
     """ConfigError for wrong settings, before anything is opened or made."""
     if not config.node_name:
         raise ConfigError(
-            "the name of the node is missing; give --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
+            "the name of the node is missing; use --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
         )
     sockets.paths(
         driver=config.driver_name,

@@ -1,4 +1,4 @@
-"""What this driver uses of the Kubernetes client library. Import it from here only.
+"""The parts of the Kubernetes client library that this driver uses. Import them only from here.
 
 The library's own `__init__` imports everything (watches, streams, elections, the dynamic client), and its kubeconfig loader
 imports `requests` for logins by OpenID Connect. The driver uses none of that: 140 modules and 5.5 MB of its memory (measured
@@ -17,7 +17,7 @@ _OIDC = "requests_oauthlib"
 
 
 class _LaterModule(ModuleType):
-    """Stands for a module until somebody calls what it has."""
+    """Replaces a module until the first call of one of its functions."""
 
     @staticmethod
     def OAuth2Session(*arguments: Any, **options: Any) -> Any:  # noqa: N802 - the library's name

@@ -1,7 +1,8 @@
 """`Config`: the settings of the operator, checked once. Only `app.py` and the commands read it; other modules get values.
 
 Order: defaults → environment → flags. Every flag --some-name has the environment variable SOME_NAME, so that a
-DaemonSet's downward API (NODE_NAME, POD_UID) fits without a script. Names follow NVIDIA's driver where they mean the same.
+DaemonSet's downward API (NODE_NAME, POD_UID) fits without a script. Flags with the same meaning as in NVIDIA's driver have
+its names.
 """
 
 from __future__ import annotations

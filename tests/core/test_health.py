@@ -1,4 +1,4 @@
-"""Taints: what cannot be had now, each with its reason."""
+"""Taints: devices that are unavailable now, each with its reason."""
 
 from __future__ import annotations
 

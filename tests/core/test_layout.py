@@ -1,4 +1,4 @@
-"""Which partitions may stand together, and where to put those that are asked for."""
+"""Which partitions can exist together, and where to place requested ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Claims of all modes on what a node publishes, placed by the stand-in scheduler: what the design promises of it.
+"""Claims of all modes on the published devices of a node, placed by the stand-in scheduler: the promises of the design.
 
-Nothing of the driver is asked here but for what it publishes, so what holds, holds by the scheduler alone.
+These tests use only what the driver publishes. So every promise here is kept by the scheduler alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who plays which part on which node: pure, from the words of --simulate."""
+"""The parts of the story for each kind of node: pure, from the value of --simulate."""
 
 import pytest
 from gpuslice.demo.cast import Cast, numbers

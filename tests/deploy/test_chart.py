@@ -1,6 +1,6 @@
 """deploy/chart without a cluster: what it makes of its values, and that deploy/*.yaml is what it makes of the default ones.
 
-Rendered by a process of its own (hack/manifests), for the library brings the threads of another language's runtime.
+A separate process renders it (hack/manifests), because the library brings the threads of another language's runtime.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What cannot be had, and who says so: the scheduler in the pod's condition, or the driver in the pod's events."""
+"""Requests that cannot be served, and who reports it: the scheduler in the pod's condition, or the driver in its events."""
 
 from __future__ import annotations
 

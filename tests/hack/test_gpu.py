@@ -1,4 +1,4 @@
-"""hack/gpu without a GPU: the folder that travels, what is wrong with one, the stages, and the table of what came out."""
+"""hack/gpu without a GPU: the packed folder, its faults, the stages, and the table of the results."""
 
 from __future__ import annotations
 

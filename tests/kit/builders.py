@@ -1,4 +1,4 @@
-"""Plain functions that make nouns with sensible values; a test overrides what it is about."""
+"""Plain functions that make objects with sensible values. A test overrides the values that matter to it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _card(product: str) -> Gpu:
 
 
 def a_gpu(product: str = "h100", index: int = 0, **changes: Any) -> Gpu:
-    """A card of this product as NVML would describe it; each index has a UUID and a place on the bus of its own."""
+    """A card of this product as NVML would describe it. Each index has its own UUID and its own place on the bus."""
     own = {"uuid": GpuUuid(f"GPU-{index:08x}-0000-0000-0000-000000000000"), "bus_id": f"0000:{0x3B + index:02x}:00.0"}
     return replace(_card(product), index=index, **(own | changes))
 
 
 def a_policy(**default: object) -> Policy:
-    """A policy that says this of every card, in the words of the document."""
+    """A policy with these settings for every card, in the keys of the document."""
     return Policy.parse({"apiVersion": API_VERSION, "kind": KIND, "default": default})
 
 

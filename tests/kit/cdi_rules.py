@@ -1,4 +1,4 @@
-"""What a container runtime accepts as a CDI file of version 0.5.0: from the CDI specification, SPEC.md."""
+"""The rules of a container runtime for a CDI file of version 0.5.0, from the CDI specification, SPEC.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIELDS = {
 
 
 def faults(body: Body) -> list[str]:
-    """Everything that a strict reader would refuse; empty for a good file."""
+    """Everything that a strict reader would refuse. Empty for a good file."""
     found = [f"unknown field {key}" for key in body.keys() - {"cdiVersion", "kind", "devices", "containerEdits"}]
     found += [] if body["cdiVersion"] == "0.5.0" else ["version"]
     found += [] if _KIND.fullmatch(str(body["kind"])) else ["kind"]

@@ -1,7 +1,7 @@
-"""The corner of CEL that our selectors use, as Kubernetes evaluates it for a device; whatever else is refused.
+"""The part of CEL that our selectors use, as Kubernetes evaluates it for a device. Everything else is refused.
 
-An expression becomes Python after a few replacements. A name that the device does not have is an error, as in CEL; so is
-a comparison of two types, of which CEL says that it is never true.
+A few replacements turn an expression into Python. A name that the device does not have is an error, as in CEL. A comparison
+of two types is an error, too; CEL says that it is never true.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CelNumber(int):
 
 
 class Comparable:
-    """A quantity or a version: CEL compares them by methods only."""
+    """A quantity or a version. CEL compares them only by methods."""
 
     def __init__(self, value: Any, kind: str) -> None:
         self.value, self.kind = value, kind
@@ -87,7 +87,7 @@ _MAKE: Mapping[str, Callable[[Any], object]] = {"string": CelText, "int": CelNum
 
 
 def selected(expression: str) -> Callable[[Body], bool]:
-    """A selector as a function of one device of ours. KeyError where it names what the device does not have."""
+    """A selector as a function of one of our devices. KeyError for a name that the device does not have."""
     text = expression
     for pattern, replacement in _PYTHON:
         text = pattern.sub(replacement, text)
@@ -115,6 +115,6 @@ def _attribute(body: Body) -> object:
 
 
 def _domain(bodies: Body, domain: str, make: Callable[[Any], object]) -> dict[str, object]:
-    """What stands below this domain; a name without one is the driver's."""
+    """The names below this domain. A name without a domain is the driver's."""
     split = {name: name.rpartition("/") for name in bodies}
     return {short: make(bodies[name]) for name, (own, _, short) in split.items() if (own or DRIVER_NAME) == domain}

@@ -1,4 +1,4 @@
-"""Command lines that our pages name, checked without running them: by the parsers of our commands, and by what they name."""
+"""Checks the command lines of our pages without a run of them: by the parsers of our commands, and by the names in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.kit.markdown import ROOT
 OURS = re.compile(r"((sudo|\w+=\S*) +)*(\.venv/bin/)?(hack/\w+|gpuslice|python3? -m \S+|kubectl|helm)( |$)")
 _VERBS = {"annotate", "apply", "cordon", "create", "delete", "describe", "drain", "events", "exec", "explain", "get",
           "label", "logs", "port-forward", "rollout", "scale", "taint", "uncordon", "version", "wait"}  # fmt: skip
-_NOTE = re.compile(r"( {3,}[^-\s].*|\s#\s.*)$")  # what a page says of a line, behind it
+_NOTE = re.compile(r"( {3,}[^-\s].*|\s#\s.*)$")  # the note of a page behind a line
 
 _LEFT_OUT = re.compile("arguments are required: |expected one argument")
 
@@ -35,12 +35,12 @@ Words = Sequence[str]
 
 
 def commands(text: str) -> Iterator[str]:
-    """The command lines of a block of code that are for one of our programs, kubectl or helm."""
+    """The command lines of a block of code that start one of our programs, kubectl or helm."""
     yield from (command for command in _parts(text) if OURS.match(command))
 
 
 def others(text: str) -> Iterator[str]:
-    """The other command lines of a block that has one of those; what an empty line divides from them is output."""
+    """The other command lines of a block with such a line. Lines after an empty line are output."""
     parts = [*_parts(text.partition("\n\n")[0])]
     if any(map(OURS.match, parts)):
         yield from (command for command in parts if not OURS.match(command))
@@ -55,7 +55,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def mention(command: str) -> None:
-    """As `check`, for a command that a sentence names: what it takes beside may be left out."""
+    """As `check`, for a command in a sentence: its required arguments may be missing."""
     try:
         check(command)
     except AssertionError as e:
@@ -64,10 +64,10 @@ def mention(command: str) -> None:
 
 
 def check(command: str) -> None:
-    """AssertionError says what is wrong with a command line. Behind … anything may stand."""
+    """AssertionError names the mistake in a command line. After … anything may follow."""
     words = [word for word in shlex.split(command.partition("…")[0]) if word not in ("sudo", "[", "]")]
     while words and "=" in words[0]:
-        words.pop(0)  # of its environment
+        words.pop(0)  # a variable of its environment
     program, *arguments = words
     if re.fullmatch(r"(\.venv/bin/)?python3?", program):
         program, arguments = arguments[1], arguments[2:]
@@ -81,7 +81,7 @@ def check(command: str) -> None:
 
 
 def set_values(arguments: Words) -> None:
-    """`--set a.b=c` names a value of the chart."""
+    """`--set a.b=c` must name a value of the chart."""
     values = yaml.safe_load((ROOT / "deploy/chart/values.yaml").read_text(encoding="utf-8"))
     for flag, text in itertools.pairwise(arguments):
         if flag in ("--set", "--set-file", "--set-string"):
@@ -93,7 +93,7 @@ def set_values(arguments: Words) -> None:
 
 
 def _parsed(parse: Callable[[Words], object]) -> Callable[[Words], None]:
-    """What a parser refuses is wrong."""
+    """An argument that a parser refuses is a mistake."""
 
     def check(arguments: Words) -> None:
         said = io.StringIO()
@@ -108,7 +108,7 @@ def _parsed(parse: Callable[[Words], object]) -> Callable[[Words], None]:
 
 def _gpuslice(arguments: Words) -> None:
     parsed = cli.parser().parse_args(arguments or ["--help"])
-    config.read(parsed, {})  # ConfigError: a value that no start would take
+    config.read(parsed, {})  # ConfigError: a value that every start refuses
     _cards(getattr(parsed, "simulate", None))
 
 
@@ -120,7 +120,7 @@ def _cluster(arguments: Words) -> None:
 
 
 def _cards(node: str | None) -> None:
-    """ConfigError where there are no such cards to simulate."""
+    """ConfigError if there are no such cards to simulate."""
     if node and not node.isupper() and node != REAL:
         spec.parse(node)
 

@@ -1,4 +1,4 @@
-"""Markdown as far as our pages use it: blocks of code, spans of code, links, anchors."""
+"""The parts of Markdown that our pages use: blocks of code, spans of code, links, anchors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED = re.compile(r"<a (?:id|name)=\"([^\"]+)\"")
 
 @dataclass(frozen=True, slots=True)
 class CodeBlock:
-    """A block of code; `language` is "" where it is indented or names none."""
+    """A block of code. `language` is "" if the block is indented or names no language."""
 
     page: str
     line: int
@@ -33,7 +33,7 @@ class CodeBlock:
 class PageLine:
     number: int
     text: str
-    fence: str | None  # the language of the fenced block that it is in
+    fence: str | None  # the language of the fenced block around it
     indented: bool = False  # a line of an indented block
 
 
@@ -42,7 +42,7 @@ def name(page: Path) -> str:
 
 
 def lines(page: Path) -> Iterator[PageLine]:
-    """The lines of a page, without the fences themselves. An indented block begins after an empty line."""
+    """The lines of a page without the fences. An indented block begins after an empty line."""
     fence: str | None = None
     may_begin, indented = True, False
     for number, text in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
@@ -82,7 +82,7 @@ def _dedented(kept: list[str]) -> str:
 
 
 def prose(page: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines that are no code."""
+    """(number, text) of the lines outside of code."""
     yield from ((line.number, line.text) for line in lines(page) if line.fence is None and not line.indented)
 
 
@@ -100,7 +100,7 @@ def links(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link to this page may have behind `#`, as GitHub makes it of the headings."""
+    """The anchors of this page for links with `#`, as GitHub makes them from the headings."""
     found: set[str] = set()
     for _, text in prose(page):
         found |= set(_NAMED.findall(text))

@@ -1,8 +1,8 @@
-"""A stand-in CUDA program, run as a process: `client.py PIPE [UID]`. It prints what it got, and ends when its input ends.
+"""A stand-in CUDA program as a process: `client.py PIPE [UID]`. It prints its limits, and ends when its input ends.
 
-It prints `server PID memory MIB|none threads PERCENT`, lowered by what its environment says, as the client library of
-MPS does; then it obeys lines on its standard input: `allocate MIB` prints the daemon's answer. It ends with 0 when its
-input ends, with 1 where it is refused, terminated, or loses its server.
+It prints `server PID memory MIB|none threads PERCENT`. Its environment can lower these figures, as in the client library of
+MPS. Then it obeys lines on its standard input: `allocate MIB` prints the daemon's answer. It ends with 0 when its
+input ends, and with 1 if the daemon refuses or terminates it, or if it loses its server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A simulated node with an MPS supervisor: in this process, or as the process that it is; and stand-in CUDA programs."""
+"""A simulated node with an MPS supervisor, in this process or as its own process; and stand-in CUDA programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK = Timeouts(probe_s=0.2, answer_s=0.5)
 
 
 class StandInProgram:
-    """A stand-in CUDA program that runs."""
+    """A running stand-in CUDA program."""
 
     def __init__(self, pipe: Path, uid: int = 0, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -41,19 +41,19 @@ class StandInProgram:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> StandInProgram:
-        """One in a container that has this environment from its CDI file."""
+        """A program in a container with this environment from its CDI file."""
         limits = {k: v for k, v in environment.items() if k.startswith("CUDA_MPS_") and "DIRECTORY" not in k}
         return cls(Path(environment["CUDA_MPS_PIPE_DIRECTORY"]), 0, **limits)
 
     def says(self) -> str:
-        """Its next line; "" where it has ended."""
+        """Its next line; "" after its end."""
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], SOON_S)
         assert ready, "the program says nothing"
         return self.process.stdout.readline().strip()
 
     def got(self) -> tuple[str, str]:
-        """(memory in MiB or "none", percent): its limits at its start."""
+        """(memory in MiB or "none", percent): its limits at the start."""
         words = self.says().split()
         assert words[0] == "server", words
         return words[3], words[5]
@@ -64,7 +64,7 @@ class StandInProgram:
         return self.says()
 
     def quiet(self) -> bool:
-        """Whether it runs, and has printed nothing more."""
+        """Whether it runs and has printed nothing more."""
         assert self.process.stdout is not None
         return self.process.poll() is None and not select.select([self.process.stdout], [], [], 0)[0]
 
@@ -72,13 +72,13 @@ class StandInProgram:
         return self.process.wait(SOON_S)
 
     def end(self) -> int:
-        """Let it end by itself; its exit status, also where it has ended already."""
+        """Let it end by itself. Returns its exit status, even if it has ended already."""
         self.process.communicate(timeout=SOON_S)
         return self.process.returncode
 
 
 class LogRecords(logging.Handler):
-    """What the supervisor in this process logs; `wait` for a line that holds these words."""
+    """The log of the supervisor in this process. `wait` waits for a line with these words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class MpsNode:
         return self.supervisor
 
     def supervise_in_process(self, *prefix: str) -> subprocess.Popen[str]:
-        """As it is run on a node; returns when it serves."""
+        """Start the supervisor like on a node. Returns when it serves."""
         arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
         process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "gpuslice", "mps-supervisor", *arguments],
@@ -163,13 +163,13 @@ class MpsNode:
         return self.programs[-1]
 
     def cue(self, name: str) -> Path:
-        """Cue a fault of the stand-in (mps/sim/daemon.py); remove the file to withdraw it."""
+        """Cue a fault of the stand-in (mps/sim/daemon.py). Remove the file to withdraw the fault."""
         path = self.sim.folder / "mps" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
         return path
 
     def log(self, key: str = "gpu-0") -> list[str]:
-        """Commands that the daemon of this key got."""
+        """The commands that the daemon of this key received."""
         text = (self.client.log(key) / "control.log").read_text(encoding="utf-8")
         return [line.partition("command ")[2] for line in text.splitlines()]

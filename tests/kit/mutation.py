@@ -1,4 +1,4 @@
-"""Every value of a JSON document, each once replaced by what it must not be."""
+"""Replaces each value of a JSON document, one at a time, by a wrong value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WRONG: tuple[object, ...] = (
 
 
 def values(body: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """The path of every value in the document, objects and lists themselves among them."""
+    """The path of every value in the document, including objects and lists."""
     parts = body.items() if isinstance(body, dict) else enumerate(body) if isinstance(body, list) else ()
     for key, value in parts:
         yield (*at, key)
@@ -49,7 +49,7 @@ def edited(body: Any, path: tuple[str | int, ...], wrong: object) -> Any:
 
 
 def edits(body: Any) -> Iterator[tuple[str, str, Any]]:
-    """Every one-value edit: the path, what is there instead, and the document."""
+    """Every edit of one value: the path, the new value, and the document."""
     for path in values(body):
         for wrong in WRONG:
             what = "missing" if wrong is MISSING else repr(wrong)[:20]

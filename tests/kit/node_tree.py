@@ -1,4 +1,4 @@
-"""Trees of files that look like a node with the NVIDIA driver: its root, its procfs."""
+"""Trees of files like those of a node with the NVIDIA driver: its root, its procfs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def write(path: Path, text: str = "") -> None:
 
 
 def fill_driver_root(root: Path, folder: str = DEBIAN, version: str = VERSION) -> None:
-    """Libraries, links, programs and firmware as the NVIDIA installer lays them down."""
+    """Libraries, links, programs and firmware in the layout of NVIDIA's installer."""
     for name in ("cuda", "nvidia-ml", "nvidia-ptxjitcompiler", "nvidia-encode"):
         write(root / folder / f"lib{name}.so.{version}")
         (root / folder / f"lib{name}.so.1").symlink_to(f"lib{name}.so.{version}")

@@ -1,4 +1,4 @@
-"""Processes that a command under test has started, and the end of one."""
+"""Processes that a command under test has started, and their end."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 
 def with_environment(variable: str, begins: Path) -> list[str]:
-    """Command lines of those that have this variable, with a value that begins so; children inherit it."""
+    """Command lines of the processes that have this variable with a value that begins so. Children inherit the variable."""
     mark, found = f"{variable}={begins}".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if any(entry.startswith(mark) for entry in (path / "environ").read_bytes().split(b"\0")):
                 found.append((path / "cmdline").read_text(errors="replace").replace("\0", " "))
     return found
 
 
 def named_in(said: str) -> int:
-    """The process id that a command has printed: "(process 4711…"."""
+    """The process id that a command printed: "(process 4711…"."""
     found = re.search(r"process (\d+)", said)
     assert found is not None, said
     return int(found[1])

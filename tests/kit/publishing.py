@@ -1,4 +1,4 @@
-"""Publishers, pools and the API that shows them, for the tests of publishing."""
+"""Publishers, pools and an API server that shows the pools, for the tests of publishing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAINT = {"key": "gpuslice.dev/xid", "value": "79", "effect": "NoSchedule"}
 
 @contextmanager
 def an_api_server(folder: Path, version: str = "1.37", dropping: tuple[str, ...] = ()) -> Iterator[StandInApiServer]:
-    """One that has our node."""
+    """An API server with our node."""
     with StandInApiServer(folder, version, dropping=dropping) as server:
         server.add_node(NODE)
         yield server
@@ -39,7 +39,7 @@ def a_publisher(server: StandInApiServer, backoff: BackoffConfig = FAST) -> Iter
 
 
 def a_pool(*names: str, pool: str = "n1/a", **fields: object) -> PoolSlices:
-    """A slice of counters and one of devices that draw on them."""
+    """A slice of counters and a slice of devices that consume them."""
     uses = [{"counterSet": "card", "counters": {"m": {"value": "1"}}}]
     devices = [{"name": name, "consumesCounters": uses, **fields} for name in names]
     counters = {"sharedCounters": [{"name": "card", "counters": {"m": {"value": "2"}}}]}
@@ -67,7 +67,7 @@ def asked(server: StandInApiServer, part: str) -> int:
 
 
 def wipe(server: StandInApiServer) -> None:
-    """As the kubelet does it when it starts."""
+    """Delete the slices like the kubelet at its start."""
     for body in server.all("resourceslices"):
         server.delete("resourceslices", body["metadata"]["name"])
 

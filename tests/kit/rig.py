@@ -1,4 +1,5 @@
-"""A node in a folder: simulated GPUs, records, CDI files, and the transaction over them. Restart it, kill it, look at it."""
+"""A node in a folder: simulated GPUs, records, CDI files, and the transaction on them. Tests restart it, kill it and
+read it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def a_ref(name: str = "one", uid: str = "") -> ClaimRef:
 def a_claim(
     name: str, *devices: DeviceRef, admin: bool = False, uid: str = "", enforcement: str | None = None
 ) -> Claim:
-    """A claim that was given these devices, one request each: gpu-0, gpu-1 …"""
+    """A claim with these devices, one request for each: gpu-0, gpu-1 …"""
     return Claim(
         a_ref(name, uid),
         tuple(
@@ -45,7 +46,7 @@ def a_claim(
 def a_share(
     name: str, device: DeviceRef, charged: Mapping[str, int] | None = None, settings: Settings | None = None
 ) -> Claim:
-    """A claim that was given one share of a device, with what the scheduler charged for it (memory in bytes)."""
+    """A claim with one share of a device, and the amount that the scheduler charged for it (memory in bytes)."""
     allocation = Allocation(
         request="gpu-0",
         device=device,
@@ -58,7 +59,7 @@ def a_share(
 
 @dataclass
 class Rig:
-    """One driver's transaction on a node. `restarted` is the same node seen by a new process."""
+    """One driver's transaction on a node. `restarted` is a new process on the same node."""
 
     folder: Path
     spec: str = "h100x2"
@@ -76,7 +77,7 @@ class Rig:
         self.build(Session(lambda: self.nvml))
 
     def build(self, nvml: Nvml) -> None:
-        """Build the transaction anew over `nvml`, as a process does when it starts."""
+        """Build the transaction again over `nvml`, like the start of a process."""
         host = SimHost(self.folder / "node")
         self.checkpoint = Checkpoint(self.folder / "claims", host.boot_id())
         self.mps = MpsClient(self.folder / "mps")
@@ -102,7 +103,7 @@ class Rig:
         return DeviceRef(PoolName(self.inventory.pools[gpu].name), name)
 
     def ask(self, claim: Claim) -> PreparedClaim | Busy:
-        """A prepare, as the service has it done."""
+        """A prepare in the same way as the service runs it."""
         answer = self.preparer.prepare(claim, self.preparer.scope(claim.ref.uid, claim))
         assert not isinstance(answer, Scope), "nobody else works on this node"
         return answer
@@ -146,7 +147,7 @@ class Rig:
         return set(self.checkpoint.records())
 
     def assert_agreed(self) -> None:
-        """Node, records and CDI say the same: nothing incomplete, nothing without a record, nothing missing."""
+        """Check that node, records and CDI files agree: nothing incomplete, nothing without a record, nothing missing."""
         records = self.checkpoint.records()
         assert all(record.prepared is not None for record in records.values())
         made = {done.uuid for record in records.values() for done in record.done if done.uuid is not None}
@@ -156,12 +157,12 @@ class Rig:
         assert set(self.cdi_files()) == files
 
     def figures(self, gpu: int = 0) -> tuple[ComputeMode, int]:
-        """Compute mode and time slice of a card, as they are after a start."""
+        """Compute mode and time slice of a card have their values of a start."""
         uuid = self.gpus[gpu].uuid
         return self.nvml.compute_mode(uuid), 0 if self.mig(gpu) else self.nvml.time_slice(uuid)
 
     def assert_take_turns(self, mine: Claim, theirs: Claim) -> None:
-        """Neither can be prepared beside the other, and each can after the other; at the end nothing is left."""
+        """Neither claim can be prepared beside the other, and each can after the other. At the end nothing is left."""
         self.prepare(mine)
         assert self.busy(theirs) == (mine.ref,)
         self.unprepare(mine)

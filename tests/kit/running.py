@@ -1,4 +1,5 @@
-"""The driver's claim side in this process: real server on real sockets, a simulated node, stand-in API server and kubelet."""
+"""The driver's claim side in this process: the real server on real sockets, a simulated node, stand-in API server and
+kubelet."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ DRIVER = "gpuslice.dev"
 
 
 class DriverInstance:
-    """One driver process' claim side. Several may serve one node, as in a rolling update."""
+    """The claim side of one driver process. Several may serve one node, as in a rolling update."""
 
     def __init__(self, world: World, pod_uid: str = "", *, hang_limit_s: float = 15.0) -> None:
         self._world = world
@@ -74,7 +75,7 @@ class DriverInstance:
         return self
 
     async def close(self) -> None:
-        self.rig.nvml.withdraw()  # nothing hangs on after a test
+        self.rig.nvml.withdraw()  # no call hangs after a test
         await self.server.close(0)
         await self.service.close(10)
         asyncio.get_running_loop().remove_reader(self._watch.fileno())
@@ -84,7 +85,7 @@ class DriverInstance:
 
 
 class World:
-    """Use as `async with World(tmp_path) as world`; one instance runs at once, `join` starts another."""
+    """Use it as `async with World(tmp_path) as world`. One instance runs at first, `join` starts another."""
 
     def __init__(self, folder: Path, spec: str = "h100x2", *, hang_limit_s: float = 15.0) -> None:
         self.folder, self.spec, self._hang_limit_s = folder, spec, hang_limit_s
@@ -138,7 +139,7 @@ class World:
         annotations: Mapping[str, str] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> ClaimRef:
-        """A claim that the API server shows as allocated to these devices, `extra` in each of its results."""
+        """A claim that the API server shows with these devices. `extra` is in each of its results."""
         names = requests or [f"gpu-{number}" for number in range(len(devices))]
         results = [
             {"request": request, "driver": DRIVER, "pool": ref.pool, "device": ref.device}

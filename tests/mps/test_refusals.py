@@ -1,4 +1,4 @@
-"""What the supervisor, its daemons and its clients say when the machine, a driver or another release does not play along."""
+"""The errors of the supervisor, its daemons and its clients if the machine, a driver or another release is unusable."""
 
 from __future__ import annotations
 

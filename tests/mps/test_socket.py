@@ -1,4 +1,4 @@
-"""The socket between driver and supervisor: what is said on it, and by whom it is not held up."""
+"""The socket between driver and supervisor: its messages, and the clients that must not block it."""
 
 from __future__ import annotations
 

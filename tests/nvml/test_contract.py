@@ -1,6 +1,6 @@
-"""One contract for both doors: every simulated product, and the real GPUs of this machine where it has any.
+"""One contract for both implementations: every simulated product, and the real GPUs of this machine if it has any.
 
-On real hardware only reads are made. What changes a card is shown on the simulated ones, below the shared part.
+On real hardware the tests only read. Tests that change a card run on the simulated ones, below the shared part.
 """
 
 from __future__ import annotations

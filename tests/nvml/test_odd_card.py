@@ -1,6 +1,6 @@
-"""One odd card at the real door: whatever one function of NVML answers for it, the other card is read as before.
+"""One odd card at the real interface: for any answer of one function of NVML, the other card is read as before.
 
-In a process of its own, because a loaded library stays loaded. Calls that hang stay behind in threads.
+Each runs in its own process, because a loaded library stays loaded. Calls that hang stay behind in threads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The ctypes side of the real door, against a small libnvidia-ml.so.1 of our own (stub/nvml.c).
+"""The ctypes side of the real interface, against a small libnvidia-ml.so.1 of our own (stub/nvml.c).
 
-Each test runs in a process of its own: a loaded library stays loaded, and pynvml keeps the first it found.
+Each test runs in its own process, because a loaded library stays loaded, and pynvml keeps the first one that it found.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ uuid = gpu.uuid
 
 
 def told(root: Path, text: str, stub: str = "") -> list[str]:
-    """Lines that a process prints which runs this over the stub. `stub`: what is different about its card and driver."""
+    """The lines that a process prints when it runs this over the stub. `stub`: the odd facts of its card and driver."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _START + text, str(root)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The jobs of a claim wait for each other. Events decide the order, never time."""
+"""Which job waits for which, without any GPU. Events decide the order, never time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A claim's way from the RPC to the hardware and back: what is fetched, who waits for whom, what is answered."""
+"""The path of a claim from the RPC to the hardware and back: fetches, waits and answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fetches(world: World, ref: ClaimRef) -> int:
 
 
 async def waiting(world: World, ref: ClaimRef, times: int = 1) -> None:
-    """Return when the driver has asked the API server for this claim so many times."""
+    """Return when the driver has asked the API server for this claim this number of times."""
     await asyncio.to_thread(world.api.wait, lambda: fetches(world, ref) >= times)
 
 
@@ -252,7 +252,7 @@ async def test_the_successor_of_a_force_deleted_pod_waits_and_is_served_when_the
 
 
 async def test_what_a_lost_card_kept_is_finished_by_the_successor_that_finds_it(world: World) -> None:
-    """The kubelet was told that all is given back, so it does not ask again."""
+    """The kubelet has an answer that everything is released, so it does not call again."""
     rig = world.rig
     holder = world.claim("old", world.device("mig-3g-9-0"))
     await world.must_prepare(holder)

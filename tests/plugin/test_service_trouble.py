@@ -1,4 +1,4 @@
-"""A claim's way when the API server, a card or the MPS supervisor fails in the middle of it."""
+"""The path of a claim when the API server, a card or the MPS supervisor fails in the middle."""
 
 from __future__ import annotations
 

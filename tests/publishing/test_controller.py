@@ -1,4 +1,4 @@
-"""What is offered, kept up to date: shapes that outlive everything, looks that nobody waits for, a thread that never ends."""
+"""The offer is kept up to date: shapes survive everything, no claim waits for a look, and the thread never ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for the API server at the start: told once, longer and longer, and with an end where waiting changes nothing."""
+"""Waits for the API server at the start: logged once, longer and longer, and ended if waiting changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-in API server behaves as the real one where a driver can tell."""
+"""The stand-in API server behaves like the real one in everything that a driver can notice."""
 
 from __future__ import annotations
 

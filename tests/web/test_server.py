@@ -1,4 +1,4 @@
-"""The HTTP port under strangers: idle, slow, many, and from elsewhere."""
+"""The HTTP port with unknown clients: idle, slow, many, and from other machines."""
 
 from __future__ import annotations
 

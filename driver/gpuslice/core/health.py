@@ -52,7 +52,7 @@ def taints(
     """Taints of every device that has any.
 
     `unwell`: the taint of each unreadable GPU (lost, hung). `daemons`: the taint of each MPS daemon with a problem, by
-    key; "" means all daemons (the supervisor is away). `unable`: final refusals of each card (see `needs`).
+    key; "" means all daemons (the supervisor is away). `unable`: permanent refusals of each card (see `needs`).
     """
     known = tuple(records)
     found: dict[DeviceRef, tuple[Taint, ...]] = {}
@@ -91,7 +91,7 @@ def needs(pool: Pool, live: LiveGpu) -> Iterator[str]:
 
 
 def refused(verb: str, reason: str) -> Taint:
-    """The taint of a card that finally refuses this verb."""
+    """The taint of a card that permanently refuses this verb."""
     return replace(_REFUSED[verb], reason=reason)
 
 

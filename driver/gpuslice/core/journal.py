@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def entry(line: str) -> str:
-    """The text to add to the end of the file for a new state. It first ends a line that was torn."""
+    """The text to add to the end of the file for a new state. It first ends an incomplete line."""
     return f"\n{line}\n"
 
 

@@ -76,5 +76,5 @@ async def several_cards(stage: Stage) -> None:
 async def rest_of_the_node(stage: Stage) -> None:
     """Let one claim hold the cards without a part, so that the story continues with one or two cards."""
     if extras := stage.cast.extras:
-        words = f"{numbers(extras)} as whole cards; the story goes on with the rest"
+        words = f"{numbers(extras)} as whole cards; the story continues with the rest"
         await stage.take("batch", words, *these_cards(*extras))

@@ -13,9 +13,8 @@ from gpuslice.core.model import GpuUuid, MigUuid
 class DaemonSpec:
     """The wanted state of a daemon. The ceilings are the same for every client; None: no ceiling.
 
-    `key` is a DNS label and names the daemon's folder. It has at most 24 characters, because socket paths have at
-    most 107 bytes (unix(7)).
-    `threads_percent` is a ceiling on multiprocessors, 1 … 100. It reserves nothing.
+    `key` is a DNS label and names the daemon's folder. It has at most 24 characters, because socket paths have at most
+    107 bytes (unix(7)). `threads_percent` is a ceiling on multiprocessors, 1 … 100. It reserves nothing.
     """
 
     key: str

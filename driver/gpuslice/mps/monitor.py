@@ -258,7 +258,7 @@ class DaemonMonitor:
             self._start_again(state.daemon, restarts)
 
     def _probe(self, process: MpsDaemon) -> tuple[str, bool]:
-        """The problem of the daemon, "" if it is well or has ended; and whether the daemon hangs."""
+        """The problem of the daemon, "" if it is well or has ended; and whether no command can reach it."""
         if process.pidfd.ended():
             return "", True
         try:

@@ -22,7 +22,7 @@ SONAME = "libnvidia-ml.so.1"
 _PLACES = tuple(f"/{folder}/{SONAME}" for folder in (*LIBRARY_FOLDERS, ""))
 
 _REMEDIES = {
-    Code.UNINITIALIZED: "NVML was closed under this call; the driver starts it anew when no card can be read",
+    Code.UNINITIALIZED: "NVML was closed during this call; the driver starts it again when no card can be read",
     Code.INVALID_ARGUMENT: "the card has no such profile, place or mode; use one that it lists",
     Code.NOT_SUPPORTED: "this card, its present mode or its NVIDIA driver does not offer it",
     Code.NO_PERMISSION: "run the driver as root with CAP_SYS_ADMIN",

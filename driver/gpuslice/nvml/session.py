@@ -77,7 +77,7 @@ class Session:
             self._open()
             self._renewed_at = time.monotonic()
         self.gpus()  # finds the handles of the cards again
-        log.warning("NVML was started anew, because no card could be read: %s", self.problem or "it answers")
+        log.warning("started NVML again, because no card could be read: %s", self.problem or "it answers")
         return True
 
     def comes(self) -> bool:

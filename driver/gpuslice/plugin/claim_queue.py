@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Job:
     """The state of a job in its queue: whether it can still be cancelled, and whether a caller still waits for it.
 
-    `begin` and `end` are for any thread, because a thread that has fetched a claim goes on with the work by itself.
+    `begin` and `end` are for any thread, because a thread that has fetched a claim continues with the work by itself.
     """
 
     def __init__(self) -> None:

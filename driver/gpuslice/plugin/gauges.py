@@ -23,7 +23,7 @@ def register(
     """Add the gauges. `hung` lists the GPUs with a hung call. `problem` is the reason why pools are not published."""
     telemetry.gauge("gpuslice_published", "1 while the API shows what the node offers.", lambda: not problem())
     telemetry.gauge("gpuslice_prepared_claims", "Claims with a record.", lambda: len(checkpoint.records()))
-    telemetry.gauge("gpuslice_hung_gpus", "GPUs with a call that does not come back.", lambda: len(hung()))
+    telemetry.gauge("gpuslice_hung_gpus", "GPUs with a call that does not return.", lambda: len(hung()))
     telemetry.gauges(
         "gpuslice_prepared_devices",
         "Devices that claims hold.",

@@ -239,7 +239,7 @@ class ClaimService:
             scope = answer
 
     async def _fetch_and_prepare(self, ref: ClaimRef, arrival: int, job: Job) -> tuple[Claim, PreparedClaim | Busy]:
-        """Fetch the claim and prepare it: in one thread if its GPUs are free, which spares 0.2 ms (measured)."""
+        """Fetch the claim and prepare it: in one thread if its GPUs are free, which saves 0.2 ms (measured)."""
         name = f"prepare {ref.uid}"
         answer: PreparedClaim | Busy | Scope
         if self._fetching < _AT_ONCE:
@@ -255,7 +255,7 @@ class ClaimService:
         return claim, await self._work(answer, arrival, job, name, partial(self._preparer.prepare, claim))
 
     def _at_once(self, ref: ClaimRef, arrival: int, turn: Turn) -> tuple[Claim, PreparedClaim | Busy | Scope]:
-        """The claim and what became of it; its scope if it has to wait. It blocks."""
+        """The claim and the answer of its prepare, or its scope if the claim has to wait. It blocks."""
         claim, scope = self._read(ref)
         if self._closed is not None:
             raise self._closed
@@ -276,7 +276,7 @@ class ClaimService:
         return claims.parse(body, ref, self._driver)
 
     async def _unprepare_unheard(self, ref: ClaimRef, job: Job) -> None:
-        """Undo a prepare whose caller is gone and whose claim is deleted, because perhaps no unprepare follows."""
+        """Undo a prepare whose caller is gone and whose claim is deleted, because the kubelet may not unprepare it."""
         if job.listeners:
             return
         try:

@@ -29,7 +29,7 @@ _MOST_WAITING = 8  # idle threads that are kept for the next work; a burst may u
 
 
 class Turn:
-    """What a piece of work holds: a ticket, from its begin or since `take`. A call to the hardware needs one."""
+    """The ticket of a piece of work, from its start or since `take`. A call to the hardware needs a ticket."""
 
     def __init__(self, tickets: Tickets, job: Job, ticket: Ticket | None = None) -> None:
         self.pulse, self.ticket = Pulse(), ticket
@@ -79,14 +79,14 @@ class Workers:
         self._idle.set()
 
     async def run(self, ticket: Ticket, job: Job, work: Callable[[], T], name: str) -> T:
-        """The result of `work`, which has this ticket. As `run_freely` otherwise."""
+        """The result of `work`, which has this ticket. Otherwise like `run_freely`."""
         job.begin()
         return await self._run(Turn(self._tickets, job, ticket), lambda _: work(), name)
 
     async def run_freely(self, job: Job, work: Callable[[Turn], T], name: str) -> T:
         """The result of `work`, which has no ticket yet and may take one. HungError if, from then on, one call takes longer
-        than the limit; the thread goes on and keeps the ticket. Many calls may take longer together: fourteen partitions
-        are made in sixteen seconds.
+        than the limit; then the thread continues and keeps the ticket. Many calls may take longer together: fourteen
+        partitions are made in sixteen seconds.
 
         The end of the work releases the ticket. The work has the context variables of the caller (the `op=` id).
         """
@@ -121,7 +121,7 @@ class Workers:
         return await answer
 
     def _watch(self, turn: Turn, answer: asyncio.Future[Any], name: str) -> None:
-        """Look again when the call of now would be overdue. Without a ticket there are no calls to the hardware."""
+        """Check again when the present call would be overdue. Without a ticket there are no calls to the hardware."""
         quiet_s = 0.0 if turn.ticket is None else time.monotonic() - turn.pulse.beat
         if turn.ticket is None or quiet_s < self._limit_s:
             again = partial(self._watch, turn, answer, name)

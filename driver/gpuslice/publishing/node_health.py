@@ -106,7 +106,7 @@ class NodeHealth:
         return taints
 
     def survey(self, inventory: Inventory) -> NodeLook:
-        """The whole node as it is now. The log hears of a new session only."""
+        """The whole node as it is now. The log names a new session only."""
         # Records before and after the look: a partition of ours has its record before it is made and until it is gone.
         records = self._checkpoint.records()
         live, unwell = self._look_at_all(inventory)

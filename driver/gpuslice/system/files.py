@@ -145,9 +145,9 @@ def write_atomic(
 
 
 def create(path: Path, text: str, mode: int, spares: Spares) -> Version | None:
-    """Have a new file with this text, which appears whole. None if there is a file, or no spare for it.
+    """Make a new file with this text. It appears whole. None if there is a file already, or no spare.
 
-    For folders whose readers need no rename: one change of the folder, where `write_atomic` makes two.
+    For folders whose readers need no rename: it changes the folder once, and `write_atomic` changes it twice.
     """
     descriptor = spares.take()
     if descriptor is None:
@@ -168,7 +168,7 @@ def _fill(descriptor: int, text: str, mode: int, mtime_ns: int | None = None) ->
     if mtime_ns is not None:
         os.utime(descriptor, ns=(mtime_ns, mtime_ns))
     there = os.fstat(descriptor)
-    if stat.S_IMODE(there.st_mode) != mode:  # the umask took some of it
+    if stat.S_IMODE(there.st_mode) != mode:  # the umask removed some bits
         os.fchmod(descriptor, mode)
     return Version.of(there)
 
@@ -280,7 +280,7 @@ def _open_lock(path: Path) -> int:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path` (flock(2): per open file, so threads and processes exclude each other alike).
 
-    Waits as long as it takes. The file stays: a lock on a file that was unlinked excludes nobody.
+    Waits without a limit. The file stays, because a lock on an unlinked file excludes no other process.
     """
     descriptor = _open_lock(path)
     try:

@@ -30,8 +30,7 @@ _RUN_S = 86400.0  # of the watch on pods; longer than any run
 @contextlib.contextmanager
 def cluster(version: str) -> Iterator[MeasuredCluster]:
     """Start Kubernetes with our driver on eight cards that take no time, and end it. BenchError if a cluster runs
-    already, or
-    if its programs are not built: a build takes ten minutes, which must not count."""
+    already, or if its programs are not built: a build takes ten minutes, which must not count."""
     chosen = ["--version", version] if version else []
     _hack_cluster("check", *chosen)
     _hack_cluster("up", "--gpus", f"h100x{CARDS}", *chosen)  # if it fails, it removes what it started

@@ -112,9 +112,8 @@ def _mean(before: Exposition, after: Exposition, call: str) -> float:
 
 def successors(stage: ClusterStage, extent: Extent) -> Figures:
     """A pod wants the card of a pod that is being deleted. By force: the object of the old pod is gone at once, its
-    container
-    ends later or is killed after two seconds. With grace: the object goes after the kubelet has unprepared the claims of
-    the pod."""
+    container ends later or is killed after two seconds. With grace: the object goes after the kubelet has unprepared
+    the claims of the pod."""
     figures: Figures = {}
     for key, force, command in (("forced", True, STAYS), ("deaf", True, IGNORES), ("graceful", False, STAYS)):
         before = failures(stage.kube)

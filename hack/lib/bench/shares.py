@@ -14,8 +14,8 @@ BY_TIME: Mapping[str, str] = {"type": "timeslice", "profile": ""}
 
 async def shares(subject: Subject, size: Size) -> Figures:
     """A card's first MPS share starts its daemon (the stand-in, a separate Python program); the start is part of the
-    time. Then
-    shares come and go while one share stays. The supervisor's memory is read with a daemon on each of eight cards."""
+    time. Then shares come and go while one share stays. The supervisor's memory is read with a daemon on each of eight
+    cards."""
     figures: Figures = {}
     async with driver_bench(subject, supervised=True) as bench:
         by_mps = bench.allocations(BY_MPS)

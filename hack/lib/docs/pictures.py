@@ -140,7 +140,7 @@ def _transaction(sheet: Sheet, tickets: Box) -> None:
     sheet.frame(Box(20, 190, 864, 130), "the transaction, in a worker thread under file locks: plugin/prepare.py", 100)
     decide = sheet.box(
         Box(720, 224, 145, 70),
-        ("1. decide", "a plan, or who is in", "the way, or an error"),
+        ("1. decide", "a plan, or the claims", "in the way, or an error"),
         "green",
         note="core/plan.py",
     )
@@ -279,7 +279,7 @@ _ROOMS: Mapping[str, Colour] = {
     "system": "red",
 }
 _SAYS_OF = {
-    "cli": "what is typed",
+    "cli": "the command line",
     "app": "the wiring",
     "playground": "stand-in cluster in the background",
     "demo": "the story of hack/demo",

@@ -59,7 +59,9 @@ def found() -> list[tuple[str, str]]:
     for path, call in source.calls("Taint"):
         keys, values = (source.texts(argument) for argument in call.args[:2])
         if not keys or not values:
-            raise ValueError(f"{path}:{call.lineno} makes a taint whose key or value is no text: {ast.unparse(call)}")
+            raise ValueError(
+                f"{path}:{call.lineno} makes a taint whose key or value is not a text: {ast.unparse(call)}"
+            )
         pairs += [(key, value) for key in keys for value in values]
     return list(dict.fromkeys([*pairs, *_of_a_cordoned_pool()]))
 

@@ -1,4 +1,4 @@
-"""What an operator may write, what it means for a card, and how a mistake is told."""
+"""What an operator may write, what it means for a card, and how an error describes a mistake."""
 
 from __future__ import annotations
 

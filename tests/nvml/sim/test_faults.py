@@ -1,4 +1,4 @@
-"""Faults on cue, and who waits for whom: every wait here is ended by the test itself."""
+"""Faults on cue, and which calls wait for each other. The test itself ends every wait."""
 
 from __future__ import annotations
 

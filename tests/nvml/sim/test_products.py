@@ -1,4 +1,4 @@
-"""The simulated products against what NVML answered on real cards, raw (tests/golden/nvml, made by `hack/gpu run`)."""
+"""The simulated products compared with raw answers of NVML on real cards (tests/golden/nvml, made by `hack/gpu run`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `--simulate` accepts, and what it says to the rest."""
+"""What `--simulate` accepts, and the errors for everything else."""
 
 from __future__ import annotations
 

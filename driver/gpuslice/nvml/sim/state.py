@@ -70,7 +70,7 @@ class StateFolder:
         if spec is not None and spec != self.spec:
             raise ConfigError(
                 f"folder {folder} holds another simulated node than --simulate names; "
-                f"use another folder, or remove the folder to start anew"
+                f"use another folder, or remove this folder to make a new node"
             )
         self._cache: dict[int, tuple[Version, GpuState]] = {}
 
@@ -93,7 +93,7 @@ class StateFolder:
             body = json.loads(path.read_text(encoding="utf-8"))
             return from_body(str(path), body["node"]), uuid.UUID(body["seed"])
         except (OSError, ValueError, LookupError, TypeError) as e:
-            raise StateError(f"{path} is not a simulated node ({e}); remove its folder to start anew") from e
+            raise StateError(f"{path} is not a simulated node ({e}); remove its folder to make a new node") from e
 
     def _file(self, index: int) -> Path:
         return self._part(f"gpu{index}.json")
@@ -116,7 +116,9 @@ class StateFolder:
                 return held[1]
             state = _decode(json.loads(journal.last(path.read_bytes())))
         except (OSError, ValueError, LookupError, TypeError) as e:
-            raise StateError(f"{path} does not describe a simulated GPU ({e}); remove its folder to start anew") from e
+            raise StateError(
+                f"{path} does not describe a simulated GPU ({e}); remove its folder to make a new node"
+            ) from e
         self._cache[index] = (key, state)
         return state
 

@@ -29,7 +29,7 @@ def run(machine: Machine, results: Results) -> None:
     tool = machine.programs / "bin" / "nvidia-ctk" if machine.programs else None
     if tool is None:
         results.leave_out(
-            "it gives what NVIDIA's generator gives", "nvidia-ctk is not in this pack, or not laid out yet"
+            "it gives what NVIDIA's generator gives", "nvidia-ctk is not in this pack, or not unpacked yet"
         )
         return
     command = [str(tool), "cdi", "generate", "--format=json", "--driver-root", str(root), "--dev-root=/", "--output="]
