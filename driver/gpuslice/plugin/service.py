@@ -5,7 +5,7 @@ The transaction itself is in `prepare.py`. This module only decides which call w
 
 * Each claim has one queue of jobs. An unprepare cancels a waiting prepare, and waits for the end of a running one.
 * The claim is fetched inside its queue, and again after every wait, because a claim can be deallocated and allocated
-  elsewhere under the same UID.
+  elsewhere under the same UID. If its GPUs are free, the thread that fetched it also prepares it.
 * `Busy` releases everything. If the API still gives the devices to a holder, this is a double allocation and is refused.
   If all holders are gone or deallocated, their unprepare comes soon. The claim waits for it without thread or lock and
   keeps its place in the queue. After a forced delete, the new pod then needs no retry by the kubelet.
