@@ -173,7 +173,8 @@ class App:
         await asyncio.gather(*jobs, return_exceptions=True)
         self.hanging = not await service.close(_DRAIN_S)
         controller.stop()
-        self._nvml.close()
+        await asyncio.to_thread(self._nvml.close)
+        self.hanging = self.hanging or self._nvml.hangs
 
     def _build_service(self, executor: Executor) -> ClaimService:
         return ClaimService(

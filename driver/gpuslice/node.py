@@ -19,7 +19,7 @@ from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu, Taint
 from gpuslice.core.policy.rules import Misfit, Policy
 from gpuslice.core.record import Record
 from gpuslice.core.typed import Fields
-from gpuslice.errors import ConfigError, StateError
+from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Nvml
 from gpuslice.nvml.listing import LIMIT_S, Listing
 from gpuslice.system import documents, files
@@ -56,7 +56,7 @@ class Cards:
         """`folder` is the plugin's. `limit_s` is for listing all cards, of which each has a limit of its own."""
         self._nvml, self._host = nvml, host
         self._path, self._claims = folder / "gpus.json", folder / "claims"
-        self._listing: Listing[tuple[Gpu, ...]] = Listing(limit_s, name=lambda _: "the list of this node's GPUs")
+        self._listing = _lister(limit_s)
 
     def known(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
         """In bus order, with one sentence for each thing that is not as it should be. Nothing is written."""
@@ -80,6 +80,18 @@ class Cards:
     def _listed(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
         found, hung = self._listing.read((0,), lambda _: self._nvml.gpus())
         return tuple(self._host.locate(gpu) for gpus in found for gpu in gpus), hung
+
+
+def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[Gpu, ...]:
+    """The cards, for one look. DeviceError if NVML does not list them in `limit_s`."""
+    found, hung = _lister(limit_s).read((0,), lambda _: nvml.gpus())
+    for sentence in hung:
+        raise DeviceError(sentence)
+    return tuple(gpu for gpus in found for gpu in gpus)
+
+
+def _lister(limit_s: float) -> Listing[tuple[Gpu, ...]]:
+    return Listing(limit_s, name=lambda _: "the list of this node's GPUs")
 
 
 def _last_seen(path: Path) -> tuple[Gpu, ...]:

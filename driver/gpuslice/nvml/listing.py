@@ -1,16 +1,62 @@
-"""Reading the cards of a node side by side, each in a thread of its own, so that one dead card hides no other."""
+"""Calls that may hang, each in a thread of its own that is left behind.
+
+`Attempt` is one call. `Listing` reads the cards of a node side by side, so that one dead card hides no other.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-from gpuslice.errors import DeviceError
+from gpuslice.errors import DeviceError, HungError
+from gpuslice.nvml.pulse import Pulse
 
 LIMIT_S = 15.0  # as for looks and prepares: a call that takes longer counts as hung
 Found = TypeVar("Found")
+
+
+class Attempt(Generic[Found]):
+    """A call of the whole node. While it hangs, it is not made a second time; its answer counts when it comes."""
+
+    def __init__(self, name: str, call: Callable[[], Found]) -> None:
+        """`name` begins the sentence about a call that hangs, unless a call below it has a name of its own."""
+        self._name, self._call = name, call
+        self._answer: Future[Found] | None = None
+        self._pulse = Pulse()
+
+    @property
+    def hangs(self) -> bool:
+        return self._answer is not None and not self._answer.done()
+
+    def result(self, limit_s: float) -> Found:
+        """What the call returns or raises. HungError if it does not come back in time. For one caller at a time."""
+        if self._answer is None:
+            self._answer, self._pulse = Future(), Pulse()
+            context = contextvars.copy_context()
+            self._pulse.listen(context)
+            threading.Thread(target=context.run, args=(self._run, self._answer), name=self._name, daemon=True).start()
+        try:
+            error = self._answer.exception(limit_s)
+        except TimeoutError:
+            # No number of seconds: the sentence becomes a taint, and a taint that changes is a write.
+            raise HungError(
+                f"{self._pulse.call or self._name} has not come back; look at the kernel log of the node, and restart the "
+                "node if it stays so"
+            ) from None
+        answer, self._answer = self._answer, None
+        if error is not None:
+            raise error
+        return answer.result()
+
+    def _run(self, answer: Future[Found]) -> None:
+        try:
+            answer.set_result(self._call())
+        except BaseException as e:  # noqa: BLE001 - handed to the caller
+            answer.set_exception(e)
 
 
 class Listing(Generic[Found]):
@@ -19,9 +65,10 @@ class Listing(Generic[Found]):
     def __init__(self, limit_s: float = LIMIT_S, *, name: Callable[[int], str] = "GPU {}".format) -> None:
         self._limit_s, self._name = limit_s, name
         self._stuck: dict[int, threading.Thread] = {}
+        self._pulses: dict[int, Pulse] = {}
 
     def read(self, indexes: Iterable[int], read: Callable[[int], Found]) -> tuple[tuple[Found, ...], tuple[str, ...]]:
-        """What was found, in order, and one sentence for each card that cannot be read."""
+        """The cards that were read, in order, and one sentence for each card that cannot be read."""
         indexes = tuple(indexes)
         found: dict[int, Found] = {}
         lost: dict[int, str] = {}
@@ -35,7 +82,7 @@ class Listing(Generic[Found]):
             except Exception as e:  # noqa: BLE001  whatever one card answers, the others are read
                 sentences[index] = f"{self._name(index)}: cannot read it: {e!r}; this is a bug of gpuslice, report it"
 
-        asked = {i: self._stuck.get(i) or threading.Thread(target=ask, args=(i,), daemon=True) for i in indexes}
+        asked = {i: self._stuck.get(i) or self._thread(i, ask) for i in indexes}
         self._wait(asked)
         self._stuck = {i: thread for i, thread in asked.items() if thread.is_alive()}
         found, lost = dict(found), dict(lost)  # what a thread that was left behind finds later is not for this answer
@@ -47,10 +94,15 @@ class Listing(Generic[Found]):
             tuple(lost[i] for i in indexes if i not in found),
         )
 
+    def _thread(self, index: int, ask: Callable[[int], None]) -> threading.Thread:
+        context, self._pulses[index] = contextvars.copy_context(), Pulse()
+        self._pulses[index].listen(context)
+        return threading.Thread(target=context.run, args=(ask, index), daemon=True)
+
     def _hung(self, index: int) -> str:
         return (
-            f"{self._name(index)} cannot be read: NVML has not answered for {self._limit_s:g} s; look at the kernel log of the"
-            " node, reset the GPU or restart the node if it stays so"
+            f"{self._name(index)} cannot be read: {self._pulses[index].call or 'NVML'} has not come back for "
+            f"{self._limit_s:g} s; look at the kernel log of the node, reset the GPU or restart the node if it stays so"
         )
 
     def _wait(self, asked: dict[int, threading.Thread]) -> None:

@@ -1,114 +1,120 @@
 """NVML as the rest of the process has it: the session may be missing, and it may be opened anew.
 
-Without a loaded NVIDIA driver there is no session. The process serves all the same: after a reboot pods wait for their
-unprepare, and NVIDIA's driver container waits for these pods before it loads the driver. Every verb then refuses with the
-reason, so that each card counts as lost.
+Without a loaded NVIDIA driver there is no session. Nor is there one while the start of NVML hangs. The process serves all
+the same: after a reboot pods wait for their unprepare, and NVIDIA's driver container waits for these pods before it loads
+the driver. Every verb then refuses with the reason, so that each card counts as lost.
 
-A `Pulse` hears of each call's begin and end. One call that does not come back is a hung card; many calls that take long
-together are not.
+The start and the end of NVML run in threads that may be left behind (`listing.Attempt`), so a dead driver hangs neither the
+start of this process, nor its other calls, nor its end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
-from gpuslice.errors import DeviceError
+from gpuslice.errors import DeviceError, HungError
 from gpuslice.nvml.api import ComputeMode, GpuProcess, Memory, Nvml, XidEvent
+from gpuslice.nvml.listing import LIMIT_S, Attempt
+from gpuslice.nvml.pulse import during
 
 log = logging.getLogger(__name__)
 
 _RENEW_S = 10.0  # the shortest time between two new sessions: cards that stay lost need no more of them
-
-
-class Pulse:
-    """When the calls of one thread were last heard of, and which one is under way. Read by another thread."""
-
-    def __init__(self) -> None:
-        self.beat = time.monotonic()
-        self.call = ""
-
-    @contextlib.contextmanager
-    def during(self, call: str) -> Iterator[None]:
-        self.call, self.beat = call, time.monotonic()
-        try:
-            yield
-        finally:
-            self.call, self.beat = "", time.monotonic()
-
-    def listen(self, context: contextvars.Context) -> None:
-        """Hear of the calls that run in this context."""
-        context.run(_pulse.set, self)
-
-
-_pulse: contextvars.ContextVar[Pulse] = contextvars.ContextVar("pulse")
+_START_S = 2 * LIMIT_S  # a start is long where nothing else keeps the NVIDIA driver loaded: seconds for each card
+_END_S = 5.0
+_GLANCE_S = 1.0  # for a look whether NVML has come
 
 
 class Session:
     """`Nvml` over what `opener` returns."""
 
-    def __init__(self, opener: Callable[[], Nvml]) -> None:
-        self._opener = opener
-        self._lock = threading.Lock()
+    def __init__(self, opener: Callable[[], Nvml], *, start_s: float = _START_S, end_s: float = _END_S) -> None:
+        """`start_s`, `end_s`: a start or an end of NVML that takes longer counts as hung."""
+        self._start_s, self._end_s = start_s, end_s
+        self._start = Attempt("the start of NVML", opener)
+        self._list = Attempt("the list of this node's GPUs", self.gpus)
+        self._ends: list[Attempt[None]] = []  # that hang
+        self._changing = threading.Lock()  # held while NVML starts or ends
+        self._lock = threading.Lock()  # of the fields below, never held during a call
         self._nvml: Nvml | None = None
         self._calls = 0
         self._refusal = DeviceError("NVML has not been started yet")
         self._unlisted = ""
         self._renewed_at = -_RENEW_S
-        self._open()
+        self._open(start_s)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a start or an end of NVML has not come back: the process then ends only by `_exit`."""
+        return self._start.hangs or any(end.hangs for end in self._ends)
 
     @property
     def problem(self) -> str:
-        """Why no card can be listed, "" where they can."""
+        """Why no card can be listed, "" if they can be listed."""
         return str(self._refusal) if self._nvml is None else self._unlisted
 
     def renew(self) -> bool:
-        """Open a new session instead of this one and list the cards; False where there is none, a call is under way in it, or
-        it is too young."""
-        with self._lock:
-            if self._nvml is None or self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
-                return False
-            self._close()
-            self._open()
+        """Open a new session instead of this one and list the cards. False if there is no session, a call is under way in it,
+        or it is too young."""
+        with self._changing:
+            with self._lock:
+                if self._nvml is None or self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
+                    return False
+                nvml = self._take("NVML is being started anew; the kubelet tries again")
+            self._shut(nvml)
+            self._open(self._start_s)
             self._renewed_at = time.monotonic()
         self.gpus()  # finds their handles again
         log.warning("NVML was started anew, because no card could be read: %s", self.problem or "it answers")
         return True
 
     def comes(self) -> bool:
-        """Whether the cards can be listed now. Blocks, and starts NVML where it is not started."""
-        with self._lock:
+        """Whether the cards can be listed now. Starts NVML if it is not started. Blocks for two seconds at most."""
+        with self._changing:
             if self._nvml is None:
-                self._open()
-        self.gpus()
+                self._open(_GLANCE_S)
+        try:
+            self._list.result(_GLANCE_S)
+        except HungError as e:
+            self._unlisted = str(e)
         return not self.problem
 
     def close(self) -> None:
         with self._lock:
-            self._close()
+            nvml = self._take("NVML was closed, because the driver ends")
+        self._shut(nvml)
 
-    def _open(self) -> None:
+    def _open(self, limit_s: float) -> None:
         try:
-            self._nvml = self._opener()
+            self._nvml = self._start.result(limit_s)
         except DeviceError as e:
             self._refusal = e
 
-    def _close(self) -> None:
-        self._refusal = DeviceError("NVML was closed, because the driver ends")
-        if self._nvml is not None:
-            self._nvml.close()
-        self._nvml = None
+    def _take(self, refusal: str) -> Nvml | None:
+        """The present NVML, which from now on no call gets."""
+        nvml, self._nvml = self._nvml, None
+        self._refusal = DeviceError(refusal)
+        return nvml
+
+    def _shut(self, nvml: Nvml | None) -> None:
+        if nvml is None:
+            return
+        end = Attempt("the end of NVML", nvml.close)
+        try:
+            end.result(self._end_s)
+        except HungError as e:
+            self._ends.append(end)
+            log.error("%s", e)
 
     @contextlib.contextmanager
     def _call(self, name: str, device: str = "this node") -> Iterator[Nvml]:
-        """The NVML of now, counted as in use. DeviceError where there is none."""
-        pulse = _pulse.get(None)
-        with contextlib.nullcontext() if pulse is None else pulse.during(f"{name} on {device}"):
+        """The present NVML, counted as in use. DeviceError if there is none."""
+        with during(f"{name} on {device}"):
             with self._lock:
                 nvml = self._nvml
                 if nvml is None:
@@ -123,14 +129,15 @@ class Session:
     # ------------------------------------------------------------ the verbs
 
     def gpus(self) -> tuple[Gpu, ...]:
-        """As `Nvml.gpus`; where nothing can be listed it is empty, and `problem` says why."""
-        self._unlisted = ""
+        """As `Nvml.gpus`. Empty if nothing can be listed, and `problem` says why."""
         try:
             with self._call("gpus") as nvml:
-                return nvml.gpus()
+                found = nvml.gpus()
         except DeviceError as e:
             self._unlisted = str(e)
-        return ()
+            return ()
+        self._unlisted = ""
+        return found
 
     def lost(self) -> tuple[str, ...]:
         nvml = self._nvml

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from gpuslice.core.model import ClaimUid, GpuUuid
 from gpuslice.errors import ClaimError, DriverError, HungError
-from gpuslice.nvml.session import Pulse
+from gpuslice.nvml.pulse import Pulse
 
 T = TypeVar("T")
 
