@@ -206,6 +206,7 @@ class App:
             checkpoint=self._checkpoint,
             hung=service.tickets.hung,
             renew=renew,
+            refused=self._nvml.refused,
             limit_s=limit_s,
         )
 

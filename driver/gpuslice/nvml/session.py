@@ -14,11 +14,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
 from gpuslice.errors import DeviceError, HungError
-from gpuslice.nvml.api import ComputeMode, GpuProcess, Memory, Nvml, XidEvent
+from gpuslice.nvml.api import FOR_GOOD, ComputeMode, GpuProcess, Memory, Nvml, XidEvent
 from gpuslice.nvml.listing import LIMIT_S, Attempt
 from gpuslice.nvml.pulse import during
 
@@ -45,6 +45,7 @@ class Session:
         self._calls = 0
         self._refusal = DeviceError("NVML has not been started yet")
         self._unlisted = ""
+        self._refused: dict[tuple[GpuUuid, str], str] = {}
         self._renewed_at = -_RENEW_S
         self._open(start_s)
 
@@ -57,6 +58,13 @@ class Session:
     def problem(self) -> str:
         """Why no card can be listed, "" if they can be listed."""
         return str(self._refusal) if self._nvml is None else self._unlisted
+
+    def refused(self) -> Mapping[tuple[GpuUuid, str], str]:
+        """The settings that a card refused for good in this session, by card and verb, each with NVML's sentence.
+
+        Not every refusal can be found by a look: a card may tell its compute mode, and take no other one.
+        """
+        return dict(self._refused)
 
     def renew(self) -> bool:
         """Open a new session instead of this one and list the cards. False if there is no session, a call is under way in it,
@@ -98,6 +106,7 @@ class Session:
     def _take(self, refusal: str) -> Nvml | None:
         """The present NVML, which from now on no call gets."""
         nvml, self._nvml = self._nvml, None
+        self._refused = {}
         self._refusal = DeviceError(refusal)
         return nvml
 
@@ -125,6 +134,18 @@ class Session:
             finally:
                 with self._lock:
                     self._calls -= 1
+
+    @contextlib.contextmanager
+    def _setting(self, verb: str, gpu: GpuUuid, *, on: bool) -> Iterator[Nvml]:
+        """As `_call`, for a verb that a claim needs. `on`: False to take a setting back, which MIG mode may refuse."""
+        try:
+            with self._call(verb, gpu) as nvml:
+                yield nvml
+        except DeviceError as e:
+            if on and e.code in FOR_GOOD:
+                self._refused = {**self._refused, (gpu, verb): str(e)}
+            raise
+        self._refused = {key: text for key, text in self._refused.items() if key != (gpu, verb)}
 
     # ------------------------------------------------------------ the verbs
 
@@ -156,7 +177,7 @@ class Session:
             return nvml.minor(gpu)
 
     def set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
-        with self._call("set_mig_mode", gpu) as nvml:
+        with self._setting("set_mig_mode", gpu, on=on) as nvml:
             nvml.set_mig_mode(gpu, on)
 
     def create_gpu_instance(self, gpu: GpuUuid, profile: int, placement: Placement) -> int:
@@ -188,7 +209,7 @@ class Session:
             return nvml.compute_mode(gpu)
 
     def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None:
-        with self._call("set_compute_mode", gpu) as nvml:
+        with self._setting("set_compute_mode", gpu, on=mode != ComputeMode.DEFAULT) as nvml:
             nvml.set_compute_mode(gpu, mode)
 
     def time_slice(self, gpu: GpuUuid) -> int:
@@ -196,7 +217,7 @@ class Session:
             return nvml.time_slice(gpu)
 
     def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
-        with self._call("set_time_slice", gpu) as nvml:
+        with self._setting("set_time_slice", gpu, on=level > 0) as nvml:
             nvml.set_time_slice(gpu, level)
 
     def wait_event(self, timeout_s: float) -> XidEvent | None:
