@@ -63,7 +63,6 @@ MISTAKES = [
     (f"{RUN} --cdi-root cdi", 2, "--cdi-root is 'cdi', a relative path, which the container runtime would look for"),
     (f"{RUN} --cdi-root {{0}}/cid --kubeconfig {{0}}/ok", 2, "--cdi-root is {0}/cid, which is not there; container runtimes"),
     (f"{START} --registration-socket ../x", 2, "--registration-socket is '../x' and must be the name of a file"),
-    (f"{START} --kubeconfig {{0}}/ok --nvidia-cdi-hook-path /nope", 2, "--nvidia-cdi-hook-path is /nope, and there is no"),
     (START, 2, "cannot use this pod's service account for the API server"),
     (f"{START} --kubeconfig {{0}}/none", 2, "kubeconfig {0}/none is not there; check the path that --kubeconfig names"),
     (f"{START} --kubeconfig {{0}}/cdi", 2, "kubeconfig {0}/cdi cannot be read (Is a directory)"),

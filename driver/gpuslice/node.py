@@ -96,11 +96,9 @@ def _lister(limit_s: float) -> Listing[tuple[Gpu, ...]]:
 
 def _last_seen(path: Path) -> tuple[Gpu, ...]:
     try:
-        if not path.is_file():
-            return ()  # the first start; or a pipe, which has no end
-        return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
+        return gpucodec.decode(json.loads(files.read_plain(path)))
     except (OSError, ValueError, RecursionError):
-        return ()  # a torn file of a power loss: then only what is here now is known
+        return ()  # the first start, or a torn file of a power loss: then only what is here now is known
 
 
 # ---------------------------------------------------------------- a look from outside
@@ -195,7 +193,7 @@ def _as_running(config: Config) -> Config:
     if config.node_name or config.simulate:
         return replace(config, node_name=config.node_name or "this-node")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(files.read_plain(path))
     except FileNotFoundError:
         return replace(config, node_name="this-node")  # no driver has run
     except OSError as e:

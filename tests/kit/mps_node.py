@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gpuslice.core.model import GpuUuid, MigUuid
@@ -103,6 +104,16 @@ class LogRecords(logging.Handler):
             return next(line for line in reversed(self._lines) if words in line)
 
 
+@contextlib.contextmanager
+def a_node(folder: Path) -> Iterator[MpsNode]:
+    """Two simulated H100, and no supervisor yet."""
+    node = MpsNode(folder)
+    try:
+        yield node
+    finally:
+        node.close()
+
+
 class MpsNode:
     def __init__(self, folder: Path, spec: str = "h100x2") -> None:
         self.folder, self.spec = folder, spec
@@ -146,6 +157,23 @@ class MpsNode:
             running.end()
         self.sim.close()
         logging.getLogger("gpuslice.mps").removeHandler(self.logged)
+
+    def outlive(self, supervisor: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        """Kill this supervisor and start the next one, which finds what the first one left."""
+        supervisor.kill()
+        supervisor.communicate()
+        self.processes.remove(supervisor)
+        return self.supervise_in_process()
+
+    def daemons_of(self, key: str) -> list[int]:
+        """Pids of the daemon of this key, and of its servers: of all MPS processes of its pipe."""
+        wanted = f"CUDA_MPS_PIPE_DIRECTORY={self.client.pipe(key)}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (entry / "comm").read_text().startswith("nvidia-cuda-mps"):
+                    found += [int(entry.name)] if wanted in (entry / "environ").read_bytes().split(b"\0") else []
+        return found
 
     # ------------------------------------------------------------ what a test asks for
 

@@ -1,4 +1,4 @@
-"""One daemon's process: started, adopted, given its ceilings, looked after, drained. No threads and no policy here.
+"""One daemon's process: start, adopt, set its ceilings, probe, drain. No threads and no policy here.
 
 The supervisor starts it with `-f`, so that the daemon does not fork, and with `-multiuser-server`, because the uids of
 containers differ: without this option one uid waits until the clients of another uid have left. The option needs root and
@@ -18,12 +18,14 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpuslice.core.typed import Fields
 from gpuslice.errors import DeviceError, DriverError, HungError
 from gpuslice.mps import launch, wire
 from gpuslice.mps.api import DaemonSpec
 from gpuslice.mps.control import Control, one_line
 from gpuslice.mps.paths import Paths
 from gpuslice.mps.process import PidfdProcess, ProcessId, boot_id, kill_all, wait
+from gpuslice.system import files
 from gpuslice.system.files import FolderWatch, write_atomic
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ DRAIN_S = 3.0  # for servers to end after their clients were terminated
 _FLAGS = ((("-f", "-multiuser-server"), ("-f",)), (("-f",),))  # root's, others'
 _LAUNCHER = (sys.executable, "-I", "-S", launch.__file__)
 _REFUSED_S = 0.05
+_MOST_TICKS = 2**53  # since boot
 _SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel's queue is called
 
 
@@ -209,18 +212,13 @@ def _wait(process: MpsDaemon, watch: FolderWatch, console: Path, device: str) ->
 def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tuple[DaemonSpec, MpsDaemon | None]:
     """Read what a former supervisor left in this folder: the spec of the daemon, and its process if it runs and answers.
 
-    DeviceError where the folder names no daemon, or one of an earlier boot.
+    DeviceError if the folder names no daemon, or one of an earlier boot.
     """
-    paths.own(key)  # otherwise another user could choose the process that the supervisor takes for the daemon
+    daemon, process_id = left(paths, key)
+    if process_id.boot != boot_id():
+        raise DeviceError(f"{paths.record(key)} is of an earlier boot")
     try:
-        body = json.loads(paths.record(key).read_text(encoding="utf-8"))
-        daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
-    except (OSError, ValueError, LookupError, TypeError, DeviceError) as e:
-        raise DeviceError(f"{paths.record(key)} names no MPS daemon ({e}); its folder is removed") from e
-    if left.boot != boot_id():
-        raise DeviceError(f"{paths.record(key)} is of an earlier boot; its folder is removed")
-    try:
-        pidfd = PidfdProcess(left)
+        pidfd = PidfdProcess(process_id)
     except ProcessLookupError:
         kill_all(paths.pipe(key), DRAIN_S)
         return daemon, None
@@ -234,8 +232,34 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
     return daemon, process
 
 
+def left(paths: Paths, key: str) -> tuple[DaemonSpec, ProcessId]:
+    """The daemon and the process that the file of this folder names, whether the process runs or not. DeviceError if the
+    file names none."""
+    paths.own(key)  # otherwise another user could choose the process that the supervisor takes for the daemon
+    path = paths.record(key)
+    try:
+        body = json.loads(files.read_plain(path))
+        process = Fields(body, "").part("process")
+        daemon = wire.daemon_of(Fields(body, "").value("daemon"))
+        if daemon.key != key:
+            raise ValueError(f"it is of daemon {daemon.key[:40]!r}")
+        return daemon, ProcessId(
+            process.number("pid", 1), process.number("started", 0, _MOST_TICKS), process.text("boot")
+        )
+    except (OSError, ValueError, RecursionError, DeviceError) as e:
+        raise DeviceError(f"{path} names no MPS daemon ({e})") from e
+
+
+def clear(paths: Paths, key: str) -> None:
+    """End the processes of a folder that names no daemon. The folder goes too, unless they ran, because then containers
+    have it mounted: the next start of this daemon makes it good."""
+    paths.own(key)
+    if not kill_all(paths.pipe(key), DRAIN_S):
+        remove(paths, key)
+
+
 def remember(paths: Paths, daemon: DaemonSpec, process: MpsDaemon) -> None:
-    """Write down for the next supervisor what this daemon is to be, and which process it is."""
+    """Write the spec and the process of this daemon down, for the next supervisor."""
     body = {"daemon": wire.daemon_body(daemon), "process": asdict(process.pidfd.id)}
     write_atomic(paths.record(daemon.key), json.dumps(body) + "\n")
 

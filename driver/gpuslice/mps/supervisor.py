@@ -94,9 +94,9 @@ class Supervisor:
             monitor.adopt()
         except DriverError as e:
             self._forget(key, monitor)
-            log.warning("cannot adopt the MPS daemon of a former supervisor key=%s: %s", key, e)
+            log.warning("cannot adopt the MPS daemon of a former supervisor, so it is ended key=%s: %s", key, e)
             try:
-                daemons.remove(self._paths, key)
+                daemons.clear(self._paths, key)
             except DriverError as error:
                 log.warning("cannot remove the folder of an MPS daemon key=%s: %s", key, error)
 

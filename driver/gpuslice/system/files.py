@@ -77,6 +77,19 @@ def holds(path: Path, text: str, mode: int) -> bool:
         return False
 
 
+def read_plain(path: Path) -> bytes:
+    """The content of a file of ours. OSError if it cannot be read; ValueError if it is no plain file: a link leads to what
+    somebody else writes, and a pipe never ends."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no plain file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
 def clear(path: Path) -> None:
     """Clear the place of a file of ours of a link or an empty folder. What a folder holds is somebody's: StateError."""
     with translated("write", path):
