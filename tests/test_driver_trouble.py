@@ -176,6 +176,43 @@ async def test_an_nvml_that_dies_and_does_not_start_again_makes_the_process_star
     node.close()
 
 
+# ---------------------------------------------------------------- a thread that dies
+
+THREADS = ("controller", "publisher-watching", "publisher-writing")
+
+
+@pytest.fixture
+async def doomed(short: Path, unmeasured: None) -> AsyncIterator[StandInCluster]:
+    """A cluster whose processes have a thread that dies."""
+    async with StandInCluster(short) as cluster:
+        cluster.module = "tests.kit.dead_thread"
+        yield cluster
+
+
+@pytest.mark.parametrize("thread", [*THREADS, "http"])
+async def test_a_driver_one_of_whose_threads_dies_ends_and_says_which(doomed: StandInCluster, thread: str) -> None:
+    more = ("--http-endpoint", "127.0.0.1:0")
+    driver = await doomed.start(*more, environment={"DEAD": thread}, ready=False)
+
+    assert await driver.wait() == 1
+    sentence = f"thread {thread} ended by ValueError: planted; the process ends to be started again"
+    assert sentence in driver.log.read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("thread", THREADS)
+async def test_a_dead_thread_makes_healthz_fail(doomed: StandInCluster, thread: str) -> None:
+    environment = {"DEAD": thread, "SURVIVE": "1"}
+    driver = await doomed.start("--http-endpoint", "127.0.0.1:0", environment=environment, ready=False)
+    await doomed.kubelet.wait_registered(DRIVER)
+
+    async with asyncio.timeout(20):
+        while (answer := await asked(driver, "/healthz"))[0] == 200:  # the probes come before the publisher's threads
+            pass
+
+    assert answer[0] == 503
+    assert f"thread {thread} ended by ValueError: planted" in answer[1]
+
+
 # ---------------------------------------------------------------- a start that fails
 
 

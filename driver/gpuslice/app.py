@@ -150,7 +150,7 @@ class App:
                 controller.start()
                 healthy: site.Check = lambda: threads.problem() or server.probe()  # noqa: E731
                 ready = partial(self._unready, health, controller, server)
-                stack.callback(self._serve_http(controller, service, healthy, ready))
+                stack.callback(self._serve_http(controller, service, healthy, ready, threads))
                 last = (_lost(server), _refused(controller))
                 jobs += [loop.create_task(guarded(job, stop)) for job in last]
                 code, reason = await stop
@@ -245,7 +245,12 @@ class App:
         return stop
 
     def _serve_http(
-        self, controller: SliceController, service: ClaimService, healthy: site.Check, ready: site.Check
+        self,
+        controller: SliceController,
+        service: ClaimService,
+        healthy: site.Check,
+        ready: site.Check,
+        threads: ThreadWatch,
     ) -> Callable[[], None]:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
@@ -262,6 +267,7 @@ class App:
                 healthy=healthy,
                 ready=ready,
             ),
+            threads=threads,
         )
         log.info("serving metrics and probes on %s", http.address)
         return http.close

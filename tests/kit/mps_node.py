@@ -133,13 +133,7 @@ class MpsNode:
 
     def supervise_in_process(self, *prefix: str) -> subprocess.Popen[str]:
         """As it is run on a node; returns when it serves."""
-        arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "gpuslice", "mps-supervisor", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.processes.append(process)
+        process = self.spawn("gpuslice", *prefix)
         assert process.stderr is not None
         lines = []
         while "serves" not in (line := process.stderr.readline()):
@@ -157,6 +151,18 @@ class MpsNode:
             running.end()
         self.sim.close()
         logging.getLogger("gpuslice.mps").removeHandler(self.logged)
+
+    def spawn(self, module: str, *prefix: str, **environment: str) -> subprocess.Popen[str]:
+        """Start the supervisor by this module of Python, after these words of a command line."""
+        arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", module, "mps-supervisor", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.processes.append(process)
+        return process
 
     def outlive(self, supervisor: subprocess.Popen[str]) -> subprocess.Popen[str]:
         """Kill this supervisor and start the next one, which finds what the first one left."""

@@ -174,6 +174,25 @@ def test_a_stopped_daemon_that_hangs_is_killed_and_its_folder_removed(node: MpsN
 # ---------------------------------------------------------------- supervisors
 
 
+@pytest.mark.parametrize("thread", ["mps-accept", "mps-gpu-0"])
+def test_a_supervisor_one_of_whose_threads_dies_ends_says_which_and_leaves_its_daemons(
+    node: MpsNode, unmeasured: None, thread: str
+) -> None:
+    supervisor = node.supervise_in_process()
+    before = node.client.ensure(node.daemon())
+    supervisor.kill()
+    supervisor.wait()
+
+    doomed = node.spawn("tests.kit.dead_thread", DEAD=thread)
+    _, said = doomed.communicate(timeout=SOON_S)
+
+    assert doomed.returncode == 1
+    sentence = f"thread {thread} ended by ValueError: planted; the process ends to be started again"
+    assert sentence in said.splitlines()[-1]
+    node.supervise()
+    assert node.client.statuses() == (before,)
+
+
 def test_a_killed_supervisors_daemons_and_programs_go_on_and_are_adopted(short: Path, unmeasured: None) -> None:
     node = MpsNode(short, "h100x8")
     supervisor = node.supervise_in_process()

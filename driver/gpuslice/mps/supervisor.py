@@ -33,6 +33,7 @@ from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.monitor import DaemonMonitor, GoneError
 from gpuslice.mps.paths import Paths
 from gpuslice.system import files, logs
+from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,20 @@ _FAILED = 1  # cli.py: it ran and failed
 class Supervisor:
     """The daemons of one root, and the socket. `open` adopts, then listens; `close` ends what it owns."""
 
-    def __init__(self, root: Path, command: Sequence[str], *, timeouts: Timeouts = _TIMEOUTS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        command: Sequence[str],
+        *,
+        timeouts: Timeouts = _TIMEOUTS,
+        threads: ThreadWatch | None = None,
+    ) -> None:
         self._paths, self._command, self._timeouts = Paths(root), command, timeouts
         self.incarnation = str(uuid.uuid4())
         self._monitors: dict[str, DaemonMonitor] = {}
         self._lock = threading.Lock()  # of the dict, never held while something is done
         self._closing = threading.Event()
+        self._threads = threads or ThreadWatch()
 
     def open(self) -> None:
         """Adopt the daemons that run, then listen. DriverError if the root is unusable or another supervisor serves it."""
@@ -71,7 +80,7 @@ class Supervisor:
         new.chmod(0o600)
         self._listener.listen(_BACKLOG)
         new.rename(self._paths.socket)
-        threading.Thread(target=self._accept, name="mps-accept", daemon=True).start()
+        self._threads.start("mps-accept", self._accept, over=self._closing.is_set)
 
     def close(self) -> None:
         """Drain and end all daemons at once; their folders stay."""
@@ -92,7 +101,9 @@ class Supervisor:
         monitor = self._monitor(key)
         try:
             monitor.adopt()
-        except DriverError as e:
+        except Exception as e:  # whatever is in this folder, the other daemons are adopted
+            if not isinstance(e, DriverError):
+                log.exception("the adoption of an MPS daemon failed unexpectedly key=%s", key)
             self._forget(key, monitor)
             log.warning("cannot adopt the MPS daemon of a former supervisor, so it is ended key=%s: %s", key, e)
             try:
@@ -105,7 +116,7 @@ class Supervisor:
             if self._closing.is_set():
                 raise DeviceError("the MPS supervisor is ending; try again when the next one runs")
             if key not in self._monitors:
-                self._monitors[key] = DaemonMonitor(self._paths, key, self._command, self._timeouts)
+                self._monitors[key] = DaemonMonitor(self._paths, key, self._command, self._timeouts, self._threads)
             return self._monitors[key]
 
     def _forget(self, key: str, monitor: DaemonMonitor) -> None:
@@ -231,7 +242,8 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
     # Handlers and no blocked signals, because the daemons would inherit a mask.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    supervisor = Supervisor(root, command)
+    threads = ThreadWatch(lambda _: ended.set())
+    supervisor = Supervisor(root, command, threads=threads)
     try:
         supervisor.open()
     except DriverError as e:
@@ -239,14 +251,24 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
         return _FAILED
     log.info("the MPS supervisor serves requests root=%s incarnation=%s", root, supervisor.incarnation)
     ended.wait()
+    if problem := threads.problem():
+        log.error("%s", problem)  # as after a crash the daemons run on, and the next supervisor adopts them
+        return _FAILED
     log.info("the MPS supervisor ends all its daemons and then itself root=%s", root)
     supervisor.close()
     return 0
 
 
 def _at_once(calls: Iterable[Callable[[], None]]) -> None:
-    """Each in a thread of its own; returns when all have."""
-    threads = [threading.Thread(target=call) for call in calls]
+    """Each in a thread of its own. Returns when all have ended; what one raises is logged."""
+
+    def run(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("a part of the start or the end of the MPS supervisor failed unexpectedly")
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:

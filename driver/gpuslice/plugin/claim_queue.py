@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import queue
 import threading
 import time
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 from gpuslice.core.model import ClaimUid, GpuUuid
 from gpuslice.errors import ClaimError, DriverError, HungError
 from gpuslice.nvml.pulse import Pulse
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -247,8 +250,7 @@ class Workers:
             again = partial(self._watch, watchdog, ticket, answer, name)
             watchdog.timer = asyncio.get_running_loop().call_later(self._limit_s - quiet_s, again)
         else:
-            call = watchdog.pulse.call
-            self._overdue(ticket, answer, f"{call} ({name})" if call else name)
+            self._overdue(ticket, answer, f"{call} ({name})" if (call := watchdog.pulse.call) else name)
 
     def _overdue(self, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
         error = HungError.overdue(name, ticket.gpus, self._limit_s)
@@ -261,9 +263,8 @@ class Workers:
         if self._waiting:
             self._waiting -= 1
         else:
-            threading.Thread(
-                target=_serve_jobs, args=(self._jobs, self._afterwards), name="worker", daemon=True
-            ).start()
+            serve = partial(_serve_jobs, self._jobs, self._afterwards)
+            threading.Thread(target=serve, name="worker", daemon=True).start()
         self._working += 1
         self._idle.clear()
         self._jobs.put(job)
@@ -278,10 +279,7 @@ class Workers:
             self._idle.set()
 
     async def drained(self, timeout_s: float) -> bool:
-        """Wait until no thread works any more. False after the time limit (a call hangs: the process must `_exit`).
-
-        Idle threads end.
-        """
+        """Wait until no thread works, and end the idle ones. False if a call still hangs: the process must `_exit`."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         while self._waiting:
@@ -295,7 +293,10 @@ def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None], afterwards: 
     while (job := jobs.get()) is not None:
         job()
         del job  # it holds a reference to the claim's result, or to its error with all frames
-        afterwards()
+        try:
+            afterwards()
+        except Exception:  # the thread counts as one that waits: its end would leave the next job without a thread
+            log.exception("the work between two jobs failed unexpectedly")
 
 
 class Releases:
