@@ -48,7 +48,7 @@ def _outcome(arguments: Sequence[str] | None) -> int:
         return 0
     except Exception as e:
         _silence()  # an output that fails would fail again at the end of the interpreter
-        return _ends(trouble.sentence(e), 1)
+        return _ends(*trouble.sentence(e))
 
 
 def _ends(sentence: object, code: int) -> int:
@@ -125,6 +125,7 @@ def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(parsed: argparse.Namespace) -> int:
     settings = config.check_paths(config.read(parsed))
+    config.check_descriptors()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core writes lines of its own format otherwise
     from gpuslice import app
 

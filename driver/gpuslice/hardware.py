@@ -107,9 +107,9 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as e:
-        from gpuslice.system import files
+        from gpuslice.system import refusals
 
-        raise StateError(files.unreadable(path, e)) from e
+        raise StateError(refusals.unreadable(path, e)) from e
 
 
 def boot_id(config: Config) -> str:

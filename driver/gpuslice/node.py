@@ -22,7 +22,7 @@ from gpuslice.core.typed import Fields
 from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Nvml
 from gpuslice.nvml.listing import LIMIT_S, Listing
-from gpuslice.system import documents, files
+from gpuslice.system import documents, files, refusals
 from gpuslice.system.host import Host
 
 _OF_POLICY = "policy: "  # how sentences about a policy begin
@@ -152,7 +152,7 @@ def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as e:
-        raise StateError(files.unreadable(path, e)) from e
+        raise StateError(refusals.unreadable(path, e)) from e
 
 
 def _nothing_here(config: Config) -> str:
@@ -197,7 +197,7 @@ def _as_running(config: Config) -> Config:
     except FileNotFoundError:
         return replace(config, node_name="this-node")  # no driver has run
     except OSError as e:
-        raise StateError(files.unreadable(path, e)) from e
+        raise StateError(refusals.unreadable(path, e)) from e
     except (ValueError, RecursionError) as e:
         raise StateError(f"{path} is not JSON ({e}); {_INSTEAD}") from e
     try:

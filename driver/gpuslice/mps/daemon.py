@@ -100,7 +100,7 @@ class MpsDaemon:
 def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float) -> MpsDaemon:
     """Start a daemon in its folder and set its ceilings. After a DeviceError, no process of it runs."""
     paths.make(daemon.key)
-    paths.ended(daemon.key).unlink(missing_ok=True)
+    files.remove(paths.ended(daemon.key))
     _give_shm(paths, daemon.key)
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
     for flags in first:

@@ -4,7 +4,7 @@ supervisor.sock  supervisor.lock
 <key>/pipe       CUDA_MPS_PIPE_DIRECTORY: control sockets and pid file, NVIDIA's names
 <key>/shm        /dev/shm of the daemon and of its clients
 <key>/log        CUDA_MPS_LOG_DIRECTORY, and "console": what the daemon prints
-<key>/daemon.json  what it is to be and which process it is, for the next supervisor
+<key>/daemon.json  the spec of the daemon and its process, for the next supervisor
 <key>/ended      a supervisor that ended in order has ended this daemon; gone when it is started again
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuslice.errors import DeviceError
+from gpuslice.system import refusals
 
 _KEY = re.compile(r"[a-z0-9]([-a-z0-9]{0,22}[a-z0-9])?")
 _SOCKET_PATH = 107  # bytes of sun_path without its end (unix(7)); with more, the daemon fails silently
@@ -52,7 +53,10 @@ class Paths:
 
     def known(self) -> tuple[str, ...]:
         """Keys of the folders that look like a daemon's."""
-        return tuple(sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name)))
+        with refusals.translated("read", self.root):
+            return tuple(
+                sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name))
+            )
 
     def check(self, key: str) -> None:
         """Check a key: DeviceError if no daemon can have it below this root."""

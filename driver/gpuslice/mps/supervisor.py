@@ -12,6 +12,7 @@ It must stay small, because it is resident on every node: no event loop, no gRPC
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.monitor import DaemonMonitor, GoneError
 from gpuslice.mps.paths import Paths
-from gpuslice.system import files, logs
+from gpuslice.system import files, logs, refusals
 from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
@@ -71,21 +72,20 @@ class Supervisor:
         if lock is None:
             raise DeviceError(f"another MPS supervisor serves {root}; stop that one first, or use another root")
         self._root_lock = lock
-        self._adopt()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first: a program that sees the socket may connect to it.
-        new = root / ".supervisor"
-        new.unlink(missing_ok=True)
-        self._listener.bind(str(new))
-        new.chmod(0o600)
-        self._listener.listen(_BACKLOG)
-        new.rename(self._paths.socket)
+        try:
+            self._adopt()
+            with refusals.translated("listen on", self._paths.socket):
+                self._listener = _listener(self._paths.socket)
+        except DriverError:
+            os.close(lock)
+            raise
         self._threads.start("mps-accept", self._accept, over=self._closing.is_set)
 
     def close(self) -> None:
         """Drain and end all daemons at once; their folders stay."""
         self._closing.set()
-        self._paths.socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next supervisor replaces it
+            self._paths.socket.unlink(missing_ok=True)
         self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the accepting thread
         self._listener.close()
         with self._lock:
@@ -209,7 +209,8 @@ class Supervisor:
     def _answer(self, request: UncheckedBody) -> UncheckedBody:
         try:
             running = self._obey(request)
-        except DriverError as e:
+        except (DriverError, OSError) as error:
+            e = refusals.untranslated(error) if isinstance(error, OSError) else error
             log.error("refused a request to the MPS supervisor op=%s: %s", request.get("op"), e)
             return {"error": str(e)}
         except Exception as e:
@@ -257,6 +258,22 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
     log.info("the MPS supervisor ends all its daemons and then itself root=%s", root)
     supervisor.close()
     return 0
+
+
+def _listener(path: Path) -> socket.socket:
+    """A socket that listens there. It is bound under another name first: a program that sees the socket may connect to it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    new = path.with_name(".supervisor")
+    try:
+        new.unlink(missing_ok=True)
+        listener.bind(str(new))
+        new.chmod(0o600)
+        listener.listen(_BACKLOG)
+        new.rename(path)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _at_once(calls: Iterable[Callable[[], None]]) -> None:

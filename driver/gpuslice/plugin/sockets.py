@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpuslice.errors import ConfigError, DriverError
-from gpuslice.system import files
+from gpuslice.system import files, refusals
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,13 @@ def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
     Only where nobody listens, and nobody holds the lock of the instance: it may be about to. The longest form of a name
     is a hash of driver and pod, so that nobody can say whose socket it is: it stays.
     """
+    try:
+        _remove_dead(registry, plugin_folder, driver)
+    except OSError as e:  # what is left over does no harm to this instance
+        log.warning("cannot look for sockets of killed instances: %s", refusals.untranslated(e))
+
+
+def _remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
     locks = [path for path in plugin_folder.iterdir() if path.name.endswith(_SUFFIX)]
     matches = [(lock, _ENDPOINT.fullmatch(lock.name.removesuffix(_SUFFIX))) for lock in locks]
     alive = {match[1] or "" for lock, match in matches if match is not None and not _removed(lock)}

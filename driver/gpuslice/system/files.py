@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from gpuslice.errors import StateError
 from gpuslice.system import libc
+from gpuslice.system.refusals import refused, translated
 from gpuslice.system.spares import Spares
 
 log = logging.getLogger(__name__)
@@ -100,34 +101,6 @@ def clear(path: Path) -> None:
     log.warning("removed %s: a file of the driver belongs there, and it was none", path)
 
 
-# What a person can do, by the error's number. Anything else is a matter of permissions and space.
-_REMEDIES = {
-    errno.EMFILE: "raise the limit of open files of the driver's container",
-    errno.ENFILE: "raise fs.file-max of the node",
-    errno.ENOMEM: "give the driver's container more memory",
-    errno.EROFS: "mount its file system writable, or look in the kernel log why it no longer is",
-    errno.EIO: "its disk fails: look in the kernel log, and drain the node",
-    errno.ELOOP: "it is a link, and no file of ours is: remove it",
-    errno.EISDIR: "it is a folder, and a file is wanted there: move it away",
-    errno.ENOTEMPTY: "it is a folder, and a file is wanted there: move it away",
-    errno.ENAMETOOLONG: "give the driver a shorter folder",
-}
-
-
-@contextlib.contextmanager
-def translated(verb: str, path: Path | str) -> Iterator[None]:
-    """Turn an OSError into a StateError that says what cannot be done with which path."""
-    try:
-        yield
-    except OSError as e:
-        raise _refused(verb, path, e) from e
-
-
-def _refused(verb: str, path: Path | str, error: OSError) -> StateError:
-    remedy = _REMEDIES.get(error.errno or 0, "check permissions and free space of its folder")
-    return StateError(f"cannot {verb} {path}: {error.strerror}; {remedy}")
-
-
 def write_atomic(
     path: Path, text: str, mode: int = 0o600, *, mtime_ns: int | None = None, spares: Spares | None = None
 ) -> Version:
@@ -158,7 +131,7 @@ def write_atomic(
     except OSError as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)  # noqa: PTH108
-        raise _refused("write", path, e) from e
+        raise refused("write", path, e) from e
     return version
 
 
@@ -186,7 +159,7 @@ def append(path: Path, text: str) -> Version:
         finally:
             os.close(descriptor)
     except OSError as e:
-        raise _refused("write", path, e) from e
+        raise refused("write", path, e) from e
 
 
 def remove(path: Path) -> bool:
@@ -198,7 +171,7 @@ def remove(path: Path) -> bool:
     except IsADirectoryError:
         clear(path)
     except OSError as e:
-        raise _refused("remove", path, e) from e
+        raise refused("remove", path, e) from e
     return True
 
 
@@ -231,13 +204,6 @@ def _obstacle(path: Path, error: OSError) -> str:
     return f"{error.strerror}; create it, or give the driver the right to"
 
 
-def unreadable(path: Path, error: OSError) -> str:
-    """The sentence about a file or folder of the driver that this process may not read, or cannot."""
-    if isinstance(error, PermissionError):
-        return f"{path} is not readable for uid {os.getuid()}; use the user of the driver, which is root in most cases"
-    return f"cannot read {path}: {error.strerror}; check the file system and its permissions"
-
-
 def _same_file(descriptor: int, path: Path) -> bool:
     """Whether the open file is still what the path names: a lock on an unlinked file excludes no other process."""
     try:
@@ -259,7 +225,7 @@ def _open_lock(path: Path) -> int:
         elif e.errno in (errno.ELOOP, errno.EISDIR):
             clear(path)
         else:
-            raise _refused("lock", path, e) from e
+            raise refused("lock", path, e) from e
     with translated("lock", path):
         return os.open(path, flags, 0o600)
 
@@ -283,10 +249,18 @@ def locked(path: Path, *, unlink: bool = False, spares: Spares | None = None) ->
                     yield
                 finally:
                     if unlink:
-                        path.unlink(missing_ok=True)
+                        _unlock(path)
                 return
         finally:
             os.close(descriptor)
+
+
+def _unlock(path: Path) -> None:
+    """Remove the file of a lock that is held. One that stays is locked again the next time, so that the work is done."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        log.warning("%s", refused("remove", path, e))
 
 
 def try_lock(path: Path) -> int | None:
@@ -299,7 +273,7 @@ def try_lock(path: Path) -> int | None:
             os.close(descriptor)
             if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
-            raise _refused("lock", path, e) from e
+            raise refused("lock", path, e) from e
         if _same_file(descriptor, path):
             return descriptor
         os.close(descriptor)
@@ -320,7 +294,8 @@ class FolderWatch:
             self._fd = libc.watch_folder(folder, mask)
         except OSError as e:
             raise StateError(
-                f"cannot watch {folder}: {e.strerror}; raise fs.inotify.max_user_instances or check the folder"
+                f"cannot watch {folder}: {e.strerror}; raise fs.inotify.max_user_instances of the node, or the limit of open "
+                "files, or check the folder"
             ) from e
 
     def fileno(self) -> int:
