@@ -137,7 +137,7 @@ def _supervise(parsed: argparse.Namespace) -> int:
     from gpuslice import hardware
     from gpuslice.mps import supervisor
 
-    return supervisor.run(settings.mps_root, hardware.mps_control(settings), settings.log_level)
+    return supervisor.run(settings.mps_root, lambda: hardware.mps_control(settings), settings.log_level)
 
 
 def _demo(parsed: argparse.Namespace) -> int:

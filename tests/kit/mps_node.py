@@ -131,9 +131,11 @@ class MpsNode:
         self.supervisor.open()
         return self.supervisor
 
-    def supervise_in_process(self, *prefix: str) -> subprocess.Popen[str]:
+    def supervise_in_process(
+        self, *prefix: str, simulated: bool = True, more: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
         """As it is run on a node; returns when it serves."""
-        process = self.spawn("gpuslice", *prefix)
+        process = self.spawn("gpuslice", *prefix, simulated=simulated, more=more)
         assert process.stderr is not None
         lines = []
         while "serves" not in (line := process.stderr.readline()):
@@ -152,9 +154,12 @@ class MpsNode:
         self.sim.close()
         logging.getLogger("gpuslice.mps").removeHandler(self.logged)
 
-    def spawn(self, module: str, *prefix: str, **environment: str) -> subprocess.Popen[str]:
+    def spawn(
+        self, module: str, *prefix: str, simulated: bool = True, more: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         """Start the supervisor by this module of Python, after these words of a command line."""
-        arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
+        arguments = ["--mps-root", str(self.root), *more]
+        arguments += ["--simulate", self.spec, "--simulate-folder", str(self.sim.folder)] if simulated else []
         process = subprocess.Popen(
             [*prefix, sys.executable, "-m", module, "mps-supervisor", *arguments],
             stderr=subprocess.PIPE,

@@ -36,7 +36,7 @@ class MpsClient:
         """Stop a daemon. If no daemon can run, this succeeds without a supervisor, too: either the folder of the daemon does
         not exist, which is made before any daemon starts, or the folder says that the daemon has ended with its supervisor.
 
-        The next supervisor starts the latter again; who looks after the daemons stops it then.
+        The next supervisor starts the latter again, and MpsUpkeep stops it, because no claim has it any more.
         """
         try:
             self._list(f"stop MPS daemon {key}", {"op": "stop", "key": key}, _CHANGE_S)

@@ -124,6 +124,14 @@ def remove(paths: Paths, key: str) -> None:
     paths.remove(key)
 
 
+def discard(paths: Paths, key: str) -> None:
+    """End what runs in a folder that no supervisor watches, and remove the folder."""
+    if paths.folder(key).exists():
+        paths.own(key)
+        kill_all(paths.pipe(key), DRAIN_S)
+    remove(paths, key)
+
+
 def _give_shm(paths: Paths, key: str) -> None:
     try:
         if launch.give_tmpfs(str(paths.shm(key))):

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 _TIMEOUTS = Timeouts()
 _TALK_S = 10.0  # for a client to send its request
 _NO_ACCEPT_S = 0.5
+_PROGRAM_PERIOD_S = 2.0  # from one look for the control program to the next, only if it was missing at the start
 _BACKLOG = 64
 _FAILED = 1  # cli.py: it ran and failed
 
@@ -55,13 +56,15 @@ class Supervisor:
         *,
         timeouts: Timeouts = _TIMEOUTS,
         threads: ThreadWatch | None = None,
+        missing: str = "",
     ) -> None:
+        """`missing`: why there is no `command` yet. Daemons are stopped without it, and started after `equip`."""
         self._paths, self._command, self._timeouts = Paths(root), command, timeouts
         self.incarnation = str(uuid.uuid4())
         self._monitors: dict[str, DaemonMonitor] = {}
         self._lock = threading.Lock()  # of the dict, never held while something is done
         self._closing = threading.Event()
-        self._threads = threads or ThreadWatch()
+        self._threads, self._missing = threads or ThreadWatch(), missing
 
     def open(self) -> None:
         """Adopt the daemons that run, then listen. DriverError if the root is unusable or another supervisor serves it."""
@@ -73,7 +76,8 @@ class Supervisor:
             raise DeviceError(f"another MPS supervisor serves {root}; stop that one first, or use another root")
         self._root_lock = lock
         try:
-            self._adopt()
+            if not self._missing:
+                self._adopt()
             with refusals.translated("listen on", self._paths.socket):
                 self._listener = _listener(self._paths.socket)
         except DriverError:
@@ -92,6 +96,12 @@ class Supervisor:
             monitors = list(self._monitors.values())
         _at_once(monitor.close for monitor in monitors)
         os.close(self._root_lock)
+
+    def equip(self, command: Sequence[str]) -> None:
+        """Take the control program that was missing at the start, and adopt the daemons that run."""
+        self._command = command
+        self._adopt()
+        self._missing = ""
 
     def _adopt(self) -> None:
         """Adopt the running daemons. Before the first request, because a daemon that is not adopted would seem to be gone."""
@@ -128,6 +138,8 @@ class Supervisor:
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
         self._paths.check(daemon.key)
+        if self._missing:
+            raise DeviceError(f"cannot start an MPS daemon yet: {self._missing}")
         while True:
             monitor = self._monitor(daemon.key)
             try:
@@ -143,7 +155,7 @@ class Supervisor:
         with self._lock:
             monitor = self._monitors.get(key)
         if monitor is None:
-            daemons.remove(self._paths, key)  # what a failed removal left
+            daemons.discard(self._paths, key)  # what a failed removal left, or a daemon that is not adopted yet
             return
         try:
             monitor.stop()
@@ -236,21 +248,33 @@ class Supervisor:
                 )
 
 
-def run(root: Path, command: Sequence[str], level: str = "info") -> int:
-    """Serve until SIGTERM or SIGINT; the exit code of the process. `command` is the control program (control.py)."""
+def run(root: Path, find: Callable[[], Sequence[str]], level: str = "info") -> int:
+    """Serve until SIGTERM or SIGINT; the exit code of the process. `find`: the command of the control program (control.py).
+
+    Without the program it serves all the same, because pods with MPS shares must be able to end before an NVIDIA driver
+    comes. It looks for the program until it is there.
+    """
     logs.setup(level)
     ended = threading.Event()
     # Handlers and no blocked signals, because the daemons would inherit a mask.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     threads = ThreadWatch(lambda _: ended.set())
-    supervisor = Supervisor(root, command, threads=threads)
+    command, missing = _found(find)
+    supervisor = Supervisor(root, command, threads=threads, missing=missing)
+    if missing:
+        log.error("no MPS daemon is started yet: %s", missing)
     try:
         supervisor.open()
     except DriverError as e:
         log.error("%s", e)
         return _FAILED
     log.info("the MPS supervisor serves requests root=%s incarnation=%s", root, supervisor.incarnation)
+    while missing and not ended.wait(_PROGRAM_PERIOD_S):
+        command, missing = _found(find)
+        if not missing:
+            supervisor.equip(command)
+            log.info("the control program of MPS has come: %s", " ".join(command))
     ended.wait()
     if problem := threads.problem():
         log.error("%s", problem)  # as after a crash the daemons run on, and the next supervisor adopts them
@@ -258,6 +282,14 @@ def run(root: Path, command: Sequence[str], level: str = "info") -> int:
     log.info("the MPS supervisor ends all its daemons and then itself root=%s", root)
     supervisor.close()
     return 0
+
+
+def _found(find: Callable[[], Sequence[str]]) -> tuple[Sequence[str], str]:
+    """The command of the control program, or why there is none."""
+    try:
+        return find(), ""
+    except (DeviceError, OSError) as e:
+        return (), str(e)
 
 
 def _listener(path: Path) -> socket.socket:
