@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from gpuslice.config import Config
-from gpuslice.errors import HungError, StateError
+from gpuslice.errors import DeviceError, StateError
 
 if TYPE_CHECKING:
     from gpuslice.nvml.api import Nvml
@@ -99,7 +99,7 @@ def _leave(nvml: Nvml) -> None:
     """Close it, but do not wait for long: the process of a look ends after it anyway."""
     from gpuslice.nvml.listing import Attempt
 
-    with contextlib.suppress(HungError):
+    with contextlib.suppress(DeviceError):
         Attempt("the end of NVML", nvml.close).result(_END_S)
 
 

@@ -11,7 +11,7 @@ from gpuslice import hardware, node
 from gpuslice.config import Config
 from gpuslice.core.model import GpuUuid
 from gpuslice.errors import DeviceError, HungError
-from gpuslice.nvml.listing import Attempt
+from gpuslice.nvml.listing import Attempt, Listing
 from gpuslice.nvml.pulse import during
 from gpuslice.nvml.session import Session
 from gpuslice.nvml.sim.node import SimNode
@@ -107,6 +107,30 @@ def test_an_attempt_hands_on_what_its_call_raises() -> None:
 
     with pytest.raises(DeviceError, match="no"):
         Attempt("a call", refuses).result(SHORT_S)
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_a_container_without_threads_has_no_session_and_says_why(slow: Slow, no_threads: None) -> None:
+    session = Session(slow, start_s=SHORT_S)
+
+    assert "can't start new thread; raise the limit of processes" in session.problem
+    assert not session.comes()
+
+
+def test_a_card_that_no_thread_can_ask_is_named(no_threads: None) -> None:
+    found, lost = Listing[int](SHORT_S).read((0, 1), lambda index: index)
+
+    assert found == ()
+    assert [sentence.partition(";")[0] for sentence in lost] == [
+        f"GPU {index} cannot be read: can't start new thread" for index in (0, 1)
+    ]
 
 
 # ---------------------------------------------------------------- one look of a command

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Generic, TypeVar
 
 from gpuslice.errors import DeviceError, HungError
@@ -33,12 +34,16 @@ class Attempt(Generic[Found]):
         return self._answer is not None and not self._answer.done()
 
     def result(self, limit_s: float) -> Found:
-        """What the call returns or raises. HungError if it does not come back in time. For one caller at a time."""
+        """What the call returns or raises. HungError if it does not come back in time, DeviceError if there is no thread for
+        it. For one caller at a time."""
         if self._answer is None:
             self._answer, self._pulse = Future(), Pulse()
             context = contextvars.copy_context()
             self._pulse.listen(context)
-            threading.Thread(target=context.run, args=(self._run, self._answer), name=self._name, daemon=True).start()
+            run = partial(context.run, self._run, self._answer)
+            if refusal := _refusal(threading.Thread(target=run, name=self._name, daemon=True)):
+                self._answer = None
+                raise DeviceError(f"{self._name} cannot begin: {refusal}")
         try:
             error = self._answer.exception(limit_s)
         except TimeoutError:
@@ -82,8 +87,14 @@ class Listing(Generic[Found]):
             except Exception as e:  # noqa: BLE001  whatever one card answers, the others are read
                 sentences[index] = f"{self._name(index)}: cannot read it: {e!r}; this is a bug of gpuslice, report it"
 
+        until = time.monotonic() + self._limit_s
         asked = {i: self._stuck.get(i) or self._thread(i, ask) for i in indexes}
-        self._wait(asked)
+        for index, thread in asked.items():
+            if index not in self._stuck and (refusal := _refusal(thread)):
+                lost[index] = f"{self._name(index)} cannot be read: {refusal}"
+        for index, thread in asked.items():
+            if index not in self._stuck and thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
         self._stuck = {i: thread for i, thread in asked.items() if thread.is_alive()}
         found, lost = dict(found), dict(lost)  # what a thread that was left behind finds later is not for this answer
         for index in indexes:
@@ -105,10 +116,11 @@ class Listing(Generic[Found]):
             f"{self._limit_s:g} s; look at the kernel log of the node, reset the GPU or restart the node if it stays so"
         )
 
-    def _wait(self, asked: dict[int, threading.Thread]) -> None:
-        until = time.monotonic() + self._limit_s
-        new = [thread for thread in asked.values() if thread not in self._stuck.values()]
-        for thread in new:
-            thread.start()
-        for thread in new:
-            thread.join(max(0.0, until - time.monotonic()))
+
+def _refusal(thread: threading.Thread) -> str:
+    """Start the thread. Why the kernel gives none, "" if it runs."""
+    try:
+        thread.start()
+    except RuntimeError as e:
+        return f"{e}; raise the limit of processes of this container"
+    return ""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
-from gpuslice.errors import DeviceError, HungError
+from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import FOR_GOOD, ComputeMode, GpuProcess, Memory, Nvml, XidEvent
 from gpuslice.nvml.listing import LIMIT_S, Attempt
 from gpuslice.nvml.pulse import during
@@ -88,7 +88,7 @@ class Session:
                 self._open(_GLANCE_S)
         try:
             self._list.result(_GLANCE_S)
-        except HungError as e:
+        except DeviceError as e:
             self._unlisted = str(e)
         return not self.problem
 
@@ -116,7 +116,7 @@ class Session:
         end = Attempt("the end of NVML", nvml.close)
         try:
             end.result(self._end_s)
-        except HungError as e:
+        except DeviceError as e:
             self._ends.append(end)
             log.error("%s", e)
 
