@@ -60,7 +60,7 @@ class Records:
         return frozenset(uid for uid in map(_uid, names) if uid is not None)
 
     def records(self) -> dict[ClaimUid, Record]:
-        """Every record that can be read; `broken` names the others. StateError where the process cannot read anything."""
+        """Every record that can be read; `broken` names the others. StateError if the process cannot read anything."""
         return self._all()[0]
 
     def broken(self) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ class Checkpoint(Records):
 
 
 def _last_line(data: bytes) -> bytes:
-    """The last whole line that says something; ValueError where there is none. What follows it was torn: never written."""
+    """The last whole line with content. ValueError if there is none. What follows it was torn, and so never written."""
     return data[: data.rindex(b"\n")].rstrip().rpartition(b"\n")[2]
 
 

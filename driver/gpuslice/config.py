@@ -87,7 +87,7 @@ _USUAL_CDI_ROOTS = (Path("/var/run/cdi"), Path("/run/cdi"), Path("/etc/cdi"))
 
 
 def check_paths(config: Config) -> Config:
-    """The same config. ConfigError where a path would mean another place, or nothing, to the process that gets it."""
+    """The same config. ConfigError if a path would mean another place, or nothing, to the process that gets it."""
     for name, reader in _READ_BY.items():
         path: Path | None = getattr(config, name)
         if path is not None and not path.is_absolute():

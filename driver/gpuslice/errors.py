@@ -21,7 +21,7 @@ class ConfigError(DriverError):
 
 
 class DeviceError(DriverError):
-    """The hardware refused a call; `code` keeps the NVML return value (nvml.h, `nvmlReturn_t`), 0 where NVML was not asked."""
+    """The hardware refused a call; `code` keeps the NVML return value (nvml.h, `nvmlReturn_t`), 0 if NVML was not asked."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)

@@ -208,7 +208,7 @@ class Workers:
         self._idle.set()
 
     async def run(self, ticket: Ticket, job: Job, work: Callable[[], T], name: str) -> T:
-        """The result of `work`; HungError where one call takes longer than the limit, while the thread goes on and keeps
+        """The result of `work`. HungError if one call takes longer than the limit, while the thread goes on and keeps
         the ticket. Many calls may take longer together: fourteen partitions are made in sixteen seconds.
 
         The end of the work releases the ticket. The work has the context variables of the caller (the `op=` id).
@@ -244,7 +244,7 @@ class Workers:
         return await answer
 
     def _watch(self, watchdog: _Watchdog, ticket: Ticket, answer: asyncio.Future[Any], name: str) -> None:
-        """Look again when the call of now would be overdue."""
+        """Look again when the present call would be overdue."""
         quiet_s = time.monotonic() - watchdog.pulse.beat
         if quiet_s < self._limit_s:
             again = partial(self._watch, watchdog, ticket, answer, name)

@@ -179,7 +179,7 @@ class ClaimService:
             return True
 
     async def call_apart(self, call: Callable[[], T], name: str) -> T:
-        """Run a call for no claim in a thread that may be left behind; HungError where it does not come back."""
+        """Run a call for no claim in a thread that may be left behind. HungError if the call does not come back."""
         ticket = await self.tickets.take((), self.tickets.arrive())
         return await self.workers.run(ticket, Job(), call, name)
 
@@ -270,7 +270,7 @@ class ClaimService:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
     async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
-        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
+        """The holders that the API has let go already. ClaimError if the end of these holders would not be enough."""
         records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
         gone: set[ClaimUid] = set()
         for holder in busy.holders:

@@ -29,7 +29,7 @@ def registration_name(folder: Path, driver: str, pod_uid: str = "") -> str:
     """Name of the registration socket: deterministic, different for each driver and pod, as short as the path needs.
 
     Without a pod UID it is fixed. With one, the full UID is preferred; the hashed forms are those of the Go helper of
-    Kubernetes 1.37. ConfigError where no form fits into a socket path.
+    Kubernetes 1.37. ConfigError if no form fits into a socket path.
     """
     if not pod_uid:
         return fitting(folder, [f"{driver}-reg.sock"])
@@ -47,7 +47,7 @@ def dra_name(folder: Path, pod_uid: str = "") -> str:
 def paths(
     *, driver: str, registry: Path, plugin_folder: Path, pod_uid: str, registration_socket: str
 ) -> tuple[Path, Path]:
-    """The DRA socket and the registration socket. ConfigError where their names contradict each other or are too long."""
+    """The DRA socket and the registration socket. ConfigError if their names contradict each other or are too long."""
     if pod_uid and registration_socket:
         raise ConfigError(
             "--registration-socket and --pod-uid exclude each other, because a rolling update needs one socket name for each "
@@ -64,7 +64,7 @@ def _digest(data: bytes, length: int) -> str:
 
 
 def fitting(folder: Path, names: Sequence[str]) -> str:
-    """The first of these names that fits into a socket path; ConfigError where none does."""
+    """The first of these names that fits into a socket path. ConfigError if none does."""
     for name in names:
         if len(os.fsencode(folder / name)) <= LONGEST_PATH:
             return name
@@ -76,7 +76,7 @@ def fitting(folder: Path, names: Sequence[str]) -> str:
 
 
 def exclusive(endpoint: Path) -> int:
-    """The lock of the instance that serves this socket, until the process ends; ConfigError where another one has it."""
+    """The lock of the instance that serves this socket, until the process ends. ConfigError if another instance has it."""
     lock = files.try_lock(_lock(endpoint))
     if lock is None:
         raise ConfigError(

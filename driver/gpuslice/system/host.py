@@ -38,7 +38,7 @@ class Host(Protocol):
         """Changes with every boot of the node, and only then."""
 
     def locate(self, gpu: Gpu) -> Gpu:
-        """The same card with its NUMA node and PCIe root, None where sysfs does not have them."""
+        """The same card with its NUMA node and PCIe root. None if sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
         """The edits that every container with a GPU needs. DeviceError if there is no NVIDIA driver, or not the named hook."""
@@ -198,7 +198,7 @@ def _hooks(program: str, driver: DriverFiles) -> tuple[Hook, ...]:
 
 
 def _loaded_version(proc: Path) -> str | None:
-    """Version of the loaded kernel module, None where procfs does not have it."""
+    """Version of the loaded kernel module. None if procfs does not have it."""
     match = _KERNEL_MODULE.search(_text(proc / "driver/nvidia/version"))
     return match[1] if match else None
 
@@ -209,7 +209,7 @@ def _numa_node(device: Path) -> int | None:
 
 
 def _pcie_root(device: Path, sys: Path) -> str | None:
-    """`pci<domain>:<bus>`: first folder below /sys/devices on the way to the card, None where it is no PCIe root."""
+    """`pci<domain>:<bus>`: first folder below /sys/devices on the way to the card. None if it is no PCIe root."""
     try:
         parts = device.resolve(strict=True).relative_to((sys / "devices").resolve()).parts
     except (OSError, ValueError):
