@@ -16,6 +16,8 @@ import pytest
 from gpuslice.core.model import ClaimRef
 from gpuslice.mps.api import DaemonStatus
 from gpuslice.mps.client import MpsClient
+from gpuslice.nvml.api import Code
+from gpuslice.nvml.sim.node import SimNode
 from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster
 from gpuslice.standin.scheduler import Request
 from gpuslice.system.folder_watch import FolderWatch
@@ -99,6 +101,23 @@ async def test_a_driver_that_is_killed_disturbs_none_of_eight_clients(cluster: S
     for ref in refs:
         await cluster.end(ref)
     assert MpsClient(cluster.mps).statuses() == ()
+
+
+async def test_a_card_that_refuses_its_compute_mode_at_the_first_share_is_offered_for_no_second_one(
+    cluster: StandInCluster,
+) -> None:
+    await start(cluster)
+    node = SimNode(cluster.node_folder)
+    (uuid, *_) = (card.uuid for card in node.cards)
+    node.cue("fail", "set_compute_mode", uuid, code=Code.NOT_SUPPORTED, times=None)
+
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        await cluster.run(cluster.claim("one", by_mps()))
+
+    await until_tainted(cluster, so=True)
+    assert taints(cluster)["mps"] == {f"{DRIVER}/compute-mode"}
+    assert not any(keys for device, keys in taints(cluster).items() if device != "mps")
+    node.close()
 
 
 async def test_a_supervisor_that_is_lost_is_told_and_its_daemons_come_back_at_the_same_paths(

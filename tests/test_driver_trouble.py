@@ -85,6 +85,30 @@ async def test_without_a_loaded_nvidia_driver_pods_end_and_the_cards_are_offered
     node.close()
 
 
+async def test_a_hook_that_is_not_there_yet_refuses_no_start_and_is_found_when_it_comes(
+    cluster: StandInCluster, short: Path
+) -> None:
+    """A driver container fills the driver root after our start, and may wait for the pods that end here."""
+    there, seen = Path("/run/nvidia/driver"), files.ensure_folder(short / "root")
+    hook = "usr/bin/nvidia-cdi-hook"
+    roots = ("--nvidia-driver-root", str(there), "--driver-root-ctr-path", str(seen))
+    driver = await cluster.start(
+        "--nvidia-cdi-hook-path", str(there / hook), *roots, "--http-endpoint", "127.0.0.1:0", ready=False
+    )
+    await cluster.kubelet.wait_registered(DRIVER)
+    of_before_the_reboot = ClaimRef("default", "old", ClaimUid("uid-old"))
+
+    assert await cluster.kubelet.unprepare([of_before_the_reboot]) == {of_before_the_reboot.uid: ""}
+    status, text = await asked(driver, "/readyz")
+    assert (status, "--nvidia-cdi-hook-path" in text) == (503, True), text
+    assert cluster.api.all("resourceslices") == []
+
+    (files.ensure_folder((seen / hook).parent) / "nvidia-cdi-hook").write_text("")
+    await cluster.wait_published()
+    await cluster.kubelet.wait_registered(DRIVER)
+    assert await cluster.run(cluster.claim("one", MIG))
+
+
 async def test_what_a_claim_holds_is_given_up_without_the_nvidia_driver_and_undone_when_it_comes(
     cluster: StandInCluster,
 ) -> None:
@@ -150,6 +174,43 @@ async def test_an_nvml_that_dies_and_does_not_start_again_makes_the_process_star
     await cluster.run(cluster.claim("two", MIG))
     assert driver.alive
     node.close()
+
+
+# ---------------------------------------------------------------- a thread that dies
+
+THREADS = ("controller", "publisher-watching", "publisher-writing")
+
+
+@pytest.fixture
+async def doomed(short: Path, unmeasured: None) -> AsyncIterator[StandInCluster]:
+    """A cluster whose processes have a thread that dies."""
+    async with StandInCluster(short) as cluster:
+        cluster.module = "tests.kit.dead_thread"
+        yield cluster
+
+
+@pytest.mark.parametrize("thread", [*THREADS, "http"])
+async def test_a_driver_one_of_whose_threads_dies_ends_and_says_which(doomed: StandInCluster, thread: str) -> None:
+    more = ("--http-endpoint", "127.0.0.1:0")
+    driver = await doomed.start(*more, environment={"DEAD": thread}, ready=False)
+
+    assert await driver.wait() == 1
+    sentence = f"thread {thread} ended by ValueError: planted; the process ends to be started again"
+    assert sentence in driver.log.read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("thread", THREADS)
+async def test_a_dead_thread_makes_healthz_fail(doomed: StandInCluster, thread: str) -> None:
+    environment = {"DEAD": thread, "SURVIVE": "1"}
+    driver = await doomed.start("--http-endpoint", "127.0.0.1:0", environment=environment, ready=False)
+    await doomed.kubelet.wait_registered(DRIVER)
+
+    async with asyncio.timeout(20):
+        while (answer := await asked(driver, "/healthz"))[0] == 200:  # the probes come before the publisher's threads
+            pass
+
+    assert answer[0] == 503
+    assert f"thread {thread} ended by ValueError: planted" in answer[1]
 
 
 # ---------------------------------------------------------------- a start that fails

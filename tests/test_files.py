@@ -7,15 +7,20 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.config import Config
 from gpuslice.core.model import Claim
 from gpuslice.errors import DriverError
+from gpuslice.node import snapshot
 from gpuslice.nvml.sim.node import SimNode
+from gpuslice.standin.cluster import DRIVER, StandInCluster
+from gpuslice.standin.scheduler import Request
 from gpuslice.system import files
 
+from tests.kit.mps_node import MpsNode, a_node
 from tests.kit.rig import Rig, a_claim
 from tests.test_mutations import Api, life
 
@@ -195,6 +200,54 @@ def test_a_cdi_file_without_a_record_is_removed_and_one_of_a_broken_record_stays
     asyncio.run(life(rig, Api((lost, broken))))
 
     assert rig.cdi_files() == sorted([f"gpuslice.dev-claim_{broken.ref.uid}.json", foreign])
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+async def test_files_of_the_plugins_folder_that_are_not_as_they_were_refuse_no_start(
+    short: Path, harm: Callable[[Path], None]
+) -> None:
+    async with StandInCluster(short) as cluster:
+        assert await (await cluster.start()).terminate() == 0
+        folder = cluster.plugins / DRIVER
+        for name in ("gpus.json", "shapes.json", "running.json"):
+            harm(folder / name)
+        for body in cluster.api.all("resourceslices"):
+            cluster.api.delete("resourceslices", body["metadata"]["name"])
+
+        with contextlib.suppress(DriverError), snapshot(Config(kubelet_plugins_directory_path=cluster.plugins)):
+            pass
+        driver = await cluster.start()
+        await cluster.run(cluster.claim("one", Request(name="gpu", driver=DRIVER, where={"type": "gpu"})))
+
+        assert driver.alive
+        for name in ("gpus.json", "shapes.json", "running.json"):
+            assert stat.S_ISREG((folder / name).lstat().st_mode), name
+
+
+@pytest.fixture
+def mps(short: Path) -> Iterator[MpsNode]:
+    with a_node(short) as node:
+        yield node
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+@pytest.mark.parametrize("file", ["daemon.json", "log/console"])
+def test_a_file_of_an_mps_daemon_that_is_not_as_it_was_harms_no_other_daemon(
+    mps: MpsNode, unmeasured: None, file: str, harm: Callable[[Path], None]
+) -> None:
+    supervisor = mps.supervise_in_process()
+    mps.client.ensure(mps.daemon(0))
+    beside = mps.client.ensure(mps.daemon(1))
+
+    harm(mps.root / "gpu-0" / file)
+    mps.outlive(supervisor)
+
+    assert beside in mps.client.statuses()
+    mended = mps.client.ensure(mps.daemon(0))
+    assert (mended.problem, mps.daemons_of("gpu-0")) == ("", [mended.pid])
+    mps.client.stop("gpu-0")
+    assert mps.client.statuses() == (beside,)
+    assert not (mps.root / "gpu-0").exists()
 
 
 @pytest.mark.parametrize("folder", ["cdi", "locks"])

@@ -26,8 +26,9 @@ from gpuslice.core.policy.rules import Policy
 from gpuslice.core.pools import shape
 from gpuslice.core.pools.pool import Features, PoolSlices, resource_slices
 from gpuslice.core.record import PreparedClaim
-from gpuslice.errors import DriverError, NotFoundError
-from gpuslice.mps import control
+from gpuslice.errors import DeviceError, DriverError, NotFoundError
+from gpuslice.mps import control, daemon
+from gpuslice.mps.paths import Paths
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.plugin.releases import Releases
 from gpuslice.plugin.service import ClaimService
@@ -35,6 +36,7 @@ from gpuslice.publishing.node_health import NodeHealth
 
 from tests.kit import mutation
 from tests.kit.builders import a_gpu
+from tests.kit.mps_node import MpsNode, a_node
 from tests.kit.rig import Rig, a_claim, a_share
 
 POLICY = Policy.parse(
@@ -244,6 +246,43 @@ def test_no_value_of_a_record_harms_another_claim_or_ends_the_process(node: Node
     assert tried > 400
     assert read
     print(f"{tried} edits, {read.total()} lives")  # noqa: T201 - pytest -s shows the figures
+
+
+# ---------------------------------------------------------------- what a supervisor leaves for the next one
+
+
+def test_no_value_of_a_daemons_file_harms_another_daemon_or_ends_the_supervisor(short: Path, unmeasured: None) -> None:
+    with a_node(short) as node:
+        lived = live_with_a_daemons_file(node, Paths(node.root))
+    assert lived >= 6
+
+
+def live_with_a_daemons_file(node: MpsNode, paths: Paths) -> int:
+    """With how many wrong texts of the file a supervisor was started."""
+    supervisor = node.supervise_in_process()
+    beside = node.client.ensure(node.daemon(1))
+    node.client.ensure(node.daemon(0))
+    record = paths.record("gpu-0")
+    before, lives = daemon.left(paths, "gpu-0"), list[tuple[tuple[str | int, ...], object]]()
+    text = record.read_text()
+
+    for path in mutation.values(json.loads(text)):
+        for wrong in mutation.WRONG:
+            record.write_text(json.dumps(mutation.edited(json.loads(text), path, wrong)))
+            with contextlib.suppress(DeviceError):
+                if daemon.left(paths, "gpu-0") != before and path not in {known for known, _ in lives}:
+                    lives.append((path, wrong))
+    record.write_text(text)
+
+    lives += [((), BROKEN[1]), (("daemon",), None)]  # all that are refused when they are read are like these
+    for path, wrong in lives:
+        body = json.loads(record.read_text())
+        record.write_text(json.dumps(mutation.edited(body, path, wrong)) if path else str(wrong))
+        supervisor = node.outlive(supervisor)
+        assert beside in node.client.statuses(), f"{path} = {wrong!r}"
+        mended = node.client.ensure(node.daemon(0))
+        assert (mended.problem, node.daemons_of("gpu-0")) == ("", [mended.pid]), f"{path} = {wrong!r}"
+    return len(lives)
 
 
 # ---------------------------------------------------------------- the other files of the plugin's folder

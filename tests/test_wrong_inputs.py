@@ -63,7 +63,6 @@ MISTAKES = [
     (f"{RUN} --cdi-root cdi", 2, "--cdi-root is 'cdi', a relative path, but the container runtime has"),
     (f"{RUN} --cdi-root {{0}}/cid --kubeconfig {{0}}/ok", 2, "--cdi-root is {0}/cid, which does not exist; container"),
     (f"{START} --registration-socket ../x", 2, "--registration-socket is '../x' and must be the name of a file"),
-    (f"{START} --kubeconfig {{0}}/ok --nvidia-cdi-hook-path /nope", 2, "--nvidia-cdi-hook-path is /nope, but there is no"),
     (START, 2, "cannot use this pod's service account for the API server"),
     (f"{START} --kubeconfig {{0}}/none", 2, "kubeconfig {0}/none does not exist; check the path that --kubeconfig names"),
     (f"{START} --kubeconfig {{0}}/cdi", 2, "kubeconfig {0}/cdi cannot be read (Is a directory)"),

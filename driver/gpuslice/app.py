@@ -19,7 +19,7 @@ from gpuslice.config import Config, check_cdi_root
 from gpuslice.core import cards, cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError, HungError
+from gpuslice.errors import ConfigError, HungError, StateError
 from gpuslice.jobs import FAILED, Stop, call_in, end, guarded
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
@@ -102,7 +102,6 @@ class App:
         # Folders are made only now, so that a start with wrong settings leaves none.
         files.ensure_folder(folder)
         files.ensure_folder(config.kubelet_registrar_directory_path)
-        self._cards.save(gpus)
         self._checkpoint = Checkpoint(folder / "claims", host.boot_id())
         self._checkpoint.records()  # the log names unreadable records
         self._mps = MpsClient(config.mps_root)
@@ -118,7 +117,11 @@ class App:
             locks=folder / "locks",
         )
         self._inventories = (dynamic, static)
-        node.save_settings(config)
+        for save in (partial(self._cards.save, gpus), partial(node.save_settings, config)):
+            try:
+                save()
+            except StateError as e:  # a full disk: claims can still be unprepared, and `devices` wants its flags
+                log.warning("%s", e)
 
     async def serve(self) -> int:
         """Run until SIGTERM or SIGINT (0), a socket or a background job is lost (1), or the API server refuses us (4)."""
@@ -138,11 +141,11 @@ class App:
             stack.callback(self._watch_records(loop, controller))
             server = self._build_server(service)
             work = (
-                service.recover(),
-                _retry_lost(service, changed),
-                self._await_cards(service, anew),
-                self._collect(service, anew),
-                MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run(),
+                service.recover,
+                partial(_retry_lost, service, changed),
+                partial(self._await_cards, service, anew),
+                partial(self._collect, service, anew),
+                MpsUpkeep(self._mps, service.ensure_daemons, controller.nudge).run,
             )
             jobs = [loop.create_task(guarded(job, stop)) for job in work]
             try:
@@ -151,8 +154,8 @@ class App:
                 controller.start()
                 healthy: site.Check = lambda: threads.problem() or server.probe()  # noqa: E731
                 ready = partial(self._unready, health, controller, server)
-                stack.callback(self._serve_http(controller, service, healthy, ready))
-                last = (_lost(server), _refused(controller))
+                stack.callback(self._serve_http(controller, service, healthy, ready, threads))
+                last = (server.lost, partial(_refused, controller))
                 jobs += [loop.create_task(guarded(job, stop)) for job in last]
                 code, reason = await stop
             finally:
@@ -174,7 +177,8 @@ class App:
         await asyncio.gather(*jobs, return_exceptions=True)
         self.hanging = not await service.close(_DRAIN_S)
         controller.stop()
-        self._nvml.close()
+        await asyncio.to_thread(self._nvml.close)
+        self.hanging = self.hanging or self._nvml.hangs
 
     def _build_service(self, executor: Executor) -> ClaimService:
         return ClaimService(
@@ -206,6 +210,7 @@ class App:
             checkpoint=self._checkpoint,
             hung=service.tickets.hung,
             renew=renew,
+            refused=self._nvml.refused,
             limit_s=limit_s,
         )
 
@@ -244,7 +249,12 @@ class App:
         return stop
 
     def _serve_http(
-        self, controller: SliceController, service: ClaimService, healthy: site.Check, ready: site.Check
+        self,
+        controller: SliceController,
+        service: ClaimService,
+        healthy: site.Check,
+        ready: site.Check,
+        threads: ThreadWatch,
     ) -> Callable[[], None]:
         gauges.register(
             self._telemetry, self._checkpoint, self._mps, hung=service.tickets.hung, problem=controller.problem
@@ -261,6 +271,7 @@ class App:
                 healthy=healthy,
                 ready=ready,
             ),
+            threads=threads,
         )
         log.info("serving metrics and probes on %s", http.address)
         return http.close
@@ -328,10 +339,6 @@ async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:
         await changed.wait()
         changed.clear()
         await service.recover()
-
-
-async def _lost(server: PluginServer) -> str:
-    return await server.lost()
 
 
 async def _refused(controller: SliceController) -> None:

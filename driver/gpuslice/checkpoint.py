@@ -29,7 +29,7 @@ from gpuslice.core import codec, journal
 from gpuslice.core.model import ClaimUid
 from gpuslice.core.record import Record
 from gpuslice.errors import StateError
-from gpuslice.system import files
+from gpuslice.system import files, refusals
 from gpuslice.system.files import Version
 from gpuslice.system.spares import Spares
 
@@ -52,11 +52,11 @@ class Records:
 
     def uids(self) -> frozenset[ClaimUid]:
         """Every claim that has a file here, also if the file cannot be read. StateError if the folder cannot be."""
-        with files.translated("read", self.folder):
+        with refusals.translated("read", self.folder):
             try:
                 names = os.listdir(self.folder)  # noqa: PTH208 - names, not paths
             except PermissionError as e:
-                raise StateError(files.unreadable(self.folder, e)) from e
+                raise StateError(refusals.unreadable(self.folder, e)) from e
         return frozenset(uid for uid in map(_uid, names) if uid is not None)
 
     def records(self) -> dict[ClaimUid, Record]:
@@ -100,7 +100,7 @@ class Records:
             self._read.pop(name, None)
             return None
         except OSError as e:
-            raise StateError(f"record of claim {_uid(name)}: {files.unreadable(Path(path), e)}") from e
+            raise StateError(f"record of claim {_uid(name)}: {refusals.unreadable(Path(path), e)}") from e
         except (ValueError, RecursionError) as e:
             raise StateError(
                 f"record {path} of claim {_uid(name)} cannot be read ({type(e).__name__}: {e}); move the file away to "
@@ -123,7 +123,7 @@ class Checkpoint(Records):
     def __init__(self, folder: Path, boot: str) -> None:
         """Open the records of this boot below `folder` and drop those of any other boot. StateError without permission."""
         files.ensure_folder(folder)
-        with files.translated("read", folder):
+        with refusals.translated("read", folder):
             others = [other for other in folder.iterdir() if other.name != boot and other.is_dir()]
         for other in others:
             shutil.rmtree(other, ignore_errors=True)

@@ -47,8 +47,8 @@ def _outcome(arguments: Sequence[str] | None) -> int:
         _silence()
         return 0
     except Exception as e:
-        _silence()  # a failed output would fail again at the end of the interpreter
-        return _ends(trouble.sentence(e), 1)
+        _silence()  # an output that fails would fail again at the end of the interpreter
+        return _ends(*trouble.sentence(e))
 
 
 def _ends(sentence: object, code: int) -> int:
@@ -125,7 +125,8 @@ def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(parsed: argparse.Namespace) -> int:
     settings = config.check_paths(config.read(parsed))
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise C-core writes lines in its own format
+    config.check_descriptors()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core writes lines of its own format otherwise
     from gpuslice import app
 
     return app.run(settings)
@@ -136,7 +137,7 @@ def _supervise(parsed: argparse.Namespace) -> int:
     from gpuslice import hardware
     from gpuslice.mps import supervisor
 
-    return supervisor.run(settings.mps_root, hardware.mps_control(settings), settings.log_level)
+    return supervisor.run(settings.mps_root, lambda: hardware.mps_control(settings), settings.log_level)
 
 
 def _demo(parsed: argparse.Namespace) -> int:

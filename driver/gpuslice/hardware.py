@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from gpuslice.config import Config
-from gpuslice.errors import StateError
+from gpuslice.errors import DeviceError, StateError
 
 if TYPE_CHECKING:
     from gpuslice.nvml.api import Nvml
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gpuslice.system.host import Host
 
 log = logging.getLogger(__name__)
+
+_END_S = 5.0
 
 
 def open_node(config: Config) -> tuple[Nvml, Host]:
@@ -31,16 +33,25 @@ def open_node(config: Config) -> tuple[Nvml, Host]:
 def open_session(config: Config) -> tuple[Session, Host]:
     """The same, but NVML may start later, and may start again."""
     from gpuslice.nvml.session import Session
+    from gpuslice.system.host import check_hook
 
     opener, host = _choose(config)
-    return Session(opener), host
+    if config.simulate:  # its cards, and its boot id, are there before its NVML starts, as on a real node
+        from gpuslice.nvml.sim.node import SimNode
+
+        SimNode(config.simulated_node, config.simulate).close()
+
+    def with_hook() -> Nvml:
+        if config.nvidia_cdi_hook_path is not None:
+            check_hook(config.nvidia_cdi_hook_path, config.driver_root_ctr_path, config.nvidia_driver_root)
+        return opener()
+
+    return Session(with_hook), host
 
 
 def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
-    from gpuslice.system.host import RealHost, SimHost, check_hook
+    from gpuslice.system.host import RealHost, SimHost
 
-    if config.nvidia_cdi_hook_path is not None:
-        check_hook(config.nvidia_cdi_hook_path, config.driver_root_ctr_path, config.nvidia_driver_root)
     if config.simulate:
         from gpuslice.nvml.sim.nvml import SimNvml
         from gpuslice.system import files
@@ -64,26 +75,40 @@ def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
 
 
 @contextlib.contextmanager
-def visit(config: Config, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
-    """As `open_node`, for one look. A simulated node that does not exist yet, or with `anew`, is removed after the look."""
+def visit(config: Config, limit_s: float = 30.0, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
+    """As `open_node`, for one look. A simulated node that does not exist yet, or is wanted `anew`, is gone after the look.
+
+    HungError if NVML does not start in `limit_s`.
+    """
     import tempfile
+
+    from gpuslice.nvml.listing import Attempt
 
     with contextlib.ExitStack() as stack:
         if config.simulate and (anew or not _exists(config.simulated_node / "node.json")):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
             config = replace(config, simulate_folder=Path(folder))
-        nvml, host = open_node(config)
-        stack.callback(nvml.close)
+        opener, host = _choose(config)
+        nvml = Attempt("the start of NVML", opener).result(limit_s)
+        stack.callback(_leave, nvml)
         yield nvml, host
+
+
+def _leave(nvml: Nvml) -> None:
+    """Close it, but do not wait for long: the process of a look ends after it anyway."""
+    from gpuslice.nvml.listing import Attempt
+
+    with contextlib.suppress(DeviceError):
+        Attempt("the end of NVML", nvml.close).result(_END_S)
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as e:
-        from gpuslice.system import files
+        from gpuslice.system import refusals
 
-        raise StateError(files.unreadable(path, e)) from e
+        raise StateError(refusals.unreadable(path, e)) from e
 
 
 def boot_id(config: Config) -> str:

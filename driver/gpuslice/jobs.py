@@ -22,16 +22,18 @@ def call_in(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *argum
         loop.call_soon_threadsafe(call, *arguments)
 
 
-async def guarded(job: Coroutine[None, None, str | None], stop: Stop) -> None:
+async def guarded(job: Callable[[], Coroutine[None, None, str | None]], stop: Stop) -> None:
     """Run a background job. The process ends if the job fails or returns a reason, but not if it just finishes."""
+    running = job()
     try:
-        reason = await job
+        reason = await running
     except LastingApiError as e:
         end(stop, API_REFUSES, str(e))
         return
-    except Exception as e:  # a bug; a new process is better than a driver without this job
-        name = getattr(job, "__qualname__", "unnamed")
-        log.exception("a background job of the driver failed unexpectedly job=%s", name)
+    except Exception as e:  # a bug, or a node without descriptors or memory: better a new process than half a driver
+        name = getattr(running, "__qualname__", "unnamed")
+        if not isinstance(e, OSError):
+            log.exception("a background job of the driver failed unexpectedly job=%s", name)
         reason = (
             f"background job {name} of the driver failed ({type(e).__name__}: {e}); "
             "the process ends, so that the kubelet starts a new one"

@@ -19,10 +19,10 @@ from gpuslice.core.model import ClaimUid, Gpu, GpuUuid, LiveGpu, Taint
 from gpuslice.core.policy.rules import Misfit, Policy
 from gpuslice.core.record import Record
 from gpuslice.core.typed import Fields
-from gpuslice.errors import ConfigError, StateError
+from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Nvml
 from gpuslice.nvml.listing import LIMIT_S, Listing
-from gpuslice.system import documents, files
+from gpuslice.system import documents, files, refusals
 from gpuslice.system.host import Host
 
 _OF_POLICY = "policy: "  # the beginning of sentences about a policy
@@ -56,7 +56,7 @@ class Cards:
         """`folder` is the plugin's. `limit_s` is for the list of all cards; each card has its own limit, too."""
         self._nvml, self._host = nvml, host
         self._path, self._claims = folder / "gpus.json", folder / "claims"
-        self._listing: Listing[tuple[Gpu, ...]] = Listing(limit_s, name=lambda _: "the list of this node's GPUs")
+        self._listing = _lister(limit_s)
 
     def known(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
         """The cards in bus order, with one sentence for each problem. Nothing is written."""
@@ -82,11 +82,21 @@ class Cards:
         return tuple(self._host.locate(gpu) for gpus in found for gpu in gpus), hung
 
 
+def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[Gpu, ...]:
+    """The cards, for one look. DeviceError if NVML does not list them in `limit_s`."""
+    found, hung = _lister(limit_s).read((0,), lambda _: nvml.gpus())
+    for sentence in hung:
+        raise DeviceError(sentence)
+    return tuple(gpu for gpus in found for gpu in gpus)
+
+
+def _lister(limit_s: float) -> Listing[tuple[Gpu, ...]]:
+    return Listing(limit_s, name=lambda _: "the list of this node's GPUs")
+
+
 def _last_seen(path: Path) -> tuple[Gpu, ...]:
     try:
-        if not path.is_file():
-            return ()  # the first start; or a pipe, which never ends
-        return gpucodec.decode(json.loads(path.read_text(encoding="utf-8")))
+        return gpucodec.decode(json.loads(files.read_plain(path)))
     except (OSError, ValueError, RecursionError):
         return ()  # an incomplete file of a power loss: only the listed cards are known
 
@@ -142,7 +152,7 @@ def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as e:
-        raise StateError(files.unreadable(path, e)) from e
+        raise StateError(refusals.unreadable(path, e)) from e
 
 
 def _nothing_here(config: Config) -> str:
@@ -183,11 +193,11 @@ def _as_running(config: Config) -> Config:
     if config.node_name or config.simulate:
         return replace(config, node_name=config.node_name or "this-node")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(files.read_plain(path))
     except FileNotFoundError:
         return replace(config, node_name="this-node")  # no driver has run here
     except OSError as e:
-        raise StateError(files.unreadable(path, e)) from e
+        raise StateError(refusals.unreadable(path, e)) from e
     except (ValueError, RecursionError) as e:
         raise StateError(f"{path} is not JSON ({e}); {_INSTEAD}") from e
     try:

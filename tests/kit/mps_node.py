@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gpuslice.core.model import GpuUuid, MigUuid
@@ -103,6 +104,16 @@ class LogRecords(logging.Handler):
             return next(line for line in reversed(self._lines) if words in line)
 
 
+@contextlib.contextmanager
+def a_node(folder: Path) -> Iterator[MpsNode]:
+    """Two simulated H100, and no supervisor yet."""
+    node = MpsNode(folder)
+    try:
+        yield node
+    finally:
+        node.close()
+
+
 class MpsNode:
     def __init__(self, folder: Path, spec: str = "h100x2") -> None:
         self.folder, self.spec = folder, spec
@@ -120,15 +131,11 @@ class MpsNode:
         self.supervisor.open()
         return self.supervisor
 
-    def supervise_in_process(self, *prefix: str) -> subprocess.Popen[str]:
-        """Start the supervisor like on a node. Returns when it serves."""
-        arguments = ["--mps-root", str(self.root), "--simulate", self.spec, "--simulate-folder", str(self.sim.folder)]
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "gpuslice", "mps-supervisor", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.processes.append(process)
+    def supervise_in_process(
+        self, *prefix: str, simulated: bool = True, more: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
+        """As it is run on a node; returns when it serves."""
+        process = self.spawn("gpuslice", *prefix, simulated=simulated, more=more)
         assert process.stderr is not None
         lines = []
         while "serves" not in (line := process.stderr.readline()):
@@ -146,6 +153,38 @@ class MpsNode:
             running.end()
         self.sim.close()
         logging.getLogger("gpuslice.mps").removeHandler(self.logged)
+
+    def spawn(
+        self, module: str, *prefix: str, simulated: bool = True, more: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start the supervisor by this module of Python, after these words of a command line."""
+        arguments = ["--mps-root", str(self.root), *more]
+        arguments += ["--simulate", self.spec, "--simulate-folder", str(self.sim.folder)] if simulated else []
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", module, "mps-supervisor", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.processes.append(process)
+        return process
+
+    def outlive(self, supervisor: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        """Kill this supervisor and start the next one, which finds what the first one left."""
+        supervisor.kill()
+        supervisor.communicate()
+        self.processes.remove(supervisor)
+        return self.supervise_in_process()
+
+    def daemons_of(self, key: str) -> list[int]:
+        """Pids of the daemon of this key, and of its servers: of all MPS processes of its pipe."""
+        wanted = f"CUDA_MPS_PIPE_DIRECTORY={self.client.pipe(key)}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (entry / "comm").read_text().startswith("nvidia-cuda-mps"):
+                    found += [int(entry.name)] if wanted in (entry / "environ").read_bytes().split(b"\0") else []
+        return found
 
     # ------------------------------------------------------------ what a test asks for
 

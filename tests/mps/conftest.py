@@ -3,12 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.mps_node import MpsNode
+from tests.kit.mps_node import MpsNode, a_node
 
 
 @pytest.fixture
 def node(short: Path) -> Iterator[MpsNode]:
-    """Two simulated H100; no supervisor yet."""
-    there = MpsNode(short)
-    yield there
-    there.close()
+    with a_node(short) as node:
+        yield node

@@ -14,6 +14,7 @@ from gpuslice.errors import DeviceError
 from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.monitor import pause_s
 from gpuslice.mps.process import PidfdProcess, ProcessId
+from gpuslice.mps.supervisor import Supervisor
 
 from tests.kit.mps_node import QUICK, SOON_S, MpsNode
 
@@ -172,6 +173,59 @@ def test_a_stopped_daemon_that_hangs_is_killed_and_its_folder_removed(node: MpsN
 
 
 # ---------------------------------------------------------------- supervisors
+
+
+def test_a_supervisor_without_the_control_program_stops_daemons_and_adopts_the_others_when_it_comes(
+    node: MpsNode, unmeasured: None
+) -> None:
+    """After an update of the NVIDIA driver its container waits for the pods to leave before it fills the driver root."""
+    first = node.supervise_in_process()
+    leaves, stays = node.client.ensure(node.daemon(0)), node.client.ensure(node.daemon(1))
+    first.kill()
+    first.wait()
+    node.supervisor = Supervisor(node.root, (), missing="nvidia-cuda-mps-control is not in /driver-root; install it")
+    node.supervisor.open()
+
+    node.client.stop("gpu-0")
+    assert _gone(leaves.pid)
+    assert not (node.root / "gpu-0").exists()
+    with pytest.raises(DeviceError, match="nvidia-cuda-mps-control is not in /driver-root"):
+        node.client.ensure(node.daemon(1))
+
+    node.supervisor.equip(node.command)
+    assert node.client.statuses() == (stays,)
+    assert node.client.ensure(node.daemon(0)).problem == ""
+
+
+def test_a_supervisor_in_an_empty_driver_root_serves_and_says_what_is_missing(
+    node: MpsNode, short: Path, unmeasured: None
+) -> None:
+    (short / "root").mkdir()
+
+    node.supervise_in_process(simulated=False, more=("--driver-root-ctr-path", str(short / "root")))
+
+    node.client.stop("gpu-0")
+    with pytest.raises(DeviceError, match="nvidia-cuda-mps-control is not in"):
+        node.client.ensure(node.daemon())
+
+
+@pytest.mark.parametrize("thread", ["mps-accept", "mps-gpu-0"])
+def test_a_supervisor_one_of_whose_threads_dies_ends_says_which_and_leaves_its_daemons(
+    node: MpsNode, unmeasured: None, thread: str
+) -> None:
+    supervisor = node.supervise_in_process()
+    before = node.client.ensure(node.daemon())
+    supervisor.kill()
+    supervisor.wait()
+
+    doomed = node.spawn("tests.kit.dead_thread", DEAD=thread)
+    _, said = doomed.communicate(timeout=SOON_S)
+
+    assert doomed.returncode == 1
+    sentence = f"thread {thread} ended by ValueError: planted; the process ends to be started again"
+    assert sentence in said.splitlines()[-1]
+    node.supervise()
+    assert node.client.statuses() == (before,)
 
 
 def test_a_killed_supervisors_daemons_and_programs_go_on_and_are_adopted(short: Path, unmeasured: None) -> None:

@@ -135,6 +135,55 @@ for effect in (3, 13, 999, {FILL}, {EMPTY}):
     assert told(driver_root, text) == (counted if "Count" in function else ["2 True"] * 5)
 
 
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        ("nvmlInitWithFlags", "the call to start NVML"),
+        ("nvmlSystemGetDriverVersion", "the call to read its NVIDIA driver version"),
+        ("nvmlSystemGetCudaDriverVersion_v2", "the call to read its CUDA version"),
+        ("nvmlDeviceGetCount_v2", "the call to count its GPUs"),
+    ],
+)
+def test_a_call_of_the_start_that_hangs_is_named_and_keeps_nobody(driver_root: Path, function: str, what: str) -> None:
+    text = (
+        _PRELUDE
+        + f"""
+from gpuslice import node
+from gpuslice.nvml.session import Session
+odd({function!r}.encode(), {HANG})
+session = Session(lambda: RealNvml(root), start_s=0.2, end_s=0.2)
+try:
+    print(session.problem or node.listed(session, 0.2))
+except DeviceError as e:
+    print(e)
+session.close()
+sys.stdout.flush()
+os._exit(0)
+"""
+    )
+
+    (line,) = told(driver_root, text)
+
+    assert f"{what} has not returned" in line
+
+
+def test_an_end_of_nvml_that_hangs_keeps_nobody(driver_root: Path) -> None:
+    text = (
+        _PRELUDE
+        + f"""
+from gpuslice.nvml.session import Session
+session = Session(lambda: RealNvml(root), end_s=0.2)
+odd(b"nvmlShutdown", {HANG})
+session.close()
+print(session.hangs)
+sys.stdout.flush()
+os._exit(0)
+"""
+    )
+
+    assert told(driver_root, text) == ["True"]
+
+
 def test_of_two_cards_with_one_uuid_none_is_worked_on(driver_root: Path) -> None:
     text = (
         _PRELUDE

@@ -436,6 +436,29 @@ async def test_nothing_is_collected_while_the_api_server_cannot_be_asked(world: 
     world.api.back()
 
 
+async def test_a_claim_that_stays_is_asked_for_ever_less_and_is_still_collected_when_it_goes(world: World) -> None:
+    service = world.instances[0].service
+    refs = [world.claim(f"c{n}", world.device("mig-1g-19-0" if n else "gpu", n)) for n in (0, 1)]
+    for ref in refs:
+        await world.must_prepare(ref)
+
+    async def asked(first: int, last: int) -> int:
+        before = len(world.api.requests)
+        for minute in range(first, last):
+            await service.collect(now=60.0 * minute)
+        return len(world.api.requests) - before
+
+    assert await asked(0, 1) == 2  # each at once after a start: the kubelet may have forgotten one meanwhile
+    await asked(1, 60)
+    assert await asked(60, 120) == 2 * 6
+
+    world.delete(refs[0])
+    await asked(120, 129)
+    assert world.rig.records() == {ref.uid for ref in refs}
+    await asked(129, 141)
+    assert world.rig.records() == {refs[1].uid}
+
+
 async def test_shutting_down_answers_whoever_waits(world: World) -> None:
     holder = world.claim("old", world.device("gpu"))
     await world.must_prepare(holder)

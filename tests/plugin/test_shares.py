@@ -211,6 +211,16 @@ def test_a_share_of_another_device_than_the_claim_s_is_unknown(rig: Rig) -> None
 # ---------------------------------------------------------------- on the way back
 
 
+def test_a_switch_that_is_refused_because_the_card_is_in_use_says_so_if_nothing_lists_the_users(rig: Rig) -> None:
+    rig.nvml.cue("fail", "set_mig_mode", code=Code.IN_USE)
+    rig.nvml.cue("fail", "processes", code=Code.UNKNOWN)
+
+    with pytest.raises(DeviceError, match=r"in use by programs that NVML does not list \(.*UNKNOWN") as refusal:
+        rig.ask(a_claim("one", rig.device("mig-1g-19-0")))
+
+    assert refusal.value.code == Code.IN_USE
+
+
 def test_a_refused_switch_of_mig_mode_leaves_nothing_that_sticks(rig: Rig) -> None:
     """The card was partitioned before, so MIG mode is still on; a monitoring agent's session once keeps it so."""
     before = a_claim("before", rig.device("mig-1g-19-0"))

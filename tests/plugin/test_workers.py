@@ -150,6 +150,21 @@ async def test_work_after_work_runs_in_one_thread_that_goes_home_when_all_is_don
     assert not ran[0].is_alive()
 
 
+async def test_a_thread_whose_work_between_two_jobs_fails_serves_the_next_job() -> None:
+    tickets, done = Tickets(), threading.Semaphore(0)
+
+    def fails() -> None:
+        done.release()
+        raise OSError(24, "Too many open files")
+
+    workers = Workers(tickets, limit_s=0.5, afterwards=fails)
+    for _ in range(3):
+        ticket = await tickets.take([A], tickets.arrive())
+        assert await workers.run(ticket, Job(), lambda: "done", "prepare u-1") == "done"
+        await asyncio.to_thread(done.acquire)
+    assert await workers.drained(10)
+
+
 async def test_a_thread_that_cannot_be_started_costs_the_gpu_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

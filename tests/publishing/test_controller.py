@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core.inventory import Inventory
-from gpuslice.core.model import ClaimUid, DeviceRef, Taint
+from gpuslice.core.model import ClaimUid, DeviceRef, GpuUuid, Taint
 from gpuslice.core.policy.rules import Policy
 from gpuslice.core.pools import pool
 from gpuslice.core.pools.pool import Features, PoolSlices
 from gpuslice.core.record import Record
+from gpuslice.errors import DeviceError
 from gpuslice.kube import Kube
-from gpuslice.nvml.api import Code
+from gpuslice.nvml.api import Code, ComputeMode
 from gpuslice.nvml.session import Session
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.publishing.controller import SliceController
@@ -185,7 +186,13 @@ def over_a_session(rig: Rig, limit_s: float = 15.0) -> tuple[NodeHealth, Session
     opener = Opener(rig)
     session = Session(opener)
     health = NodeHealth(
-        nvml=session, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict, renew=session.renew, limit_s=limit_s
+        nvml=session,
+        mps=rig.mps,
+        checkpoint=rig.checkpoint,
+        hung=dict,
+        renew=session.renew,
+        refused=session.refused,
+        limit_s=limit_s,
     )
     return health, session, opener
 
@@ -275,6 +282,44 @@ def test_what_a_card_refuses_for_good_is_tainted_from_the_start_and_asked_once(
             (ref.pool, ref.device) for ref, taints in found.items() for t in taints if f"{t.key}={t.value}" == taint
         }
         assert told == {(rig.inventory.pools[0].name, device) for device in hit}
+
+
+@pytest.mark.parametrize(
+    ("product", "call", "wanted", "back", "hit", "taint"),
+    [
+        ("l4", "set_compute_mode", ComputeMode.EXCLUSIVE_PROCESS, ComputeMode.DEFAULT, {"mps"}, "compute-mode"),
+        ("l4", "set_time_slice", 1, 0, {"timeslice"}, "time-slice"),
+        ("h100", "set_mig_mode", True, False, {"mig"}, "mig-mode"),
+    ],
+)
+def test_a_setting_that_a_card_refuses_for_good_is_tainted_after_the_first_refusal(
+    short: Path, product: str, call: str, wanted: object, back: object, hit: set[str], taint: str
+) -> None:
+    rig = Rig(short, f"{product}x2", a_policy(timeslice={"interval": "short"}))
+    health, session, _ = over_a_session(rig)
+    first, second = (gpu.uuid for gpu in rig.gpus)
+    rig.nvml.cue("fail", call, code=Code.NOT_SUPPORTED, times=3)
+
+    def told() -> set[tuple[str, str]]:
+        found = health.look(rig.inventory).items()
+        return {(ref.pool, ref.device) for ref, taints in found for t in taints if t == Taint(taint, "unsupported")}
+
+    def setting(gpu: GpuUuid, value: object) -> None:
+        getattr(session, call)(gpu, value)
+
+    with pytest.raises(DeviceError):  # as in an undo in MIG mode, where nothing was set
+        setting(second, back)
+    assert told() == set()
+    for _ in range(2):
+        with pytest.raises(DeviceError):
+            setting(first, wanted)
+        assert {device.partition("-")[0] for _, device in told()} == hit
+        assert {pool for pool, _ in told()} == {rig.inventory.pools[0].name}
+
+    setting(first, wanted)
+
+    assert told() == set()
+    session.close()
 
 
 def test_a_refusal_that_passes_taints_nothing(short: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from gpuslice.core import cdi
 from gpuslice.core.cdi import CdiDevice, ContainerEdits, DeviceNode
 from gpuslice.core.model import Gpu, GpuUuid
-from gpuslice.errors import ConfigError, DeviceError, StateError
+from gpuslice.errors import DeviceError, StateError
 from gpuslice.system.host import Host, RealHost, SimHost, check_hook
 
 from tests.kit.cdi_rules import faults
@@ -432,9 +432,21 @@ def test_a_hook_that_is_not_below_the_driver_root_is_refused(node: Path) -> None
     check_hook(there, node / "root", Path("/run/nvidia/driver"))
 
     with pytest.raises(
-        ConfigError, match="--nvidia-cdi-hook-path is /run/nvidia/driver/usr/bin/nvidia-hook, but there is no"
+        DeviceError, match="--nvidia-cdi-hook-path is /run/nvidia/driver/usr/bin/nvidia-hook, and there is no"
     ):
         check_hook(gone, node / "root", Path("/run/nvidia/driver"))
+
+
+def test_a_hook_that_is_gone_is_named_before_a_runtime_fails_with_it(node: Path) -> None:
+    hook = node / "root/usr/bin/nvidia-cdi-hook"
+    write(hook)
+    host = host_of(node, host_root=Path("/run/nvidia/driver"), hook=Path("/run/nvidia/driver/usr/bin/nvidia-cdi-hook"))
+    assert host.common().hooks
+
+    hook.unlink()
+
+    with pytest.raises(DeviceError, match="there is no such program"):
+        host.common()
 
 
 def test_a_hook_outside_of_the_driver_root_cannot_be_seen_and_is_taken(node: Path) -> None:

@@ -30,7 +30,7 @@ def check(parsed: argparse.Namespace) -> int:
     settings = config.read(parsed)
     policy = node.read_policy(settings.policy)
     with hardware.visit(settings, anew=True) as (nvml, _):
-        gpus = nvml.gpus()
+        gpus = node.listed(nvml)
     dynamic, static = (Inventory.of(gpus, policy, "this-node", static=static) for static in (False, True))
     misfits = (*dynamic.notes, *static.notes)
     for sentence in node.sentences(policy.suiting_none(misfits, gpus), settings.policy):

@@ -78,6 +78,10 @@ _REFUSED = {
     "minor": Taint("device-node", "none"),
     "time_slice": Taint("time-slice", "unsupported"),
     "compute_mode": Taint("compute-mode", "unsupported"),
+    # The same by a claim that needed them: what a card tells, it may still refuse to change.
+    "set_time_slice": Taint("time-slice", "unsupported"),
+    "set_compute_mode": Taint("compute-mode", "unsupported"),
+    "set_mig_mode": Taint("mig-mode", "unsupported"),
 }
 
 
@@ -98,6 +102,8 @@ def refused(verb: str, reason: str) -> Taint:
 def _is_needed(offer: Offer, taint: Taint) -> bool:
     """Whether a claim of this device needs the verb that the card refuses."""
     match offer.sharing:
+        case _ if taint.key == "mig-mode":
+            return isinstance(offer.slice_, MigSlice)
         case TimeSlicing(interval=interval) if taint.key == "time-slice":
             return offer.slot is None and interval != "default"
         case Mps(enforced=enforced) if taint.key == "compute-mode":

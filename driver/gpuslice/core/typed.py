@@ -47,6 +47,9 @@ class Fields:
             _refuse(self._at(key), value, "true or false")
         return value
 
+    def value(self, key: str) -> object:
+        return self._needed(key)
+
     def part(self, key: str) -> Fields:
         return Fields(self._needed(key), self._at(key))
 

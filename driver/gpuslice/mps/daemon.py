@@ -18,12 +18,14 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpuslice.core.typed import Fields
 from gpuslice.errors import DeviceError, DriverError, HungError
 from gpuslice.mps import launch, wire
 from gpuslice.mps.api import DaemonSpec
 from gpuslice.mps.control import Control, one_line
 from gpuslice.mps.paths import Paths
 from gpuslice.mps.process import PidfdProcess, ProcessId, boot_id, kill_all, wait
+from gpuslice.system import files
 from gpuslice.system.files import write_atomic
 from gpuslice.system.folder_watch import FolderWatch
 
@@ -43,7 +45,8 @@ DRAIN_S = 3.0  # for servers to end after their clients were terminated
 _FLAGS = ((("-f", "-multiuser-server"), ("-f",)), (("-f",),))  # for root, for others
 _LAUNCHER = (sys.executable, "-I", "-S", launch.__file__)
 _REFUSED_S = 0.05
-_SOCKETS = {"control", ""}  # NVIDIA's name, and the name of an overflow of the kernel's queue
+_MOST_TICKS = 2**53  # since boot
+_SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel's queue is called
 
 
 class MpsDaemon:
@@ -98,7 +101,7 @@ class MpsDaemon:
 def start(paths: Paths, daemon: DaemonSpec, command: Sequence[str], answer_s: float) -> MpsDaemon:
     """Start a daemon in its folder and set its ceilings. After a DeviceError, no process of it runs."""
     paths.make(daemon.key)
-    paths.ended(daemon.key).unlink(missing_ok=True)
+    files.remove(paths.ended(daemon.key))
     _give_shm(paths, daemon.key)
     *first, last = _FLAGS[0] if os.geteuid() == 0 else _FLAGS[1]
     for flags in first:
@@ -120,6 +123,14 @@ def remove(paths: Paths, key: str) -> None:
         paths.own(key)
         launch.take_tmpfs(str(paths.shm(key)))
     paths.remove(key)
+
+
+def discard(paths: Paths, key: str) -> None:
+    """End what runs in a folder that no supervisor watches, and remove the folder."""
+    if paths.folder(key).exists():
+        paths.own(key)
+        kill_all(paths.pipe(key), DRAIN_S)
+    remove(paths, key)
 
 
 def _give_shm(paths: Paths, key: str) -> None:
@@ -212,16 +223,11 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
 
     DeviceError if the folder names no daemon, or a daemon of an earlier boot.
     """
-    paths.own(key)  # otherwise another user could choose the process that the supervisor adopts
+    daemon, process_id = left(paths, key)
+    if process_id.boot != boot_id():
+        raise DeviceError(f"{paths.record(key)} is of an earlier boot")
     try:
-        body = json.loads(paths.record(key).read_text(encoding="utf-8"))
-        daemon, left = wire.daemon_of(body["daemon"]), ProcessId(**body["process"])
-    except (OSError, ValueError, LookupError, TypeError, DeviceError) as e:
-        raise DeviceError(f"{paths.record(key)} names no MPS daemon ({e}); its folder is removed") from e
-    if left.boot != boot_id():
-        raise DeviceError(f"{paths.record(key)} is of an earlier boot; its folder is removed")
-    try:
-        pidfd = PidfdProcess(left)
+        pidfd = PidfdProcess(process_id)
     except ProcessLookupError:
         kill_all(paths.pipe(key), DRAIN_S)
         return daemon, None
@@ -233,6 +239,32 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
         process.stop(drain=False)
         return daemon, None
     return daemon, process
+
+
+def left(paths: Paths, key: str) -> tuple[DaemonSpec, ProcessId]:
+    """The daemon and the process that the file of this folder names, whether the process runs or not. DeviceError if the
+    file names none."""
+    paths.own(key)  # otherwise another user could choose the process that the supervisor takes for the daemon
+    path = paths.record(key)
+    try:
+        body = json.loads(files.read_plain(path))
+        process = Fields(body, "").part("process")
+        daemon = wire.daemon_of(Fields(body, "").value("daemon"))
+        if daemon.key != key:
+            raise ValueError(f"it is of daemon {daemon.key[:40]!r}")
+        return daemon, ProcessId(
+            process.number("pid", 1), process.number("started", 0, _MOST_TICKS), process.text("boot")
+        )
+    except (OSError, ValueError, RecursionError, DeviceError) as e:
+        raise DeviceError(f"{path} names no MPS daemon ({e})") from e
+
+
+def clear(paths: Paths, key: str) -> None:
+    """End the processes of a folder that names no daemon. The folder goes too, unless they ran, because then containers
+    have it mounted: the next start of this daemon makes it good."""
+    paths.own(key)
+    if not kill_all(paths.pipe(key), DRAIN_S):
+        remove(paths, key)
 
 
 def remember(paths: Paths, daemon: DaemonSpec, process: MpsDaemon) -> None:

@@ -16,6 +16,7 @@ from gpuslice.mps.daemon import MpsDaemon, Timeouts
 from gpuslice.mps.paths import Paths
 from gpuslice.mps.process import Wakeup, wait
 from gpuslice.system.files import write_atomic
+from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ def pause_s(failures: int) -> float:
 class DaemonMonitor:
     """Keeps one daemon running. A read of `running` never waits. Only one change runs at a time."""
 
-    def __init__(self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts) -> None:
+    def __init__(
+        self, paths: Paths, key: str, command: Sequence[str], timeouts: Timeouts, threads: ThreadWatch
+    ) -> None:
         self._paths, self._key, self._command, self._timeouts = paths, key, command, timeouts
         self._turn = threading.Lock()
         self._state: _Snapshot | None = None
@@ -58,7 +61,7 @@ class DaemonMonitor:
         self._due = 0.0  # time.monotonic() of the next probe, or start
         self._retired = threading.Event()
         self._wakeup = Wakeup()
-        self._thread = threading.Thread(target=self._watch, name=f"mps-{key}", daemon=True)
+        self._threads, self._watching = threads, False
 
     # ------------------------------------------------------------ what the driver asks
 
@@ -212,8 +215,9 @@ class DaemonMonitor:
     def _set(self, state: _Snapshot, due_s: float) -> None:
         self._due = time.monotonic() + due_s
         self._state = state
-        if self._thread.ident is None:
-            self._thread.start()
+        if not self._watching:
+            self._watching = True
+            self._threads.start(f"mps-{self._key}", self._watch, over=self._retired.is_set)
         self._wakeup.set()  # the thread waits for another process now
 
     # ------------------------------------------------------------ the watch

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuslice.errors import DeviceError
+from gpuslice.system import refusals
 
 _KEY = re.compile(r"[a-z0-9]([-a-z0-9]{0,22}[a-z0-9])?")
 _SOCKET_PATH = 107  # bytes of sun_path without its end (unix(7)); with a longer path the daemon fails silently
@@ -51,8 +52,11 @@ class Paths:
         return self.root / key / "ended"
 
     def known(self) -> tuple[str, ...]:
-        """Keys of the folders that look like folders of daemons."""
-        return tuple(sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name)))
+        """Keys of the folders that look like a daemon's."""
+        with refusals.translated("read", self.root):
+            return tuple(
+                sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name))
+            )
 
     def check(self, key: str) -> None:
         """Check a key: DeviceError if no daemon can have it below this root."""

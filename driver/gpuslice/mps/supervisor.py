@@ -12,6 +12,7 @@ It must stay small, because it is resident on every node: no event loop, no gRPC
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -32,13 +33,15 @@ from gpuslice.mps.api import DaemonSpec, DaemonStatus
 from gpuslice.mps.daemon import Timeouts
 from gpuslice.mps.monitor import DaemonMonitor, GoneError
 from gpuslice.mps.paths import Paths
-from gpuslice.system import files, logs
+from gpuslice.system import files, logs, refusals
+from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
 
 _TIMEOUTS = Timeouts()
 _TALK_S = 10.0  # time for a client to send its request
 _NO_ACCEPT_S = 0.5
+_PROGRAM_PERIOD_S = 2.0  # from one look for the control program to the next, only if it was missing at the start
 _BACKLOG = 64
 _FAILED = 1  # cli.py: the command ran and failed
 
@@ -46,12 +49,22 @@ _FAILED = 1  # cli.py: the command ran and failed
 class Supervisor:
     """The daemons of one root, and the socket. `open` adopts, then listens. `close` ends the daemons of this supervisor."""
 
-    def __init__(self, root: Path, command: Sequence[str], *, timeouts: Timeouts = _TIMEOUTS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        command: Sequence[str],
+        *,
+        timeouts: Timeouts = _TIMEOUTS,
+        threads: ThreadWatch | None = None,
+        missing: str = "",
+    ) -> None:
+        """`missing`: why there is no `command` yet. Daemons are stopped without it, and started after `equip`."""
         self._paths, self._command, self._timeouts = Paths(root), command, timeouts
         self.incarnation = str(uuid.uuid4())
         self._monitors: dict[str, DaemonMonitor] = {}
         self._lock = threading.Lock()  # only for the dict; never held during an action
         self._closing = threading.Event()
+        self._threads, self._missing = threads or ThreadWatch(), missing
 
     def open(self) -> None:
         """Adopt the daemons that run, then listen. DriverError if the root is unusable or another supervisor serves it."""
@@ -62,27 +75,33 @@ class Supervisor:
         if lock is None:
             raise DeviceError(f"another MPS supervisor serves {root}; stop that one first, or use another root")
         self._root_lock = lock
-        self._adopt()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound under another name first, because a program may connect as soon as it sees the socket.
-        new = root / ".supervisor"
-        new.unlink(missing_ok=True)
-        self._listener.bind(str(new))
-        new.chmod(0o600)
-        self._listener.listen(_BACKLOG)
-        new.rename(self._paths.socket)
-        threading.Thread(target=self._accept, name="mps-accept", daemon=True).start()
+        try:
+            if not self._missing:
+                self._adopt()
+            with refusals.translated("listen on", self._paths.socket):
+                self._listener = _listener(self._paths.socket)
+        except DriverError:
+            os.close(lock)
+            raise
+        self._threads.start("mps-accept", self._accept, over=self._closing.is_set)
 
     def close(self) -> None:
         """Drain and end all daemons at the same time. Their folders stay."""
         self._closing.set()
-        self._paths.socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next supervisor replaces it
+            self._paths.socket.unlink(missing_ok=True)
         self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the accepting thread
         self._listener.close()
         with self._lock:
             monitors = list(self._monitors.values())
         _at_once(monitor.close for monitor in monitors)
         os.close(self._root_lock)
+
+    def equip(self, command: Sequence[str]) -> None:
+        """Take the control program that was missing at the start, and adopt the daemons that run."""
+        self._command = command
+        self._adopt()
+        self._missing = ""
 
     def _adopt(self) -> None:
         """Adopt the running daemons before the first request. A daemon that is not adopted would seem to be gone."""
@@ -92,11 +111,13 @@ class Supervisor:
         monitor = self._monitor(key)
         try:
             monitor.adopt()
-        except DriverError as e:
+        except Exception as e:  # whatever is in this folder, the other daemons are adopted
+            if not isinstance(e, DriverError):
+                log.exception("the adoption of an MPS daemon failed unexpectedly key=%s", key)
             self._forget(key, monitor)
-            log.warning("cannot adopt the MPS daemon of a former supervisor key=%s: %s", key, e)
+            log.warning("cannot adopt the MPS daemon of a former supervisor, so it is ended key=%s: %s", key, e)
             try:
-                daemons.remove(self._paths, key)
+                daemons.clear(self._paths, key)
             except DriverError as error:
                 log.warning("cannot remove the folder of an MPS daemon key=%s: %s", key, error)
 
@@ -105,7 +126,7 @@ class Supervisor:
             if self._closing.is_set():
                 raise DeviceError("the MPS supervisor is ending; try again when the next one runs")
             if key not in self._monitors:
-                self._monitors[key] = DaemonMonitor(self._paths, key, self._command, self._timeouts)
+                self._monitors[key] = DaemonMonitor(self._paths, key, self._command, self._timeouts, self._threads)
             return self._monitors[key]
 
     def _forget(self, key: str, monitor: DaemonMonitor) -> None:
@@ -117,6 +138,8 @@ class Supervisor:
 
     def ensure(self, daemon: DaemonSpec) -> DaemonStatus:
         self._paths.check(daemon.key)
+        if self._missing:
+            raise DeviceError(f"cannot start an MPS daemon yet: {self._missing}")
         while True:
             monitor = self._monitor(daemon.key)
             try:
@@ -132,7 +155,7 @@ class Supervisor:
         with self._lock:
             monitor = self._monitors.get(key)
         if monitor is None:
-            daemons.remove(self._paths, key)  # removes the rest of a failed removal
+            daemons.discard(self._paths, key)  # what a failed removal left, or a daemon that is not adopted yet
             return
         try:
             monitor.stop()
@@ -198,7 +221,8 @@ class Supervisor:
     def _answer(self, request: UncheckedBody) -> UncheckedBody:
         try:
             running = self._obey(request)
-        except DriverError as e:
+        except (DriverError, OSError) as error:
+            e = refusals.untranslated(error) if isinstance(error, OSError) else error
             log.error("refused a request to the MPS supervisor op=%s: %s", request.get("op"), e)
             return {"error": str(e)}
         except Exception as e:
@@ -224,29 +248,76 @@ class Supervisor:
                 )
 
 
-def run(root: Path, command: Sequence[str], level: str = "info") -> int:
-    """Serve until SIGTERM or SIGINT; the exit code of the process. `command` is the control program (control.py)."""
+def run(root: Path, find: Callable[[], Sequence[str]], level: str = "info") -> int:
+    """Serve until SIGTERM or SIGINT; the exit code of the process. `find`: the command of the control program (control.py).
+
+    Without the program it serves all the same, because pods with MPS shares must be able to end before an NVIDIA driver
+    comes. It looks for the program until it is there.
+    """
     logs.setup(level)
     ended = threading.Event()
     # Handlers and no blocked signals, because the daemons would inherit a mask.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    supervisor = Supervisor(root, command)
+    threads = ThreadWatch(lambda _: ended.set())
+    command, missing = _found(find)
+    supervisor = Supervisor(root, command, threads=threads, missing=missing)
+    if missing:
+        log.error("no MPS daemon is started yet: %s", missing)
     try:
         supervisor.open()
     except DriverError as e:
         log.error("%s", e)
         return _FAILED
     log.info("the MPS supervisor serves requests root=%s incarnation=%s", root, supervisor.incarnation)
+    while missing and not ended.wait(_PROGRAM_PERIOD_S):
+        command, missing = _found(find)
+        if not missing:
+            supervisor.equip(command)
+            log.info("the control program of MPS has come: %s", " ".join(command))
     ended.wait()
+    if problem := threads.problem():
+        log.error("%s", problem)  # as after a crash the daemons run on, and the next supervisor adopts them
+        return _FAILED
     log.info("the MPS supervisor ends all its daemons and then itself root=%s", root)
     supervisor.close()
     return 0
 
 
+def _found(find: Callable[[], Sequence[str]]) -> tuple[Sequence[str], str]:
+    """The command of the control program, or why there is none."""
+    try:
+        return find(), ""
+    except (DeviceError, OSError) as e:
+        return (), str(e)
+
+
+def _listener(path: Path) -> socket.socket:
+    """A socket that listens there. It is bound under another name first: a program that sees the socket may connect to it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    new = path.with_name(".supervisor")
+    try:
+        new.unlink(missing_ok=True)
+        listener.bind(str(new))
+        new.chmod(0o600)
+        listener.listen(_BACKLOG)
+        new.rename(path)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 def _at_once(calls: Iterable[Callable[[], None]]) -> None:
-    """Run each call in its own thread. Returns when all have returned."""
-    threads = [threading.Thread(target=call) for call in calls]
+    """Each in a thread of its own. Returns when all have ended; what one raises is logged."""
+
+    def run(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("a part of the start or the end of the MPS supervisor failed unexpectedly")
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -36,6 +36,11 @@ class Code(IntEnum):
     UNKNOWN = 999
 
 
+FOR_GOOD = (
+    Code.NOT_SUPPORTED,
+    Code.FUNCTION_NOT_FOUND,
+)  # the card, or its NVIDIA driver, does not have the verb at all
+
 TIME_SLICES = tuple(range(len(INTERVALS)))  # a level is an index of INTERVALS; milliseconds are not published
 
 

@@ -15,6 +15,7 @@ import pynvml
 
 from gpuslice.errors import DeviceError
 from gpuslice.nvml.api import Code
+from gpuslice.nvml.pulse import during
 from gpuslice.system import chroot
 from gpuslice.system.programs import LIBRARY_FOLDERS
 
@@ -44,9 +45,10 @@ _UNREADABLE = (ValueError, OverflowError, LookupError, MemoryError, ctypes.Argum
 
 @contextmanager
 def asking(where: str, what: str) -> Iterator[None]:
-    """Translate NVML's errors in the block. `where` names the GPU, `what` completes "cannot …"."""
+    """Translate NVML's errors in the block. `where` names the GPU, `what` completes "cannot …" and "the call to …"."""
     try:
-        yield
+        with during(f"{where}: the call to {what}"):
+            yield
     except pynvml.NVMLError as e:
         raise refusal(where, what, e.value) from e
     except _UNREADABLE as e:
@@ -80,7 +82,8 @@ def start(driver_root: Path | None) -> None:
         if path is None:
             raise refusal(where, f"find {SONAME}", Code.LIBRARY_NOT_FOUND)
         try:
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            with during(f"{where}: the call to load {path}"):
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError as e:
             text = f"{where}: cannot load {path} ({e}); it must fit this machine and the image's C library"
             raise DeviceError(text, Code.LIBRARY_NOT_FOUND) from e

@@ -1,114 +1,129 @@
 """NVML for the rest of the process: the session may be missing, and it may be replaced by a new one.
 
-Without a loaded NVIDIA driver there is no session. The process serves nevertheless: after a reboot pods wait for their
-unprepare, and NVIDIA's driver container waits for these pods before it loads the driver. Every verb then refuses with the
-reason, so that each card counts as lost.
+Without a loaded NVIDIA driver there is no session. Nor is there one while the start of NVML hangs. The process serves all
+the same: after a reboot pods wait for their unprepare, and NVIDIA's driver container waits for these pods before it loads
+the driver. Every verb then refuses with the reason, so that each card counts as lost.
 
-A `Pulse` gets the start and the end of each call. One call that does not return means a hung card. Many calls that take
-long together do not.
+The start and the end of NVML run in threads that may be left behind (`listing.Attempt`), so a dead driver hangs neither the
+start of this process, nor its other calls, nor its end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from gpuslice.core.model import Gpu, GpuUuid, LiveGpu, MigUuid, Placement
 from gpuslice.errors import DeviceError
-from gpuslice.nvml.api import ComputeMode, GpuProcess, Memory, Nvml, XidEvent
+from gpuslice.nvml.api import FOR_GOOD, ComputeMode, GpuProcess, Memory, Nvml, XidEvent
+from gpuslice.nvml.listing import LIMIT_S, Attempt
+from gpuslice.nvml.pulse import during
 
 log = logging.getLogger(__name__)
 
-_RENEW_S = 10.0  # the shortest time between two new sessions; more would not help cards that stay lost
-
-
-class Pulse:
-    """The last sign of a thread's calls, and the call in progress. Another thread reads it."""
-
-    def __init__(self) -> None:
-        self.beat = time.monotonic()
-        self.call = ""
-
-    @contextlib.contextmanager
-    def during(self, call: str) -> Iterator[None]:
-        self.call, self.beat = call, time.monotonic()
-        try:
-            yield
-        finally:
-            self.call, self.beat = "", time.monotonic()
-
-    def listen(self, context: contextvars.Context) -> None:
-        """Record the calls that run in this context."""
-        context.run(_pulse.set, self)
-
-
-_pulse: contextvars.ContextVar[Pulse] = contextvars.ContextVar("pulse")
+_RENEW_S = 10.0  # the shortest time between two new sessions: cards that stay lost need no more of them
+_START_S = 2 * LIMIT_S  # a start is long where nothing else keeps the NVIDIA driver loaded: seconds for each card
+_END_S = 5.0
+_GLANCE_S = 1.0  # for a look whether NVML has come
 
 
 class Session:
     """`Nvml` over the result of `opener`."""
 
-    def __init__(self, opener: Callable[[], Nvml]) -> None:
-        self._opener = opener
-        self._lock = threading.Lock()
+    def __init__(self, opener: Callable[[], Nvml], *, start_s: float = _START_S, end_s: float = _END_S) -> None:
+        """`start_s`, `end_s`: a start or an end of NVML that takes longer counts as hung."""
+        self._start_s, self._end_s = start_s, end_s
+        self._start = Attempt("the start of NVML", opener)
+        self._list = Attempt("the list of this node's GPUs", self.gpus)
+        self._ends: list[Attempt[None]] = []  # that hang
+        self._changing = threading.Lock()  # held while NVML starts or ends
+        self._lock = threading.Lock()  # of the fields below, never held during a call
         self._nvml: Nvml | None = None
         self._calls = 0
         self._refusal = DeviceError("NVML has not been started yet")
         self._unlisted = ""
+        self._refused: dict[tuple[GpuUuid, str], str] = {}
         self._renewed_at = -_RENEW_S
-        self._open()
+        self._open(start_s)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a start or an end of NVML has not returned: the process then ends only by `_exit`."""
+        return self._start.hangs or any(end.hangs for end in self._ends)
 
     @property
     def problem(self) -> str:
         """The reason why no card can be listed, or "" if cards can be listed."""
         return str(self._refusal) if self._nvml is None else self._unlisted
 
+    def refused(self) -> Mapping[tuple[GpuUuid, str], str]:
+        """The settings that a card refused for good in this session, by card and verb, each with NVML's sentence.
+
+        Not every refusal can be found by a look: a card may tell its compute mode, and take no other one.
+        """
+        return dict(self._refused)
+
     def renew(self) -> bool:
-        """Replace this session by a new one and list the cards. False if NVML does not start, if a call runs in this
-        session, or if the session is too young."""
-        with self._lock:
-            if self._nvml is None or self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
-                return False
-            self._close()
-            self._open()
+        """Open a new session instead of this one and list the cards. False if there is no session, a call is under way in it,
+        or it is too young."""
+        with self._changing:
+            with self._lock:
+                if self._nvml is None or self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
+                    return False
+                nvml = self._take("NVML is being started anew; the kubelet tries again")
+            self._shut(nvml)
+            self._open(self._start_s)
             self._renewed_at = time.monotonic()
         self.gpus()  # finds the handles of the cards again
         log.warning("started NVML again, because no card could be read: %s", self.problem or "it answers")
         return True
 
     def comes(self) -> bool:
-        """Whether the cards can be listed now. Blocks, and starts NVML if it is not started."""
-        with self._lock:
+        """Whether the cards can be listed now. Starts NVML if it is not started. Blocks for two seconds at most."""
+        with self._changing:
             if self._nvml is None:
-                self._open()
-        self.gpus()
+                self._open(_GLANCE_S)
+        try:
+            self._list.result(_GLANCE_S)
+        except DeviceError as e:
+            self._unlisted = str(e)
         return not self.problem
 
     def close(self) -> None:
         with self._lock:
-            self._close()
+            nvml = self._take("NVML was closed, because the driver ends")
+        self._shut(nvml)
 
-    def _open(self) -> None:
+    def _open(self, limit_s: float) -> None:
         try:
-            self._nvml = self._opener()
+            self._nvml = self._start.result(limit_s)
         except DeviceError as e:
             self._refusal = e
 
-    def _close(self) -> None:
-        self._refusal = DeviceError("NVML was closed, because the driver ends")
-        if self._nvml is not None:
-            self._nvml.close()
-        self._nvml = None
+    def _take(self, refusal: str) -> Nvml | None:
+        """The present NVML, which from now on no call gets."""
+        nvml, self._nvml = self._nvml, None
+        self._refused = {}
+        self._refusal = DeviceError(refusal)
+        return nvml
+
+    def _shut(self, nvml: Nvml | None) -> None:
+        if nvml is None:
+            return
+        end = Attempt("the end of NVML", nvml.close)
+        try:
+            end.result(self._end_s)
+        except DeviceError as e:
+            self._ends.append(end)
+            log.error("%s", e)
 
     @contextlib.contextmanager
     def _call(self, name: str, device: str = "this node") -> Iterator[Nvml]:
         """The present NVML, counted as in use. DeviceError if there is none."""
-        pulse = _pulse.get(None)
-        with contextlib.nullcontext() if pulse is None else pulse.during(f"{name} on {device}"):
+        with during(f"{name} on {device}"):
             with self._lock:
                 nvml = self._nvml
                 if nvml is None:
@@ -120,17 +135,30 @@ class Session:
                 with self._lock:
                     self._calls -= 1
 
+    @contextlib.contextmanager
+    def _setting(self, verb: str, gpu: GpuUuid, *, on: bool) -> Iterator[Nvml]:
+        """As `_call`, for a verb that a claim needs. `on`: False to take a setting back, which MIG mode may refuse."""
+        try:
+            with self._call(verb, gpu) as nvml:
+                yield nvml
+        except DeviceError as e:
+            if on and e.code in FOR_GOOD:
+                self._refused = {**self._refused, (gpu, verb): str(e)}
+            raise
+        self._refused = {key: text for key, text in self._refused.items() if key != (gpu, verb)}
+
     # ------------------------------------------------------------ the verbs
 
     def gpus(self) -> tuple[Gpu, ...]:
-        """As `Nvml.gpus`. If nothing can be listed, it is empty and `problem` has the reason."""
-        self._unlisted = ""
+        """As `Nvml.gpus`. Empty if nothing can be listed, and `problem` says why."""
         try:
             with self._call("gpus") as nvml:
-                return nvml.gpus()
+                found = nvml.gpus()
         except DeviceError as e:
             self._unlisted = str(e)
-        return ()
+            return ()
+        self._unlisted = ""
+        return found
 
     def lost(self) -> tuple[str, ...]:
         nvml = self._nvml
@@ -149,7 +177,7 @@ class Session:
             return nvml.minor(gpu)
 
     def set_mig_mode(self, gpu: GpuUuid, on: bool) -> None:
-        with self._call("set_mig_mode", gpu) as nvml:
+        with self._setting("set_mig_mode", gpu, on=on) as nvml:
             nvml.set_mig_mode(gpu, on)
 
     def create_gpu_instance(self, gpu: GpuUuid, profile: int, placement: Placement) -> int:
@@ -181,7 +209,7 @@ class Session:
             return nvml.compute_mode(gpu)
 
     def set_compute_mode(self, gpu: GpuUuid, mode: ComputeMode) -> None:
-        with self._call("set_compute_mode", gpu) as nvml:
+        with self._setting("set_compute_mode", gpu, on=mode != ComputeMode.DEFAULT) as nvml:
             nvml.set_compute_mode(gpu, mode)
 
     def time_slice(self, gpu: GpuUuid) -> int:
@@ -189,7 +217,7 @@ class Session:
             return nvml.time_slice(gpu)
 
     def set_time_slice(self, gpu: GpuUuid, level: int) -> None:
-        with self._call("set_time_slice", gpu) as nvml:
+        with self._setting("set_time_slice", gpu, on=level > 0) as nvml:
             nvml.set_time_slice(gpu, level)
 
     def wait_event(self, timeout_s: float) -> XidEvent | None:

@@ -16,7 +16,7 @@ from gpuslice.core.share import Share
 from gpuslice.errors import DeviceError, StateError
 from gpuslice.mps.api import MpsDaemons
 from gpuslice.nvml.api import Code, Nvml
-from gpuslice.system import files
+from gpuslice.system import files, refusals
 from gpuslice.system.files import Identity
 from gpuslice.system.host import Host
 from gpuslice.system.spares import Spares
@@ -79,7 +79,8 @@ class CdiWriter:
     def sweep(self, known: Container[ClaimUid]) -> tuple[ClaimUid, ...]:
         """Claims with a file of ours but no record: the rest of a manual clean-up."""
         before, after = cdi.file_name(self._kind, "0").split("0.", 1)
-        names = (path.name for path in self._folder.glob(f"{before}*.{after}"))
+        with refusals.translated("read", self._folder):
+            names = [path.name for path in self._folder.glob(f"{before}*.{after}")]
         uids = (ClaimUid(name.removeprefix(before).removesuffix(f".{after}")) for name in names)
         return tuple(sorted(uid for uid in uids if uid not in known))
 

@@ -10,7 +10,6 @@ a second instance.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Coroutine, Sequence
@@ -33,6 +32,7 @@ from gpuslice.pb import (
     registration_v1_pb2_grpc,
 )
 from gpuslice.plugin import sockets
+from gpuslice.system import refusals
 from gpuslice.system.folder_watch import FolderWatch
 from gpuslice.telemetry import Telemetry
 
@@ -90,7 +90,7 @@ class DraService:
         try:
             with self._telemetry.request(operation):
                 try:
-                    answer = await work
+                    answer = await _translated(work)
                 except DriverError as e:
                     log.error("%s refused claim=%s: %s", operation, claim, e)
                     raise
@@ -243,12 +243,19 @@ class PluginServer:
         return None
 
 
+async def _translated(work: Awaitable[Message]) -> Message:
+    try:
+        return await work
+    except OSError as e:  # no descriptors, a disk that fails: no mistake of ours, and the pod's events say what it is
+        raise refusals.untranslated(e) from e
+
+
 def _bind(server: grpc.aio.Server, path: Path) -> None:
     """Bind with access for root only. Replaces a stale socket of a killed process and refuses any other file."""
-    if path.exists() and not path.is_socket():
-        raise ConfigError(f"{path} exists and is not a socket; remove it to let the driver listen there")
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    with refusals.translated("bind", path):
+        if path.exists() and not path.is_socket():
+            raise ConfigError(f"{path} exists and is not a socket; remove it to let the driver listen there")
+        path.unlink(missing_ok=True)
     before = os.umask(0o077)
     try:
         server.add_insecure_port(f"unix:{path}")

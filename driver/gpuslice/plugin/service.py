@@ -43,8 +43,10 @@ _SPARE_S = 5.0
 _AT_ONCE = 8
 # A record is collected when the API server has not had its claim for this time (a force-deleted pod may still run).
 ORPHAN_AGE_S = 600.0
-# What the driver does for a claim without a call of the kubelet; used in sentences about failures.
-_AIMS = {"recover": "undo a prepare that did not end", "mend": "repair the CDI file"}
+# From one question whether a prepared claim still exists to the next. It doubles while the answer is yes.
+_ASK_S, _LONGEST_ASK_S = 60.0, 600.0
+# What the driver does for a claim without being asked, for the sentence about its failure.
+_AIMS = {"recover": "undo a prepare that did not end", "mend": "put the CDI file right"}
 
 
 class ClaimReader(Protocol):
@@ -74,6 +76,7 @@ class ClaimService:
         self.workers = Workers(self.tickets, hang_limit_s, preparer.make_spares)
         self._absent_since: dict[ClaimUid, float] = {}
         self._fetching = 0  # threads that fetch a claim and may go on with its prepare
+        self._next_ask: dict[ClaimUid, tuple[float, float]] = {}  # when, and the pause after it
         self._closed: DriverError | None = None
 
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
@@ -133,38 +136,45 @@ class ClaimService:
 
     async def collect(self, now: float) -> None:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices. Also undo the
-        rest of claims on lost cards."""
+        hardware that was left on lost cards.
+
+        Called once a minute with the time of a clock. A claim that still exists is asked for ever less, up to every ten
+        minutes: at rest nothing goes to the API server for most of the time.
+        """
         await self.recover()
         try:
             records = await asyncio.to_thread(self._preparer.records)
         except DriverError as e:
             log.error("cannot find the claims with records; the driver tries again later: %s", e)
             return
-        for uid in self._absent_since.keys() - records.keys():
-            del self._absent_since[uid]
+        for known in (self._absent_since, self._next_ask):
+            for uid in known.keys() - records.keys():
+                del known[uid]
         for uid, record in records.items():
-            try:
-                if await self._held(record):
-                    self._absent_since.pop(uid, None)
-                    continue
-            except ApiError as e:
-                log.info(
-                    "cannot ask whether a claim still exists; the driver asks again in a minute claim=%s: %s",
-                    record.plan.ref,
-                    e,
-                )
-                continue
-            since = self._absent_since.setdefault(uid, now)
-            if now - since >= ORPHAN_AGE_S and not await self._in_use(record):
-                log.warning("unpreparing a claim that the API server no longer has claim=%s", record.plan.ref)
-                try:
-                    await self.unprepare(uid)
-                except DriverError as e:
-                    log.error(
-                        "cannot unprepare a claim that was deleted; the driver tries again claim=%s: %s",
-                        record.plan.ref,
-                        e,
-                    )
+            due, pause_s = self._next_ask.get(uid, (now, _ASK_S))
+            if now >= due:
+                await self._collect_one(uid, record, now, pause_s)
+
+    async def _collect_one(self, uid: ClaimUid, record: Record, now: float, pause_s: float) -> None:
+        """Ask for this claim. `pause_s`: until the next question, if the claim still exists."""
+        ref = record.plan.ref
+        try:
+            if await self._held(record):
+                self._absent_since.pop(uid, None)
+                self._next_ask[uid] = now + pause_s, min(2 * pause_s, _LONGEST_ASK_S)
+                return
+        except ApiError as e:
+            log.info("cannot ask whether a claim still exists; the driver asks again in a minute claim=%s: %s", ref, e)
+            return
+        self._next_ask.pop(uid, None)  # each minute from now on
+        since = self._absent_since.setdefault(uid, now)
+        if now - since < ORPHAN_AGE_S or await self._in_use(record):
+            return
+        log.warning("unpreparing a claim that the API server no longer has claim=%s", ref)
+        try:
+            await self.unprepare(uid)
+        except DriverError as e:
+            log.error("cannot unprepare a claim that was deleted; the driver tries again claim=%s: %s", ref, e)
 
     async def _in_use(self, record: Record) -> bool:
         name = f"a look at the devices of claim {record.plan.ref}"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpuslice.errors import ConfigError, DriverError
-from gpuslice.system import files
+from gpuslice.system import files, refusals
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,13 @@ def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
     Only if no process listens, and no process holds the lock of the instance, because the instance may be starting. The
     form for long folders is a hash of driver and pod. Its owner is unknown, so such a socket stays.
     """
+    try:
+        _remove_dead(registry, plugin_folder, driver)
+    except OSError as e:  # what is left over does no harm to this instance
+        log.warning("cannot look for sockets of killed instances: %s", refusals.untranslated(e))
+
+
+def _remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
     locks = [path for path in plugin_folder.iterdir() if path.name.endswith(_SUFFIX)]
     matches = [(lock, _ENDPOINT.fullmatch(lock.name.removesuffix(_SUFFIX))) for lock in locks]
     alive = {match[1] or "" for lock, match in matches if match is not None and not _removed(lock)}

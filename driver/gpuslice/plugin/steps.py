@@ -177,7 +177,10 @@ class StepExecutor:
         except DeviceError as e:
             if e.code != Code.IN_USE:
                 raise
-            names = ", ".join(f"{p.name or 'process'} (pid {p.pid})" for p in self._nvml.processes(gpu))
+            try:
+                names = ", ".join(f"{p.name or 'process'} (pid {p.pid})" for p in self._nvml.processes(gpu))
+            except DeviceError as unlisted:  # the first refusal is the one to report
+                names = f"programs that NVML does not list ({unlisted})"
             raise DeviceError(
                 f"{what} of GPU {gpu} cannot be switched while it is in use by {names or 'another NVML client'}; stop it "
                 "or wait until it leaves",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import queue
 import threading
 import time
@@ -19,9 +20,11 @@ from typing import Any, TypeVar
 
 from gpuslice.core.model import GpuUuid
 from gpuslice.errors import ClaimError, HungError
-from gpuslice.nvml.session import Pulse
+from gpuslice.nvml.pulse import Pulse
 from gpuslice.plugin.claim_queue import Job
 from gpuslice.plugin.tickets import Ticket, Tickets
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -175,4 +178,7 @@ def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None], afterwards: 
     while (job := jobs.get()) is not None:
         job()
         del job  # it holds a reference to the claim's result, or to its error with all frames
-        afterwards()
+        try:
+            afterwards()
+        except Exception:  # the thread counts as one that waits: its end would leave the next job without a thread
+            log.exception("the work between two jobs failed unexpectedly")

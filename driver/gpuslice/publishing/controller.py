@@ -35,6 +35,7 @@ from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.planner import PoolPlanner
 from gpuslice.publishing.publisher import Publisher
 from gpuslice.publishing.shapes import Shapes
+from gpuslice.system import refusals
 from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ class SliceController:
                 self._failed, retry = "", Backoff(self._backoff)
             except DriverError as e:
                 self._fail(str(e))
+            except OSError as e:
+                self._fail(str(refusals.untranslated(e)))
             except Exception as e:
                 log.exception("planning the ResourceSlices of this node failed unexpectedly")
                 self._fail(f"planning failed unexpectedly: {e!r}; see the traceback in the log")

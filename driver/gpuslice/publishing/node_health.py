@@ -17,14 +17,13 @@ from gpuslice.core.inventory import Inventory, Pool
 from gpuslice.core.model import GpuUuid, LiveGpu, Mps, Taint
 from gpuslice.errors import DeviceError, HungError
 from gpuslice.mps.api import MpsDaemons
-from gpuslice.nvml.api import Code, Nvml
+from gpuslice.nvml.api import FOR_GOOD, Nvml
 
 log = logging.getLogger(__name__)
 
 
 # Same limit as for prepares (`plugin/workers.py`): a look that takes longer counts as hung.
 LIMIT_S = 15.0
-_FOR_GOOD = (Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND)
 
 Reply = TypeVar("Reply")
 Pending = concurrent.futures.Future[Any]
@@ -82,6 +81,7 @@ class NodeHealth:
         checkpoint: Checkpoint,
         hung: Callable[[], Mapping[GpuUuid, str]],
         renew: Callable[[], bool] = lambda: False,
+        refused: Callable[[], Mapping[tuple[GpuUuid, str], str]] = dict,
         limit_s: float = LIMIT_S,
     ) -> None:
         """`renew` starts NVML again and returns whether it did. It is called if no card at all can be read."""
@@ -95,8 +95,8 @@ class NodeHealth:
         self._answered: dict[tuple[GpuUuid, str], Taint | None] = {}  # final, because a card never gets a new verb
         self._mps = mps
         self._checkpoint = checkpoint
-        self._hung, self._renew = hung, renew
-        self.unreadable = ""  # the reason why no card could be read; "" if one could
+        self._hung, self._renew, self._refused = hung, renew, refused
+        self.unreadable = ""  # why no card could be read, "" where one could
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:
@@ -149,12 +149,15 @@ class NodeHealth:
             except HungError:
                 raise
             except DeviceError as e:
-                if e.code in _FOR_GOOD:
+                if e.code in FOR_GOOD:
                     self._answered[uuid, verb] = health.refused(verb, str(e))
 
     def _unable(self, inventory: Inventory) -> dict[GpuUuid, tuple[Taint, ...]]:
+        found = {key: taint for key, taint in self._answered.items() if taint is not None}
+        found |= {(gpu, verb): health.refused(verb, reason) for (gpu, verb), reason in self._refused().items()}
+
         def of(gpu: GpuUuid) -> Iterator[Taint]:
-            return (taint for (uuid, _), taint in self._answered.items() if uuid == gpu and taint is not None)
+            return (taint for (uuid, _), taint in found.items() if uuid == gpu)
 
         return {pool.gpu.uuid: tuple(of(pool.gpu.uuid)) for pool in inventory.pools}
 

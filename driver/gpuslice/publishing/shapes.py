@@ -69,7 +69,7 @@ class Shapes:
             version = Version.of(self._path.stat())
             if version == self._version:
                 return
-            self._kept, self._version = shape.decode(json.loads(self._path.read_bytes())), version
+            self._kept, self._version = shape.decode(json.loads(files.read_plain(self._path))), version
         except (OSError, ValueError, RecursionError) as e:
             if not isinstance(e, FileNotFoundError):
                 log.warning(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpuslice.errors import StateError
+from gpuslice.system.refusals import refused, translated
 from gpuslice.system.spares import Spares, named
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,19 @@ def holds(path: Path, text: str, mode: int) -> bool:
         return False
 
 
+def read_plain(path: Path) -> bytes:
+    """The content of a file of ours. OSError if it cannot be read; ValueError if it is no plain file: a link leads to what
+    somebody else writes, and a pipe never ends."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no plain file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
 def clear(path: Path) -> None:
     """Remove a link or an empty folder from the place of a file of ours. StateError for a folder with content, which is
     not ours."""
@@ -86,34 +100,6 @@ def clear(path: Path) -> None:
         else:
             path.rmdir()
     log.warning("removed %s, because a file of the driver belongs there", path)
-
-
-# Remedies by the error's number. The default remedy is about permissions and space.
-_REMEDIES = {
-    errno.EMFILE: "raise the limit of open files of the driver's container",
-    errno.ENFILE: "raise fs.file-max of the node",
-    errno.ENOMEM: "give the driver's container more memory",
-    errno.EROFS: "mount its file system writable, or look in the kernel log for the reason",
-    errno.EIO: "its disk fails; look in the kernel log, and drain the node",
-    errno.ELOOP: "it is a link, but files of the driver are not links; remove it",
-    errno.EISDIR: "it is a folder, but the driver needs a file there; move it away",
-    errno.ENOTEMPTY: "it is a folder, but the driver needs a file there; move it away",
-    errno.ENAMETOOLONG: "give the driver a shorter folder",
-}
-
-
-@contextlib.contextmanager
-def translated(verb: str, path: Path | str) -> Iterator[None]:
-    """Turn an OSError into a StateError that names the failed action and the path."""
-    try:
-        yield
-    except OSError as e:
-        raise _refused(verb, path, e) from e
-
-
-def _refused(verb: str, path: Path | str, error: OSError) -> StateError:
-    remedy = _REMEDIES.get(error.errno or 0, "check permissions and free space of its folder")
-    return StateError(f"cannot {verb} {path}: {error.strerror}; {remedy}")
 
 
 def write_atomic(
@@ -140,7 +126,7 @@ def write_atomic(
     except OSError as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)  # noqa: PTH108
-        raise _refused("write", path, e) from e
+        raise refused("write", path, e) from e
     return version
 
 
@@ -156,7 +142,7 @@ def create(path: Path, text: str, mode: int, spares: Spares) -> Version | None:
         version = _fill(descriptor, text, mode)
     except OSError as e:
         os.close(descriptor)
-        raise _refused("write", path, e) from e
+        raise refused("write", path, e) from e
     if named(descriptor, str(path)) is None:
         return None
     os.close(descriptor)
@@ -197,7 +183,7 @@ def append(path: Path, text: str) -> Version:
         finally:
             os.close(descriptor)
     except OSError as e:
-        raise _refused("write", path, e) from e
+        raise refused("write", path, e) from e
 
 
 def remove(path: Path) -> bool:
@@ -209,7 +195,7 @@ def remove(path: Path) -> bool:
     except IsADirectoryError:
         clear(path)
     except OSError as e:
-        raise _refused("remove", path, e) from e
+        raise refused("remove", path, e) from e
     return True
 
 
@@ -242,13 +228,6 @@ def _obstacle(path: Path, error: OSError) -> str:
     return f"{error.strerror}; create it, or give the driver the right to"
 
 
-def unreadable(path: Path, error: OSError) -> str:
-    """The sentence for a file or folder of the driver that this process cannot read, or may not read."""
-    if isinstance(error, PermissionError):
-        return f"{path} is not readable for uid {os.getuid()}; use the user of the driver, which is root in most cases"
-    return f"cannot read {path}: {error.strerror}; check the file system and its permissions"
-
-
 def _same_file(descriptor: int, path: Path) -> bool:
     """Whether the open file still has this path. A lock on an unlinked file excludes no other process."""
     try:
@@ -271,7 +250,7 @@ def _open_lock(path: Path) -> int:
         elif e.errno in (errno.ELOOP, errno.EISDIR):
             clear(path)
         else:
-            raise _refused("lock", path, e) from e
+            raise refused("lock", path, e) from e
     with translated("lock", path):
         return os.open(path, flags, 0o600)
 
@@ -308,6 +287,14 @@ def locked_name(path: Path, name: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _unlock(path: Path) -> None:
+    """Remove the file of a lock that is held. One that stays is locked again the next time, so that the work is done."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        log.warning("%s", refused("remove", path, e))
+
+
 def try_lock(path: Path) -> int | None:
     """Take the lock now and keep it until the process ends. None if another process has it. The descriptor is the lock."""
     while True:
@@ -318,7 +305,7 @@ def try_lock(path: Path) -> int | None:
             os.close(descriptor)
             if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
-            raise _refused("lock", path, e) from e
+            raise refused("lock", path, e) from e
         if _same_file(descriptor, path):
             return descriptor
         os.close(descriptor)

@@ -28,7 +28,8 @@ class FolderWatch:
             self._fd = libc.watch_folder(folder, mask)
         except OSError as e:
             raise StateError(
-                f"cannot watch {folder}: {e.strerror}; raise fs.inotify.max_user_instances or check the folder"
+                f"cannot watch {folder}: {e.strerror}; raise fs.inotify.max_user_instances of the node, or the limit of "
+                "open files, or check the folder"
             ) from e
 
     def fileno(self) -> int:

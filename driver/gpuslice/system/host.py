@@ -17,7 +17,7 @@ from typing import Protocol
 
 from gpuslice.core.cdi import ContainerEdits, DeviceNode, Hook, Mount
 from gpuslice.core.model import Gpu
-from gpuslice.errors import ConfigError, DeviceError, StateError
+from gpuslice.errors import DeviceError, StateError
 from gpuslice.system import chroot, driver_files
 from gpuslice.system.driver_files import DriverFiles
 
@@ -41,7 +41,7 @@ class Host(Protocol):
         """The same card with its NUMA node and PCIe root; None if sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
-        """The edits that every container with a GPU needs. DeviceError if there is no NVIDIA driver."""
+        """The edits that every container with a GPU needs. DeviceError if there is no NVIDIA driver, or not the named hook."""
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
         """Device nodes of the card /dev/nvidia<minor>, or of one partition of it: the card's node and two capabilities.
@@ -100,7 +100,7 @@ class RealHost:
         return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), env=env)
 
     def advice(self) -> tuple[str, ...]:
-        if self._hook() is not None:
+        if self._given_hook is not None or self._hook() is not None:
             return ()
         return (
             "nvidia-cdi-hook was not found, so containers find the NVIDIA libraries by LD_LIBRARY_PATH, which an image "
@@ -157,6 +157,7 @@ class RealHost:
 
     def _hook(self) -> str | None:
         if self._given_hook is not None:
+            check_hook(self._given_hook, self._root, self._host_root)
             return str(self._given_hook)
         places = (f"{folder}/nvidia-cdi-hook" for folder in _HOOK_FOLDERS)
         there = (real for place in places if (real := chroot.regular_file(self._root, place)))
@@ -177,9 +178,9 @@ def check_hook(hook: Path, driver_root: Path, host_root: Path) -> None:
     """Refuse a hook that does not exist, because every container would fail. Paths outside the driver root cannot be
     checked."""
     if hook.is_relative_to(host_root) and chroot.regular_file(driver_root, str(hook.relative_to(host_root))) is None:
-        raise ConfigError(
-            f"--nvidia-cdi-hook-path is {hook}, but there is no such program; name its path on the node, or remove the flag "
-            "to search the usual places"
+        raise DeviceError(
+            f"--nvidia-cdi-hook-path is {hook}, and there is no such program below the driver root {driver_root}; wait until "
+            "it is installed, give its path on the node, or leave the flag out to have the usual places searched"
         )
 
 

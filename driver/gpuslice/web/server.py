@@ -21,6 +21,7 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from urllib.parse import urlsplit
 
+from gpuslice.system.threads import ThreadWatch
 from gpuslice.web.endpoint import Endpoint
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,19 @@ Answers = Mapping[str, Callable[[], Answer]]  # path → function that makes the
 class HttpServer:
     """Serves from now on, in its own threads. `close` ends it."""
 
-    def __init__(self, endpoint: Endpoint, answers: Answers, *, private: Answers | None = None) -> None:
-        """`private` is for loopback peers only. ConfigError if the endpoint cannot be used."""
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        answers: Answers,
+        *,
+        private: Answers | None = None,
+        threads: ThreadWatch | None = None,
+    ) -> None:
+        """`private` is answered to loopback peers only. ConfigError if nothing can listen at the endpoint."""
         self._server = _LimitedServer(endpoint.listen(), answers, private or {})
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
-        self._thread.start()
+        self._closed = threading.Event()
+        self._threads = threads or ThreadWatch()
+        self._threads.start("http", self._server.serve_forever, over=self._closed.is_set)
 
     @property
     def address(self) -> str:
@@ -63,7 +72,9 @@ class HttpServer:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def close(self) -> None:
-        self._server.shutdown()
+        self._closed.set()
+        if "http" in self._threads.alive():  # `shutdown` waits for the thread, for ever if it has died
+            self._server.shutdown()
         self._server.server_close()
 
 

@@ -23,6 +23,7 @@ TAINTS = {
         "MIG mode is on, and only a reset of the card switches it (A100, A30)",
     ),
     ("mig-mode", "off"): ("partitions", "MIG mode is off, and only a reset of the card switches it (A100, A30)"),
+    ("mig-mode", "unsupported"): ("partitions", "the card refused to switch MIG mode on when a claim needed it"),
     ("mig-mode", "pending"): ("every device but monitor", "a change of MIG mode waits for a reset of the card"),
     ("foreign-partition", "profile-…-at-…"): (
         "gpu, mps and timeslice of the card, and partitions that overlap",
@@ -38,11 +39,13 @@ TAINTS = {
     ),
     ("time-slice", "unsupported"): (
         "timeslice of the card",
-        "the policy sets an interval, but the card has no such setting (Pascal and older)",
+        "the policy sets an interval, and the card has none to set (Pascal and older), or refused to set it when a claim "
+        "needed it",
     ),
     ("compute-mode", "unsupported"): (
         "mps of the card",
-        "the card has no compute mode, so nothing keeps other programs away from an MPS share",
+        "the card has no compute mode, or refused to set it when a claim needed it, so nothing would keep other programs out "
+        "of an MPS share",
     ),
     ("mps", "fault"): ("devices of this MPS daemon", "the MPS daemon has a problem"),
     ("mps", "supervisor-away"): ("every device of type mps", "no MPS supervisor answers on the node"),

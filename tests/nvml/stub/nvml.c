@@ -81,8 +81,8 @@ static u told(const char *name, u otherwise) {
 #define MAY_FAIL do { u code = told(__func__, OK); if (code) return (ret)code; } while (0)
 static int by_id(u id) { for (u i = 0; i < PROFILES; i++) if (profiles[i].p.id == id) return (int)i; return -1; }
 
-ret nvmlInitWithFlags(u flags) { (void)flags; sessions++; return OK; }
-ret nvmlShutdown(void) { return sessions-- > 0 ? OK : 1; }
+ret nvmlInitWithFlags(u flags) { ODD_IF(1, NULL, 0); (void)flags; sessions++; return OK; }
+ret nvmlShutdown(void) { ODD_IF(1, NULL, 0); return sessions-- > 0 ? OK : 1; }
 const char *nvmlErrorString(ret code) { (void)code; return "stub"; }
 ret nvmlSystemGetDriverVersion(char *out, u n) { ODD_IF(1, out, n); snprintf(out, n, "580.65.06"); return OK; }
 ret nvmlSystemGetCudaDriverVersion_v2(int *out) { ODD_IF(1, out, sizeof *out); *out = 13000; return OK; }
