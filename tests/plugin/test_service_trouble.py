@@ -43,6 +43,27 @@ async def test_what_a_vanished_claim_holds_on_a_hung_card_is_kept_until_the_card
         world.rig.assert_empty()
 
 
+@pytest.mark.parametrize(
+    "odd", [(404, b"404 page not found\n"), (404, b"{}"), (200, b"{}"), (200, b'{"kind": "Status"}')]
+)
+async def test_a_living_claim_is_not_collected_because_of_an_answer_that_does_not_name_it(
+    world: World, odd: tuple[int, bytes]
+) -> None:
+    service = world.instances[0].service
+    claim = world.claim("idle", world.device("mig-1g-19-0"))
+    before = await world.must_prepare(claim)
+    world.api.answer(*odd, times=1000, path="resourceclaims")
+
+    for now in (0.0, 601.0, 1300.0):
+        await service.collect(now)
+    refusal = (await world.prepare(world.claim("other", world.device("mig-1g-19-0")))).error
+
+    assert "delete" not in refusal and "check the API server and the proxies before it" in refusal
+    world.api.release()
+    assert await world.must_prepare(claim) == before
+    assert len(world.rig.partitions()) == 1
+
+
 async def test_a_vanished_claim_that_cannot_be_unprepared_is_tried_again(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:

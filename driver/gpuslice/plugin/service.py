@@ -252,10 +252,10 @@ class ClaimService:
         """Undo a prepare whose caller is gone and whose claim is deleted, because perhaps no unprepare follows."""
         if job.listeners:
             return
+        record = (await asyncio.to_thread(self._preparer.records)).get(ref.uid)
         try:
-            await self._fetched(lambda: self._fetch(ref))
-        except ClaimError:
-            await self._unprepare(ref.uid, job)
+            if record is not None and not await self._held(record):
+                await self._unprepare(ref.uid, job)
         except ApiError as e:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 

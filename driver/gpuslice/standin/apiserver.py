@@ -100,6 +100,10 @@ class StandInApiServer:
         """Answer the next such requests with an error status."""
         self._add(ScriptedAnswer("fail", times, method, path, status, retry_after_s, text))
 
+    def answer(self, status: int, data: bytes, times: int = 1, *, method: str = "", path: str = "") -> None:
+        """Answer the next such requests with these bytes, as a proxy or a broken server would."""
+        self._add(ScriptedAnswer("answer", times, method, path, status, data=data))
+
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:
         """Leave the next such requests without an answer until `release`."""
         self._add(ScriptedAnswer("hang", times, method, path))

@@ -57,7 +57,7 @@ class HttpRequest:
 
 @dataclass(slots=True, eq=False)
 class ScriptedAnswer:
-    """What the next requests meet instead of their answer. act: fail, hang or cut."""
+    """What the next requests meet instead of their answer. act: fail, answer, hang or cut."""
 
     act: str
     times: int
@@ -66,6 +66,7 @@ class ScriptedAnswer:
     status: int = 500
     retry_after_s: int | None = None
     text: str = "refused on cue"
+    data: bytes = b""
     released: threading.Event = field(default_factory=threading.Event)
 
 
@@ -192,6 +193,9 @@ class _ApiHandler(BaseHTTPRequestHandler):
         if cue.act == "fail":
             headers = {} if cue.retry_after_s is None else {"Retry-After": str(cue.retry_after_s)}
             raise RefusalError(cue.status, _REASONS.get(cue.status, "Unknown"), cue.text, headers)
+        if cue.act == "answer":
+            self._send_bytes(cue.status, cue.data)
+            return True
         if cue.act == "hang":
             cue.released.wait()
             return self.server.stopped
@@ -199,7 +203,9 @@ class _ApiHandler(BaseHTTPRequestHandler):
         return True
 
     def _send(self, status: int, body: Body, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body, separators=(",", ":")).encode()
+        self._send_bytes(status, json.dumps(body, separators=(",", ":")).encode(), headers)
+
+    def _send_bytes(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
