@@ -150,6 +150,38 @@ def test_what_was_missed_while_the_api_server_was_away_is_made_up_for(server: St
         assert shown(server) == ["n1/a/mps"]
 
 
+@pytest.mark.parametrize("before", ["nothing", "an older pool"])
+def test_slices_come_back_after_an_etcd_was_restored_whose_versions_go_back(
+    server: StandInApiServer, before: str
+) -> None:
+    with a_publisher(server) as publisher:
+        if before != "nothing":
+            publish_and_wait(publisher, a_pool("mps"))
+        backup = server.store.snapshot()
+        publish_and_wait(publisher, a_pool("gpu"))
+        for taint in ("1", "2", "3"):
+            publish_and_wait(publisher, a_pool("gpu", taints=[TAINT | {"value": taint}]))
+        server.away()
+        server.store.restore(backup)
+        server.back()
+
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+        publish_and_wait(publisher, a_pool("other"))
+
+        assert shown(server) == ["n1/a/other"]
+
+
+def test_a_watch_whose_versions_go_back_is_followed_by_a_list(server: StandInApiServer) -> None:
+    """The connection may end at a proxy, so nothing but the versions tells that the server behind it is another one."""
+    with a_publisher(server, replace(FAST, watch_s=1)) as publisher:
+        backup = server.store.snapshot()
+        publish_and_wait(publisher, a_pool("gpu"))
+
+        server.store.restore(backup)
+
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+
 @pytest.mark.contract(67)
 @pytest.mark.parametrize("status", [403, 409, 429, 500])
 def test_a_refused_write_is_told_and_tried_again(server: StandInApiServer, status: int) -> None:
