@@ -77,6 +77,12 @@ class Publisher:
         """Set the wanted pools. Returns at once."""
         self._state.want(desired)
 
+    def forget_dropped(self) -> None:
+        """Send fields again that the API server dropped, because it keeps them now."""
+        self._writer.forget_dropped()
+        self._reporter.forget_dropped()
+        self._state.look_in(0.0)
+
     # ------------------------------------------------------------ the watcher
 
     def _keep_watching(self) -> None:

@@ -36,8 +36,7 @@ class StandInApiServer:
 
     def __init__(self, folder: Path, version: str = "1.37", *, dropping: Iterable[str] = (), port: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.version = version
-        self.gates = resource_slices.gates(version) - frozenset(dropping)
+        self.become(version, dropping=dropping)
         self.store = Store()
         self.kubeconfig = folder / "kubeconfig"
         self.requests: list[HttpRequest] = []
@@ -61,6 +60,10 @@ class StandInApiServer:
 
     def back(self) -> None:
         self._listener.start()
+
+    def become(self, version: str, *, dropping: Iterable[str] = ()) -> None:
+        """Serve as another version from now on, as after an upgrade or a downgrade; the objects stay."""
+        self.version, self.gates = version, resource_slices.gates(version) - frozenset(dropping)
 
     def __enter__(self) -> StandInApiServer:
         return self.start()
