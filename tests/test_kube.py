@@ -63,6 +63,23 @@ def test_the_version_and_the_uid_of_a_node(server: StandInApiServer, kube: Kube)
     assert kube.node_uid("n1") == uid
 
 
+@pytest.mark.parametrize(
+    ("more", "version"),
+    [
+        ({"emulationMajor": "1", "emulationMinor": "35"}, "v1.37.1 as 1.35"),
+        ({"emulationMajor": "1", "emulationMinor": "37"}, "v1.37.1"),
+        ({"emulationMajor": None}, "v1.37.1"),
+    ],
+)
+def test_a_server_that_emulates_an_older_one_says_so(
+    server: StandInApiServer, kube: Kube, more: dict[str, object], version: str
+) -> None:
+    """It is upgraded in two steps, and only the second one brings the features."""
+    server.answer(200, json.dumps({"gitVersion": "v1.37.1"} | more).encode())
+
+    assert kube.version() == version
+
+
 def test_a_node_that_is_not_there_is_named_with_what_to_do(kube: Kube) -> None:
     with pytest.raises(NotFoundError, match=r"there is no Node 'other' in the cluster of .*kubectl get nodes lists"):
         kube.node_uid("other")

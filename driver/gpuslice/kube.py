@@ -101,11 +101,14 @@ class Kube:
         self._claims.close()
 
     def version(self) -> str:
-        """The server's version: "v1.37.1"."""
-        version = self._ask(Call("get", "version", "/version")).get("gitVersion")
-        if not isinstance(version, str) or not _VERSION.match(version):
+        """The server's version: "v1.37.1"; "v1.37.1 as 1.35" for one that emulates an older one (KEP-4330)."""
+        body = self._ask(Call("get", "version", "/version"))
+        version, emulated = body.get("gitVersion"), [body.get(f"emulation{part}") for part in ("Major", "Minor")]
+        if not isinstance(version, str) or (match := _VERSION.match(version)) is None:
             raise self._odd("a version without gitVersion")
-        return version
+        if not all(isinstance(part, str) and part.isdecimal() for part in emulated) or emulated == [*match.groups()]:
+            return version
+        return f"{version} as {'.'.join(map(str, emulated))}"
 
     def node_uid(self, name: str) -> str:
         try:
