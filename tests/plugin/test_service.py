@@ -18,13 +18,9 @@ async def world(short: Path) -> AsyncIterator[World]:
         yield world
 
 
-def fetches(world: World, ref: ClaimRef) -> int:
-    return sum(request.path.endswith(f"/resourceclaims/{ref.name}") for request in world.api.requests)
-
-
 async def waiting(world: World, ref: ClaimRef, times: int = 1) -> None:
     """Return when the driver has asked the API server for this claim so many times."""
-    await asyncio.to_thread(world.api.wait, lambda: fetches(world, ref) >= times)
+    await asyncio.to_thread(world.api.wait, lambda: world.fetches(ref) >= times)
 
 
 # ---------------------------------------------------------------- what an answer holds
@@ -34,9 +30,9 @@ async def waiting(world: World, ref: ClaimRef, times: int = 1) -> None:
 async def test_each_prepare_looks_at_the_claim_as_it_is_now(world: World) -> None:
     claim = world.claim("one", world.device("gpu"))
     await world.must_prepare(claim)
-    before = fetches(world, claim)
+    before = world.fetches(claim)
     await world.must_prepare(claim)
-    assert fetches(world, claim) > before
+    assert world.fetches(claim) > before
 
     world.deallocate(claim)
 
@@ -189,7 +185,7 @@ async def test_what_nobody_listens_to_any_more_is_given_back_if_the_claim_is_gon
     world.delete(claim)
 
     nvml.withdraw(cue)
-    await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim) >= 2)
+    await asyncio.to_thread(world.api.wait, lambda: world.fetches(claim) >= 2)
     await world.unprepare(claim)  # in line behind the clean-up
 
     assert world.rig.partitions() == ()
@@ -220,7 +216,7 @@ async def test_what_is_read_on_the_node_does_not_wait_behind_fetches_that_hang(w
     claims = [world.claim(f"c{n}", world.device(f"mig-1g-19-{n % 7}", 1)) for n in range(8)]
     world.api.hang(8, path="resourceclaims/c")
     hanging = [asyncio.create_task(world.prepare(claim)) for claim in claims]
-    await asyncio.to_thread(world.api.wait, lambda: all(fetches(world, claim) for claim in claims))
+    await asyncio.to_thread(world.api.wait, lambda: all(world.fetches(claim) for claim in claims))
 
     await asyncio.wait_for(service.recover(), 5)
     await asyncio.wait_for(service.ensure_daemons(), 5)

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import ClaimRef
 from gpuslice.errors import DeviceError
 from gpuslice.mps import control
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.api import Code
+from gpuslice.plugin import service as service_module
 
 from tests.kit.running import World
 
@@ -195,3 +197,87 @@ async def test_a_daemon_that_cannot_be_made_again_is_told_after_those_of_other_c
             await world.unprepare(claim)
         second.close()
         rig.assert_empty()
+
+
+# ---------------------------------------------------------------- a prepare that came after its unprepare
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "SECOND_LOOK_S", 0.3)
+    monkeypatch.setattr(service_module, "MOST_WAIT_S", 1.0)
+
+
+async def prepared_late(world: World, name: str = "late") -> ClaimRef:
+    """The kubelet gave the call up and unprepared, and the call came through after that."""
+    claim = world.claim(name, world.device("mig-3g-9-0"))
+    await world.must_prepare(claim)
+    await world.unprepare(claim)
+    await world.must_prepare(claim)
+    return claim
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("ends", ["deallocate", "delete"])
+async def test_what_a_late_prepare_left_does_not_block_the_next_claim(world: World, ends: str) -> None:
+    late = await prepared_late(world)
+    getattr(world, ends)(late)
+    successor = world.claim("new", world.device("mig-1g-19-2"))
+
+    assert (await world.must_prepare(successor)).devices
+
+    assert world.rig.records() == {successor.uid}
+    world.rig.assert_agreed()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_claim_of_a_force_deleted_pod_is_not_taken_from_it_by_its_successor(world: World) -> None:
+    holder = world.claim("old", world.device("mig-3g-9-0"))
+    await world.must_prepare(holder)
+    world.delete(holder)
+
+    assert "still held by default/old" in (await world.prepare(world.claim("new", world.device("mig-1g-19-2")))).error
+
+    assert holder.uid in world.rig.records()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_what_a_program_uses_is_not_collected_because_its_claim_was_deallocated(world: World) -> None:
+    late = await prepared_late(world)
+    uuid = world.rig.partitions()[0].uuid
+    assert uuid is not None
+    world.rig.nvml.run_process(uuid, name="train")
+    world.deallocate(late)
+
+    assert "still held by default/late" in (await world.prepare(world.claim("new", world.device("mig-1g-19-2")))).error
+
+    assert late.uid in world.rig.records()
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("again", ["allocated", "reserved"])
+@pytest.mark.parametrize("when", ["before the first look", "between the looks"])
+async def test_a_claim_that_is_allocated_or_reserved_again_is_not_collected(
+    world: World, again: str, when: str
+) -> None:
+    late = await prepared_late(world)
+    elsewhere = {"driver": "gpuslice.dev", "request": "gpu-0", "pool": "other/card", "device": "gpu"}
+    status = {
+        "allocated": {"allocation": {"devices": {"results": [elsewhere]}}},
+        "reserved": {"reservedFor": [{"resource": "pods", "name": "p", "uid": "u"}]},
+    }[again]
+
+    def hold_again() -> None:
+        world.api.update("resourceclaims", world.api.get("resourceclaims", "late", "default") | {"status": status})
+
+    world.deallocate(late)
+    if when == "before the first look":
+        hold_again()
+    waits = asyncio.create_task(world.prepare(world.claim("new", world.device("mig-1g-19-2"))))
+    if when == "between the looks":
+        await asyncio.to_thread(world.api.wait, lambda: world.fetches(late) >= 3)
+        hold_again()
+
+    assert "still held by default/late" in (await waits).error
+
+    assert late.uid in world.rig.records()

@@ -46,6 +46,14 @@ def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], dr
     return any((device.pool, device.device) in held for device in devices)
 
 
+def is_released(body: UncheckedBody, uid: ClaimUid) -> bool:
+    """Whether the API shows the claim of this UID without an allocation, and no pod has reserved it."""
+    metadata, status = body.get("metadata"), body.get("status") or {}
+    if not isinstance(metadata, Mapping) or metadata.get("uid") != uid or not isinstance(status, Mapping):
+        return False
+    return not status.get("allocation") and not status.get("reservedFor")
+
+
 def results(body: UncheckedBody, driver: str) -> Iterator[UncheckedBody]:
     """Our results in a ResourceClaim's allocation; what is none is passed over, because the claim may be anybody's."""
     found: object = body

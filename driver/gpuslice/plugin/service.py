@@ -9,6 +9,8 @@ tools):
 * `Busy` releases everything. If the API still gives the devices to a holder, this is a double allocation and is refused.
   If all holders are gone or deallocated, their unprepare comes soon. The claim waits for it without thread or lock and
   keeps its place in the queue. After a forced delete, the new pod then needs no retry by the kubelet.
+* No unprepare comes if a prepare came through after it (a call that the kubelet had given up). So a holder that is released
+  is unprepared after a second look, if nothing runs on its devices.
 * Claims that take no GPU (admin access) pass the claim queue only.
 """
 
@@ -19,6 +21,7 @@ import contextvars
 import logging
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Executor
+from enum import Enum, auto
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -26,7 +29,7 @@ from gpuslice.core import claims
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
 from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
-from gpuslice.plugin.claim_queue import ClaimQueue, Job, Releases, Ticket, Tickets, Workers
+from gpuslice.plugin.claim_queue import ClaimQueue, Job, Releases, Ticket, Tickets, Waiter, Workers
 from gpuslice.plugin.prepare import Preparer, Scope
 
 log = logging.getLogger(__name__)
@@ -36,10 +39,20 @@ T = TypeVar("T")
 # The kubelet ends a call after 45 s (k/k, defaultClientCallTimeout). The driver must answer a waiting claim earlier.
 MOST_WAIT_S = 40.0
 _SPARE_S = 5.0
+# Between two looks at a holder that no unprepare follows any more, because its prepare came after it.
+SECOND_LOOK_S = 10.0
 # A record is collected when the API server has not had its claim for this time (a force-deleted pod may still run).
 ORPHAN_AGE_S = 600.0
 # What the driver does for a claim without being asked, for the sentence about its failure.
 _AIMS = {"recover": "undo a prepare that did not end", "mend": "put the CDI file right"}
+
+
+class Hold(Enum):
+    """What the API says of a claim that has a record here."""
+
+    HELD = auto()  # it still gives the devices to the claim
+    LEAVING = auto()  # it does not, and an unprepare comes: a force-deleted pod may still run
+    RELEASED = auto()  # it does not, and no unprepare has to come any more
 
 
 class ClaimReader(Protocol):
@@ -68,6 +81,7 @@ class ClaimService:
         self.tickets = Tickets()
         self.workers = Workers(self.tickets, hang_limit_s, preparer.make_spares)
         self._absent_since: dict[ClaimUid, float] = {}
+        self._unprepared: dict[ClaimUid, float] = {}  # when the kubelet said that it is done with a claim
         self._closed: DriverError | None = None
 
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
@@ -78,6 +92,8 @@ class ClaimService:
     async def unprepare(self, uid: ClaimUid) -> None:
         """Undo everything that the claim holds. Succeeds if nothing is left. Needs no API server."""
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
+        now = asyncio.get_running_loop().time()
+        self._unprepared = {u: at for u, at in self._unprepared.items() if now - at < ORPHAN_AGE_S} | {uid: now}
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
         """Undo what a killed process or a lost card left incomplete. Called before the server open: it then has the first
@@ -138,7 +154,7 @@ class ClaimService:
             del self._absent_since[uid]
         for uid, record in records.items():
             try:
-                if await self._held(record):
+                if await self._hold(record) is Hold.HELD:
                     self._absent_since.pop(uid, None)
                     continue
             except ApiError as e:
@@ -193,17 +209,34 @@ class ClaimService:
                 if isinstance(answer, PreparedClaim):
                     await self._unprepare_unheard(ref, job)
                     return answer
-                leaving = await self._leaving(claim, answer)
+                leaving, released = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
                 log.info("waiting for holders of the devices to be unprepared claim=%s holders=%s", ref, names)
                 # Nothing else undoes the rest on a lost card, because the kubelet has its answer and does not call again.
                 await self.recover(leaving)
-                left = deadline - asyncio.get_running_loop().time()
-                if not await news.wait_any(leaving, left):
+                if not await self._left(news, leaving, released, deadline):
                     raise ClaimError(
                         f"the devices of claim {ref} are still held by {names}, which the kubelet has not unprepared yet; "
                         "the kubelet tries again"
                     )
+
+    async def _left(self, news: Waiter, leaving: Set[ClaimUid], released: Set[ClaimUid], deadline: float) -> bool:
+        """Wait until one of these claims has left. After a second look, unprepare those that are released."""
+        clock = asyncio.get_running_loop().time
+        if released and deadline - clock() > SECOND_LOOK_S:
+            if await news.wait_any(leaving, SECOND_LOOK_S) or await self._unprepare_released(released):
+                return True
+        return await news.wait_any(leaving, deadline - clock())
+
+    async def _unprepare_released(self, uids: Set[ClaimUid]) -> bool:
+        """Unprepare those that are still released and on whose devices nothing runs; whether there were any."""
+        records, done = await asyncio.to_thread(self._preparer.records), False
+        for record in (records[uid] for uid in uids if uid in records):
+            if await self._hold(record) is Hold.RELEASED and not await self._in_use(record):
+                log.warning("unpreparing a claim whose prepare came after its unprepare claim=%s", record.plan.ref)
+                await self.unprepare(record.plan.ref.uid)
+                done = True
+        return done
 
     async def _unprepare(self, uid: ClaimUid, job: Job) -> None:
         # On the event loop, because it is one stat(2), and fetches that wait for a silent API server may fill the pool.
@@ -254,19 +287,21 @@ class ClaimService:
             return
         record = (await asyncio.to_thread(self._preparer.records)).get(ref.uid)
         try:
-            if record is not None and not await self._held(record):
+            if record is not None and await self._hold(record) is not Hold.HELD:
                 await self._unprepare(ref.uid, job)
         except ApiError as e:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
-    async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
-        """The holders that the API has let go already. ClaimError where their leaving would not be enough."""
+    async def _leaving(self, claim: Claim, busy: Busy) -> tuple[frozenset[ClaimUid], frozenset[ClaimUid]]:
+        """The holders that the API has let go already, and those of them that are released. ClaimError where their leaving
+        would not be enough."""
         records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
-        gone: set[ClaimUid] = set()
-        for holder in busy.holders:
-            if holder.uid not in records or not await self._held(records[holder.uid]):
-                gone.add(holder.uid)
-        still = await asyncio.to_thread(self._preparer.blockers, claim, frozenset(gone))
+        holds = {
+            holder.uid: await self._hold(records[holder.uid]) if holder.uid in records else Hold.LEAVING
+            for holder in busy.holders
+        }
+        gone = frozenset(uid for uid, hold in holds.items() if hold is not Hold.HELD)
+        still = await asyncio.to_thread(self._preparer.blockers, claim, gone)
         if still:
             names = ", ".join(map(str, still))
             if set(still) <= await asyncio.to_thread(self._preparer.held_under_other_names, claim):
@@ -279,16 +314,19 @@ class ClaimService:
                 f"claim {claim.ref} was allocated devices that are held by {names}; this is a double allocation: "
                 "delete this pod to have it scheduled again, and update the scheduler if it is older than 1.36.2"
             )
-        return frozenset(gone)
+        return gone, frozenset(uid for uid, hold in holds.items() if hold is Hold.RELEASED)
 
-    async def _held(self, record: Record) -> bool:
-        """Whether the API server still gives the record's devices to its claim."""
+    async def _hold(self, record: Record) -> Hold:
+        """Whether the API server still gives the record's devices to its claim. ApiError if it does not say."""
         ref = record.plan.ref
         try:
             body = await self._fetched(lambda: self._api.claim(ref.namespace, ref.name))
         except NotFoundError:
-            return False
-        return claims.is_held(body, ref.uid, [grant.allocation.device for grant in record.plan.grants], self._driver)
+            return Hold.RELEASED if ref.uid in self._unprepared else Hold.LEAVING
+        devices = [grant.allocation.device for grant in record.plan.grants]
+        if claims.is_held(body, ref.uid, devices, self._driver):
+            return Hold.HELD
+        return Hold.RELEASED if claims.is_released(body, ref.uid) else Hold.LEAVING
 
     async def _fetched(self, call: Callable[[], T]) -> T:
         """Run a call to the API server with this task's context (`run_in_executor` alone drops the `op=` id).
