@@ -65,6 +65,27 @@ def test_a_slice_that_somebody_deleted_or_edited_is_put_right(server: StandInApi
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("skipNodeOperations", ["*"]),  # the kubelet would start pods without calling prepare
+        ("partitionTypeAttribute", "gpuslice.dev/type"),
+        ("perDeviceNodeSelection", True),
+        ("allNodes", True),
+    ],
+)
+def test_a_field_that_somebody_adds_to_our_slice_is_taken_away(
+    server: StandInApiServer, field: str, value: object
+) -> None:
+    with a_publisher(server) as publisher:
+        publish_and_wait(publisher, a_pool("gpu"))
+
+        for body in server.all("resourceslices"):
+            server.update("resourceslices", body | {"spec": body["spec"] | {field: value}})
+
+        server.wait(lambda: not any(field in body["spec"] for body in server.all("resourceslices")))
+
+
 @pytest.mark.contract(60)
 def test_a_watch_that_lags_causes_no_duplicates(server: StandInApiServer) -> None:
     server.hang(times=9, path="watch=true")

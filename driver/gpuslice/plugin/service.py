@@ -223,9 +223,10 @@ class ClaimService:
     async def _left(self, news: Waiter, leaving: Set[ClaimUid], released: Set[ClaimUid], deadline: float) -> bool:
         """Wait until one of these claims has left. After a second look, unprepare those that are released."""
         clock = asyncio.get_running_loop().time
-        if released and deadline - clock() > SECOND_LOOK_S:
-            if await news.wait_any(leaving, SECOND_LOOK_S) or await self._unprepare_released(released):
-                return True
+        if not released or deadline - clock() <= SECOND_LOOK_S:
+            return await news.wait_any(leaving, deadline - clock())
+        if await news.wait_any(leaving, SECOND_LOOK_S) or await self._unprepare_released(released):
+            return True
         return await news.wait_any(leaving, deadline - clock())
 
     async def _unprepare_released(self, uids: Set[ClaimUid]) -> bool:
