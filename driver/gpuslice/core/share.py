@@ -25,23 +25,26 @@ class Share:
 
 
 def of(grant: Grant) -> Share | None:
-    """The share of a grant. None for an exclusive device."""
+    """The share of a grant. None for an exclusive device. A part of a MiB counts as a whole one, because MPS limits MiB."""
     charged = grant.allocation.consumed
     match grant.sharing:
         case Exclusive() | Monitor():
             return None
         case TimeSlicing(shares, memory_mib):
-            memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
-            return Share(memory_mib=memory, turns=charged.get("shares", 1))
+            return Share(memory_mib=-(-_memory(grant, memory_mib // shares) // MIB), turns=charged.get("shares", 1))
         case Mps(shares, memory_mib, clients, part):
-            memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
             return Share(
-                memory_mib=memory,
+                memory_mib=-(-_memory(grant, memory_mib // shares) // MIB),
                 percent=charged.get("smPercent", 0 if part is None else 100 // shares),
                 clients=charged.get("clients", max(1, clients // shares)),
             )
         case _:
             assert_never(grant.sharing)
+
+
+def _memory(grant: Grant, part_mib: int) -> int:
+    """The memory of a share in bytes: what the scheduler charged, else this equal part."""
+    return grant.allocation.consumed.get("memory", part_mib * MIB)
 
 
 MODES = ("gpu", "mig", "mps", "timeslice", "monitor")
@@ -121,9 +124,21 @@ def excess(wanted: Grant, others: Sequence[Grant]) -> str:
     shares = [share for share in map(of, others) if share is not None]
     for name, limit in _limits(wanted):
         total = getattr(mine, name) + sum(getattr(share, name) for share in shares)
+        if name == "memory_mib":  # to the byte, as the scheduler adds it up
+            total = -(-sum(_bytes(grant) for grant in (wanted, *others)) // MIB)
         if total > limit:
             return f"{total} of {limit} {_DESCRIPTIONS[name]}"
     return ""
+
+
+def _bytes(grant: Grant) -> int:
+    match grant.sharing:
+        case Exclusive() | Monitor():
+            return 0
+        case TimeSlicing(shares, memory_mib) | Mps(shares, memory_mib):
+            return _memory(grant, memory_mib // shares)
+        case _:
+            assert_never(grant.sharing)
 
 
 _DESCRIPTIONS = {

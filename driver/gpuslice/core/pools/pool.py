@@ -253,12 +253,16 @@ def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevic
 
 
 def _memory_policy(sharing: Mps | TimeSlicing) -> ReadOnlyBody:
-    """Whole MiB, and an equal part by default; nothing to ask for where there is no room for a step."""
-    if sharing.memory_mib < 2 * sharing.shares:
+    """Whatever is asked from the least on, and an equal part by default.
+
+    Without a step: from 1.37 on the scheduler divides a request by a step in thousandths, and ends its attempt for the whole
+    pod where the request has more decimals, as 7.7777Gi has (k8s.io/dynamic-resource-allocation v0.37.1, `roundUpRange`).
+    """
+    if sharing.memory_mib < sharing.shares:  # a card without memory of its own
         only = quantity.mebibytes(sharing.memory_mib)
         return {"default": only, "validValues": [only]}
     default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
-    return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
+    return {"default": default, "validRange": {"min": "1Mi"}}
 
 
 def _policy(default: int, least: int, value: int) -> ReadOnlyBody:
