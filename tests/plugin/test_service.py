@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -225,6 +225,57 @@ async def test_what_is_read_on_the_node_does_not_wait_behind_fetches_that_hang(w
     assert not any(task.done() for task in hanging)
     world.api.release()
     await asyncio.gather(*hanging)
+
+
+# ---------------------------------------------------------------- a unit that was forgotten
+
+
+def ask_for(world: World, ref: ClaimRef, *requests: Mapping[str, object]) -> None:
+    """What the user wrote into the claim."""
+    body = world.api.get("resourceclaims", ref.name, ref.namespace)
+    world.api.update("resourceclaims", body | {"spec": {"devices": {"requests": list(requests)}}})
+
+
+def asking(memory: str, **more: object) -> dict[str, object]:
+    return {"capacity": {"requests": {"memory": memory}}, **more}
+
+
+@pytest.mark.parametrize("device", ["timeslice", "mig-1g-19-0", "gpu"])
+@pytest.mark.parametrize("key", ["memory", "gpuslice.dev/memory"])
+async def test_a_request_without_a_unit_is_refused_with_the_unit_that_was_probably_meant(
+    world: World, device: str, key: str
+) -> None:
+    claim = world.claim("one", world.device(device))
+    ask_for(world, claim, {"name": "gpu-0", "exactly": {"capacity": {"requests": {key: "5120"}}}})
+
+    answer = await world.prepare(claim)
+
+    assert answer.error == (
+        f"request gpu-0 of claim {claim} asks for memory: 5120, which is less than 1 MiB; write 5120Mi if that is what you "
+        "mean, make the claim again, and delete the pod"
+    )
+    world.rig.assert_empty()
+
+
+async def test_only_the_option_that_the_scheduler_chose_can_be_such_a_mistake(world: World) -> None:
+    options = [asking("8", name="large"), asking("8Gi", name="small")]
+    claim = world.claim("one", world.device("mig-1g-19-0"), requests=["gpu/small"])
+    ask_for(world, claim, {"name": "gpu", "firstAvailable": options}, {"name": "other", "exactly": asking("1")})
+    await world.must_prepare(claim)
+
+    wrong = world.claim("two", world.device("mig-1g-19-1"), requests=["gpu/large"])
+    ask_for(world, wrong, {"name": "gpu", "firstAvailable": options})
+
+    assert "request gpu/large of claim default/two" in (await world.prepare(wrong)).error
+
+
+async def test_a_claim_that_is_prepared_already_is_answered_whatever_its_request_says(world: World) -> None:
+    """Its pod runs, and the kubelet asks again when it starts."""
+    claim = world.claim("one", world.device("gpu"))
+    before = await world.must_prepare(claim)
+    ask_for(world, claim, {"name": "gpu-0", "exactly": asking("5120")})
+
+    assert await world.must_prepare(claim) == before
 
 
 # ---------------------------------------------------------------- waiting for a holder that leaves

@@ -7,7 +7,7 @@ KEP-4816 (results of a prioritised list are named `request/subrequest`), KEP-507
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from gpuslice.core import params, quantity
 from gpuslice.core.json import UncheckedBody
@@ -34,7 +34,41 @@ def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
     devices = _object(allocation, "devices", ref)
     ours = [result for result in _objects(devices, "results", ref) if result.get("driver") == driver]
     layers = _layers(devices, ref, driver)
-    return Claim(ref, tuple(_allocation(result, layers, ref) for result in ours))
+    names = {str(result.get("request")) for result in ours}
+    return Claim(ref, tuple(_allocation(result, layers, ref) for result in ours), tuple(_mistakes(body, ref, names)))
+
+
+def _mistakes(body: UncheckedBody, ref: ClaimRef, names: Set[str]) -> Iterator[str]:
+    """Requests of these names, `request` or `request/subrequest`, for less memory than any program can use: somebody has
+    forgotten the unit. The scheduler knows no unit either, so it takes the request for what it says."""
+    spec = body.get("spec")
+    devices = spec.get("devices") if isinstance(spec, Mapping) else None
+    for request in _mappings(devices, "requests"):
+        options = _mappings(request, "firstAvailable")
+        asked: list[tuple[str, object]] = [
+            (f"{request.get('name')}/{option.get('name')}", option) for option in options
+        ]
+        for name, part in asked or [(str(request.get("name")), request.get("exactly"))]:
+            for text in _memory(part) if name in names else ():
+                if meant := quantity.without_unit(text):
+                    yield (
+                        f"request {name} of claim {ref} asks for memory: {text}, which is less than 1 MiB; "
+                        f"write {meant} if that is what you mean, make the claim again, and delete the pod"
+                    )
+
+
+def _memory(asked: object) -> Iterator[str]:
+    """The amounts of memory in a request, under our name for it with our domain or without."""
+    capacity = asked.get("capacity") if isinstance(asked, Mapping) else None
+    amounts = capacity.get("requests") if isinstance(capacity, Mapping) else None
+    for key, text in amounts.items() if isinstance(amounts, Mapping) else ():
+        if str(key).rpartition("/")[2] == "memory":
+            yield str(text)[:_QUANTITY]
+
+
+def _mappings(body: object, key: str) -> list[UncheckedBody]:
+    items = body.get(key) if isinstance(body, Mapping) else None
+    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []
 
 
 def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], driver: str) -> bool:

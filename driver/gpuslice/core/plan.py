@@ -2,8 +2,7 @@
 
 The scheduler's counters alone are not reliable: schedulers older than Kubernetes 1.36.2 do not charge committed shares
 again (kubernetes/kubernetes#139040). So `make` checks again which claim holds which device. If another record holds a
-device, the claim is `Busy`, because that holder may leave soon. A partition without a record is foreign: the claim is
-refused.
+device, the claim is `Busy`, because that holder may leave soon. For a partition without a record (foreign) it is refused.
 """
 
 from __future__ import annotations
@@ -115,7 +114,9 @@ def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inve
 
 
 def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
-    """The hardware behind each allocation. ClaimError as in `make`."""
+    """The hardware behind each allocation. ClaimError as in `make`, and for a mistake in the claim."""
+    if claim.mistakes:
+        raise ClaimError(claim.mistakes[0])
     return tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
 
 

@@ -200,11 +200,19 @@ class StandInCluster:
             raise UnschedulableError(f"claim {namespace}/{name}: {e}") from e
         if allocation is None:
             raise UnschedulableError(f"no device of {NODE} fits claim {namespace}/{name}")
-        return self.create_allocated(name, allocation, namespace=namespace)
+        return self.create_allocated(name, allocation, namespace=namespace, requests=requests)
 
-    def create_allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
+    def create_allocated(
+        self,
+        name: str,
+        allocation: Mapping[str, Any],
+        *,
+        namespace: str = "default",
+        requests: Sequence[Request] = (),
+    ) -> ClaimRef:
         """Create a ResourceClaim with this allocation, which nothing checks."""
-        body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": {"devices": {}}}, namespace)
+        spec = {"devices": {"requests": [request.body() for request in requests]}}
+        body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": spec}, namespace)
         body["status"] = {"allocation": allocation, "reservedFor": [{"resource": "pods", "name": name, "uid": name}]}
         self.api.update("resourceclaims", body)
         return ClaimRef(namespace, name, ClaimUid(body["metadata"]["uid"]))

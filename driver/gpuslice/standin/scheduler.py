@@ -45,6 +45,14 @@ class Request:
     tolerations: Sequence[ReadOnlyBody] = ()
     alternatives: tuple[Request, ...] = ()
 
+    def body(self) -> dict[str, Any]:
+        """What a ResourceClaim says of it, but for its selectors."""
+        if self.alternatives:
+            options = [{"name": one.name, **one.body()["exactly"]} for one in self.alternatives]
+            return {"name": self.name, "firstAvailable": options}
+        asked = {"capacity": {"requests": dict(self.capacity)}} if self.capacity else {}
+        return {"name": self.name, "exactly": asked}
+
 
 class DeviceId(NamedTuple):
     driver: str
