@@ -47,6 +47,7 @@ def _memory(grant: Grant, part_mib: int) -> int:
     return grant.allocation.consumed.get("memory", part_mib * MIB)
 
 
+_ALL_SMS = 100  # percent
 MODES = ("gpu", "mig", "mps", "timeslice", "monitor")
 
 
@@ -187,10 +188,11 @@ def ceilings(grants: Iterable[Grant]) -> tuple[int | None, int | None]:
     """Memory in MiB and percent of SMs of the largest of these shares. One MPS daemon can enforce only one value on all its
     clients.
 
-    None means no ceiling: there is no share, or a share without a ceiling on compute.
+    None means no ceiling: there is no share, or a share without a ceiling on compute. A ceiling of 100 % is none, and NVIDIA's
+    daemon answers 100 for both.
     """
     shares = [share for share in map(of, grants) if share is not None]
     if not shares:
         return None, None
-    percents = [share.percent for share in shares]
-    return max(share.memory_mib for share in shares), max(percents) if all(percents) else None
+    most = max(share.percent or _ALL_SMS for share in shares)
+    return max(share.memory_mib for share in shares), most if most < _ALL_SMS else None
