@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from itertools import count
 from typing import Any
 
 import pytest
 from gpuslice.core.json import ReadOnlyBody
 from gpuslice.standin.capacity import CapacityError
+from gpuslice.standin.resource_slices import amount
 from gpuslice.standin.scheduler import Request, SelectorError, allocate
 
 NODE, DRIVER = "node-a", "gpuslice.dev"
@@ -320,6 +322,24 @@ def test_a_share_is_charged_by_the_policy_of_its_capacity(
     found = cluster.ask(Request(name="gpu", capacity={} if asked is None else {"memory": asked}))
 
     assert (found and cluster.last()["consumedCapacity"]["memory"]) == charged
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1E1000000", 2**63 - 1),
+        ("1e31", 2**63 - 1),
+        ("10E", 2**63 - 1),
+        ("-1E1000000", 1 - 2**63),
+        ("0E1000000", 0),
+        ("1e-1000000", Decimal("1e-9")),
+        ("1E99999999999999999999", None),
+        ("1Gi", 2**30),
+    ],
+)
+def test_an_amount_beyond_all_measure_is_the_largest_or_the_smallest_there_is(text: str, value: object) -> None:
+    """apimachinery, `ParseQuantity`: values are cut to int64, and rounded up to 1n; an exponent must fit int64."""
+    assert amount(text) == value
 
 
 STEPS = {"default": "8Gi", "validRange": {"min": "256Mi", "step": "1Mi"}}

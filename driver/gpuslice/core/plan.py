@@ -220,7 +220,6 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
             f"claim {ref} was allocated {device}, which this node does not offer now; delete the pod to have it "
             "scheduled again"
         )
-    params.check(allocation.settings, offer, device, inventory.kept(offer.gpu.uuid))
     if isinstance(offer.sharing, Monitor) and not allocation.admin:
         raise ClaimError(
             f"{device} is for admin access only; set adminAccess: true on the request, in a namespace with the label "
@@ -228,6 +227,7 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
         )
     # A device with admin access is only monitored: this takes nothing from its holders (KEP-5018).
     sharing = Monitor() if allocation.admin else offer.sharing
+    params.check(allocation.settings, replace(offer, sharing=sharing), device, inventory.kept(offer.gpu.uuid))
     return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=offer.slot, sharing=sharing)
 
 

@@ -22,7 +22,6 @@ from gpuslice.mps.client import MpsClient
 from gpuslice.nvml.sim import spec
 from gpuslice.standin import scheduler
 from gpuslice.standin.apiserver import StandInApiServer
-from gpuslice.standin.capacity import CapacityError
 from gpuslice.standin.kubelet import StandInKubelet
 from gpuslice.standin.scheduler import Request
 from gpuslice.system import files
@@ -191,13 +190,11 @@ class StandInCluster:
         namespace: str = "default",
         configs: Sequence[Mapping[str, Any]] = (),
     ) -> ClaimRef:
-        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError where nothing fits."""
+        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError where nothing fits,
+        CapacityError where the scheduler ends its attempt."""
         slices, claims = self.api.all("resourceslices"), self.api.all("resourceclaims")
         fractional = int(self.api.version.split(".")[1]) >= 37
-        try:
-            allocation = scheduler.allocate(slices, claims, requests, node=NODE, configs=configs, fractional=fractional)
-        except CapacityError as e:
-            raise UnschedulableError(f"claim {namespace}/{name}: {e}") from e
+        allocation = scheduler.allocate(slices, claims, requests, node=NODE, configs=configs, fractional=fractional)
         if allocation is None:
             raise UnschedulableError(f"no device of {NODE} fits claim {namespace}/{name}")
         return self.create_allocated(name, allocation, namespace=namespace, requests=requests)
