@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpuslice import connections
 from gpuslice import kube as door
 from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
 from gpuslice.kube import Kube
@@ -156,7 +157,7 @@ def test_no_other_404_says_so(server: StandInApiServer, kube: Kube, answer: byte
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 410, 500])
 def test_a_page_of_a_proxy_is_no_answer_of_the_api_server(server: StandInApiServer, kube: Kube, status: int) -> None:
     """Neither a conflict nor a token that is refused for good, and no rule for a ClusterRole would help."""
-    server.answer(status, b"<html>sign in</html>", times=2)
+    server.answer(status, b"<html>sign in</html>", times=9)
 
     for verb in (lambda: kube.claim("ns", "c"), lambda: kube.resource_slices("gpuslice.dev", "n1")):
         with pytest.raises(ApiError, match="check the API server and the proxies before it: <html>sign in</html>") as e:
@@ -241,7 +242,7 @@ def test_a_server_that_is_away_is_told_with_its_address(server: StandInApiServer
 def test_a_call_that_hangs_ends_with_an_error(
     server: StandInApiServer, kube: Kube, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "_READ_S", 0.1)
+    monkeypatch.setattr(connections, "_READ_S", 0.1)
     server.hang(times=9)
 
     with pytest.raises(ApiError, match="no answer"):

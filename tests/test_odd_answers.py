@@ -45,7 +45,17 @@ CONFIG = {
         },
     },
 }
-CLAIM = {"metadata": META, "status": {"allocation": {"devices": {"results": [RESULT], "config": [CONFIG]}}}}
+ASKED = {"capacity": {"requests": {"memory": "5120"}}}
+SPEC = {
+    "devices": {
+        "requests": [{"name": "gpu", "exactly": ASKED}, {"name": "a", "firstAvailable": [ASKED | {"name": "b"}]}]
+    }
+}
+CLAIM = {
+    "metadata": META,
+    "spec": SPEC,
+    "status": {"allocation": {"devices": {"results": [RESULT], "config": [CONFIG]}}},
+}
 OWNER = Owner("gpuslice.dev", "n", "uid-n")
 TAINT = {"key": "gpuslice.dev/gpu", "value": "lost", "effect": "NoSchedule"}
 SLICE = {

@@ -14,29 +14,26 @@ Calls block, and are safe from any number of threads. Claims have connections of
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import urllib3
 from kubernetes import config
-from kubernetes.client.api_client import ApiClient
-from kubernetes.client.configuration import Configuration
 
-from gpuslice import __version__, answers
+from gpuslice import answers
 from gpuslice.answers import Call
+from gpuslice.connections import Connections
 from gpuslice.core import json as bodies
 from gpuslice.core.json import Body
 from gpuslice.core.model import RESOURCE_API
 from gpuslice.errors import ApiError, LastingApiError, NotFoundError
-from gpuslice.kubeconfig import read, usable
+from gpuslice.kubeconfig import usable
 
-_CONNECT_S, _READ_S = 3.0, 8.0
-_TIMEOUT = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
+_LIST_S = 120.0  # all pages of a list
 _PAGE = 500  # objects per list request, client-go's figure
 _GROUP = f"/apis/{RESOURCE_API}"
 _VERSION = re.compile(r"v(\d+)\.(\d+)")
@@ -91,10 +88,9 @@ class Kube:
 
     def __init__(self, kubeconfig: Path | None = None) -> None:
         with usable(kubeconfig):
-            configuration = read(kubeconfig)
-            self.server = urlsplit(configuration.host).netloc
-            self._connections = _Connections(configuration)
-            self._claims = _Connections(configuration)
+            self._connections = Connections(kubeconfig)
+            self._claims = Connections(kubeconfig)
+            self.server = self._connections.server
 
     def close(self) -> None:
         self._connections.close()
@@ -160,9 +156,8 @@ class Kube:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(timeout_s),
         }
-        # The read timeout is for a server that fell silent; a healthy one ends the watch by itself before.
-        timeout = urllib3.Timeout(connect=_CONNECT_S, read=timeout_s + 30.0)
-        response = self._send(self._connections, call, query, None, timeout)
+        # The limit is for a server that fell silent; a healthy one ends the watch by itself before.
+        response = self._send(self._connections, call, query, None, timeout_s + 30.0)
         return Watch(call, response, self.server)
 
     def create_resource_slice(self, body: Mapping[str, Any], *, dry_run: bool = False) -> Body:
@@ -197,8 +192,8 @@ class Kube:
         """All items of a list and its resource version. ApiError for a list with an odd item, because what is left out
         of a list counts as gone."""
         found: list[Body] = []
-        page = {"limit": str(_PAGE), **(query or {})}
-        while True:
+        page, end = {"limit": str(_PAGE), **(query or {})}, time.monotonic() + _LIST_S
+        while time.monotonic() < end:
             answer = self._ask(call, page)
             items, metadata = answer.get("items") or [], answer.get("metadata", {})
             if answer.get("kind") != kind or not isinstance(items, list):
@@ -208,16 +203,17 @@ class Kube:
             found += items
             if not (onward := metadata.get("continue")):
                 return found, str(metadata.get("resourceVersion", ""))
-            page["continue"] = onward
+            page["continue"] = str(onward)
+        raise self._odd(f"a list of {call.resource} that does not end within {_LIST_S:.0f} s")
 
     def _ask(
         self,
         call: Call,
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-        connections: _Connections | None = None,
+        connections: Connections | None = None,
     ) -> Body:
-        response = self._send(connections or self._connections, call, query or {}, body, _TIMEOUT)
+        response = self._send(connections or self._connections, call, query or {}, body)
         try:
             return bodies.parse_object(response.data)
         except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
@@ -228,15 +224,16 @@ class Kube:
 
     def _send(
         self,
-        connections: _Connections,
+        connections: Connections,
         call: Call,
         query: Mapping[str, str],
         body: Mapping[str, Any] | None,
-        timeout: urllib3.Timeout,
+        limit_s: float | None = None,
     ) -> urllib3.BaseHTTPResponse:
+        """`limit_s`: of a watch, which may be silent for so long and is over then."""
         path = f"{call.path}?{urlencode(query)}" if query else call.path
         try:
-            answer = connections.request(call.method, path, body, timeout)
+            answer = connections.request(call.method, path, body, limit_s)
             if answer.status < 300:
                 return answer
             data = answer.data
@@ -253,43 +250,6 @@ class Kube:
         if match is not None and (int(match[1]), int(match[2])) < _FIRST:
             said = f"API server {version} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed"
             raise LastingApiError(said, 404)
-
-
-class _Connections:
-    """Kept-alive connections to one server, with its login."""
-
-    def __init__(self, configuration: Configuration) -> None:
-        # urllib3 warns of each connection that it opens again; what matters is in our errors.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        self._client = ApiClient(configuration)
-        manager: urllib3.PoolManager = self._client.rest_client.pool_manager
-        # Through a proxy the manager decides request by request how to go.
-        direct = type(manager) is urllib3.PoolManager
-        self._urlopen = manager.connection_from_url(configuration.host).urlopen if direct else manager.urlopen
-        self._prefix = urlsplit(configuration.host).path.rstrip("/") if direct else configuration.host
-
-    def request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout: urllib3.Timeout
-    ) -> urllib3.BaseHTTPResponse:
-        """The answer's head; its body is still to be read."""
-        headers = {"Accept": "application/json", "User-Agent": f"gpuslice/{__version__}"}
-        data = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body).encode()
-        self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, data)
-        return self._urlopen(
-            method,
-            self._prefix + path,
-            body=data,
-            headers=headers,
-            timeout=timeout,
-            preload_content=False,
-            assert_same_host=False,
-        )
-
-    def close(self) -> None:
-        self._client.close()
 
 
 def _selector(driver: str, node: str) -> str:

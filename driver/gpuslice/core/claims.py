@@ -34,7 +34,7 @@ def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
     devices = _object(allocation, "devices", ref)
     ours = [result for result in _objects(devices, "results", ref) if result.get("driver") == driver]
     layers = _layers(devices, ref, driver)
-    names = {str(result.get("request")) for result in ours}
+    names = {name for result in ours if isinstance(name := result.get("request"), str)}
     return Claim(ref, tuple(_allocation(result, layers, ref) for result in ours), tuple(_mistakes(body, ref, names)))
 
 
@@ -45,10 +45,9 @@ def _mistakes(body: UncheckedBody, ref: ClaimRef, names: Set[str]) -> Iterator[s
     devices = spec.get("devices") if isinstance(spec, Mapping) else None
     for request in _mappings(devices, "requests"):
         options = _mappings(request, "firstAvailable")
-        asked: list[tuple[str, object]] = [
-            (f"{request.get('name')}/{option.get('name')}", option) for option in options
-        ]
-        for name, part in asked or [(str(request.get("name")), request.get("exactly"))]:
+        asked: list[tuple[list[object], object]] = [([request.get("name"), one.get("name")], one) for one in options]
+        for path, part in asked or [([request.get("name")], request.get("exactly"))]:
+            name = "/".join(text for text in path if isinstance(text, str))
             for text in _memory(part) if name in names else ():
                 if meant := quantity.without_unit(text):
                     yield (
@@ -62,7 +61,7 @@ def _memory(asked: object) -> Iterator[str]:
     capacity = asked.get("capacity") if isinstance(asked, Mapping) else None
     amounts = capacity.get("requests") if isinstance(capacity, Mapping) else None
     for key, text in amounts.items() if isinstance(amounts, Mapping) else ():
-        if str(key).rpartition("/")[2] == "memory":
+        if str(key).rpartition("/")[2] == "memory" and isinstance(text, str | int):
             yield str(text)[:_QUANTITY]
 
 

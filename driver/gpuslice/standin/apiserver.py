@@ -76,6 +76,15 @@ class StandInApiServer:
         return self._listener.port
 
     @property
+    def token(self) -> str:
+        """The only token that is accepted. It may be set."""
+        return self._listener.token
+
+    @token.setter
+    def token(self, token: str) -> None:
+        self._listener.token = token
+
+    @property
     def writes(self) -> Counter[str]:
         with self.store.changed:
             return Counter(self.store.writes)
