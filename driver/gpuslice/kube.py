@@ -71,6 +71,8 @@ class Watch:
         for chunk in self._response.stream():
             *lines, rest = (rest + chunk).split(b"\n")
             yield from lines
+        if rest.strip():  # cut off, or no watch at all
+            yield rest
 
     def close(self) -> None:
         self._closed = True

@@ -116,6 +116,10 @@ class StandInApiServer:
         """Answer the next such requests with these bytes, as a proxy or a broken server would."""
         self._add(ScriptedAnswer("answer", times, method, path, status, data=data))
 
+    def drip(self, times: int = 1, *, method: str = "", path: str = "") -> None:
+        """Answer the next such requests byte by byte and never to the end, until `release`."""
+        self._add(ScriptedAnswer("drip", times, method, path))
+
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:
         """Leave the next such requests without an answer until `release`."""
         self._add(ScriptedAnswer("hang", times, method, path))
