@@ -195,7 +195,7 @@ async def test_a_driver_one_of_whose_threads_dies_ends_and_says_which(doomed: St
     driver = await doomed.start(*more, environment={"DEAD": thread}, ready=False)
 
     assert await driver.wait() == 1
-    sentence = f"thread {thread} ended by ValueError: planted; the process ends to be started again"
+    sentence = f"thread {thread} ended by ValueError: planted; the process ends, so that it is started again"
     assert sentence in driver.log.read_text().splitlines()[-1]
 
 

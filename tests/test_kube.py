@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gpuslice import connections
 from gpuslice import kube as door
 from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
 from gpuslice.kube import Kube
@@ -63,6 +65,23 @@ def test_the_version_and_the_uid_of_a_node(server: StandInApiServer, kube: Kube)
     assert kube.node_uid("n1") == uid
 
 
+@pytest.mark.parametrize(
+    ("more", "version"),
+    [
+        ({"emulationMajor": "1", "emulationMinor": "35"}, "v1.37.1 as 1.35"),
+        ({"emulationMajor": "1", "emulationMinor": "37"}, "v1.37.1"),
+        ({"emulationMajor": None}, "v1.37.1"),
+    ],
+)
+def test_a_server_that_emulates_an_older_one_says_so(
+    server: StandInApiServer, kube: Kube, more: dict[str, object], version: str
+) -> None:
+    """It is upgraded in two steps, and only the second one brings the features."""
+    server.answer(200, json.dumps({"gitVersion": "v1.37.1"} | more).encode())
+
+    assert kube.version() == version
+
+
 def test_a_node_that_is_not_there_is_named_with_what_to_do(kube: Kube) -> None:
     with pytest.raises(NotFoundError, match=r"there is no Node 'other' in the cluster of .*kubectl get nodes lists"):
         kube.node_uid("other")
@@ -80,7 +99,7 @@ def test_a_server_without_the_v1_group_is_told_with_its_version(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("status", "error"),
-    [(404, NotFoundError), (409, ConflictError), (410, ExpiredError), (429, ApiError), (500, ApiError)],
+    [(409, ConflictError), (410, ExpiredError), (429, ApiError), (500, ApiError)],
 )
 def test_each_status_has_its_error(server: StandInApiServer, kube: Kube, status: int, error: type[ApiError]) -> None:
     server.fail(status)
@@ -89,6 +108,109 @@ def test_each_status_has_its_error(server: StandInApiServer, kube: Kube, status:
         kube.claim("ns", "c")
 
     assert refused.value.status == status
+
+
+def a_status(**changes: object) -> bytes:
+    """The API server's answer for a claim that is gone."""
+    details = {"name": "c", "group": "resource.k8s.io", "kind": "resourceclaims"}
+    body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
+    return json.dumps(body | {"message": "not found", "details": details} | changes).encode()
+
+
+NOT_GONE = {
+    "page": b"<html>404 Not Found</html>",
+    "old server": b"404 page not found\n",
+    "nothing": b"",
+    "no object": b"[]",
+    "unknown resource": a_status(details={}),
+    "details of a wrong type": a_status(details=["c"]),
+    "another claim": a_status(details={"name": "d", "group": "resource.k8s.io", "kind": "resourceclaims"}),
+    "another kind": a_status(details={"name": "c", "group": "", "kind": "namespaces"}),
+    "another code": a_status(code=503, reason="ServiceUnavailable"),
+    "no status": a_status(kind="ResourceClaim"),
+    "cut off": a_status()[:-1],
+}
+
+
+def test_a_status_that_names_the_object_says_that_it_is_gone(server: StandInApiServer, kube: Kube) -> None:
+    server.answer(404, a_status())
+
+    with pytest.raises(NotFoundError):
+        kube.claim("ns", "c")
+
+
+@pytest.mark.parametrize("answer", NOT_GONE.values(), ids=list(NOT_GONE))
+def test_no_other_404_says_so(server: StandInApiServer, kube: Kube, answer: bytes) -> None:
+    server.answer(404, answer, times=9)
+
+    for verb in (
+        lambda: kube.claim("ns", "c"),
+        lambda: kube.node_uid("c"),
+        lambda: kube.update_resource_slice({"metadata": {"name": "c"}, "spec": {}}),
+        lambda: kube.delete_resource_slice("c", uid="u", resource_version="1"),
+    ):
+        with pytest.raises(ApiError, match="check the API server and the proxies before it") as refused:
+            verb()
+        assert not isinstance(refused.value, NotFoundError)
+        assert refused.value.status == 404
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409, 410, 500])
+def test_a_page_of_a_proxy_is_no_answer_of_the_api_server(server: StandInApiServer, kube: Kube, status: int) -> None:
+    """Neither a conflict nor a token that is refused for good, and no rule for a ClusterRole would help."""
+    server.answer(status, b"<html>sign in</html>", times=9)
+
+    for verb in (lambda: kube.claim("ns", "c"), lambda: kube.resource_slices("gpuslice.dev", "n1")):
+        with pytest.raises(ApiError, match="check the API server and the proxies before it: <html>sign in</html>") as e:
+            verb()
+        assert type(e.value) is ApiError
+        assert e.value.status == status
+
+
+def test_a_claim_that_is_none_is_no_claim_that_was_deallocated(server: StandInApiServer, kube: Kube) -> None:
+    a_claim(server)
+    good = server.get("resourceclaims", "c", "ns")
+    meta = good["metadata"]
+    odds: list[dict[str, Any]] = [
+        {},
+        {"kind": "Status", "status": "Failure", "code": 500},
+        {"kind": "ResourceClaimList", "metadata": {}, "items": []},
+        good | {"metadata": meta | {"name": "d"}},
+        good | {"metadata": meta | {"namespace": "other"}},
+        good | {"metadata": meta | {"uid": None}},
+        good | {"status": "gone"},
+        good | {"status": {"allocation": []}},
+        good | {"status": {"allocation": {"devices": {"results": {}}}}},
+        good | {"status": {"allocation": {"devices": {"results": ["x"]}}}},
+        good | {"status": {"allocation": {"devices": {"results": [{"driver": "gpuslice.dev", "pool": 1}]}}}},
+    ]
+    for odd in odds:
+        server.answer(200, json.dumps(odd).encode())
+        with pytest.raises(ApiError, match="something else than claim ns/c"):
+            kube.claim("ns", "c")
+
+        if odd.get("metadata", {}).get("uid") is None or "status" in odd:
+            server.answer(200, json.dumps({"kind": "ResourceClaimList", "metadata": {}, "items": [odd]}).encode())
+            with pytest.raises(ApiError, match="a list of resourceclaims"):
+                kube.claims()
+
+
+def test_a_list_that_is_none_is_no_empty_list(server: StandInApiServer, kube: Kube) -> None:
+    for odd in ({}, {"kind": "Status", "metadata": {}}, {"kind": "ResourceSlice", "metadata": {}, "spec": {}}):
+        server.answer(200, json.dumps(odd).encode(), times=2)
+
+        with pytest.raises(ApiError, match="no list of resourceclaims"):
+            kube.claims()
+        with pytest.raises(ApiError, match="no list of resourceslices"):
+            kube.resource_slices("gpuslice.dev", "n1")
+
+
+def test_an_answer_to_a_delete_that_names_another_object_deletes_nothing(server: StandInApiServer, kube: Kube) -> None:
+    for odd in ({}, {"kind": "Status", "status": "Failure"}, {"kind": "ResourceSlice", "metadata": {"uid": "other"}}):
+        server.answer(200, json.dumps(odd).encode())
+
+        with pytest.raises(ApiError, match="something else than the deletion"):
+            kube.delete_resource_slice("c", uid="u", resource_version="1")
 
 
 def test_a_missing_right_is_told_with_the_rule_to_add(server: StandInApiServer, kube: Kube) -> None:
@@ -121,7 +243,7 @@ def test_a_server_that_is_away_is_told_with_its_address(server: StandInApiServer
 def test_a_call_that_hangs_ends_with_an_error(
     server: StandInApiServer, kube: Kube, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "_READ_S", 0.1)
+    monkeypatch.setattr(connections, "_READ_S", 0.1)
     server.hang(times=9)
 
     with pytest.raises(ApiError, match="no answer"):

@@ -22,7 +22,7 @@ from gpuslice.kube import Kube
 from tests.kit import mutation
 
 REF = ClaimRef("default", "one", ClaimUid("uid-1"))
-META = {"name": "one", "uid": "uid-1", "resourceVersion": "7"}
+META = {"name": "one", "namespace": "ns", "uid": "uid-1", "resourceVersion": "7"}
 RESULT = {
     "driver": "gpuslice.dev",
     "request": "gpu",
@@ -45,7 +45,17 @@ CONFIG = {
         },
     },
 }
-CLAIM = {"metadata": META, "status": {"allocation": {"devices": {"results": [RESULT], "config": [CONFIG]}}}}
+ASKED = {"capacity": {"requests": {"memory": "5120"}}}
+SPEC = {
+    "devices": {
+        "requests": [{"name": "gpu", "exactly": ASKED}, {"name": "a", "firstAvailable": [ASKED | {"name": "b"}]}]
+    }
+}
+CLAIM = {
+    "metadata": META,
+    "spec": SPEC,
+    "status": {"allocation": {"devices": {"results": [RESULT], "config": [CONFIG]}}},
+}
 OWNER = Owner("gpuslice.dev", "n", "uid-n")
 TAINT = {"key": "gpuslice.dev/gpu", "value": "lost", "effect": "NoSchedule"}
 SLICE = {
@@ -59,8 +69,8 @@ SLICE = {
 }
 VERBS: dict[str, Callable[[Kube], object]] = {
     "version": lambda kube: kube.version(),
-    "node": lambda kube: kube.node_uid("n"),
-    "claim": lambda kube: kube.claim("ns", "c"),
+    "node": lambda kube: kube.node_uid("one"),
+    "claim": lambda kube: kube.claim("ns", "one"),
     "claims": lambda kube: list(shape.pools_of(kube.claims(), "gpuslice.dev")),
     "slices": lambda kube: compared(kube.resource_slices("gpuslice.dev", "n")[0]),
     "watch": lambda kube: watched(kube),
@@ -74,14 +84,14 @@ GOOD: dict[str, Any] = {
     "version": {"gitVersion": "v1.37.0"},
     "node": {"metadata": META},
     "claim": CLAIM,
-    "claims": {"metadata": {"resourceVersion": "7"}, "items": [CLAIM]},
-    "slices": {"metadata": {"resourceVersion": "7"}, "items": [SLICE]},
+    "claims": {"kind": "ResourceClaimList", "metadata": {"resourceVersion": "7"}, "items": [CLAIM]},
+    "slices": {"kind": "ResourceSliceList", "metadata": {"resourceVersion": "7"}, "items": [SLICE]},
     "watch": {"type": "ADDED", "object": SLICE},
     "bookmark": {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "7"}}},
     "create": SLICE,
     "dry run": SLICE,
     "update": SLICE,
-    "delete": {"kind": "Status"},
+    "delete": {"kind": "Status", "status": "Success"},
 }
 
 
@@ -176,7 +186,9 @@ def test_an_odd_answer_is_an_api_error_or_passed_over(server: Server, verb: str)
 
 def test_one_claim_that_is_nested_deep_hides_no_other(server: Server) -> None:
     deep = json.dumps({"metadata": META, "status": "HERE"}).replace('"HERE"', nested(5_000))
-    server.answer = f'{{"metadata": {{}}, "items": [{deep}, {json.dumps(CLAIM)}]}}'.encode()
+    server.answer = (
+        f'{{"kind": "ResourceClaimList", "metadata": {{}}, "items": [{deep}, {json.dumps(CLAIM)}]}}'.encode()
+    )
 
     assert list(shape.pools_of(server.kube.claims(), "gpuslice.dev")) == ["n/p"]
 

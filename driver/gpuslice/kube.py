@@ -14,46 +14,30 @@ Calls block, and are safe in any number of threads. Claims have their own connec
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import urllib3
 
-from gpuslice import __version__
-from gpuslice.client_library import ApiClient, Configuration, config
+from gpuslice import answers
+from gpuslice.answers import Call
+from gpuslice.client_library import config
+from gpuslice.connections import Connections
 from gpuslice.core import json as bodies
 from gpuslice.core.json import Body
 from gpuslice.core.model import RESOURCE_API
-from gpuslice.errors import ApiError, ConflictError, ExpiredError, LastingApiError, NotFoundError
-from gpuslice.kubeconfig import read, usable
+from gpuslice.errors import ApiError, LastingApiError, NotFoundError
+from gpuslice.kubeconfig import usable
 
-_CONNECT_S, _READ_S = 3.0, 8.0
-_TIMEOUT = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
+_LIST_S = 120.0  # all pages of a list
 _PAGE = 500  # objects per list request, client-go's figure
 _GROUP = f"/apis/{RESOURCE_API}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A request in the words of a ClusterRole."""
-
-    verb: str  # Kubernetes' word in RBAC
-    resource: str
-    path: str
-
-    @property
-    def method(self) -> str:
-        return {"create": "POST", "update": "PUT", "delete": "DELETE"}.get(self.verb, "GET")
-
-    @property
-    def collection(self) -> bool:
-        """Whether a 404 can only mean that the server does not know the resource."""
-        return self.verb in ("list", "watch", "create")
+_VERSION = re.compile(r"v(\d+)\.(\d+)")
+_FIRST = (1, 34)  # the first release that serves resource.k8s.io/v1
 
 
 class Watch:
@@ -62,7 +46,7 @@ class Watch:
     `close` ends the watch at once, from any thread. ExpiredError: the resource version is too old, list again.
     """
 
-    def __init__(self, call: _Call, response: urllib3.BaseHTTPResponse, server: str) -> None:
+    def __init__(self, call: Call, response: urllib3.BaseHTTPResponse, server: str) -> None:
         self._call, self._response, self._server = call, response, server
         self._closed = False
 
@@ -72,9 +56,10 @@ class Watch:
                 event = bodies.parse_object(line)
                 thing = event.get("object")
                 if event.get("type") == "ERROR" and isinstance(thing, dict):
-                    raise _refused(self._call, *bodies.status(thing))
-                if bodies.is_event(event):
-                    yield event
+                    raise answers.event_refusal(self._call, thing)
+                if not bodies.is_event(event):  # what is left out of a watch counts as unchanged
+                    raise answers.odd(self._server, "a watch with an event that is none")
+                yield event
         except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
             if not self._closed:
                 raise _unreachable(self._server, e) from e
@@ -86,6 +71,8 @@ class Watch:
         for chunk in self._response.stream():
             *lines, rest = (rest + chunk).split(b"\n")
             yield from lines
+        if rest.strip():  # cut off, or no watch at all
+            yield rest
 
     def close(self) -> None:
         self._closed = True
@@ -103,60 +90,67 @@ class Kube:
 
     def __init__(self, kubeconfig: Path | None = None) -> None:
         with usable(kubeconfig):
-            configuration = read(kubeconfig)
-            self.server = urlsplit(configuration.host).netloc
-            self._connections = _Connections(configuration)
-            self._claims = _Connections(configuration)
+            self._connections = Connections(kubeconfig)
+            self._claims = Connections(kubeconfig)
+            self.server = self._connections.server
 
     def close(self) -> None:
         self._connections.close()
         self._claims.close()
 
     def version(self) -> str:
-        """The server's version: "v1.37.1"."""
-        version = self._ask(_Call("get", "version", "/version")).get("gitVersion")
-        if not isinstance(version, str):
+        """The server's version: "v1.37.1"; "v1.37.1 as 1.35" for one that emulates an older one (KEP-4330)."""
+        body = self._ask(Call("get", "version", "/version"))
+        version, emulated = body.get("gitVersion"), [body.get(f"emulation{part}") for part in ("Major", "Minor")]
+        if not isinstance(version, str) or (match := _VERSION.match(version)) is None:
             raise self._odd("a version without gitVersion")
-        return version
+        if not all(isinstance(part, str) and part.isdecimal() for part in emulated) or emulated == [*match.groups()]:
+            return version
+        return f"{version} as {'.'.join(map(str, emulated))}"
 
     def node_uid(self, name: str) -> str:
         try:
-            body = self._ask(_Call("get", "nodes", f"/api/v1/nodes/{quote(name)}"))
+            body = self._ask(Call("get", "nodes", f"/api/v1/nodes/{quote(name)}", name))
         except NotFoundError as e:
             said = (
                 f"there is no Node {name!r} in the cluster of {self.server}; name a node that kubectl get nodes lists"
             )
             raise NotFoundError(f"{said}, with --node-name or NODE_NAME", e.status) from e
-        uid = body.get("metadata", {}).get("uid")
-        if not isinstance(uid, str):
-            raise self._odd(f"a node {name} without UID")
-        return uid
+        metadata = body.get("metadata", {})
+        if not bodies.is_object(body) or metadata["name"] != name:
+            raise self._odd(f"something else than node {name} with its UID")
+        return str(metadata["uid"])
 
     # ------------------------------------------------------------ claims
 
     def claim(self, namespace: str, name: str) -> Body:
         """A ResourceClaim; about 1 ms on a kept-alive connection (measured against the stand-in, same machine)."""
         path = f"{_GROUP}/namespaces/{quote(namespace)}/resourceclaims/{quote(name)}"
-        return self._ask(_Call("get", "resourceclaims", path), connections=self._claims)
+        answer = self._ask(Call("get", "resourceclaims", path, name), connections=self._claims)
+        metadata = answer.get("metadata", {})
+        if not bodies.is_claim(answer) or (metadata.get("namespace"), metadata["name"]) != (namespace, name):
+            raise self._odd(f"something else than claim {namespace}/{name}")
+        return answer
 
     def claims(self) -> list[Body]:
         """All ResourceClaims of the cluster, in pages."""
-        return self._all(_Call("list", "resourceclaims", f"{_GROUP}/resourceclaims"))[0]
+        call = Call("list", "resourceclaims", f"{_GROUP}/resourceclaims")
+        return self._all(call, "ResourceClaimList", bodies.is_claim)[0]
 
     # ------------------------------------------------------------ resource slices
 
     def resource_slices(self, driver: str, node: str) -> tuple[list[Body], str]:
         """A driver's ResourceSlices on a node, and the resource version from which to watch them."""
         selector = _selector(driver, node)
-        call = _Call("list", "resourceslices", f"{_GROUP}/resourceslices")
-        items, version = self._all(call, {"fieldSelector": selector})
+        call = Call("list", "resourceslices", f"{_GROUP}/resourceslices")
+        items, version = self._all(call, "ResourceSliceList", bodies.is_resource_slice, {"fieldSelector": selector})
         if not version.isdecimal():
             raise self._odd(f"a list of resourceslices with the resource version {version[:40]!r}")
-        return list(filter(bodies.is_resource_slice, items)), version
+        return items, version
 
     def watch_resource_slices(self, driver: str, node: str, resource_version: str, timeout_s: int) -> Watch:
         """Watch the ResourceSlices of a driver on a node after a resource version, for at most `timeout_s`."""
-        call = _Call("watch", "resourceslices", f"{_GROUP}/resourceslices")
+        call = Call("watch", "resourceslices", f"{_GROUP}/resourceslices")
         query = {
             "fieldSelector": _selector(driver, node),
             "watch": "true",
@@ -164,154 +158,104 @@ class Kube:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(timeout_s),
         }
-        # The read timeout is for a silent server. A healthy server ends the watch before.
-        timeout = urllib3.Timeout(connect=_CONNECT_S, read=timeout_s + 30.0)
-        response = self._send(self._connections, call, query, None, timeout)
+        # The limit is for a server that fell silent; a healthy one ends the watch by itself before.
+        response = self._send(self._connections, call, query, None, timeout_s + 30.0)
         return Watch(call, response, self.server)
 
     def create_resource_slice(self, body: Mapping[str, Any], *, dry_run: bool = False) -> Body:
         """Create a ResourceSlice and return it as the server stored it. `dry_run`: the server only checks it."""
-        call = _Call("create", "resourceslices", f"{_GROUP}/resourceslices")
+        call = Call("create", "resourceslices", f"{_GROUP}/resourceslices")
         return self._written(call, body, dry_run=dry_run)
 
     def update_resource_slice(self, body: Mapping[str, Any], *, dry_run: bool = False) -> Body:
         """Replace the slice of this name. ConflictError if its resourceVersion differs from the body's."""
         name = quote(body["metadata"]["name"])
-        call = _Call("update", "resourceslices", f"{_GROUP}/resourceslices/{name}")
+        call = Call("update", "resourceslices", f"{_GROUP}/resourceslices/{name}", body["metadata"]["name"])
         return self._written(call, body, dry_run=dry_run)
 
-    def _written(self, call: _Call, body: Mapping[str, Any], *, dry_run: bool) -> Body:
+    def _written(self, call: Call, body: Mapping[str, Any], *, dry_run: bool) -> Body:
         answer = self._ask(call, {"dryRun": "All"} if dry_run else {}, body)
-        if not bodies.is_resource_slice(answer, stored=not dry_run):
-            raise self._odd(f"an object that is not a slice to {call.verb} {call.resource}")
+        if not bodies.is_resource_slice(answer, stored=not dry_run) or not bodies.answers(body, answer):
+            raise self._odd(f"something else than the slice to {call}")
         return answer
 
     def delete_resource_slice(self, name: str, *, uid: str, resource_version: str) -> None:
         """Delete this state of a ResourceSlice. NotFoundError if it does not exist, ConflictError if it has changed."""
-        call = _Call("delete", "resourceslices", f"{_GROUP}/resourceslices/{quote(name)}")
-        self._ask(call, body={"preconditions": {"uid": uid, "resourceVersion": resource_version}})
+        call = Call("delete", "resourceslices", f"{_GROUP}/resourceslices/{quote(name)}", name)
+        answer = self._ask(call, body={"preconditions": {"uid": uid, "resourceVersion": resource_version}})
+        if not bodies.is_deletion(answer, uid):
+            raise self._odd(f"something else than the deletion to {call}")
 
     # ------------------------------------------------------------ below the verbs
 
-    def _all(self, call: _Call, query: Mapping[str, str] | None = None) -> tuple[list[Body], str]:
+    def _all(
+        self, call: Call, kind: str, is_item: Callable[[object], bool], query: Mapping[str, str] | None = None
+    ) -> tuple[list[Body], str]:
+        """All items of a list and its resource version. ApiError for a list with an odd item, because what is left out
+        of a list counts as gone."""
         found: list[Body] = []
-        page = {"limit": str(_PAGE), **(query or {})}
-        while True:
+        page, end = {"limit": str(_PAGE), **(query or {})}, time.monotonic() + _LIST_S
+        while time.monotonic() < end:
             answer = self._ask(call, page)
-            items = answer.get("items") or []
-            if not isinstance(items, list):
-                raise self._odd(f"a list of {call.resource} whose items are not a list")
-            found += filter(bodies.is_object, items)
-            metadata = answer.get("metadata", {})
+            items, metadata = answer.get("items") or [], answer.get("metadata", {})
+            if answer.get("kind") != kind or not isinstance(items, list):
+                raise self._odd(f"no list of {call.resource}")
+            if not all(map(is_item, items)):
+                raise self._odd(f"a list of {call.resource} with an item that is none")
+            found += items
             if not (onward := metadata.get("continue")):
                 return found, str(metadata.get("resourceVersion", ""))
-            page["continue"] = onward
+            page["continue"] = str(onward)
+        raise self._odd(f"a list of {call.resource} that does not end within {_LIST_S:.0f} s")
 
     def _ask(
         self,
-        call: _Call,
+        call: Call,
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-        connections: _Connections | None = None,
+        connections: Connections | None = None,
     ) -> Body:
-        response = self._send(connections or self._connections, call, query or {}, body, _TIMEOUT)
+        response = self._send(connections or self._connections, call, query or {}, body)
         try:
             return bodies.parse_object(response.data)
         except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
             raise _unreachable(self.server, e) from e
 
     def _odd(self, what: str) -> ApiError:
-        return ApiError(
-            f"the API server at {self.server} answered {what}; check the API server and the proxies before it"
-        )
+        return answers.odd(self.server, what)
 
     def _send(
         self,
-        connections: _Connections,
-        call: _Call,
+        connections: Connections,
+        call: Call,
         query: Mapping[str, str],
         body: Mapping[str, Any] | None,
-        timeout: urllib3.Timeout,
+        limit_s: float | None = None,
     ) -> urllib3.BaseHTTPResponse:
+        """`limit_s`: of a watch, which may be silent for so long and is over then."""
         path = f"{call.path}?{urlencode(query)}" if query else call.path
         try:
-            answer = connections.request(call.method, path, body, timeout)
+            answer = connections.request(call.method, path, body, limit_s)
             if answer.status < 300:
                 return answer
-            text = bodies.message(answer.data)
+            data = answer.data
         except (urllib3.exceptions.HTTPError, config.ConfigException, OSError) as e:
             raise _unreachable(self.server, e) from e
-        if answer.status == 404 and call.collection:
-            said = f"API server {self.version()} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed"
+        if answer.status == 404 and call.verb in ("list", "watch", "create"):
+            self._refuse_old_server()
+        raise answers.refusal(call, answer.status, data)
+
+    def _refuse_old_server(self) -> None:
+        """LastingApiError if the server is too old to know resource.k8s.io/v1: a 404 alone may come from anybody."""
+        version = self.version()
+        match = _VERSION.match(version)
+        if match is not None and (int(match[1]), int(match[2])) < _FIRST:
+            said = f"API server {version} does not serve resource.k8s.io/v1; Kubernetes 1.34 or later is needed"
             raise LastingApiError(said, 404)
-        raise _refused(call, answer.status, text)
-
-
-class _Connections:
-    """Kept-alive connections to one server, with its login."""
-
-    def __init__(self, configuration: Configuration) -> None:
-        # urllib3 warns about each connection that it opens again. Our errors have all that matters.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        self._client = ApiClient(configuration)
-        manager: urllib3.PoolManager = self._client.rest_client.pool_manager
-        # With a proxy, the manager decides for each request which way it takes.
-        direct = type(manager) is urllib3.PoolManager
-        self._urlopen = manager.connection_from_url(configuration.host).urlopen if direct else manager.urlopen
-        self._prefix = urlsplit(configuration.host).path.rstrip("/") if direct else configuration.host
-
-    def request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout: urllib3.Timeout
-    ) -> urllib3.BaseHTTPResponse:
-        """The head of the answer. The body is not read yet."""
-        headers = {"Accept": "application/json", "User-Agent": f"gpuslice/{__version__}"}
-        data = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body).encode()
-        self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, data)
-        return self._urlopen(
-            method,
-            self._prefix + path,
-            body=data,
-            headers=headers,
-            timeout=timeout,
-            preload_content=False,
-            assert_same_host=False,
-        )
-
-    def close(self) -> None:
-        self._client.close()
 
 
 def _selector(driver: str, node: str) -> str:
     return f"spec.driver={driver},spec.nodeName={node}"
-
-
-def _refused(call: _Call, status: int, text: str) -> ApiError:
-    what = f"{call.verb} {call.resource}"
-    match status:
-        case 404:
-            return NotFoundError(f"{what}: {text}", status)
-        case 409:
-            return ConflictError(f"{what}: {text}", status)
-        case 410:
-            return ExpiredError(f"{what}: {text}", status)
-        case 401:
-            return LastingApiError(
-                f"the API server refused the driver's credentials ({what}: {text}); check the token", status
-            )
-        case 403:
-            group = "" if call.resource == "nodes" else "resource.k8s.io"
-            return ApiError(
-                f'the API server forbids {what}: {text}; add {{apiGroups: ["{group}"], resources: ["{call.resource}"], '
-                f'verbs: ["{call.verb}"]}} to the ClusterRole of this service account',
-                status,
-            )
-        case 429:
-            return ApiError(f"the API server is too busy for {what}: {text}; the next try may succeed", status)
-        case _:
-            return ApiError(f"the API server answered {what} with status {status}: {text}", status)
 
 
 def _unreachable(server: str, error: Exception) -> ApiError:

@@ -43,6 +43,18 @@ def test_a_share_is_what_the_scheduler_charged() -> None:
     assert share.of(a_grant(TURNS, memory=1024 * MIB, shares=2)) == Share(memory_mib=1024, turns=2)
 
 
+def test_a_share_of_a_part_of_a_mib_is_rounded_up_and_as_many_fit_as_the_scheduler_sells() -> None:
+    """The scheduler charges what is asked, to the byte; MPS takes whole MiB."""
+    third = 8000 * MIB // 3
+    shares = [a_grant(MPS, memory=third, smPercent=0, clients=1) for _ in range(3)]
+
+    assert {share.of(one) for one in shares} == {Share(memory_mib=2667, clients=1)}
+    assert share.excess(shares[0], shares[1:]) == ""
+    assert share.excess(a_grant(MPS, memory=third + 3, smPercent=0, clients=1), shares[1:]) == (
+        "8001 of 8000 MiB of memory"
+    )
+
+
 def test_a_fixed_part_is_one_nth_of_everything() -> None:
     part = a_grant(Mps(shares=4, memory_mib=8000, clients=60, part=2))
     assert share.of(part) == Share(memory_mib=2000, clients=15, percent=25)

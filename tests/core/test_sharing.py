@@ -262,6 +262,41 @@ def assert_not_oversold(node: Node, pool: str, name: str) -> None:
         assert charged <= quantity.parse(entry["value"]), (name, capacity)
 
 
+@pytest.mark.parametrize("mode", ["mps", "timeslice"])
+@pytest.mark.parametrize("memory", ["5120", "1", "0", "1Mi", "100m"])
+def test_a_request_for_less_than_the_least_share_is_charged_the_least(mode: str, memory: str) -> None:
+    node = Node(a_node_of("h100", 1, twins=False))
+
+    assert node.ask(mode, memory=memory) == f"0/{mode}"
+
+    assert node.results()[0]["consumedCapacity"]["memory"] == "256Mi"
+
+
+def test_the_least_share_is_a_matter_of_policy_and_never_more_than_an_equal_part() -> None:
+    policies: list[tuple[dict[str, Any], str]] = [
+        ({"leastShare": "1Gi"}, "1Gi"),
+        ({"leastShare": "16Mi"}, "16Mi"),
+        ({"leastShare": "40Gi"}, "20288Mi"),
+        ({"sharedPartitions": ["timeslice"], "timeslice": {"shares": 100}}, "99Mi"),  # a hundredth of a partition
+    ]
+    for policy, least in policies:
+        node = Node(an_inventory(policy=a_policy(**policy)))
+        device = "mig-1g-19-0-timeslice" if "sharedPartitions" in policy else "timeslice"
+        assert node.ask("timeslice", device=device, memory="1") == f"0/{device}"
+        assert node.results()[0]["consumedCapacity"]["memory"] == least
+
+
+def test_a_least_share_that_a_card_cannot_have_is_told() -> None:
+    notes = [note.sentence for note in an_inventory(policy=a_policy(leastShare="40Gi")).notes]
+
+    assert notes == [
+        f"policy: default.leastShare is 40960 MiB, but one of 4 shares of GPU 0 (NVIDIA H100 80GB HBM3) by {mode} is 20288 "
+        "MiB; make fewer shares, or write a smaller leastShare; until then the least is 20288 MiB"
+        for mode in ("mps", "timeslice")
+    ]
+    assert an_inventory().notes == ()
+
+
 def test_a_monitor_takes_nothing_from_whoever_has_the_card() -> None:
     node = Node(a_node_of("h100", 1, twins=False))
 

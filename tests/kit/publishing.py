@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpuslice.checkpoint import Checkpoint
+from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import PoolName
-from gpuslice.core.pools.backoff import BackoffConfig
+from gpuslice.core.pools.backoff import DEFAULT_BACKOFF, BackoffConfig
 from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.kube import Kube
+from gpuslice.publishing.controller import SliceController
+from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.publisher import Publisher
 from gpuslice.standin.apiserver import StandInApiServer
+from gpuslice.system.threads import ThreadWatch
+
+from tests.kit.rig import Rig
 
 DRIVER, NODE = "gpuslice.dev", "n1"
-FAST = BackoffConfig(quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1)
+FAST = BackoffConfig(
+    quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1, version_s=0.2, confirm_s=0.05, missing_most_s=0.4
+)
 TAINT = {"key": "gpuslice.dev/xid", "value": "79", "effect": "NoSchedule"}
 
 
@@ -35,6 +44,39 @@ def a_publisher(server: StandInApiServer, backoff: BackoffConfig = FAST) -> Iter
         yield publisher
     finally:
         publisher.stop()
+        kube.close()
+
+
+@contextmanager
+def a_controller(
+    server: StandInApiServer,
+    rig: Rig,
+    folder: Path,
+    on_taints_changed: Callable[[], object] = lambda: None,
+    checkpoint: Checkpoint | None = None,
+    threads: ThreadWatch | None = None,
+    backoff: BackoffConfig = DEFAULT_BACKOFF,
+) -> Iterator[SliceController]:
+    """One that runs over this node; its shapes are in `folder`."""
+    kube, checkpoint = Kube(server.kubeconfig), checkpoint or rig.checkpoint
+    controller = SliceController(
+        kube=kube,
+        driver=DRIVER,
+        node=NODE,
+        dynamic=Inventory.of(rig.gpus, rig.policy, NODE),
+        static=Inventory.of(rig.gpus, rig.policy, NODE, static=True),
+        health=NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=checkpoint, hung=dict),
+        checkpoint=checkpoint,
+        folder=folder,
+        on_taints_changed=on_taints_changed,
+        threads=threads,
+        backoff=backoff,
+    )
+    controller.start()
+    try:
+        yield controller
+    finally:
+        controller.stop()
         kube.close()
 
 

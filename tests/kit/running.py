@@ -161,6 +161,10 @@ class World:
     def delete(self, ref: ClaimRef) -> None:
         self.api.delete("resourceclaims", ref.name, ref.namespace)
 
+    def fetches(self, ref: ClaimRef) -> int:
+        """How often the driver has asked the API server for this claim."""
+        return sum(request.path.endswith(f"/resourceclaims/{ref.name}") for request in self.api.requests)
+
     async def prepare(self, ref: ClaimRef) -> PluginAnswer:
         return (await self.kubelet.prepare([ref]))[ref.uid]
 

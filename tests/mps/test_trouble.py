@@ -222,7 +222,7 @@ def test_a_supervisor_one_of_whose_threads_dies_ends_says_which_and_leaves_its_d
     _, said = doomed.communicate(timeout=SOON_S)
 
     assert doomed.returncode == 1
-    sentence = f"thread {thread} ended by ValueError: planted; the process ends to be started again"
+    sentence = f"thread {thread} ended by ValueError: planted; the process ends, so that it is started again"
     assert sentence in said.splitlines()[-1]
     node.supervise()
     assert node.client.statuses() == (before,)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from gpuslice.core.model import Placement
+from gpuslice.core.model import Placement, Settings
 from gpuslice.errors import ClaimError, DeviceError, StateError
 from gpuslice.nvml.api import Code
 from gpuslice.plugin.prepare import Scope
@@ -295,6 +296,21 @@ def test_a_setting_without_effect_is_refused(node: Rig) -> None:
     with pytest.raises(ClaimError, match="no effect"):
         node.prepare(a_claim("one", node.device("monitor"), admin=True, enforcement="required"))
     node.prepare(a_claim("two", node.device("gpu"), enforcement="required"))
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "timeslice", "monitor", "mig-1g-19-0"])
+@pytest.mark.parametrize("settings", [Settings("required"), Settings("preferred"), Settings(interval="long")])
+def test_admin_access_has_no_limit_and_no_time_slice_whatever_its_device_has(
+    node: Rig, name: str, settings: Settings
+) -> None:
+    claim = a_claim("one", node.device(name), admin=True)
+    asking = replace(claim, allocations=(replace(claim.allocations[0], settings=settings),))
+
+    with pytest.raises(
+        ClaimError, match=r"because admin access only shows its GPU and limits nothing; remove the config"
+    ):
+        node.prepare(asking)
+    node.assert_empty()
 
 
 # ---------------------------------------------------------------- unprepare

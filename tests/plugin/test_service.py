@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,9 @@ async def world(short: Path) -> AsyncIterator[World]:
         yield world
 
 
-def fetches(world: World, ref: ClaimRef) -> int:
-    return sum(request.path.endswith(f"/resourceclaims/{ref.name}") for request in world.api.requests)
-
-
 async def waiting(world: World, ref: ClaimRef, times: int = 1) -> None:
-    """Return when the driver has asked the API server for this claim this number of times."""
-    await asyncio.to_thread(world.api.wait, lambda: fetches(world, ref) >= times)
+    """Return when the driver has asked the API server for this claim so many times."""
+    await asyncio.to_thread(world.api.wait, lambda: world.fetches(ref) >= times)
 
 
 # ---------------------------------------------------------------- what an answer holds
@@ -35,9 +31,9 @@ async def waiting(world: World, ref: ClaimRef, times: int = 1) -> None:
 async def test_each_prepare_looks_at_the_claim_as_it_is_now(world: World) -> None:
     claim = world.claim("one", world.device("gpu"))
     await world.must_prepare(claim)
-    before = fetches(world, claim)
+    before = world.fetches(claim)
     await world.must_prepare(claim)
-    assert fetches(world, claim) > before
+    assert world.fetches(claim) > before
 
     world.deallocate(claim)
 
@@ -191,7 +187,7 @@ async def test_what_nobody_listens_to_any_more_is_given_back_if_the_claim_is_gon
     await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
 
     nvml.withdraw(cue)
-    await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim) >= 2)
+    await asyncio.to_thread(world.api.wait, lambda: world.fetches(claim) >= 2)
     await world.unprepare(claim)  # in line behind the clean-up
 
     assert world.rig.partitions() == ()
@@ -222,7 +218,7 @@ async def test_what_is_read_on_the_node_does_not_wait_behind_fetches_that_hang(w
     claims = [world.claim(f"c{n}", world.device(f"mig-1g-19-{n % 7}", 1)) for n in range(8)]
     world.api.hang(8, path="resourceclaims/c")
     hanging = [asyncio.create_task(world.prepare(claim)) for claim in claims]
-    await asyncio.to_thread(world.api.wait, lambda: all(fetches(world, claim) for claim in claims))
+    await asyncio.to_thread(world.api.wait, lambda: all(world.fetches(claim) for claim in claims))
 
     await asyncio.wait_for(service.recover(), 5)
     await asyncio.wait_for(service.ensure_daemons(), 5)
@@ -231,6 +227,57 @@ async def test_what_is_read_on_the_node_does_not_wait_behind_fetches_that_hang(w
     assert not any(task.done() for task in hanging)
     world.api.release()
     await asyncio.gather(*hanging)
+
+
+# ---------------------------------------------------------------- a unit that was forgotten
+
+
+def ask_for(world: World, ref: ClaimRef, *requests: Mapping[str, object]) -> None:
+    """What the user wrote into the claim."""
+    body = world.api.get("resourceclaims", ref.name, ref.namespace)
+    world.api.update("resourceclaims", body | {"spec": {"devices": {"requests": list(requests)}}})
+
+
+def asking(memory: str, **more: object) -> dict[str, object]:
+    return {"capacity": {"requests": {"memory": memory}}, **more}
+
+
+@pytest.mark.parametrize("device", ["timeslice", "mig-1g-19-0", "gpu"])
+@pytest.mark.parametrize("key", ["memory", "gpuslice.dev/memory"])
+async def test_a_request_without_a_unit_is_refused_with_the_unit_that_was_probably_meant(
+    world: World, device: str, key: str
+) -> None:
+    claim = world.claim("one", world.device(device))
+    ask_for(world, claim, {"name": "gpu-0", "exactly": {"capacity": {"requests": {key: "5120"}}}})
+
+    answer = await world.prepare(claim)
+
+    assert answer.error == (
+        f"request gpu-0 of claim {claim} asks for memory: 5120, which is less than 1 MiB; write 5120Mi if that is what you "
+        "mean, make the claim again, and delete the pod"
+    )
+    world.rig.assert_empty()
+
+
+async def test_only_the_option_that_the_scheduler_chose_can_be_such_a_mistake(world: World) -> None:
+    options = [asking("8", name="large"), asking("8Gi", name="small")]
+    claim = world.claim("one", world.device("mig-1g-19-0"), requests=["gpu/small"])
+    ask_for(world, claim, {"name": "gpu", "firstAvailable": options}, {"name": "other", "exactly": asking("1")})
+    await world.must_prepare(claim)
+
+    wrong = world.claim("two", world.device("mig-1g-19-1"), requests=["gpu/large"])
+    ask_for(world, wrong, {"name": "gpu", "firstAvailable": options})
+
+    assert "request gpu/large of claim default/two" in (await world.prepare(wrong)).error
+
+
+async def test_a_claim_that_is_prepared_already_is_answered_whatever_its_request_says(world: World) -> None:
+    """Its pod runs, and the kubelet asks again when it starts."""
+    claim = world.claim("one", world.device("gpu"))
+    before = await world.must_prepare(claim)
+    ask_for(world, claim, {"name": "gpu-0", "exactly": asking("5120")})
+
+    assert await world.must_prepare(claim) == before
 
 
 # ---------------------------------------------------------------- waiting for a holder that leaves
@@ -475,7 +522,7 @@ async def test_shutting_down_refuses_a_claim_whose_fetch_ends_only_then(world: W
     claim = world.claim("new", world.device("gpu"))
     world.api.hang(path="resourceclaims/new")
     asked = asyncio.create_task(world.prepare(claim))
-    await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim))
+    await asyncio.to_thread(world.api.wait, lambda: world.fetches(claim))
     closing = asyncio.create_task(world.instances[0].service.close(10))
     await settled()
 
@@ -490,7 +537,7 @@ async def test_an_unprepare_cancels_a_prepare_whose_fetch_is_under_way(world: Wo
     claim = world.claim("one", world.device("gpu"))
     world.api.hang(path="resourceclaims/one")
     asked = asyncio.create_task(world.prepare(claim))
-    await asyncio.to_thread(world.api.wait, lambda: fetches(world, claim))
+    await asyncio.to_thread(world.api.wait, lambda: world.fetches(claim))
 
     await asyncio.wait_for(world.unprepare(claim), 5)
     assert "was cancelled before it began" in (await asked).error

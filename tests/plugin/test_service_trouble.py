@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.model import ClaimRef
 from gpuslice.errors import DeviceError
 from gpuslice.mps import control
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.nvml.api import Code
+from gpuslice.plugin import service as service_module
 
 from tests.kit.running import World
 
@@ -41,6 +43,27 @@ async def test_what_a_vanished_claim_holds_on_a_hung_card_is_kept_until_the_card
         assert await service.workers.drained(10)
         await service.collect(now=602)
         world.rig.assert_empty()
+
+
+@pytest.mark.parametrize(
+    "odd", [(404, b"404 page not found\n"), (404, b"{}"), (200, b"{}"), (200, b'{"kind": "Status"}')]
+)
+async def test_a_living_claim_is_not_collected_because_of_an_answer_that_does_not_name_it(
+    world: World, odd: tuple[int, bytes]
+) -> None:
+    service = world.instances[0].service
+    claim = world.claim("idle", world.device("mig-1g-19-0"))
+    before = await world.must_prepare(claim)
+    world.api.answer(*odd, times=1000, path="resourceclaims")
+
+    for now in (0.0, 601.0, 1300.0):
+        await service.collect(now)
+    refusal = (await world.prepare(world.claim("other", world.device("mig-1g-19-0")))).error
+
+    assert "delete" not in refusal and "check the API server and the proxies before it" in refusal
+    world.api.release()
+    assert await world.must_prepare(claim) == before
+    assert len(world.rig.partitions()) == 1
 
 
 async def test_a_vanished_claim_that_cannot_be_unprepared_is_tried_again(
@@ -175,3 +198,87 @@ async def test_a_daemon_that_cannot_be_made_again_is_told_after_those_of_other_c
             await world.unprepare(claim)
         second.close()
         rig.assert_empty()
+
+
+# ---------------------------------------------------------------- a prepare that came after its unprepare
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "SECOND_LOOK_S", 0.3)
+    monkeypatch.setattr(service_module, "MOST_WAIT_S", 1.0)
+
+
+async def prepared_late(world: World, name: str = "late") -> ClaimRef:
+    """The kubelet gave the call up and unprepared, and the call came through after that."""
+    claim = world.claim(name, world.device("mig-3g-9-0"))
+    await world.must_prepare(claim)
+    await world.unprepare(claim)
+    await world.must_prepare(claim)
+    return claim
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("ends", ["deallocate", "delete"])
+async def test_what_a_late_prepare_left_does_not_block_the_next_claim(world: World, ends: str) -> None:
+    late = await prepared_late(world)
+    getattr(world, ends)(late)
+    successor = world.claim("new", world.device("mig-1g-19-2"))
+
+    assert (await world.must_prepare(successor)).devices
+
+    assert world.rig.records() == {successor.uid}
+    world.rig.assert_agreed()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_claim_of_a_force_deleted_pod_is_not_taken_from_it_by_its_successor(world: World) -> None:
+    holder = world.claim("old", world.device("mig-3g-9-0"))
+    await world.must_prepare(holder)
+    world.delete(holder)
+
+    assert "still held by default/old" in (await world.prepare(world.claim("new", world.device("mig-1g-19-2")))).error
+
+    assert holder.uid in world.rig.records()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_what_a_program_uses_is_not_collected_because_its_claim_was_deallocated(world: World) -> None:
+    late = await prepared_late(world)
+    uuid = world.rig.partitions()[0].uuid
+    assert uuid is not None
+    world.rig.nvml.run_process(uuid, name="train")
+    world.deallocate(late)
+
+    assert "still held by default/late" in (await world.prepare(world.claim("new", world.device("mig-1g-19-2")))).error
+
+    assert late.uid in world.rig.records()
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("again", ["allocated", "reserved"])
+@pytest.mark.parametrize("when", ["before the first look", "between the looks"])
+async def test_a_claim_that_is_allocated_or_reserved_again_is_not_collected(
+    world: World, again: str, when: str
+) -> None:
+    late = await prepared_late(world)
+    elsewhere = {"driver": "gpuslice.dev", "request": "gpu-0", "pool": "other/card", "device": "gpu"}
+    status = {
+        "allocated": {"allocation": {"devices": {"results": [elsewhere]}}},
+        "reserved": {"reservedFor": [{"resource": "pods", "name": "p", "uid": "u"}]},
+    }[again]
+
+    def hold_again() -> None:
+        world.api.update("resourceclaims", world.api.get("resourceclaims", "late", "default") | {"status": status})
+
+    world.deallocate(late)
+    if when == "before the first look":
+        hold_again()
+    waits = asyncio.create_task(world.prepare(world.claim("new", world.device("mig-1g-19-2"))))
+    if when == "between the looks":
+        await asyncio.to_thread(world.api.wait, lambda: world.fetches(late) >= 3)
+        hold_again()
+
+    assert "still held by default/late" in (await waits).error
+
+    assert late.uid in world.rig.records()

@@ -7,7 +7,7 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +26,13 @@ from gpuslice.kube import Kube
 from gpuslice.nvml.api import Code, ComputeMode
 from gpuslice.nvml.session import Session
 from gpuslice.nvml.sim.nvml import SimNvml
-from gpuslice.publishing.controller import SliceController
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.shapes import Shapes
 from gpuslice.standin.apiserver import StandInApiServer
 from gpuslice.system.threads import ThreadWatch
 
 from tests.kit.builders import a_gpu, a_policy
-from tests.kit.publishing import DRIVER, NODE, a_publisher, an_api_server
+from tests.kit.publishing import DRIVER, NODE, a_controller, a_publisher, an_api_server
 from tests.kit.rig import Rig, a_claim
 
 FULL = Features(partitionable=True, consumable=True, taints=True)
@@ -378,37 +377,6 @@ def a_line(words: str) -> Iterator[threading.Event]:
 
 
 PUBLISHED = "published the ResourceSlices"  # all that is wanted is in force
-
-
-@contextmanager
-def a_controller(
-    server: StandInApiServer,
-    rig: Rig,
-    folder: Path,
-    on_taints_changed: Callable[[], object] = lambda: None,
-    checkpoint: Checkpoint | None = None,
-    threads: ThreadWatch | None = None,
-) -> Iterator[SliceController]:
-    """One that runs over this node; its shapes are in `folder`."""
-    kube, checkpoint = Kube(server.kubeconfig), checkpoint or rig.checkpoint
-    controller = SliceController(
-        kube=kube,
-        driver=DRIVER,
-        node=NODE,
-        dynamic=Inventory.of(rig.gpus, rig.policy, NODE),
-        static=Inventory.of(rig.gpus, rig.policy, NODE, static=True),
-        health=NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=checkpoint, hung=dict),
-        checkpoint=checkpoint,
-        folder=folder,
-        on_taints_changed=on_taints_changed,
-        threads=threads,
-    )
-    controller.start()
-    try:
-        yield controller
-    finally:
-        controller.stop()
-        kube.close()
 
 
 def devices(server: StandInApiServer, tainted: bool = False) -> set[str]:

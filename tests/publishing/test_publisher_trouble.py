@@ -65,6 +65,27 @@ def test_a_slice_that_somebody_deleted_or_edited_is_put_right(server: StandInApi
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("skipNodeOperations", ["*"]),  # the kubelet would start pods without calling prepare
+        ("partitionTypeAttribute", "gpuslice.dev/type"),
+        ("perDeviceNodeSelection", True),
+        ("allNodes", True),
+    ],
+)
+def test_a_field_that_somebody_adds_to_our_slice_is_taken_away(
+    server: StandInApiServer, field: str, value: object
+) -> None:
+    with a_publisher(server) as publisher:
+        publish_and_wait(publisher, a_pool("gpu"))
+
+        for body in server.all("resourceslices"):
+            server.update("resourceslices", body | {"spec": body["spec"] | {field: value}})
+
+        server.wait(lambda: not any(field in body["spec"] for body in server.all("resourceslices")))
+
+
 @pytest.mark.contract(60)
 def test_a_watch_that_lags_causes_no_duplicates(server: StandInApiServer) -> None:
     server.hang(times=9, path="watch=true")
@@ -150,6 +171,38 @@ def test_what_was_missed_while_the_api_server_was_away_is_made_up_for(server: St
         assert shown(server) == ["n1/a/mps"]
 
 
+@pytest.mark.parametrize("before", ["nothing", "an older pool"])
+def test_slices_come_back_after_an_etcd_was_restored_whose_versions_go_back(
+    server: StandInApiServer, before: str
+) -> None:
+    with a_publisher(server) as publisher:
+        if before != "nothing":
+            publish_and_wait(publisher, a_pool("mps"))
+        backup = server.store.snapshot()
+        publish_and_wait(publisher, a_pool("gpu"))
+        for taint in ("1", "2", "3"):
+            publish_and_wait(publisher, a_pool("gpu", taints=[TAINT | {"value": taint}]))
+        server.away()
+        server.store.restore(backup)
+        server.back()
+
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+        publish_and_wait(publisher, a_pool("other"))
+
+        assert shown(server) == ["n1/a/other"]
+
+
+def test_a_watch_whose_versions_go_back_is_followed_by_a_list(server: StandInApiServer) -> None:
+    """The connection may end at a proxy, so nothing but the versions tells that the server behind it is another one."""
+    with a_publisher(server, replace(FAST, watch_s=1)) as publisher:
+        backup = server.store.snapshot()
+        publish_and_wait(publisher, a_pool("gpu"))
+
+        server.store.restore(backup)
+
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+
 @pytest.mark.contract(67)
 @pytest.mark.parametrize("status", [403, 409, 429, 500])
 def test_a_refused_write_is_told_and_tried_again(server: StandInApiServer, status: int) -> None:
@@ -182,8 +235,8 @@ def test_lost_answers_and_hung_up_watches_end_in_the_wanted_state(server: StandI
 @pytest.mark.parametrize(
     ("method", "path", "says"),
     [
-        ("POST", "/resourceslices", "answered an object that is not a slice to create resourceslices"),
-        ("GET", "limit=", "answered a list of resourceslices with the resource version ''"),
+        ("POST", "/resourceslices", "answered something else than the slice to create resourceslices"),
+        ("GET", "limit=", "answered no list of resourceslices"),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_logged_and_asked_for_again(
@@ -201,7 +254,7 @@ def test_an_answer_that_makes_no_sense_is_logged_and_asked_for_again(
 def test_an_api_server_that_breaks_each_watch_off_is_told_and_not_asked_without_a_pause(
     server: StandInApiServer,
 ) -> None:
-    server.fail(200, times=2, path="watch=true")  # a whole answer instead of a stream
+    server.answer(200, b"", times=2, path="watch=true")  # an empty answer instead of a stream
     errors: list[str] = []
     kube = Kube(server.kubeconfig)
     publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: errors.append(status.error))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from itertools import count
 from typing import Any
 
 import pytest
 from gpuslice.core.json import ReadOnlyBody
+from gpuslice.standin.capacity import CapacityError
+from gpuslice.standin.resource_slices import amount
 from gpuslice.standin.scheduler import Request, SelectorError, allocate
 
 NODE, DRIVER = "node-a", "gpuslice.dev"
@@ -319,6 +322,59 @@ def test_a_share_is_charged_by_the_policy_of_its_capacity(
     found = cluster.ask(Request(name="gpu", capacity={} if asked is None else {"memory": asked}))
 
     assert (found and cluster.last()["consumedCapacity"]["memory"]) == charged
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1E1000000", 2**63 - 1),
+        ("1e31", 2**63 - 1),
+        ("10E", 2**63 - 1),
+        ("-1E1000000", 1 - 2**63),
+        ("0E1000000", 0),
+        ("1e-1000000", Decimal("1e-9")),
+        ("1E99999999999999999999", None),
+        ("1Gi", 2**30),
+    ],
+)
+def test_an_amount_beyond_all_measure_is_the_largest_or_the_smallest_there_is(text: str, value: object) -> None:
+    """apimachinery, `ParseQuantity`: values are cut to int64, and rounded up to 1n; an exponent must fit int64."""
+    assert amount(text) == value
+
+
+STEPS = {"default": "8Gi", "validRange": {"min": "256Mi", "step": "1Mi"}}
+NO_STEPS = {"default": "8Gi", "validRange": {"min": "256Mi"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "policy", "in_1_36", "in_1_37"),
+    [
+        ("7.7777Gi", STEPS, "7965Mi", None),
+        ("1.1234Gi", STEPS, "1151Mi", None),
+        ("1.123Gi", STEPS, "1150Mi", "1150Mi"),
+        ("9.5Gi", STEPS, "9728Mi", "9728Mi"),
+        ("10.0625Gi", STEPS, "10304Mi", "10304Mi"),  # whole bytes, whatever the decimals
+        ("0.1234Mi", STEPS, "256Mi", "256Mi"),  # below the least it is raised before anything is divided
+        ("7.7777Gi", NO_STEPS, "8351241785", "8351241784524800u"),
+        ("1.123456789Gi", NO_STEPS, "1206302542", "1206302541806043136n"),
+    ],
+)
+def test_a_request_with_more_than_three_decimals_ends_everything_in_1_37_where_the_policy_has_steps(
+    asked: str, policy: dict[str, Any], in_1_36: str, in_1_37: str | None
+) -> None:
+    """k8s.io/dynamic-resource-allocation v0.37.1, `roundUpRange` and `useMilli`: thousandths for every range with steps."""
+    device = a_share("mps", {"memory": {"value": "80Gi", "requestPolicy": policy}})
+    slices = [a_slice("a", "p0", [device, a_device("gpu", capacity={"memory": {"value": "80Gi"}})])]
+    request = Request(name="gpu", capacity={"memory": asked})
+
+    old = allocate(slices, [], [request], node=NODE, fractional=False)
+    assert old is not None and old["devices"]["results"][0]["consumedCapacity"]["memory"] == in_1_36
+    if in_1_37 is None:
+        with pytest.raises(CapacityError, match=f"request {asked} is not a representable milli value"):
+            allocate(slices, [], [request], node=NODE)
+        return
+    new = allocate(slices, [], [request], node=NODE)
+    assert new is not None and new["devices"]["results"][0]["consumedCapacity"]["memory"] == in_1_37
 
 
 @pytest.mark.parametrize(

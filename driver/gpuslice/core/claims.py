@@ -7,7 +7,7 @@ KEP-4816 (results of a prioritised list are named `request/subrequest`), KEP-507
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from gpuslice.core import params, quantity
 from gpuslice.core.json import UncheckedBody
@@ -34,7 +34,40 @@ def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
     devices = _object(allocation, "devices", ref)
     ours = [result for result in _objects(devices, "results", ref) if result.get("driver") == driver]
     layers = _layers(devices, ref, driver)
-    return Claim(ref, tuple(_allocation(result, layers, ref) for result in ours))
+    names = {name for result in ours if isinstance(name := result.get("request"), str)}
+    return Claim(ref, tuple(_allocation(result, layers, ref) for result in ours), tuple(_mistakes(body, ref, names)))
+
+
+def _mistakes(body: UncheckedBody, ref: ClaimRef, names: Set[str]) -> Iterator[str]:
+    """Requests of these names, `request` or `request/subrequest`, for less memory than any program can use: somebody has
+    forgotten the unit. The scheduler knows no unit either, so it takes the request for what it says."""
+    spec = body.get("spec")
+    devices = spec.get("devices") if isinstance(spec, Mapping) else None
+    for request in _mappings(devices, "requests"):
+        options = _mappings(request, "firstAvailable")
+        asked: list[tuple[list[object], object]] = [([request.get("name"), one.get("name")], one) for one in options]
+        for path, part in asked or [([request.get("name")], request.get("exactly"))]:
+            name = "/".join(text for text in path if isinstance(text, str))
+            for text in _memory(part) if name in names else ():
+                if meant := quantity.without_unit(text):
+                    yield (
+                        f"request {name} of claim {ref} asks for memory: {text}, which is less than 1 MiB; "
+                        f"write {meant} if that is what you mean, make the claim again, and delete the pod"
+                    )
+
+
+def _memory(asked: object) -> Iterator[str]:
+    """The amounts of memory in a request, under our name for it with our domain or without."""
+    capacity = asked.get("capacity") if isinstance(asked, Mapping) else None
+    amounts = capacity.get("requests") if isinstance(capacity, Mapping) else None
+    for key, text in amounts.items() if isinstance(amounts, Mapping) else ():
+        if str(key).rpartition("/")[2] == "memory" and isinstance(text, str | int):
+            yield str(text)[:_QUANTITY]
+
+
+def _mappings(body: object, key: str) -> list[UncheckedBody]:
+    items = body.get(key) if isinstance(body, Mapping) else None
+    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []
 
 
 def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], driver: str) -> bool:
@@ -44,6 +77,14 @@ def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], dr
         return False
     held = [(result.get("pool"), result.get("device")) for result in results(body, driver)]
     return any((device.pool, device.device) in held for device in devices)
+
+
+def is_released(body: UncheckedBody, uid: ClaimUid) -> bool:
+    """Whether the API shows the claim of this UID without an allocation, and no pod has reserved it."""
+    metadata, status = body.get("metadata"), body.get("status") or {}
+    if not isinstance(metadata, Mapping) or metadata.get("uid") != uid or not isinstance(status, Mapping):
+        return False
+    return not status.get("allocation") and not status.get("reservedFor")
 
 
 def results(body: UncheckedBody, driver: str) -> Iterator[UncheckedBody]:

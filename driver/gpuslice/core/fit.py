@@ -6,7 +6,7 @@ one card must not take away the other cards of its node.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from gpuslice.core import layout
@@ -77,7 +77,23 @@ def _with_shares(gpu: Gpu, policy: GpuPolicy, notes: list[Misfit]) -> GpuPolicy:
                 f" each of {memory_mib} MiB; make fewer shares or reserve less; until then it has {most} shares"
             )
             notes.append(Misfit(path, gpu.uuid, sentence))
+    notes += _least_too_large(gpu, policy, memory_mib)
     return policy
+
+
+def _least_too_large(gpu: Gpu, policy: GpuPolicy, memory_mib: int) -> Iterator[Misfit]:
+    if "leastShare" not in policy.paths:
+        return
+    for mode, wanted in ((Mode.MPS, policy.mps_shares), (Mode.TIMESLICE, policy.timeslice_shares)):
+        part_mib = memory_mib // shares_of(memory_mib, wanted)
+        if mode in policy.modes and part_mib < policy.least_share_mib:
+            path = policy.path("leastShare")
+            sentence = (
+                f"policy: {path} is {policy.least_share_mib} MiB, but one of {wanted} shares of GPU {gpu.index}"
+                f" ({gpu.product}) by {mode} is {part_mib} MiB; make fewer shares, or write a smaller leastShare; until then"
+                f" the least is {part_mib} MiB"
+            )
+            yield Misfit(path, gpu.uuid, sentence)
 
 
 def _refusal(gpu: Gpu, policy: GpuPolicy) -> str:

@@ -60,6 +60,7 @@ class Pool:
     devices: tuple[Device, ...]
     reserve_bytes: int  # memory of the whole card that is not offered
     keep: frozenset[Setting] = frozenset()  # settings that the driver does not change on this card
+    least_share_mib: int = 1  # the smallest request for memory that a share is charged
 
     @property
     def memory_mib(self) -> int:
@@ -181,7 +182,14 @@ def _bus(bus_id: str) -> str:
 def _pool(name: PoolName, gpu: Gpu, policy: GpuPolicy, *, static: bool) -> Pool:
     offers = [*(_static_offers(gpu, policy) if static else _offers(gpu, policy)), Offer(WholeGpu(gpu), Monitor())]
     devices = tuple(Device(DeviceRef(name, offer_name(offer)), offer) for offer in offers)
-    return Pool(name=name, gpu=gpu, devices=devices, reserve_bytes=policy.reserve_bytes, keep=policy.keep)
+    return Pool(
+        name=name,
+        gpu=gpu,
+        devices=devices,
+        reserve_bytes=policy.reserve_bytes,
+        keep=policy.keep,
+        least_share_mib=policy.least_share_mib,
+    )
 
 
 def _pool_name(node: str, gpu: Gpu) -> PoolName | None:

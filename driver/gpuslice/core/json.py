@@ -53,6 +53,37 @@ def is_object(item: object) -> bool:
     return isinstance(item, dict) and isinstance(item.get("metadata"), dict) and _texts(item["metadata"], "name", "uid")
 
 
+def is_claim(item: object) -> bool:
+    """Whether it is a ResourceClaim of which one can say what it holds. Without an allocation it holds nothing."""
+    if not isinstance(item, dict) or not is_object(item):
+        return False
+    part: object = item
+    for key in ("status", "allocation", "devices"):
+        part = part.get(key) if isinstance(part, dict) else part
+        if part is None:
+            return True
+    return isinstance(part, dict) and _objects(part.get("results"), "driver", "pool", "device")
+
+
+def is_deletion(answer: Body, uid: str) -> bool:
+    """Whether it says that the object of this UID was deleted: a Status of success, or the object as it was."""
+    if answer.get("kind") == "Status":
+        return answer.get("status") == "Success"
+    return bool(answer.get("metadata", {}).get("uid") == uid)
+
+
+def answers(sent: ReadOnlyBody, returned: Body) -> bool:
+    """Whether a slice that came back is the one that was sent, whatever fields it lost on the way."""
+    mine, theirs = sent["spec"], returned["spec"]
+    same = (mine.get("driver"), mine.get("nodeName"), mine.get("pool", {}).get("name")) == (
+        theirs.get("driver"),
+        theirs.get("nodeName"),
+        theirs["pool"]["name"],
+    )
+    meta, found = sent["metadata"], returned.get("metadata", {})
+    return same and all(meta[key] == found.get(key) for key in ("name", "uid") if key in meta)
+
+
 def is_resource_slice(item: object, *, stored: bool = True) -> bool:
     """Whether it has all fields that are read of a ResourceSlice, with their types. The answer to a dry run is not
     `stored`."""

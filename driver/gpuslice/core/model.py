@@ -278,8 +278,11 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
+    """`mistakes`: what cannot be meant, one sentence each. They count only for a claim that is not prepared yet."""
+
     ref: ClaimRef
     allocations: tuple[Allocation, ...]
+    mistakes: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- unavailable devices

@@ -77,7 +77,8 @@ def check(settings: Settings, offer: Offer, device: object, kept: Set[Setting] =
         case Monitor():
             if settings != Settings():
                 raise ClaimError(
-                    f"opaque config has no effect on {device}, because a monitor only shows its GPU; remove the config"
+                    f"opaque config has no effect on {device}, because admin access only shows its GPU and limits nothing; "
+                    "remove the config, or the adminAccess"
                 )
         case _:
             assert_never(offer.sharing)

@@ -1,9 +1,8 @@
 """Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
 
-The scheduler's counters alone are not reliable: schedulers older than Kubernetes 1.36.2 do not charge committed shares
-again (kubernetes/kubernetes#139040). So `make` checks again which claim holds which device. If another record holds a
-device, the claim is `Busy`, because that holder may leave soon. A partition without a record is foreign: the claim is
-refused.
+The scheduler's counters alone are not reliable: schedulers before Kubernetes 1.36.2 do not charge committed shares again
+(kubernetes/kubernetes#139040). So `make` checks who holds a device: the claim is `Busy` if another record holds it, because
+that holder may leave soon, and refused if a partition has no record (it is foreign).
 """
 
 from __future__ import annotations
@@ -97,13 +96,12 @@ def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
         if requests.count(request) > 1:
             raise ClaimError(
                 f"request {request} of claim {ref} has {requests.count(request)} MPS shares, but a container can use "
-                "only one; ask "
-                "for one share of the size that it needs"
+                "only one; ask for one share of the size that it needs"
             )
 
 
 def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
-    """Claims that block `wanted`: they hold the same device, or too many shares. At least one of them must leave."""
+    """Claims that hold the same device as `wanted`, or too many shares. At least one of them must leave."""
     held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
     found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
     for grant in wanted:
@@ -115,7 +113,9 @@ def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inve
 
 
 def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
-    """The hardware behind each allocation. ClaimError as in `make`."""
+    """The hardware behind each allocation. ClaimError as in `make`, and for a mistake in the claim."""
+    if claim.mistakes:
+        raise ClaimError(claim.mistakes[0])
     return tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)
 
 
@@ -220,7 +220,6 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
             f"claim {ref} was allocated {device}, which this node does not offer now; delete the pod to have it "
             "scheduled again"
         )
-    params.check(allocation.settings, offer, device, inventory.kept(offer.gpu.uuid))
     if isinstance(offer.sharing, Monitor) and not allocation.admin:
         raise ClaimError(
             f"{device} is for admin access only; set adminAccess: true on the request, in a namespace with the label "
@@ -228,6 +227,7 @@ def _grant(ref: ClaimRef, allocation: Allocation, inventory: Inventory) -> Grant
         )
     # A device with admin access is only monitored: this takes nothing from its holders (KEP-5018).
     sharing = Monitor() if allocation.admin else offer.sharing
+    params.check(allocation.settings, replace(offer, sharing=sharing), device, inventory.kept(offer.gpu.uuid))
     return Grant(allocation=allocation, gpu=offer.gpu.uuid, slot=offer.slot, sharing=sharing)
 
 

@@ -8,9 +8,10 @@ from decimal import ROUND_UP, Decimal
 _SUFFIX: dict[str, Decimal | int] = {
     "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18,
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
-    "m": Decimal("0.001"),
+    "m": Decimal("1e-3"), "u": Decimal("1e-6"), "n": Decimal("1e-9"),
 }  # fmt: skip
-_EXPONENT = 30  # a number with a million digits takes minutes of CPU time
+_EXPONENT = 30  # a number with a million digits takes the processor for minutes
+_GIB_BELOW = 256  # a bare number below it is hardly one of MiB
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([numkMGTPE]|[KMGTPE]i)?)")
 
 
@@ -31,3 +32,15 @@ def mebibytes(count: int) -> str:
         if count and count % size == 0:
             return f"{count // size}{suffix}"
     return f"{count}Mi" if count else "0"
+
+
+def without_unit(text: str) -> str:
+    """What was probably meant by an amount of memory below 1 MiB: "5120" → "5120Mi", "8" → "8Gi". "" for any other text."""
+    try:
+        value = parse(text)
+    except ValueError:
+        return ""
+    match = _QUANTITY.fullmatch(text)
+    if match is None or not 0 < value < 2**20:
+        return ""
+    return f"{match[1]}{'Gi' if not match[3] and value < _GIB_BELOW else 'Mi'}"

@@ -25,18 +25,16 @@ class Share:
 
 
 def of(grant: Grant) -> Share | None:
-    """The share of a grant. None for an exclusive device."""
+    """The share of a grant. None for an exclusive device. A part of a MiB counts as a whole one, because MPS limits MiB."""
     charged = grant.allocation.consumed
     match grant.sharing:
         case Exclusive() | Monitor():
             return None
         case TimeSlicing(shares, memory_mib):
-            memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
-            return Share(memory_mib=memory, turns=charged.get("shares", 1))
+            return Share(memory_mib=-(-_memory(grant, memory_mib // shares) // MIB), turns=charged.get("shares", 1))
         case Mps(shares, memory_mib, clients, part):
-            memory = charged["memory"] // MIB if "memory" in charged else memory_mib // shares
             return Share(
-                memory_mib=memory,
+                memory_mib=-(-_memory(grant, memory_mib // shares) // MIB),
                 percent=charged.get("smPercent", 0 if part is None else 100 // shares),
                 clients=charged.get("clients", max(1, clients // shares)),
             )
@@ -44,6 +42,12 @@ def of(grant: Grant) -> Share | None:
             assert_never(grant.sharing)
 
 
+def _memory(grant: Grant, part_mib: int) -> int:
+    """The memory of a share in bytes: what the scheduler charged, else this equal part."""
+    return grant.allocation.consumed.get("memory", part_mib * MIB)
+
+
+_ALL_SMS = 100  # percent
 MODES = ("gpu", "mig", "mps", "timeslice", "monitor")
 
 
@@ -121,9 +125,21 @@ def excess(wanted: Grant, others: Sequence[Grant]) -> str:
     shares = [share for share in map(of, others) if share is not None]
     for name, limit in _limits(wanted):
         total = getattr(mine, name) + sum(getattr(share, name) for share in shares)
+        if name == "memory_mib":  # to the byte, as the scheduler adds it up
+            total = -(-sum(_bytes(grant) for grant in (wanted, *others)) // MIB)
         if total > limit:
             return f"{total} of {limit} {_DESCRIPTIONS[name]}"
     return ""
+
+
+def _bytes(grant: Grant) -> int:
+    match grant.sharing:
+        case Exclusive() | Monitor():
+            return 0
+        case TimeSlicing(shares, memory_mib) | Mps(shares, memory_mib):
+            return _memory(grant, memory_mib // shares)
+        case _:
+            assert_never(grant.sharing)
 
 
 _DESCRIPTIONS = {
@@ -172,10 +188,11 @@ def ceilings(grants: Iterable[Grant]) -> tuple[int | None, int | None]:
     """Memory in MiB and percent of SMs of the largest of these shares, because one MPS daemon has the same values for all
     its clients.
 
-    None means no ceiling: there is no share, or a share without a ceiling on compute.
+    None means no ceiling: there is no share, or a share without a ceiling on compute. A ceiling of 100 % is none, and NVIDIA's
+    daemon answers 100 for both.
     """
     shares = [share for share in map(of, grants) if share is not None]
     if not shares:
         return None, None
-    percents = [share.percent for share in shares]
-    return max(share.memory_mib for share in shares), max(percents) if all(percents) else None
+    most = max(share.percent or _ALL_SMS for share in shares)
+    return max(share.memory_mib for share in shares), most if most < _ALL_SMS else None

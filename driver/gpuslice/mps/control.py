@@ -131,12 +131,12 @@ class Control:
         if servers := self.servers():
             self._try(*(f"set_active_thread_percentage {server} {wanted}" for server in servers))
         reported = [self.threads(), *(self._threads(f"get_active_thread_percentage {server}") for server in servers)]
-        if any(figure != percent for figure in reported):
+        if any(figure != (None if percent == 100 else percent) for figure in reported):
             raise DeviceError(
                 f"the MPS daemon did not accept the ceiling of {wanted} % of the multiprocessors and reports "
                 f"{reported[0] or 100} %; update the NVIDIA driver, or use MIG or time-slicing on this card"
             )
-        return percent
+        return reported[0]
 
     def threads(self) -> int | None:
         return self._threads("get_default_active_thread_percentage")

@@ -14,7 +14,7 @@ class Releases:
     """Notifications of removed records, by this instance or another one. Claims that wait for a holder wait for them."""
 
     def __init__(self) -> None:
-        self._waiters: set[_Waiter] = set()
+        self._waiters: set[Waiter] = set()
 
     def notify(self, uids: Sequence[ClaimUid]) -> None:
         for waiter in self._waiters:
@@ -28,10 +28,10 @@ class Releases:
             waiter.changed.set()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[_Waiter]:
+    def listening(self) -> Iterator[Waiter]:
         """Listen from now on. Call it *before* the look at the records. Otherwise a holder may leave between the look and
         the call, and only a time-out wakes the waiter (measured: 67 s instead of 3 s for 150 pods)."""
-        waiter = _Waiter()
+        waiter = Waiter()
         self._waiters.add(waiter)
         try:
             yield waiter
@@ -39,7 +39,7 @@ class Releases:
             self._waiters.discard(waiter)
 
 
-class _Waiter:
+class Waiter:
     def __init__(self) -> None:
         self.gone: set[ClaimUid] = set()
         self.changed = asyncio.Event()

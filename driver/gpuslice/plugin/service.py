@@ -1,7 +1,7 @@
 """The path of a claim through the driver. A claim may wait in this order: claim queue, API server, tickets, thread.
 
 The transaction itself is in `prepare.py`. This module only decides which call waits for which. Its tools are in
-`claim_queue.py`, `tickets.py`, `workers.py` and `releases.py`.
+`claim_queue.py`, `tickets.py`, `workers.py`, `releases.py`, `api_claims.py` and `collector.py`.
 
 * Each claim has one queue of jobs. An unprepare cancels a waiting prepare, and waits for the end of a running one.
 * The claim is fetched inside its queue, and again after every wait, because a claim can be deallocated and allocated
@@ -9,26 +9,28 @@ The transaction itself is in `prepare.py`. This module only decides which call w
 * `Busy` releases everything. If the API still gives the devices to a holder, this is a double allocation and is refused.
   If all holders are gone or deallocated, their unprepare comes soon. The claim waits for it without thread or lock and
   keeps its place in the queue. After a forced delete, the new pod then needs no retry by the kubelet.
+* No unprepare comes if a prepare came through after it (a call that the kubelet had given up). So a holder that is released
+  is unprepared after a second look, if nothing runs on its devices.
 * Claims that take no GPU (admin access) pass the claim queue only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Executor
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from gpuslice.core import claims
 from gpuslice.core.model import Claim, ClaimRef, ClaimUid, GpuUuid
 from gpuslice.core.record import Busy, PreparedClaim, Record
-from gpuslice.errors import ApiError, ClaimError, DriverError, HungError, NotFoundError
+from gpuslice.errors import ApiError, ClaimError, DriverError, HungError
+from gpuslice.plugin.api_claims import ApiClaims, ClaimReader, Hold
 from gpuslice.plugin.claim_queue import ClaimQueue, Job
+from gpuslice.plugin.collector import Collector
 from gpuslice.plugin.prepare import Preparer, Scope
-from gpuslice.plugin.releases import Releases
+from gpuslice.plugin.releases import Releases, Waiter
 from gpuslice.plugin.tickets import Ticket, Tickets
 from gpuslice.plugin.workers import Turn, Workers
 
@@ -41,18 +43,10 @@ MOST_WAIT_S = 40.0
 _SPARE_S = 5.0
 # Claims that are fetched in worker threads. The threads for all other requests are as many (`app.py`).
 _AT_ONCE = 8
-# A record is collected when the API server has not had its claim for this time (a force-deleted pod may still run).
-ORPHAN_AGE_S = 600.0
-# From one question whether a prepared claim still exists to the next. It doubles while the answer is yes.
-_ASK_S, _LONGEST_ASK_S = 60.0, 600.0
+# Between two looks at a holder that no unprepare follows any more, because its prepare came after it.
+SECOND_LOOK_S = 10.0
 # What the driver does for a claim without being asked, for the sentence about its failure.
 _AIMS = {"recover": "undo a prepare that did not end", "mend": "put the CDI file right"}
-
-
-class ClaimReader(Protocol):
-    """The call of this module to the API server. It blocks."""
-
-    def claim(self, namespace: str, name: str) -> dict[str, object]: ...
 
 
 class ClaimService:
@@ -66,17 +60,19 @@ class ClaimService:
         executor: Executor,
         hang_limit_s: float = 15.0,
     ) -> None:
-        self._api = api
-        self._driver = driver
+        self._claims = ApiClaims(api, driver, executor)
         self._preparer = preparer
         self._releases = releases
-        self._executor = executor
         self._queue = ClaimQueue()
         self.tickets = Tickets()
         self.workers = Workers(self.tickets, hang_limit_s, preparer.make_spares)
-        self._absent_since: dict[ClaimUid, float] = {}
+        self._collector = Collector(
+            records=lambda: asyncio.to_thread(preparer.records),
+            hold=self._claims.hold,
+            in_use=self._in_use,
+            unprepare=self.unprepare,
+        )
         self._fetching = 0  # threads that fetch a claim and may go on with its prepare
-        self._next_ask: dict[ClaimUid, tuple[float, float]] = {}  # when, and the pause after it
         self._closed: DriverError | None = None
 
     async def prepare(self, ref: ClaimRef, timeout_s: float) -> PreparedClaim:
@@ -87,6 +83,7 @@ class ClaimService:
     async def unprepare(self, uid: ClaimUid) -> None:
         """Undo everything that the claim holds. Succeeds if nothing is left. Needs no API server."""
         await self._queue.run(uid, "unprepare", lambda job: self._unprepare(uid, job), calls_off="prepare")
+        self._claims.note_unprepared(uid, asyncio.get_running_loop().time())
 
     async def recover(self, only: Set[ClaimUid] | None = None) -> None:
         """Undo what a killed process or a lost card left incomplete. Called before the server opens, so that it gets
@@ -136,45 +133,9 @@ class ClaimService:
 
     async def collect(self, now: float) -> None:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices. Also undo the
-        hardware that was left on lost cards.
-
-        Called once a minute with the time of a clock. A claim that still exists is asked for ever less, up to every ten
-        minutes: at rest nothing goes to the API server for most of the time.
-        """
+        hardware that was left on lost cards. Called once a minute with the time of a clock."""
         await self.recover()
-        try:
-            records = await asyncio.to_thread(self._preparer.records)
-        except DriverError as e:
-            log.error("cannot find the claims with records; the driver tries again later: %s", e)
-            return
-        for known in (self._absent_since, self._next_ask):
-            for uid in known.keys() - records.keys():
-                del known[uid]
-        for uid, record in records.items():
-            due, pause_s = self._next_ask.get(uid, (now, _ASK_S))
-            if now >= due:
-                await self._collect_one(uid, record, now, pause_s)
-
-    async def _collect_one(self, uid: ClaimUid, record: Record, now: float, pause_s: float) -> None:
-        """Ask for this claim. `pause_s`: until the next question, if the claim still exists."""
-        ref = record.plan.ref
-        try:
-            if await self._held(record):
-                self._absent_since.pop(uid, None)
-                self._next_ask[uid] = now + pause_s, min(2 * pause_s, _LONGEST_ASK_S)
-                return
-        except ApiError as e:
-            log.info("cannot ask whether a claim still exists; the driver asks again in a minute claim=%s: %s", ref, e)
-            return
-        self._next_ask.pop(uid, None)  # each minute from now on
-        since = self._absent_since.setdefault(uid, now)
-        if now - since < ORPHAN_AGE_S or await self._in_use(record):
-            return
-        log.warning("unpreparing a claim that the API server no longer has claim=%s", ref)
-        try:
-            await self.unprepare(uid)
-        except DriverError as e:
-            log.error("cannot unprepare a claim that was deleted; the driver tries again claim=%s: %s", ref, e)
+        await self._collector.collect(now)
 
     async def _in_use(self, record: Record) -> bool:
         name = f"a look at the devices of claim {record.plan.ref}"
@@ -207,17 +168,35 @@ class ClaimService:
                 if isinstance(answer, PreparedClaim):
                     await self._unprepare_unheard(ref, job)
                     return answer
-                leaving = await self._leaving(claim, answer)
+                leaving, released = await self._leaving(claim, answer)
                 names = ", ".join(str(holder) for holder in answer.holders if holder.uid in leaving)
                 log.info("waiting for holders of the devices to be unprepared claim=%s holders=%s", ref, names)
                 # Nothing else undoes the rest on a lost card, because the kubelet has its answer and does not call again.
                 await self.recover(leaving)
-                left = deadline - asyncio.get_running_loop().time()
-                if not await news.wait_any(leaving, left):
+                if not await self._left(news, leaving, released, deadline):
                     raise ClaimError(
                         f"the devices of claim {ref} are still held by {names}, which the kubelet has not unprepared yet; "
                         "the kubelet tries again"
                     )
+
+    async def _left(self, news: Waiter, leaving: Set[ClaimUid], released: Set[ClaimUid], deadline: float) -> bool:
+        """Wait until one of these claims has left. After a second look, unprepare those that are released."""
+        clock = asyncio.get_running_loop().time
+        if not released or deadline - clock() <= SECOND_LOOK_S:
+            return await news.wait_any(leaving, deadline - clock())
+        if await news.wait_any(leaving, SECOND_LOOK_S) or await self._unprepare_released(released):
+            return True
+        return await news.wait_any(leaving, deadline - clock())
+
+    async def _unprepare_released(self, uids: Set[ClaimUid]) -> bool:
+        """Unprepare those that are still released and on whose devices nothing runs; whether there were any."""
+        records, done = await asyncio.to_thread(self._preparer.records), False
+        for record in (records[uid] for uid in uids if uid in records):
+            if await self._claims.hold(record) is Hold.RELEASED and not await self._in_use(record):
+                log.warning("unpreparing a claim whose prepare came after its unprepare claim=%s", record.plan.ref)
+                await self.unprepare(record.plan.ref.uid)
+                done = True
+        return done
 
     async def _unprepare(self, uid: ClaimUid, job: Job) -> None:
         # On the event loop, because it is one stat(2), and fetches that wait for a silent API server may fill the pool.
@@ -259,7 +238,7 @@ class ClaimService:
             finally:
                 self._fetching -= 1
         else:
-            claim, answer = await self._fetched(lambda: self._read(ref))
+            claim, answer = await self._claims.run(lambda: self._read(ref))
         if not isinstance(answer, Scope):
             return claim, answer
         return claim, await self._work(answer, arrival, job, name, partial(self._preparer.prepare, claim))
@@ -273,37 +252,30 @@ class ClaimService:
 
     def _read(self, ref: ClaimRef) -> tuple[Claim, Scope]:
         """The present claim in the API server, and the scope of its prepare. It blocks."""
-        claim = self._fetch(ref)
+        claim = self._claims.fetch(ref)
         return claim, self._preparer.scope(ref.uid, claim)
-
-    def _fetch(self, ref: ClaimRef) -> Claim:
-        try:
-            body = self._api.claim(ref.namespace, ref.name)
-        except NotFoundError:
-            raise ClaimError(
-                f"claim {ref} does not exist in the API server, so its pod cannot start; delete the pod"
-            ) from None
-        return claims.parse(body, ref, self._driver)
 
     async def _unprepare_unheard(self, ref: ClaimRef, job: Job) -> None:
         """Undo a prepare whose caller is gone and whose claim is deleted, because the kubelet may not unprepare it."""
         if job.listeners:
             return
+        record = (await asyncio.to_thread(self._preparer.records)).get(ref.uid)
         try:
-            await self._fetched(lambda: self._fetch(ref))
-        except ClaimError:
-            await self._unprepare(ref.uid, job)
+            if record is not None and await self._claims.hold(record) is not Hold.HELD:
+                await self._unprepare(ref.uid, job)
         except ApiError as e:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
-    async def _leaving(self, claim: Claim, busy: Busy) -> frozenset[ClaimUid]:
-        """The holders that the API has deallocated already. ClaimError if this is not enough for the claim."""
+    async def _leaving(self, claim: Claim, busy: Busy) -> tuple[frozenset[ClaimUid], frozenset[ClaimUid]]:
+        """The holders that the API has let go already, and those of them that are released. ClaimError where their leaving
+        would not be enough."""
         records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
-        gone: set[ClaimUid] = set()
-        for holder in busy.holders:
-            if holder.uid not in records or not await self._held(records[holder.uid]):
-                gone.add(holder.uid)
-        still = await asyncio.to_thread(self._preparer.blockers, claim, frozenset(gone))
+        holds = {
+            holder.uid: await self._claims.hold(records[holder.uid]) if holder.uid in records else Hold.LEAVING
+            for holder in busy.holders
+        }
+        gone = frozenset(uid for uid, hold in holds.items() if hold is not Hold.HELD)
+        still = await asyncio.to_thread(self._preparer.blockers, claim, gone)
         if still:
             names = ", ".join(map(str, still))
             if set(still) <= await asyncio.to_thread(self._preparer.held_under_other_names, claim):
@@ -316,22 +288,4 @@ class ClaimService:
                 f"claim {claim.ref} was allocated devices that are held by {names}; this is a double allocation: "
                 "delete this pod to have it scheduled again, and update the scheduler if it is older than 1.36.2"
             )
-        return frozenset(gone)
-
-    async def _held(self, record: Record) -> bool:
-        """Whether the API server still gives the record's devices to its claim."""
-        ref = record.plan.ref
-        try:
-            body = await self._fetched(lambda: self._api.claim(ref.namespace, ref.name))
-        except NotFoundError:
-            return False
-        return claims.is_held(body, ref.uid, [grant.allocation.device for grant in record.plan.grants], self._driver)
-
-    async def _fetched(self, call: Callable[[], T]) -> T:
-        """Run a call to the API server with this task's context (`run_in_executor` alone drops the `op=` id).
-
-        These calls have their own threads: a silent API server keeps threads for many seconds, and reads on the node must not
-        wait for them.
-        """
-        context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, call)
+        return gone, frozenset(uid for uid, hold in holds.items() if hold is Hold.RELEASED)

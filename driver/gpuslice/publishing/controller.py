@@ -1,11 +1,12 @@
-"""Keeps the node's offer up to date: probe the API server once, look at the node, plan the pools, pass them on.
+"""Keeps the node's offer up to date: probe the API server, look at the node, plan the pools, pass them on.
 
 The controller has one thread. It plans again after each nudge and every half minute. The publisher writes only
 differences. The controller collects nudges for a tenth of a second, so that eight simultaneous claims cost one look at the
 node and no claim waits for it (without this, looks and plans took two thirds of the driver's time under load: measured).
 
 Before the first write, dry runs show which fields the API server keeps. If the server drops counters, the scheduler would
-allocate devices twice, so the plan is then static (Kubernetes 1.34 and 1.35). Nothing is sent before this is known.
+allocate devices twice, so the plan is then static (Kubernetes 1.34 and 1.35). Nothing is sent before this is known. When
+the cluster is upgraded, or a gate is turned on or off, the plan follows within about a minute (`api_features`).
 
 If the API server is away or busy, or forbids something, the driver waits, because the problem can end while the driver
 runs. A refused token, an untrusted certificate and a server without resource.k8s.io/v1 stay until the process starts again,
@@ -30,7 +31,7 @@ from gpuslice.core.pools.pool import Features
 from gpuslice.core.pools.reconcile import CONSUMABLE, PARTITIONABLE, TAINTS
 from gpuslice.errors import ApiError, DriverError, LastingApiError
 from gpuslice.kube import Kube
-from gpuslice.publishing.api_features import probe
+from gpuslice.publishing.api_features import ApiFeatures
 from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.publishing.planner import PoolPlanner
 from gpuslice.publishing.publisher import Publisher
@@ -80,6 +81,7 @@ class SliceController:
             on_taints_changed=on_taints_changed,
         )
         self._backoff = backoff
+        self._api_features = ApiFeatures(kube, driver, node, backoff)
         self._threads = threads or ThreadWatch()
         self._publisher = Publisher(
             kube, driver, node, backoff=backoff, changed=lambda _: self.nudge(), threads=self._threads
@@ -128,9 +130,10 @@ class SliceController:
                 self._publisher.start()
         retry = Backoff(self._backoff)
         while features is not None and not self._stopped:
-            features = self._without_dropped(features)
+            features = self._look_again(features)
             try:
-                self._publisher.publish(self._planner.plan(features, published=self._publisher.published.is_set()))
+                kept = self._without_dropped(features)
+                self._publisher.publish(self._planner.plan(kept, published=self._publisher.published.is_set()))
                 self._failed, retry = "", Backoff(self._backoff)
             except DriverError as e:
                 self._fail(str(e))
@@ -144,7 +147,8 @@ class SliceController:
             elif self._failed:
                 self._pause(retry.delay_s(random.random()))  # noqa: S311 - not a secret
             else:
-                self._pause(_RETRY_S if self._shapes.only_taints_awaited else _PERIOD_S)
+                period_s = min(_PERIOD_S, max(_GATHER_S, self._api_features.due_s(time.monotonic())))
+                self._pause(_RETRY_S if self._shapes.only_taints_awaited else period_s)
 
     def _fail(self, error: str) -> None:
         self._failed = error
@@ -156,16 +160,7 @@ class SliceController:
         retry, hopelessness = Backoff(self._backoff), Hopelessness(self._backoff)
         while not self._stopped:
             try:
-                features = probe(self._kube, self._driver, self._node)
-                log.info(
-                    "found out which fields of ResourceSlices the API server keeps version=%s partitionable=%s "
-                    "consumable=%s taints=%s",
-                    self._kube.version(),
-                    features.partitionable,
-                    features.consumable,
-                    features.taints,
-                )
-                return features
+                return self._api_features.first(time.monotonic(), random.random())  # noqa: S311 - not a secret
             except ApiError as e:
                 self._problem, lasting = str(e), isinstance(e, LastingApiError)
             except Exception as e:  # no real answer; if the thread died, nothing would be published any more
@@ -182,6 +177,19 @@ class SliceController:
             with self._wake:  # a nudge reports a change of the node, not of the API server
                 self._wake.wait_for(lambda: self._stopped, delay_s)
         return None
+
+    def _look_again(self, features: Features) -> Features:
+        """The features of the API server now. Those of before if it gives no answer: the publisher tells of that."""
+        dropped = bool(self._publisher.status.dropped)
+        try:
+            found = self._api_features.look(time.monotonic(), random.random(), dropped=dropped)  # noqa: S311 - no secret
+        except Exception:  # an answer that is not understood says nothing of the features
+            log.debug("cannot find out whether the API server keeps other fields now", exc_info=True)
+            return features
+        if found is None:
+            return features
+        self._publisher.forget_dropped()
+        return found
 
     def _serves_claims(self) -> bool:
         """Whether there are claims to unprepare. Unprepare needs no API server."""

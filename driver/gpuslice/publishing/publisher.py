@@ -77,6 +77,12 @@ class Publisher:
         """Set the wanted pools. Returns at once."""
         self._state.want(desired)
 
+    def forget_dropped(self) -> None:
+        """Send fields again that the API server dropped, because it keeps them now."""
+        self._writer.forget_dropped()
+        self._reporter.forget_dropped()
+        self._state.look_in(0.0)
+
     # ------------------------------------------------------------ the watcher
 
     def _keep_watching(self) -> None:
@@ -98,8 +104,9 @@ class Publisher:
                 stopped.wait(retry.delay_s(random.random()))  # noqa: S311 - not a secret
 
     def _list(self) -> str:
+        began = self._state.begin_list()
         bodies, version = self._kube.resource_slices(self._driver, self._node)
-        self._state.take_list(bodies, version)
+        self._state.take_list(bodies, began)
         return version
 
     def _follow(self, version: str) -> None:
@@ -114,7 +121,10 @@ class Publisher:
             if stopped.is_set():
                 watch.close()
             for event in watch:
-                version = event["object"]["metadata"]["resourceVersion"]
+                now = event["object"]["metadata"]["resourceVersion"]
+                if int(now) < int(version):
+                    raise ExpiredError(f"resource versions went back from {version} to {now}, as after a restored etcd")
+                version = now
                 if event["type"] != "BOOKMARK":
                     self._state.take_event(event["type"], event["object"])
             if time.monotonic() - began < timeout_s / 2 and not stopped.is_set():

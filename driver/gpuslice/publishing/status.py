@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpuslice.core.pools.backoff import Repeats
 
@@ -36,7 +36,7 @@ class StatusReporter:
         rejected: tuple[str, ...] | None = None,
         dropped: frozenset[str] = frozenset(),
     ) -> None:
-        """Replace the given parts. Dropped gates stay dropped."""
+        """Replace the given parts. Dropped gates stay dropped until `forget_dropped`."""
         with self._lock:
             old = self.status
             new = Status(
@@ -54,3 +54,8 @@ class StatusReporter:
             if fault not in old.rejected:
                 log.error("did not publish a pool, because it has a fault: %s", fault)
         self._changed(new)
+
+    def forget_dropped(self) -> None:
+        """The API server keeps other fields now."""
+        with self._lock:
+            self.status = replace(self.status, dropped=frozenset())

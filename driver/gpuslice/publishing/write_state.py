@@ -52,9 +52,14 @@ class WriteState:
 
     # ------------------------------------------------------------ the watcher
 
-    def take_list(self, bodies: Sequence[Body], version: str) -> None:
+    def begin_list(self) -> int:
+        """To be called before a list is asked for."""
         with self._lock:
-            self._cache.replace(bodies, version)
+            return self._cache.began()
+
+    def take_list(self, bodies: Sequence[Body], began: int) -> None:
+        with self._lock:
+            self._cache.replace(bodies, began)
             self._owner = None  # the Node may have been replaced by a Node of the same name
             self._listed = True
             self._wake(0.0)

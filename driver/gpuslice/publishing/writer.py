@@ -59,6 +59,11 @@ class SliceWriter:
             log.info("published the ResourceSlices of this node pools=%d writes=%d", len(pools), len(changes))
         self._reporter.report(error="")
 
+    def forget_dropped(self) -> None:
+        """May be called from any thread."""
+        with self._lock:
+            self._sendable.forget_dropped()
+
     def _write(self, changes: Sequence[Change]) -> list[ApiError]:
         pools = [list(group) for _, group in groupby(changes, key=lambda change: change.pool)]
         if len(pools) < 2:

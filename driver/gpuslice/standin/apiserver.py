@@ -36,8 +36,7 @@ class StandInApiServer:
 
     def __init__(self, folder: Path, version: str = "1.37", *, dropping: Iterable[str] = (), port: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.version = version
-        self.gates = resource_slices.gates(version) - frozenset(dropping)
+        self.become(version, dropping=dropping)
         self.store = Store()
         self.kubeconfig = folder / "kubeconfig"
         self.requests: list[HttpRequest] = []
@@ -62,6 +61,10 @@ class StandInApiServer:
     def back(self) -> None:
         self._listener.start()
 
+    def become(self, version: str, *, dropping: Iterable[str] = ()) -> None:
+        """Serve as another version from now on, as after an upgrade or a downgrade; the objects stay."""
+        self.version, self.gates = version, resource_slices.gates(version) - frozenset(dropping)
+
     def __enter__(self) -> StandInApiServer:
         return self.start()
 
@@ -71,6 +74,15 @@ class StandInApiServer:
     @property
     def port(self) -> int:
         return self._listener.port
+
+    @property
+    def token(self) -> str:
+        """The only token that is accepted. It may be set."""
+        return self._listener.token
+
+    @token.setter
+    def token(self, token: str) -> None:
+        self._listener.token = token
 
     @property
     def writes(self) -> Counter[str]:
@@ -99,6 +111,14 @@ class StandInApiServer:
     ) -> None:
         """Answer the next requests of this kind with an error status."""
         self._add(ScriptedAnswer("fail", times, method, path, status, retry_after_s, text))
+
+    def answer(self, status: int, data: bytes, times: int = 1, *, method: str = "", path: str = "") -> None:
+        """Answer the next such requests with these bytes, as a proxy or a broken server would."""
+        self._add(ScriptedAnswer("answer", times, method, path, status, data=data))
+
+    def drip(self, times: int = 1, *, method: str = "", path: str = "") -> None:
+        """Answer the next such requests byte by byte and never to the end, until `release`."""
+        self._add(ScriptedAnswer("drip", times, method, path))
 
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:
         """Leave the next requests of this kind without an answer until `release`."""

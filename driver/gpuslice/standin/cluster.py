@@ -190,17 +190,26 @@ class StandInCluster:
         namespace: str = "default",
         configs: Sequence[Mapping[str, Any]] = (),
     ) -> ClaimRef:
-        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError if nothing fits."""
-        allocation = scheduler.allocate(
-            self.api.all("resourceslices"), self.api.all("resourceclaims"), requests, node=NODE, configs=configs
-        )
+        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError where nothing fits,
+        CapacityError where the scheduler ends its attempt."""
+        slices, claims = self.api.all("resourceslices"), self.api.all("resourceclaims")
+        fractional = int(self.api.version.split(".")[1]) >= 37
+        allocation = scheduler.allocate(slices, claims, requests, node=NODE, configs=configs, fractional=fractional)
         if allocation is None:
             raise UnschedulableError(f"no device of {NODE} fits claim {namespace}/{name}")
-        return self.create_allocated(name, allocation, namespace=namespace)
+        return self.create_allocated(name, allocation, namespace=namespace, requests=requests)
 
-    def create_allocated(self, name: str, allocation: Mapping[str, Any], *, namespace: str = "default") -> ClaimRef:
-        """Create a ResourceClaim with this allocation, without a check of the allocation."""
-        body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": {"devices": {}}}, namespace)
+    def create_allocated(
+        self,
+        name: str,
+        allocation: Mapping[str, Any],
+        *,
+        namespace: str = "default",
+        requests: Sequence[Request] = (),
+    ) -> ClaimRef:
+        """Create a ResourceClaim with this allocation, which nothing checks."""
+        spec = {"devices": {"requests": [request.body() for request in requests]}}
+        body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": spec}, namespace)
         body["status"] = {"allocation": allocation, "reservedFor": [{"resource": "pods", "name": name, "uid": name}]}
         self.api.update("resourceclaims", body)
         return ClaimRef(namespace, name, ClaimUid(body["metadata"]["uid"]))

@@ -66,6 +66,7 @@ class ScriptedAnswer:
     status: int = 500
     retry_after_s: int | None = None
     text: str = "refused on cue"
+    data: bytes = b""
     released: threading.Event = field(default_factory=threading.Event)
 
 
@@ -73,6 +74,8 @@ _REASONS = {
     400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 409: "Conflict", 410: "Expired",
     422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
 }  # fmt: skip
+
+_DRIP_S = 0.02  # from one byte to the next
 
 Serve = Callable[[HttpRequest], tuple[int, Body]]
 EventStream = Callable[[HttpRequest, Callable[[], bool]], Iterator[Body]]
@@ -192,6 +195,12 @@ class _ApiHandler(BaseHTTPRequestHandler):
         if cue.act == "fail":
             headers = {} if cue.retry_after_s is None else {"Retry-After": str(cue.retry_after_s)}
             raise RefusalError(cue.status, _REASONS.get(cue.status, "Unknown"), cue.text, headers)
+        if cue.act == "answer":
+            self._send_bytes(cue.status, cue.data)
+            return True
+        if cue.act == "drip":
+            self._drip(cue)
+            return True
         if cue.act == "hang":
             cue.released.wait()
             return self.server.stopped
@@ -199,7 +208,9 @@ class _ApiHandler(BaseHTTPRequestHandler):
         return True
 
     def _send(self, status: int, body: Body, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body, separators=(",", ":")).encode()
+        self._send_bytes(status, json.dumps(body, separators=(",", ":")).encode(), headers)
+
+    def _send_bytes(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -208,6 +219,14 @@ class _ApiHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
         self.wfile.flush()
+
+    def _drip(self, cue: ScriptedAnswer) -> None:
+        """One byte after the other, for ever: no single read of the client is late."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not self.server.stopped and not cue.released.wait(_DRIP_S):
+            self.wfile.write(b"1\r\n \r\n")
+            self.wfile.flush()
 
     def _stream(self, events: Iterator[Body]) -> None:
         self.send_response(200)

@@ -16,6 +16,10 @@ class Kind:
     def api_version(self) -> str:
         return self.prefix.removeprefix("/apis/").removeprefix("/api/")
 
+    @property
+    def group(self) -> str:
+        return self.api_version.rpartition("/")[0]
+
 
 RESOURCE_GROUP = "/apis/resource.k8s.io/v1"
 KINDS = {

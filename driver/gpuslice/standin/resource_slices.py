@@ -27,6 +27,10 @@ _QUANTITY = re.compile(r"([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)([KMGTPE]i|[num
 _BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 
+_MOST, _LEAST = Decimal(2**63 - 1), Decimal("1e-9")
+_POWERS = 1000  # a larger exponent makes no difference: nobody writes a number with so many digits
+_LONGEST_EXPONENT = 20  # characters; a longer one does not fit int64
+
 _SPEC = {
     "driver",
     "pool",
@@ -124,12 +128,17 @@ def canonical(text: str) -> str:
 def amount(text: object) -> Decimal | None:
     """The value of a quantity. None if the text is not a quantity."""
     parsed = _QUANTITY.fullmatch(str(text))
-    if parsed is None:
+    if parsed is None or len(parsed[2] or "") > _LONGEST_EXPONENT:
         return None
     number, suffix = Decimal(parsed[1]), parsed[2] or ""
     if suffix in _BINARY[1:]:
-        return number * Decimal(1024) ** _BINARY.index(suffix)
-    return number.scaleb(_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
+        value = number * Decimal(1024) ** _BINARY.index(suffix)
+    else:
+        power = _DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:])
+        value = number.scaleb(max(-_POWERS, min(power, _POWERS)))
+    if 0 < abs(value) < _LEAST:
+        return _LEAST.copy_sign(value)
+    return min(abs(value), _MOST).copy_sign(value)
 
 
 def faults(body: Body, old: Body | None) -> list[str]:

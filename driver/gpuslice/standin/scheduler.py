@@ -14,12 +14,11 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import ROUND_UP
-from functools import cache
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from gpuslice.core.json import ReadOnlyBody
-from gpuslice.standin.resource_slices import amount, canonical
+from gpuslice.standin.capacity import charged, exact, spelled, whole
 
 Where = Mapping[str, str | int | bool] | Callable[[ReadOnlyBody], bool]
 
@@ -46,6 +45,14 @@ class Request:
     tolerations: Sequence[ReadOnlyBody] = ()
     alternatives: tuple[Request, ...] = ()
 
+    def body(self) -> dict[str, Any]:
+        """What a ResourceClaim says of it, but for its selectors."""
+        if self.alternatives:
+            options = [{"name": one.name, **one.body()["exactly"]} for one in self.alternatives]
+            return {"name": self.name, "firstAvailable": options}
+        asked = {"capacity": {"requests": dict(self.capacity)}} if self.capacity else {}
+        return {"name": self.name, "exactly": asked}
+
 
 class DeviceId(NamedTuple):
     driver: str
@@ -67,7 +74,7 @@ class _Device:
 class _Pick:
     request: Request
     device: _Device
-    consumed: Mapping[str, int]
+    consumed: Mapping[str, Decimal]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +82,19 @@ class _Allocated:
     """What the claims hold: exclusive devices, shared devices, and the used capacity of shared devices."""
 
     exclusive: frozenset[DeviceId]
-    consumed: Mapping[DeviceId, Counter[str]]  # its keys are the shared devices
+    consumed: Mapping[DeviceId, Mapping[str, Decimal]]  # its keys are the shared devices
 
     @classmethod
     def of(cls, claims: Iterable[ReadOnlyBody]) -> _Allocated:
         exclusive: set[DeviceId] = set()
-        consumed: dict[DeviceId, Counter[str]] = {}
+        consumed: dict[DeviceId, dict[str, Decimal]] = {}
         allocations = ((claim.get("status") or {}).get("allocation") or {} for claim in claims)
         for result in (entry for body in allocations for entry in body.get("devices", {}).get("results", [])):
             device = DeviceId(result["driver"], result["pool"], result["device"])
             if "shareID" in result:
-                used = {name: _whole(text) for name, text in result.get("consumedCapacity", {}).items()}
-                consumed.setdefault(device, Counter()).update(used)
+                used = consumed.setdefault(device, {})
+                for name, text in result.get("consumedCapacity", {}).items():
+                    used[name] = used.get(name, Decimal(0)) + exact(text)
             elif not result.get("adminAccess"):
                 exclusive.add(device)
         return cls(frozenset(exclusive), consumed)
@@ -103,13 +111,15 @@ def allocate(
     node: str,
     configs: Sequence[ReadOnlyBody] = (),
     new_share_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+    fractional: bool = True,
 ) -> dict[str, Any] | None:
     """`status.allocation` of a ResourceClaim (resource.k8s.io/v1) with these requests on this node. None if nothing fits.
 
     slices: ResourceSlices of the cluster. claims: all ResourceClaims; their allocations are in use.
     configs: entries of `devices.config`, already with their source. SelectorError for an absent attribute.
+    fractional: the scheduler is of 1.37, with its arithmetic in thousandths. CapacityError for a request with more decimals.
     """
-    search = _Search(_pools(slices, node), _Allocated.of(claims))
+    search = _Search(_pools(slices, node), _Allocated.of(claims), fractional=fractional)
     picks = search.first(requests, ())
     if picks is None:
         return None
@@ -128,7 +138,7 @@ def _result(pick: _Pick, new_share_id: Callable[[], str]) -> dict[str, Any]:
         result["tolerations"] = list(pick.request.tolerations)
     if pick.device.shared:
         result["shareID"] = new_share_id()
-        result["consumedCapacity"] = {name: _quantity(value) for name, value in pick.consumed.items()}
+        result["consumedCapacity"] = {name: spelled(value) for name, value in pick.consumed.items()}
     return result
 
 
@@ -160,7 +170,7 @@ def _pool(name: tuple[str, str], slices: Sequence[ReadOnlyBody], node: str) -> _
     if not specs or len(specs) < specs[0]["pool"]["resourceSliceCount"]:
         return None
     counters = {
-        (counter_set["name"], counter): _whole(value["value"])
+        (counter_set["name"], counter): whole(value["value"])
         for spec in specs
         for counter_set in spec.get("sharedCounters", [])
         for counter, value in counter_set["counters"].items()
@@ -171,22 +181,9 @@ def _pool(name: tuple[str, str], slices: Sequence[ReadOnlyBody], node: str) -> _
     return None if dangling or len(names) != len(devices) else _Pool(devices, counters)
 
 
-@cache
-def _whole(text: str) -> int:
-    """A quantity in whole units, rounded up like the scheduler's int64 arithmetic."""
-    value = amount(text)
-    if value is None:
-        raise ValueError(f"{text!r} is not a Kubernetes quantity")
-    return int(value.to_integral_value(rounding=ROUND_UP))
-
-
-def _quantity(value: int) -> str:
-    return canonical(f"{value // 1024}Ki") if value and value % 1024 == 0 else str(value)
-
-
 def _needs(device: _Device) -> dict[tuple[str, str], int]:
     return {
-        (entry["counterSet"], counter): _whole(value["value"])
+        (entry["counterSet"], counter): whole(value["value"])
         for entry in device.body.get("consumesCounters", [])
         for counter, value in entry["counters"].items()
     }
@@ -198,7 +195,10 @@ def _needs(device: _Device) -> dict[tuple[str, str], int]:
 class _Search:
     """Depth first over requests and devices. A partial solution is the tuple of its picks."""
 
-    def __init__(self, pools: Mapping[tuple[str, str], _Pool], allocated: _Allocated) -> None:
+    def __init__(
+        self, pools: Mapping[tuple[str, str], _Pool], allocated: _Allocated, *, fractional: bool = True
+    ) -> None:
+        self._fractional = fractional
         self._devices = [device for pool in pools.values() for device in pool.devices]
         self._allocated = allocated
         self._free = {name: self._remaining(pool) for name, pool in pools.items()}
@@ -268,43 +268,26 @@ class _Search:
                 left.subtract(_needs(other))
         return all(left[counter] >= value for counter, value in _needs(device).items())
 
-    def _consumed(self, request: Request, device: _Device, beside: Sequence[_Pick]) -> dict[str, int] | None:
-        """The amount that this share takes of each capacity (empty for an exclusive device). None if there is not enough."""
+    def _consumed(self, request: Request, device: _Device, beside: Sequence[_Pick]) -> dict[str, Decimal] | None:
+        """What this share takes of each capacity (nothing, on an exclusive device), None where there is not enough."""
         capacity: ReadOnlyBody = device.body.get("capacity", {})
-        wanted = {name: _whole(text) for name, text in request.capacity.items()}
-        if wanted.keys() - capacity.keys():
+        if request.capacity.keys() - capacity.keys():
             return None
         if not device.shared:
-            enough = all(_whole(capacity[name]["value"]) >= value for name, value in wanted.items())
+            enough = all(exact(capacity[name]["value"]) >= exact(text) for name, text in request.capacity.items())
             return {} if enough else None
-        consumed = {}
-        used = self._allocated.consumed.get(device.id, Counter())
-        for name, entry in capacity.items():
-            value = _rounded(wanted.get(name), entry)
-            before = used[name] + sum(pick.consumed[name] for pick in beside)
-            if value is None or before + value > _whole(entry["value"]):
+        # All of them first: one that cannot be represented ends everything, even where another one does not fit.
+        taken = {
+            name: charged(request.capacity.get(name), entry, fractional=self._fractional)
+            for name, entry in capacity.items()
+        }
+        consumed = {name: value for name, value in taken.items() if value is not None}
+        used = self._allocated.consumed.get(device.id, {})
+        for name, value in consumed.items():
+            before = used.get(name, Decimal(0)) + sum(pick.consumed[name] for pick in beside)
+            if before + value > exact(capacity[name]["value"]):
                 return None
-            consumed[name] = value
-        return consumed
-
-
-def _rounded(wanted: int | None, entry: ReadOnlyBody) -> int | None:
-    """The amount that the capacity's policy charges for a share. Without a request or a policy, everything."""
-    policy: ReadOnlyBody = entry.get("requestPolicy") or {}
-    if not policy:
-        return _whole(entry["value"]) if wanted is None else wanted
-    value = _whole(policy["default"]) if wanted is None else wanted
-    if values := policy.get("validValues"):
-        return min((_whole(text) for text in values if _whole(text) >= value), default=None)
-    if limits := policy.get("validRange"):
-        least = _whole(limits["min"])
-        step = _whole(limits.get("step", "0"))
-        value = max(value, least)
-        if step:
-            value = least + -(-(value - least) // step) * step
-        if "max" in limits and value > _whole(limits["max"]):
-            return None
-    return value
+        return consumed if len(consumed) == len(taken) else None
 
 
 def _tainted(request: Request, device: _Device) -> bool:
@@ -334,8 +317,8 @@ def _matches(request: Request, device: _Device) -> bool:
 def _holds(device: _Device, name: str, wanted: str | int | bool) -> bool:
     value = _value(device, name)
     if isinstance(wanted, str) and wanted.startswith(">="):
-        return _whole(str(value)) >= _whole(wanted[2:].strip())
-    return type(value) is type(wanted) and value == wanted  # here True is not 1
+        return whole(str(value)) >= whole(wanted[2:].strip())
+    return type(value) is type(wanted) and value == wanted  # True is no 1 here
 
 
 def _value(device: _Device, name: str) -> object:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from gpuslice.core.json import Body
+from gpuslice.standin.kinds import KINDS
 
 Predicate = Callable[[Body], bool]
 
@@ -26,10 +27,17 @@ _HISTORY = 10_000
 class RefusalError(Exception):
     """An answer other than 2xx, with the words of the API server."""
 
-    def __init__(self, status: int, reason: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        headers: dict[str, str] | None = None,
+        details: Body | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.reason, self.message = status, reason, message
-        self.headers = headers or {}
+        self.headers, self.details = headers or {}, details or {}
 
     def body(self) -> Body:
         return {
@@ -39,6 +47,7 @@ class RefusalError(Exception):
             "status": "Failure",
             "message": self.message,
             "reason": self.reason,
+            "details": self.details,
             "code": self.status,
         }
 
@@ -59,7 +68,10 @@ class Event:
 
 
 def not_found(key: Key) -> RefusalError:
-    return RefusalError(404, "NotFound", f'{key.resource} "{key.name}" not found')
+    """Only the details name the object; a 404 for an unknown path or kind has none (apimachinery, `errors.NewNotFound`)."""
+    group = KINDS[key.resource].group
+    details = {"name": key.name, "kind": key.resource} | ({"group": group} if group else {})
+    return RefusalError(404, "NotFound", f'{key.resource} "{key.name}" not found', details=details)
 
 
 def now_text() -> str:
@@ -163,6 +175,18 @@ class Store:
         with self.changed:
             self._history.clear()
             self._forgotten = self.version
+
+    def snapshot(self) -> tuple[int, dict[Key, Body]]:
+        """A backup of etcd."""
+        with self.changed:
+            return self.version, dict(self._objects)
+
+    def restore(self, backup: tuple[int, dict[Key, Body]]) -> None:
+        """Put a backup in the place of everything: objects and the resource version go back, and nobody is told."""
+        with self.changed:
+            self.version, objects = backup
+            self._objects = dict(objects)
+            self.compact()
 
     def _put(self, verb: str, type_: str, key: Key, body: Body, *, dry: bool = False) -> Body:
         if dry:

@@ -58,6 +58,9 @@ def main() -> int:
     if parsed.command == "reboot":
         cluster.reboot()
         return 0
+    if parsed.command == "upgrade":
+        cluster.upgrade(parsed.version)
+        return 0
     if parsed.command == "stop":
         cluster.stop(parsed.part, signal.SIGTERM if parsed.gently else signal.SIGKILL)
         return 0
@@ -100,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="list what `up` needs and cannot find; exit code 1 if something is missing", allow_abbrev=False
     )
-    for one in (up, build, check):
+    upgrade = commands.add_parser(
+        "upgrade", help="run another release of Kubernetes; pods and the driver run on", allow_abbrev=False
+    )
+    for one in (up, build, check, upgrade):
         one.add_argument(
             "--version", choices=VERSIONS, default=VERSIONS[0], help=f"release of Kubernetes; default {VERSIONS[0]}"
         )

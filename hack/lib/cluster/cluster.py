@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,20 @@ def reboot() -> None:
     ready = Readiness(place, facts)
     parts = ("kubelet", "driver") if facts.gpus else ("kubelet",)
     _await(lambda: not place.reboot.exists() and all(map(ready.of, parts)), f"the node is back; see {place.logs}")
+
+
+def upgrade(version: str) -> None:
+    """Another release for the control plane and the kubelet, one part after the other, in Kubernetes' order; containers
+    and the driver run on. etcd and containerd stay as they are."""
+    facts, place = _served(), Place(work_folder())
+    Binaries(version).ensure()
+    written = place.facts.with_suffix(".new")
+    replace(facts, version=version).write(written)
+    written.rename(place.facts)
+    parts = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", *(("kubelet",) if facts.kubelet else ()))
+    for part in parts:
+        stop(part, signal.SIGTERM)
+        start(part)
 
 
 def _part(name: str) -> tuple[Place, Facts]:

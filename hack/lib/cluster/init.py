@@ -65,7 +65,16 @@ class Init:
         while True:
             if self._place.reboot.exists():
                 self._reboot()
+            self._follow_version()
             self.processes.restart_ended()
+
+    def _follow_version(self) -> None:
+        """After an upgrade, what is started again is started from the programs of the new release."""
+        facts = Facts.read(self._place.facts)
+        if facts.version != self._facts.version:
+            self._facts, self._binaries = facts, Binaries(facts.version)
+            self._commands = parts.commands(self._place, facts, self._binaries)
+            self.processes.replace(self._commands)
 
     def _reboot(self) -> None:
         self.processes.end_all_but(_CONTROL_PLANE)

@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hack.lib.cluster.errors import PlaygroundError
@@ -68,6 +68,10 @@ class Processes:
         for name in [name for name, at in self._due.items() if at <= now]:
             self.start(name)
         self._rest(min(self._due.values()) - now if self._due else None)
+
+    def replace(self, commands: Mapping[str, Command]) -> None:
+        """Start these parts by other commands from now on; those that run stay as they are."""
+        self._commands |= commands
 
     def start(self, name: str) -> None:
         """Start an ended part again, now."""

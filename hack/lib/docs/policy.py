@@ -8,7 +8,7 @@ from typing import NamedTuple
 from gpuslice.core.model import API_VERSION, INTERVALS, Setting
 from gpuslice.core.policy import reading
 from gpuslice.core.policy.rules import Policy, client_limit
-from gpuslice.core.policy.schema import ALL_MODES, KEYS, SHARED, SHARES, Match, Section
+from gpuslice.core.policy.schema import ALL_MODES, KEYS, LEAST_SHARE_MIB, SHARED, SHARES, Match, Section
 from gpuslice.errors import ConfigError
 
 from hack.lib.docs import devices
@@ -38,6 +38,12 @@ SECTION = {
     ),
     "mps": KeyText("`shares`, `clients`: below", "", "how MPS divides the card", ({"shares": 2},)),
     "timeslice": KeyText("`shares`, `interval`: below", "", "how time-slicing divides the card", ({"shares": 2},)),
+    "leastShare": KeyText(
+        "a quantity of bytes, such as `1Gi`",
+        f"`{LEAST_SHARE_MIB}Mi`",
+        "a smaller request for memory is charged so much",
+        ("1Gi",),
+    ),
     "sharedPartitions": KeyText(f"a list of {codes(SHARED)}", "none", "claims may share a partition too", (["mps"],)),
     "static": KeyText(
         "`{1g.10gb: 4}`, `{mps: 4}` or `{timeslice: 4}`",

@@ -241,6 +241,11 @@ def test_a_card_may_be_cut_into_equal_parts(mode: Mode) -> None:
         ("default: {profiles: [true]}", "default.profiles[0] must be a text, not true or false"),
         ("default: {suffixes: [me]}", "default.suffixes names 'me'; a suffix starts with + or -, such as \"+me\""),
         ("default: {reserve: 80GB}", "is '80GB', which is not a Kubernetes quantity; write 80G or 80Gi"),
+        ("default: {leastShare: 512}", "default.leastShare is 512 without a unit; write bytes with a suffix"),
+        (
+            "default: {modes: [gpu, mig], leastShare: 1Gi}",
+            "default.leastShare has no effect without mode mps or timeslice",
+        ),
         ("default: {reserve: 512mb}", "write 512M or 512Mi"),
         ("default: {reserve: 512}", "is 512 without a unit; write bytes with a suffix, such as 512Mi or 2Gi"),
         ("default: {reserve: true}", "is True without a unit"),

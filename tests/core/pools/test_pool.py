@@ -234,8 +234,8 @@ def test_exclusive_devices_carry_no_request_policy() -> None:
 # ---------------------------------------------------------------- what a share shows
 
 
-def range_of(default: str, least: str, step: str) -> dict[str, object]:
-    return {"default": default, "validRange": {"min": least, "step": step}}
+def range_of(default: str, least: str, step: str = "") -> dict[str, object]:
+    return {"default": default, "validRange": {"min": least} | ({"step": step} if step else {})}
 
 
 def taken(device: Device) -> dict[str, tuple[str, object]]:
@@ -251,12 +251,12 @@ def test_a_share_takes_memory_a_ceiling_and_clients_or_memory_and_turns() -> Non
 
     assert mps["allowMultipleAllocations"] is timeslice["allowMultipleAllocations"] is True
     assert taken(mps) == {
-        "memory": ("81152Mi", range_of("20288Mi", "1Mi", "1Mi")),
+        "memory": ("81152Mi", range_of("20288Mi", "256Mi")),
         "smPercent": ("100", range_of("0", "0", "1")),
         "clients": ("48", range_of("12", "1", "1")),
     }
     assert taken(timeslice) == {
-        "memory": ("81152Mi", range_of("20288Mi", "1Mi", "1Mi")),
+        "memory": ("81152Mi", range_of("20288Mi", "256Mi")),
         "shares": ("4", range_of("1", "1", "1")),
     }
 
@@ -268,7 +268,7 @@ def test_a_shared_partition_is_of_the_type_of_its_sharing_and_has_a_profile() ->
     shown = [(d["attributes"]["type"]["string"], d["attributes"]["profile"]["string"]) for d in (mps, timeslice, card)]
     assert shown == [("mps", "1g.10gb"), ("timeslice", "1g.10gb"), ("mps", "")]
     assert taken(mps) == {
-        "memory": ("9984Mi", range_of("2496Mi", "1Mi", "1Mi")),
+        "memory": ("9984Mi", range_of("2496Mi", "256Mi")),
         "smPercent": ("100", range_of("0", "0", "1")),
         "clients": ("5", range_of("1", "1", "1")),
     }

@@ -16,22 +16,60 @@ def body(version: int, name: str = "a", uid: str = "") -> dict[str, Any]:
 
 def test_a_list_made_before_our_write_does_not_undo_it() -> None:
     cache = SliceCache()
+    began = cache.began()
     cache.mutate(body(12))
 
-    cache.replace([], "11")
+    cache.replace([], began)
     assert cache.bodies() == [body(12)]
-    cache.replace([], "13")
+    cache.replace([], cache.began())
     assert cache.bodies() == []
+
+
+def test_a_list_made_before_a_change_by_another_does_not_undo_it() -> None:
+    cache = SliceCache()
+    cache.replace([body(11), body(12, "b")], cache.began())
+    began = cache.began()
+    cache.observe("MODIFIED", body(13))
+    cache.observe("DELETED", body(14, "b"))
+
+    cache.replace([body(11), body(12, "b")], began)
+
+    assert cache.bodies() == [body(13)]
+
+
+@pytest.mark.parametrize("listed", [[], [body(400)]])
+def test_a_list_whose_versions_went_back_counts_as_any_other(listed: list[dict[str, Any]]) -> None:
+    """An etcd that was restored: what was written after its snapshot is gone, whatever its version was."""
+    cache = SliceCache()
+    cache.mutate(body(1000))
+    cache.mutate(body(1001, "b"))
+
+    cache.replace(listed, cache.began())
+
+    assert cache.bodies() == listed
+    cache.observe("MODIFIED", body(401))
+    assert cache.bodies() == [body(401)]
+
+
+def test_what_we_deleted_and_a_restored_server_has_again_is_seen() -> None:
+    cache = SliceCache()
+    cache.mutate(body(12))
+    cache.remove(body(12))
+
+    cache.replace([body(12)], cache.began())
+
+    assert cache.bodies() == [body(12)]
 
 
 def test_what_we_deleted_does_not_come_back_with_late_news() -> None:
     cache = SliceCache()
     cache.mutate(body(12))
+    began = cache.began()
     cache.remove(body(12))
 
     cache.observe("ADDED", body(12))
     cache.observe("DELETED", body(13))
-    cache.replace([body(12)], "12")
+    cache.replace([body(12)], began)
 
     assert cache.bodies() == []
     assert not cache.foreign()

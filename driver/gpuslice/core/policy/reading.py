@@ -111,6 +111,7 @@ def _section(body: Mapping[str, object], path: str, base: Section) -> Section:
         mps_clients=strict.optional(mps, "clients", f"{path}.mps", strict.positive),
         timeslice_shares=strict.optional(timeslice, "shares", f"{path}.timeslice", strict.positive),
         timeslice_interval=strict.optional(timeslice, "interval", f"{path}.timeslice", _interval),
+        least_share_bytes=strict.optional(body, "leastShare", path, _bytes),
         shared_partitions=strict.optional(body, "sharedPartitions", path, _shared_partitions),
         static=strict.optional(body, "static", path, _static),
         keep=strict.optional(body, "keep", path, _keep),
@@ -129,6 +130,7 @@ _NEEDED = {  # without one of these modes the setting has no effect
     "reserve": (Mode.GPU, *SHARED),  # NVML reports the memory of a partition; the policy cannot change it
     "mps": (Mode.MPS,),
     "timeslice": (Mode.TIMESLICE,),
+    "leastShare": SHARED,
 }
 
 
@@ -138,7 +140,7 @@ def _check_effect(body: Mapping[str, object], path: str, section: Section, in_fo
     shared_partitions = set(in_force.shared_partitions or ()) if Mode.MIG in modes else set[Mode]()
     needed = _NEEDED | {"static": (section.static.mode if isinstance(section.static, Parts) else Mode.MIG,)}
     for key in [key for key in needed if key in body]:
-        if not (modes | shared_partitions if key in SHARED else modes).intersection(needed[key]):
+        if not (modes | shared_partitions if key in (*SHARED, "leastShare") else modes).intersection(needed[key]):
             modes_text = " or ".join(needed[key])
             strict.fail(
                 f"{path}.{key}", f"has no effect without mode {modes_text}; add it to {path}.modes or leave {key} out"

@@ -13,9 +13,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpuslice.core.model import Gpu, GpuUuid, MigProfile, Setting
+from gpuslice.core.model import MIB, Gpu, GpuUuid, MigProfile, Setting
 from gpuslice.core.policy import reading
-from gpuslice.core.policy.schema import ALL_MODES, SHARED, SHARES, Mode, Parts, ProfileRef, Rule, Section
+from gpuslice.core.policy.schema import (
+    ALL_MODES,
+    LEAST_SHARE_MIB,
+    SHARED,
+    SHARES,
+    Mode,
+    Parts,
+    ProfileRef,
+    Rule,
+    Section,
+)
 
 _VOLTA = (7, 0)  # the first compute capability whose MPS has an address space and limits for each client
 
@@ -30,6 +40,7 @@ class GpuPolicy:
     mps_shares: int
     mps_clients: int  # CUDA contexts that one MPS daemon serves on the whole card
     timeslice_shares: int
+    least_share_mib: int  # the smallest request for memory that a share is charged
     interval: str  # one of `INTERVALS`, for the whole card
     shared_partitions: frozenset[Mode] = (
         frozenset()
@@ -84,6 +95,7 @@ class Policy:
             mps_shares=min(section.mps_shares or SHARES, clients),
             mps_clients=clients,
             timeslice_shares=section.timeslice_shares or SHARES,
+            least_share_mib=_least_share_mib(section),
             interval=section.timeslice_interval or "default",
             shared_partitions=frozenset(section.shared_partitions or ()) if mig else frozenset(),
             static=_static(section, gpu, modes),
@@ -205,6 +217,10 @@ def client_limit(gpu: Gpu) -> int:
     The limit of cards before Volta (16) is not here, because such a card offers no MPS.
     """
     return 60 if _numbers(gpu.cuda_version) >= (13, 1) else 48
+
+
+def _least_share_mib(section: Section) -> int:
+    return LEAST_SHARE_MIB if section.least_share_bytes is None else max(1, section.least_share_bytes // MIB)
 
 
 def _has_mps(gpu: Gpu) -> bool:

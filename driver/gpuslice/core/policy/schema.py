@@ -9,8 +9,22 @@ from enum import StrEnum
 
 from gpuslice.core.model import Gpu, MigProfile, Setting
 
-KEYS = ("modes", "profiles", "suffixes", "reserve", "mps", "timeslice", "sharedPartitions", "static", "keep")
+KEYS = (
+    *(
+        "modes",
+        "profiles",
+        "suffixes",
+        "reserve",
+        "mps",
+        "timeslice",
+        "leastShare",
+        "sharedPartitions",
+        "static",
+        "keep",
+    ),
+)
 SHARES = 4  # default number of shares: a claim without a capacity request gets a quarter of the device
+LEAST_SHARE_MIB = 256  # default: less than a CUDA context needs, so no program could use it
 
 
 class Mode(StrEnum):
@@ -94,6 +108,7 @@ class Section:
     mps_clients: int | None = None
     timeslice_shares: int | None = None
     timeslice_interval: str | None = None
+    least_share_bytes: int | None = None
     shared_partitions: tuple[Mode, ...] | None = None
     static: tuple[tuple[ProfileRef, int], ...] | Parts | None = None
     keep: tuple[Setting, ...] | None = None
@@ -111,6 +126,7 @@ class Section:
             "reserve": self.reserve_bytes,
             "mps": self.mps_shares or self.mps_clients,
             "timeslice": self.timeslice_shares,
+            "leastShare": self.least_share_bytes,
             "static": self.static,
         }
         return [key for key, value in fields_of.items() if value is not None]

@@ -18,6 +18,9 @@ class BackoffConfig:
     relist_s: float = 600.0
     watch_s: int = 300
     hopeless_s: float = 10.0  # how long the driver accepts a refusal that waiting does not change
+    version_s: float = 60.0  # from one look at the API server's version to the next, at most
+    confirm_s: float = 5.0  # from other features to the look that confirms them
+    missing_most_s: float = 600.0  # from one probe for features that are missing to the next, at most
 
 
 DEFAULT_BACKOFF = BackoffConfig()

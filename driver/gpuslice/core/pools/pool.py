@@ -184,9 +184,9 @@ def _published(offer: Offer, pool: Pool, needed: Counters) -> PublishedDevice:
         case Exclusive():
             return _exclusive(offer.slice_, pool, needed)
         case Mps() as mps:
-            return _mps(mps, _exclusive(offer.slice_, pool, needed))
+            return _mps(mps, _exclusive(offer.slice_, pool, needed), pool.least_share_mib)
         case TimeSlicing() as timeslice:
-            return _timeslice(timeslice, _exclusive(offer.slice_, pool, needed))
+            return _timeslice(timeslice, _exclusive(offer.slice_, pool, needed), pool.least_share_mib)
         case _:
             assert_never(offer.sharing)
 
@@ -213,7 +213,7 @@ def _exclusive(slice_: Slice, pool: Pool, needed: Counters) -> PublishedDevice:
             assert_never(slice_)
 
 
-def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
+def _mps(mps: Mps, alone: PublishedDevice, least_mib: int) -> PublishedDevice:
     """The same hardware, shared. A fixed part has its fraction of all divisible capacities.
 
     `smPercent` refers to the multiprocessors of the shared slice, a partition included, because MPS counts in this way
@@ -228,14 +228,14 @@ def _mps(mps: Mps, alone: PublishedDevice) -> PublishedDevice:
     if mps.part is not None:
         return _fixed(replace(shared, clients=mps.clients // mps.shares, sm_percent=_ALL_SMS // mps.shares), mps)
     policies = {
-        "memory": _memory_policy(mps),
+        "memory": _memory_policy(mps, least_mib),
         "smPercent": _policy(0, 0, _ALL_SMS),  # a ceiling, not a reservation; 0 is "no ceiling"
         "clients": _policy(mps.clients // mps.shares, 1, mps.clients),
     }
     return replace(shared, policies=policies)
 
 
-def _timeslice(sharing: TimeSlicing, alone: PublishedDevice) -> PublishedDevice:
+def _timeslice(sharing: TimeSlicing, alone: PublishedDevice, least_mib: int) -> PublishedDevice:
     shared = replace(
         alone,
         interval="" if alone.profile else sharing.interval,  # partitions have no adjustable interval
@@ -245,20 +245,27 @@ def _timeslice(sharing: TimeSlicing, alone: PublishedDevice) -> PublishedDevice:
     )
     if sharing.part is not None:
         return _fixed(replace(shared, shares=1), sharing)
-    return replace(shared, policies={"memory": _memory_policy(sharing), "shares": _policy(1, 1, sharing.shares)})
+    return replace(
+        shared, policies={"memory": _memory_policy(sharing, least_mib), "shares": _policy(1, 1, sharing.shares)}
+    )
 
 
 def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevice:
     return replace(whole, memory_mib=sharing.memory_mib // sharing.shares, consumed={})
 
 
-def _memory_policy(sharing: Mps | TimeSlicing) -> ReadOnlyBody:
-    """Whole MiB, and an equal part by default. If there is no room for a step, a claim cannot request any."""
-    if sharing.memory_mib < 2 * sharing.shares:
+def _memory_policy(sharing: Mps | TimeSlicing, least_mib: int) -> ReadOnlyBody:
+    """Whatever is asked from the least on, and an equal part by default. The scheduler raises a smaller request to the least.
+
+    Without a step: from 1.37 on the scheduler divides a request by a step in thousandths, and ends its attempt for the whole
+    pod where the request has more decimals, as 7.7777Gi has (k8s.io/dynamic-resource-allocation v0.37.1, `roundUpRange`).
+    """
+    if sharing.memory_mib < sharing.shares:  # a card without memory of its own
         only = quantity.mebibytes(sharing.memory_mib)
         return {"default": only, "validValues": [only]}
-    default = quantity.mebibytes(sharing.memory_mib // sharing.shares)
-    return {"default": default, "validRange": {"min": "1Mi", "step": "1Mi"}}
+    part_mib = sharing.memory_mib // sharing.shares
+    least = quantity.mebibytes(min(least_mib, part_mib))
+    return {"default": quantity.mebibytes(part_mib), "validRange": {"min": least}}
 
 
 def _policy(default: int, least: int, value: int) -> ReadOnlyBody:

@@ -24,6 +24,9 @@ UNKNOWN = "unknown"
 PROBED = ("sharedCounters", "consumesCounters", "allowMultipleAllocations", "requestPolicy", "taints")
 
 _CONTENT = ("devices", "sharedCounters")
+# Fields of a slice that the driver never sets. Kubernetes' controller compares the last two as well: with
+# skipNodeOperations the kubelet starts pods without calling prepare (1.37, KEP-5945).
+_NEVER = ("nodeSelector", "allNodes", "perDeviceNodeSelection", "partitionTypeAttribute", "skipNodeOperations")
 _QUANTITIES = frozenset({"value", "default", "min", "max", "step", "validValues"})
 
 
@@ -145,7 +148,7 @@ def _differs(body: Body, wanted: PoolSlices, index: int, owner: Owner) -> bool:
     spec = body["spec"]
     return (
         spec["pool"].get("resourceSliceCount") != len(bodies(wanted))
-        or any(spec.get(key) for key in ("nodeSelector", "allNodes", "perDeviceNodeSelection"))
+        or any(spec.get(key) for key in _NEVER)
         or owner.node_uid
         not in [o.get("uid") for o in body["metadata"].get("ownerReferences") or () if o.get("controller")]
         or not same(spec, bodies(wanted)[index])

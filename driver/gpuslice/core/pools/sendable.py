@@ -12,7 +12,8 @@ from gpuslice.core.pools.reconcile import Create, Update
 class SendablePools:
     """Leaves out pools with a fault of ours, pools whose counters the API server drops, and fields that it drops.
 
-    The driver never sends a dropped field again, because writer and server would change it for ever. Not thread-safe: the
+    The driver does not send a dropped field again until a probe shows that the server keeps it, because writer and server
+    would change it for ever. Not thread-safe: the
     owner locks.
     """
 
@@ -47,6 +48,11 @@ class SendablePools:
         elif lost:
             self._kept[change.pool, change.index] = (sent, returned["spec"])
         return lost
+
+    def forget_dropped(self) -> None:
+        """Forget what was learned: the server keeps other fields now."""
+        self._refused.clear()
+        self._kept.clear()
 
     def _may_send(self, pool: PoolSlices) -> bool:
         return not self._faults[pool.name] and self._refused.get(pool.name) != pool

@@ -11,49 +11,60 @@ class SliceCache:
     """The state of our slices in the API. Our own writes count at once, before the watch shows them.
 
     Otherwise a late watch makes the writer create everything twice (the DRA contract, statement 60). Resource versions
-    are compared as numbers: Kubernetes promises this since KEP-5504, and it was always true. Not thread-safe: the owner
-    locks.
+    are compared as numbers: Kubernetes promises this since KEP-5504, and it was always true. But they go back when an etcd
+    is restored. So what counts against a list is not its version: only what changed after the list was asked for. Not
+    thread-safe: the owner locks.
     """
 
     def __init__(self) -> None:
         self._bodies: dict[str, Body] = {}
-        self._deleted: set[str] = set()  # UIDs that must not come back with late events
+        self._changes = 0
+        self._changed: dict[str, int] = {}  # name → number of its last change
+        self._deleted: dict[str, int] = {}  # UID that must not come back with late news → number of that change
         self._unexplained: dict[str, int] = {}  # UID → version that we did not write, as far as we know now
 
     def bodies(self) -> list[Body]:
         return list(self._bodies.values())
 
-    def replace(self, bodies: Sequence[Body], version: str) -> None:
-        """Take over a list, except for slices that the driver wrote after the server created the list."""
+    def began(self) -> int:
+        """To be taken before a list is asked for, and given to `replace`."""
+        return self._changes
+
+    def replace(self, bodies: Sequence[Body], began: int) -> None:
+        """Take over a list, except for what changed after the list was asked for."""
+        self._deleted = {uid: at for uid, at in self._deleted.items() if at > began}
+        self._changed = {name: at for name, at in self._changed.items() if at > began}
         alive = {b["metadata"]["name"]: b for b in bodies if b["metadata"]["uid"] not in self._deleted}
-        newer = {name: body for name, body in self._bodies.items() if _version(body) > int(version)}
-        self._bodies = alive | newer
-        self._deleted &= {b["metadata"]["uid"] for b in bodies}
+        newer = {name: self._bodies[name] for name in self._changed if name in self._bodies}
+        stays = {name: body for name, body in newer.items() if _version(body) > _version(alive.get(name))}
+        self._bodies = alive | stays
 
     def observe(self, kind: str, body: Body) -> None:
         """Take over an event of the watch: ADDED, MODIFIED or DELETED."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         known = self._bodies.get(name)
-        if uid in self._deleted or (known is not None and _version(known) >= _version(body)):
+        if uid in self._deleted or _version(known) >= _version(body):
             return
         self._unexplained[uid] = _version(body)
         if kind != "DELETED":
-            self._bodies[name] = body
-        elif known is not None and known["metadata"]["uid"] == uid:
+            self._put(body)
+            return
+        self._deleted[uid] = self._change(name)
+        if known is not None and known["metadata"]["uid"] == uid:
             del self._bodies[name]
 
     def mutate(self, body: Body) -> None:
         """Take over the answer to a create or an update of the driver."""
-        name, uid = body["metadata"]["name"], body["metadata"]["uid"]
+        uid = body["metadata"]["uid"]
         if self._unexplained.get(uid) == _version(body):
             del self._unexplained[uid]
         elif uid in self._unexplained or uid in self._deleted:
             return  # the watch has a newer state: another writer has already changed or deleted the slice
-        self._bodies[name] = body
+        self._put(body)
 
     def remove(self, body: Body) -> None:
         """Remove a slice that the driver deleted or that no longer exists."""
-        self._deleted.add(body["metadata"]["uid"])
+        self._deleted[body["metadata"]["uid"]] = self._change(body["metadata"]["name"])
         self._unexplained.pop(body["metadata"]["uid"], None)
         self._bodies.pop(body["metadata"]["name"], None)
 
@@ -65,6 +76,15 @@ class SliceCache:
         found, self._unexplained = bool(self._unexplained), {}
         return found
 
+    def _put(self, body: Body) -> None:
+        self._change(body["metadata"]["name"])
+        self._bodies[body["metadata"]["name"]] = body
 
-def _version(body: Body) -> int:
-    return int(body["metadata"]["resourceVersion"])
+    def _change(self, name: str) -> int:
+        self._changes += 1
+        self._changed[name] = self._changes
+        return self._changes
+
+
+def _version(body: Body | None) -> int:
+    return -1 if body is None else int(body["metadata"]["resourceVersion"])

@@ -1,0 +1,83 @@
+"""A limit on a whole HTTP call. The timeout of a socket is one on each single read, so a server that sends one byte every
+few seconds would never reach it, neither in the head nor in the body of an answer."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import math
+import socket
+import threading
+import time
+from typing import Any
+
+import urllib3
+
+
+class _Limit(threading.local):
+    at = math.inf  # time.monotonic() at which the call of this thread has to be over
+
+
+_limit = _Limit()
+
+
+def limit_call(seconds: float) -> None:
+    """From now on the answer to the next request of this thread has to be there within this time, its body too."""
+    _limit.at = time.monotonic() + seconds
+
+
+def limit_connections(manager: urllib3.PoolManager) -> None:
+    """Have all connections of this manager keep the limits. To be called before it makes its first one."""
+    manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+
+class _LimitedReads(socket.SocketIO):
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, "r")
+        self._limited, self._at = sock, _limit.at
+
+    def readinto(self, buffer: Any) -> int | None:
+        left_s, each_s = self._at - time.monotonic(), self._limited.gettimeout()
+        if left_s <= 0:
+            raise TimeoutError("the answer is not complete within the time of the whole call")
+        if each_s is not None and each_s <= left_s:
+            return super().readinto(buffer)
+        self._limited.settimeout(None if math.isinf(left_s) else left_s)
+        try:
+            return super().readinto(buffer)
+        finally:
+            if self._limited.fileno() >= 0:
+                self._limited.settimeout(each_s)
+
+
+class _LimitedSocket:
+    """What an HTTP response wants of its socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        reads = _LimitedReads(self._sock)
+        self._sock._io_refs += 1  # type: ignore[attr-defined]  # as socket.makefile does it; closing the file counts down
+        return io.BufferedReader(reads)
+
+
+class _LimitedResponse(http.client.HTTPResponse):
+    def __init__(self, sock: Any, *arguments: Any, **named: Any) -> None:
+        super().__init__(_LimitedSocket(sock), *arguments, **named)  # type: ignore[arg-type]
+
+
+class _HttpConnection(urllib3.connection.HTTPConnection):
+    response_class = _LimitedResponse
+
+
+class _HttpsConnection(urllib3.connection.HTTPSConnection):
+    response_class = _LimitedResponse
+
+
+class _HttpPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HttpConnection
+
+
+class _HttpsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HttpsConnection
