@@ -21,6 +21,7 @@ from hack.lib.cluster import __main__ as cluster
 from hack.lib.cluster.layout import REAL
 from hack.lib.cluster.versions import VERSIONS
 from hack.lib.gpu import __main__ as gpu
+from hack.lib.image import __main__ as image
 from hack.lib.scale import __main__ as scale
 from tests.kit.markdown import ROOT
 
@@ -168,6 +169,7 @@ _CHECKS: dict[str, Callable[[Words], None]] = {
     "hack/demo": _parsed(lambda arguments: _gpuslice(["demo", *arguments])),
     "hack/docs": _nothing,
     "hack/gpu": _parsed(_gpu),
+    "hack/image": _parsed(image.parser().parse_args),
     "hack/scale": _parsed(scale.options_of),
     "hack/test": _test,
     "kubectl": _kubectl,
