@@ -16,6 +16,7 @@ import yaml
 from gpuslice import cli, config
 from gpuslice.nvml.sim import spec
 
+from hack.lib import manifests
 from hack.lib.bench import __main__ as bench
 from hack.lib.cluster import __main__ as cluster
 from hack.lib.cluster.layout import REAL
@@ -170,6 +171,7 @@ _CHECKS: dict[str, Callable[[Words], None]] = {
     "hack/docs": _nothing,
     "hack/gpu": _parsed(_gpu),
     "hack/image": _parsed(image.parser().parse_args),
+    "hack/manifests": _parsed(manifests.parse),
     "hack/scale": _parsed(scale.options_of),
     "hack/test": _test,
     "kubectl": _kubectl,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.versions import CONTAINERD, KUBE, TOOLKIT, module_file
+from hack.lib.cluster.versions import CONTAINERD, HELM, HELM_GO, HELM_KUBE, KUBE, TOOLKIT, module_file
 
 _GIB = 1 << 30
 _BUILD_GIB = 8  # sources, Go's build cache and programs; 6 were measured
@@ -54,7 +54,7 @@ class Binaries:
         missing = self.missing()
         if not missing:
             return
-        _check_go(self.version)
+        _check_go(f"Kubernetes {self.version}", _least_go(self.version))
         _check_room()
         if any(path.parent == self.runtime for path in missing):
             _say(
@@ -85,6 +85,28 @@ class Binaries:
             _build(
                 ["go", "install", "-v", "-trimpath", "-ldflags", "-s -w", *programs], Path("/"), 1100, GOBIN=str(made)
             )
+
+
+def helm() -> Path:
+    """Where Helm is, once it is built."""
+    return cache() / f"helm-{HELM}" / "helm"
+
+
+def ensure_helm() -> None:
+    """Build Helm if it is missing. PlaygroundError if that is not possible."""
+    if helm().exists():
+        return
+    _check_go(f"Helm {HELM}", HELM_GO)
+    _check_room()
+    _say(f"building Helm {HELM} into {helm().parent}; this happens once and takes a minute on two cores")
+    with _built_into(helm().parent) as made:
+        # As its Makefile does. Without this, Helm renders for Kubernetes 1.20, and our chart refuses that.
+        stamped = {"internal/version.version": HELM}
+        for package in ("chartutil", "lint/rules"):
+            stamped |= {f"pkg/{package}.k8sVersionMajor": "1", f"pkg/{package}.k8sVersionMinor": HELM_KUBE}
+        flags = " ".join(["-s -w", *(f"-X helm.sh/helm/v3/{key}={value}" for key, value in stamped.items())])
+        command = ["go", "install", "-v", "-trimpath", "-ldflags", flags, f"helm.sh/helm/v3/cmd/helm@{HELM}"]
+        _build(command, Path("/"), 650, GOBIN=str(made))
 
 
 def toolkit() -> list[Path]:
@@ -165,11 +187,15 @@ def _reason(what: str, lines: Sequence[str]) -> str:
     return f"{what}: {last}; check that Go's module proxy can be reached (go env GOPROXY) and try again"
 
 
-def _check_go(version: str) -> None:
+def _least_go(version: str) -> tuple[int, int]:
+    """The least release of Go that builds this Kubernetes."""
     found = re.search(r"^go (\d+)\.(\d+)", (KUBE / module_file(version)).read_text(), re.MULTILINE)
     assert found is not None
-    least = (int(found[1]), int(found[2]))
-    words = f"building Kubernetes {version} needs Go {least[0]}.{least[1]} or later"
+    return int(found[1]), int(found[2])
+
+
+def _check_go(what: str, least: tuple[int, int]) -> None:
+    words = f"building {what} needs Go {least[0]}.{least[1]} or later"
     if shutil.which("go") is None:
         raise PlaygroundError(f"{words}, but there is no go on PATH; install Go (go.dev/dl) or add it to PATH")
     done = subprocess.run(["go", "env", "GOVERSION"], env=_environment({}), capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ from hack.lib.image.errors import ImageError
 from hack.lib.image.recipe import ARCHITECTURES, NOT_TAKEN, PACKAGES, STATUS, SUITE, kept
 from hack.lib.image.tree import Entry, Tree, link
 
-_ARCHIVES = {"debian": SUITE, "debian-security": f"{SUITE}-security"}  # by the name of an archive: its suite
+ARCHIVES = {"debian": SUITE, "debian-security": f"{SUITE}-security"}  # by the name of an archive: its suite
 _KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _MERGED = ("bin", "lib", "lib32", "lib64", "sbin")  # links to usr/… in every Debian of today, real folders in packages
 _TIMEOUT_S = 60
@@ -84,7 +84,7 @@ def _merged(path: str) -> str:
 
 def mirrors() -> dict[str, str]:
     """The address of each archive: the one that apt of this machine uses, otherwise deb.debian.org."""
-    found = {name: f"http://deb.debian.org/{name}" for name in _ARCHIVES}
+    found = {name: f"http://deb.debian.org/{name}" for name in ARCHIVES}
     if shutil.which("apt-get"):
         command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
         printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
@@ -115,7 +115,7 @@ def newest(architecture: str) -> list[dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     addresses = mirrors()
-    for archive, suite in _ARCHIVES.items():
+    for archive, suite in ARCHIVES.items():
         for fields in _index(f"{addresses[archive]}/dists/{suite}", architecture):
             name = fields["Package"]
             if name in PACKAGES and (name not in found or _newer(fields["Version"], found[name]["Version"])):

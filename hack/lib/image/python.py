@@ -58,7 +58,7 @@ class Python:
         return self._run(_COMPRESS, content)
 
     def _run(self, script: str, given: bytes) -> bytes:
-        # Sets of constants are written in the order of their hashes.
+        # Nothing in the results may depend on the order of hashes.
         environment = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", **self.environment}
         done = subprocess.run(
             [*self.command, "-S", "-s", "-c", script], input=given, capture_output=True, env=environment, check=False
