@@ -70,7 +70,13 @@ def visit(config: Config, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
 
     with contextlib.ExitStack() as stack:
         if config.simulate and (anew or not _exists(config.simulated_node / "node.json")):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
+            except OSError as e:  # a container with a read-only root has none
+                raise StateError(
+                    "no folder for temporary files is writable, and simulated cards without a folder of their own need one; "
+                    "set TMPDIR to a writable folder"
+                ) from e
             config = replace(config, simulate_folder=Path(folder))
         nvml, host = open_node(config)
         stack.callback(nvml.close)

@@ -22,6 +22,7 @@ from hack.lib.image.__main__ import default_name
 from hack.lib.image.errors import ImageError
 
 ROOT = Path(__file__).parents[2]
+PATH = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
@@ -116,9 +117,8 @@ def with_hack() -> dict[str, str]:
 
 def inside(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """A command in the image, with the image's environment alone."""
-    environment = {**recipe.ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
     whole = [shutil.which("chroot") or "/usr/sbin/chroot", str(root), *command]
-    return subprocess.run(whole, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(whole, capture_output=True, text=True, check=False, env=recipe.ENVIRONMENT)
 
 
 def paths(root: Path) -> dict[str, Path]:
@@ -146,6 +146,38 @@ def test_the_driver_with_simulated_cards_starts_as_far_as_its_node(root: Path) -
     assert done.stderr == (
         "gpuslice: the name of the node is missing; use --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)\n"
     )
+
+
+def read_only(root: Path, mounts: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`gpuslice` with these arguments as user 65534, as in a container with a read-only root."""
+    script = (
+        f"mount --bind $0 $0; mount -o remount,bind,ro $0; {mounts} exec chroot --userspec=65534:65534 $0 gpuslice $@"
+    )
+    command = ["unshare", "--mount", "sh", "-ec", script, str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=recipe.ENVIRONMENT | {"PATH": PATH})
+
+
+def test_a_user_without_rights_sees_simulated_cards_under_a_read_only_root(root: Path) -> None:
+    done = read_only(root, "mount -t tmpfs none $0/tmp;", "devices", "--simulate", "h100x2")
+
+    assert done.stderr == ""
+    assert done.stdout.count("H100") >= 2
+
+
+def test_under_a_read_only_root_without_temporary_files_the_remedy_is_named(root: Path) -> None:
+    done = read_only(root, "", "devices", "--simulate", "h100x2")
+
+    assert done.stderr.endswith("need one; set TMPDIR to a writable folder\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_nothing_is_compiled_at_a_start(root: Path) -> None:
+    """`python -v` names the file of each module's code (docs.python.org/3.11/using/cmdline.html#cmdoption-v)."""
+    done = inside(root, "python3", "-v", *recipe.ENTRYPOINT[1:], "devices", "--simulate", "h100x2")
+
+    origins = re.findall(r"^# code object from '(.+)'$", done.stderr, re.MULTILINE)
+    assert len(origins) > 100
+    assert [path for path in origins if not path.endswith(".pyc")] == []
 
 
 def test_logins_by_openid_connect_find_their_library(root: Path) -> None:
@@ -180,7 +212,7 @@ def test_every_library_finds_the_libraries_that_it_needs(root: Path) -> None:
 
 
 def test_every_module_has_its_byte_code(root: Path) -> None:
-    modules = {path for path in paths(root) if path.endswith(".py")}
+    modules = {str(path.relative_to(root)) for path in root.rglob("*.py")}  # links too
 
     compiled = {re.sub(r"__pycache__/(.+)\.cpython-\d+\.pyc$", r"\1.py", p) for p in paths(root) if p.endswith(".pyc")}
     assert compiled == modules

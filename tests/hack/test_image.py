@@ -251,6 +251,13 @@ def test_a_file_that_is_not_as_its_list_says_is_refused(path: str) -> None:
         sbom.components(tree)
 
 
+@pytest.mark.parametrize("target", ["real.py", "../lib/real.py", "/lib/real.py"])
+def test_a_link_to_a_module_has_byte_code_by_its_own_name(target: str) -> None:
+    code = PYTHON.compiled({"lib/real.py": Entry(b"A = 1\n"), "lib/other.py": trees.link(target)})
+
+    assert {path.partition(".")[0] for path in code} == {"lib/__pycache__/real", "lib/__pycache__/other"}
+
+
 def test_a_module_that_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(ImageError, match="the image's Python failed: SyntaxError: invalid syntax"):
         PYTHON.compiled({"a.py": Entry(b"a b\n")})

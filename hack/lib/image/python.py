@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hack.lib.image.errors import ImageError
 from hack.lib.image.recipe import ARCHITECTURES, PYTHON
-from hack.lib.image.tree import Entry, Tree, archive
+from hack.lib.image.tree import Entry, Tree, archive, followed
 
 # Byte-code without the time of its source (PEP 552): the root is read-only, so nothing has to be compared.
 _COMPILE = """\
@@ -49,7 +49,10 @@ class Python:
 
     def compiled(self, tree: Tree) -> Tree:
         """The byte-code of all modules in the tree. ImageError if one cannot be compiled."""
-        sources = {path: entry for path, entry in tree.items() if path.endswith(".py") and entry.is_file}
+        found = {
+            path: followed(tree, path) for path in tree if path.endswith(".py")
+        }  # Python goes by the name of a link
+        sources = {path: Entry(entry.content) for path, entry in found.items() if entry is not None}
         with tarfile.open(fileobj=io.BytesIO(self._run(_COMPILE, archive(sources, 0)))) as made:
             return {member.name: Entry(_content(made, member)) for member in made}
 

@@ -44,13 +44,13 @@ _STDLIB = f"usr/lib/python{PYTHON}"
 _DYNLOAD = f"{_STDLIB}/lib-dynload"
 LEFT_OUT = (
     *(f"usr/share/{part}" for part in ("binfmts", "bug", "gcc", "gdb", "info", "lintian", "locale", "man", "pixmaps")),
-    *("usr/share/applications", "usr/lib/binfmt.d", "usr/lib/*/gconv", "usr/lib/mime", "etc/init.d"),
+    *("usr/share/applications", "usr/lib/binfmt.d", "usr/lib/*/gconv", "usr/lib/mime", "etc/init.d", "etc/python3*"),
     # Of Python: other programs, tests, and modules whose libraries are not taken.
     *(
         f"{_STDLIB}/{part}"
         for part in ("ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtle.py", "venv")
     ),
-    *(f"{_STDLIB}/{part}" for part in ("config-*", "curses", "sqlite3", "__phello__", "EXTERNALLY-MANAGED")),
+    *(f"{_STDLIB}/{part}" for part in ("config-*", "curses", "sqlite3", "sitecustomize.py", "EXTERNALLY-MANAGED")),
     *(f"{_DYNLOAD}/{part}" for part in ("_crypt.*", "_curses*", "_dbm.*", "_sqlite3.*", "nis.*", "readline.*")),
     *(f"{_DYNLOAD}/{part}" for part in ("_ctypes_test.*", "_test*", "_xx*", "ossaudiodev.*", "xxlimited*")),
 )

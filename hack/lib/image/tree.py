@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os.path
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,14 @@ def folder(mode: int = 0o755) -> Entry:
 
 def link(target: str) -> Entry:
     return Entry(mode=0o777, target=target)
+
+
+def followed(tree: Mapping[str, Entry], path: str) -> Entry | None:
+    """The file at this path, or the one that a link there leads to. None if there is none."""
+    entry = tree.get(path)
+    if entry is not None and entry.target:
+        entry = tree.get(os.path.normpath(os.path.join("/", os.path.dirname(path), entry.target)).lstrip("/"))  # noqa: PTH118, PTH120
+    return entry if entry is not None and entry.is_file else None
 
 
 def size(tree: Mapping[str, Entry]) -> int:
