@@ -1,6 +1,6 @@
 """Render deploy/chart without a cluster; by default, with its default values into deploy/*.yaml.
 
-  hack/cluster build --only helm     build Helm once, which takes a minute
+  hack/cluster build --only helm     build Helm once, which takes two minutes
   hack/manifests                     after every change of the chart
   hack/manifests --out FOLDER --values my-values.yaml --namespace gpus
 
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hack.lib.cluster import binaries
+from hack.lib.cluster.versions import HELMS
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -34,17 +35,17 @@ class RenderError(Exception):
 def main(arguments: Sequence[str]) -> None:
     asked = parse(arguments)
     out = asked.out.resolve()
-    for name, text in render(asked.values, asked.namespace).items():
+    for name, text in render(asked.values, asked.namespace, asked.helm).items():
         (out / name).write_text(text, encoding="utf-8")
     if out == DEPLOY:
         SUMS.write_text(sums(), encoding="utf-8")
 
 
-def render(values: Path | None, namespace: str) -> dict[str, str]:
+def render(values: Path | None, namespace: str, major: str) -> dict[str, str]:
     """The text of each file. The Namespace is not part of the chart. RenderError if Helm refuses the chart or the values."""
     more = ["--namespace", namespace, *(("--values", str(values)) if values else ())]
-    text = _helm("template", "gpuslice", str(CHART), *more)
-    _helm("lint", str(CHART), "--strict", "--quiet", *more)
+    text = _helm(major, "template", "gpuslice", str(CHART), *more)
+    _helm(major, "lint", str(CHART), "--strict", "--quiet", *more)
     _, *pieces = _SOURCE.split(text)
     documents: dict[str, list[str]] = {}
     for name, document in zip(pieces[::2], pieces[1::2], strict=True):
@@ -52,8 +53,8 @@ def render(values: Path | None, namespace: str) -> dict[str, str]:
     return {name: "\n---\n".join(several) + "\n" for name, several in documents.items()}
 
 
-def _helm(*arguments: str) -> str:
-    program = binaries.helm()
+def _helm(major: str, *arguments: str) -> str:
+    program = binaries.helm(major)
     if not program.exists():
         raise RenderError(f"Helm is not built: there is no {program}; run hack/cluster build --only helm")
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)
@@ -84,6 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--values", type=Path, metavar="FILE", help="values that differ from deploy/chart/values.yaml")
     parser.add_argument("--namespace", default="gpuslice-system", help="namespace of the objects; default: %(default)s")
+    parser.add_argument("--helm", choices=HELMS, default="3", help="major release of Helm; default: %(default)s")
     asked = parser.parse_args(arguments)
     if asked.out.resolve() == DEPLOY and (asked.values or asked.namespace != parser.get_default("namespace")):
         parser.error("deploy/ has the default values; name another folder with --out")

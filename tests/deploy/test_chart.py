@@ -26,7 +26,7 @@ from gpuslice.config import Config
 from gpuslice.core.policy.rules import Policy
 
 from hack.lib.cluster.binaries import helm
-from hack.lib.cluster.versions import HELM
+from hack.lib.cluster.versions import HELMS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -63,7 +63,7 @@ NOTHING: dict[str, Any] = {
 
 
 def manifests(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    if not helm().exists():  # said here, in one line of the summary for all tests
+    if not all(helm(major).exists() for major in HELMS):  # said here, in one line of the summary for all tests
         pytest.skip("deploy/chart is not rendered: no Helm (hack/cluster build --only helm)")
     return run_module("hack.lib.manifests", "--out", str(out), *flags)
 
@@ -130,8 +130,9 @@ def test_neither_the_chart_nor_the_manifests_were_changed_without_the_other() ->
     assert found == noted, AGAIN
 
 
-def test_the_manifests_are_what_the_chart_renders(tmp_path: Path) -> None:
-    made = manifests(tmp_path)
+@pytest.mark.parametrize("major", HELMS)
+def test_the_manifests_are_what_the_chart_renders(tmp_path: Path, major: str) -> None:
+    made = manifests(tmp_path, "--helm", major)
 
     assert made.returncode == 0, made.stderr
     kept = {path.name: path.read_text(encoding="utf-8") for path in DEPLOY.glob("*.yaml")}
@@ -157,7 +158,7 @@ def test_without_helm_the_remedy_is_named(tmp_path: Path) -> None:
 
     assert made.returncode == 1
     assert made.stderr == (
-        f"hack/manifests: Helm is not built: there is no {tmp_path}/gpuslice/cluster/helm-{HELM}/helm; run hack/cluster "
+        f"hack/manifests: Helm is not built: there is no {tmp_path}/gpuslice/cluster/helm-{HELMS['3']}/helm; run hack/cluster "
         "build --only helm\n"
     )
 
@@ -167,8 +168,8 @@ def test_without_go_helm_is_not_built_and_the_remedy_is_named(tmp_path: Path) ->
 
     assert made.returncode == 1
     assert made.stderr == (
-        f"hack/cluster: building Helm {HELM} needs Go 1.26 or later, but there is no go on PATH; install Go (go.dev/dl) or "
-        "add it to PATH\n"
+        f"hack/cluster: building Helm {HELMS['3']} needs Go 1.26 or later, but there is no go on PATH; install Go "
+        "(go.dev/dl) or add it to PATH\n"
     )
 
 

@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     build = commands.add_parser(
         "build", help="build Helm and the programs of the cluster, and start nothing", allow_abbrev=False
     )
-    build.add_argument("--only", choices=("helm",), help="build only this program, which takes a minute")
+    build.add_argument("--only", choices=("helm",), help="build only this program, which takes two minutes")
     check = commands.add_parser(
         "check", help="list what `up` needs and cannot find; exit code 1 if something is missing", allow_abbrev=False
     )

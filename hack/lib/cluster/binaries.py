@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.versions import CONTAINERD, HELM, HELM_GO, HELM_KUBE, KUBE, TOOLKIT, module_file
+from hack.lib.cluster.versions import CONTAINERD, HELM_GO, HELM_KUBE, HELMS, KUBE, TOOLKIT, module_file
 
 _GIB = 1 << 30
 _BUILD_GIB = 8  # sources, Go's build cache and programs; 6 were measured
@@ -87,26 +87,32 @@ class Binaries:
             )
 
 
-def helm() -> Path:
-    """Where Helm is, once it is built."""
-    return cache() / f"helm-{HELM}" / "helm"
+def helm(major: str = "3") -> Path:
+    """Where this release of Helm is, once it is built."""
+    return cache() / f"helm-{HELMS[major]}" / "helm"
 
 
 def ensure_helm() -> None:
-    """Build Helm if it is missing. PlaygroundError if that is not possible."""
-    if helm().exists():
-        return
-    _check_go(f"Helm {HELM}", HELM_GO)
-    _check_room()
-    _say(f"building Helm {HELM} into {helm().parent}; this happens once and takes a minute on two cores")
-    with _built_into(helm().parent) as made:
-        # As its Makefile does. Without this, Helm renders for Kubernetes 1.20, and our chart refuses that.
-        stamped = {"internal/version.version": HELM}
+    """Build the missing releases of Helm. PlaygroundError if that is not possible."""
+    for major, version in HELMS.items():
+        if not helm(major).exists():
+            _check_go(f"Helm {version}", HELM_GO)
+            _check_room()
+            _build_helm(major, version)
+
+
+def _build_helm(major: str, version: str) -> None:
+    folder, module = helm(major).parent, f"helm.sh/helm/v{major}"
+    _say(f"building Helm {version} into {folder}; this happens once and takes a minute on two cores")
+    stamped = {"internal/version.version": version}
+    if major == "3":
+        # As its Makefile does. Without this, it renders for Kubernetes 1.20, and our chart refuses that.
         for package in ("chartutil", "lint/rules"):
             stamped |= {f"pkg/{package}.k8sVersionMajor": "1", f"pkg/{package}.k8sVersionMinor": HELM_KUBE}
-        flags = " ".join(["-s -w", *(f"-X helm.sh/helm/v3/{key}={value}" for key, value in stamped.items())])
-        command = ["go", "install", "-v", "-trimpath", "-ldflags", flags, f"helm.sh/helm/v3/cmd/helm@{HELM}"]
-        _build(command, Path("/"), 650, GOBIN=str(made))
+    flags = " ".join(["-s -w", *(f"-X {module}/{key}={value}" for key, value in stamped.items())])
+    with _built_into(folder) as made:
+        command = ["go", "install", "-v", "-trimpath", "-ldflags", flags, f"{module}/cmd/helm@{version}"]
+        _build(command, Path("/"), 800, GOBIN=str(made))
 
 
 def toolkit() -> list[Path]:
