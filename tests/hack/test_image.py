@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -350,6 +353,15 @@ def test_a_root_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert done.stderr == f"hack/image: {tmp_path} is not empty; name a new folder with --rootfs\n"
 
 
+@pytest.mark.parametrize("name", ["gpuslice", "gpuslice:0.1.0", "localhost:5000/gpuslice", "docker.io/library/Gpu:1"])
+def test_a_name_that_no_runtime_would_ask_for_is_refused(tmp_path: Path, name: str) -> None:
+    done = hack_image("--out", tmp_path, "--name", name)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"hack/image: '{name}' is no full name of an image; write registry, path and tag: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_time_that_is_no_number_is_refused(tmp_path: Path) -> None:
     done = hack_image("--out", tmp_path, SOURCE_DATE_EPOCH="today")
 
@@ -394,6 +406,29 @@ def test_without_apt_packages_come_from_debian(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", str(tmp_path))
 
     assert debian.mirrors()["debian"] == "http://deb.debian.org/debian"
+
+
+class Unsigned(http.server.BaseHTTPRequestHandler):
+    """A mirror that answers everything with a list without a signature."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"SHA256:\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(not shutil.which("gpgv") or not debian.KEYS.exists(), reason="no gpgv, or no keys of Debian")
+def test_a_list_without_a_signature_of_debian_makes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Unsigned) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        an_apt(tmp_path, f"http://127.0.0.1:{server.server_port}/debian\\n", monkeypatch)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+        with pytest.raises(ImageError, match="the mirror's list has no valid signature of Debian; use another mirror"):
+            debian.newest("amd64")
 
 
 def test_a_package_that_cannot_be_fetched_is_named_with_the_remedy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -31,7 +32,7 @@ _MB = 1e6
 
 def main(arguments: Sequence[str]) -> None:
     asked = parser().parse_args(arguments)
-    epoch_s = _epoch_s()
+    epoch_s, name = _epoch_s(), _checked(asked.name or default_name())
     if asked.update:
         locked = sources.update(_say)
         lock.LOCK.write_text(locked.text(), encoding="utf-8")
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         wanted = list(dict.fromkeys(asked.architecture or recipe.ARCHITECTURES))
         begun = time.monotonic()
         images = _images(locked, wanted, folder, epoch_s)
-        digest = _write(images, asked.out, asked.name or default_name(), _interpreter(locked, folder), epoch_s)
+        digest = _write(images, asked.out, name, _interpreter(locked, folder), epoch_s)
     _say(f"{asked.out} is ready, {time.monotonic() - begun:.0f} s")
     print(digest)
 
@@ -127,6 +128,13 @@ def version() -> str:
 def default_name() -> str:
     """The name that the runtime gives to the image of deploy/chart's default values."""
     return f"docker.io/library/gpuslice:{version()}"
+
+
+def _checked(name: str) -> str:
+    """The runtime asks for an image by its full name. It adds nothing to the name in the archive."""
+    if not re.fullmatch(r"[a-z0-9.:-]+(/[a-z0-9._-]+)+:[\w.-]+", name):
+        raise ImageError(f"{name!r} is no full name of an image; write registry, path and tag: {default_name()}")
+    return name
 
 
 def _epoch_s() -> int:

@@ -23,7 +23,7 @@ from hack.lib.image.recipe import ARCHITECTURES, NOT_TAKEN, PACKAGES, STATUS, SU
 from hack.lib.image.tree import Entry, Tree, link
 
 ARCHIVES = {"debian": SUITE, "debian-security": f"{SUITE}-security"}  # by the name of an archive: its suite
-_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _MERGED = ("bin", "lib", "lib32", "lib64", "sbin")  # links to usr/… in every Debian of today, real folders in packages
 _TIMEOUT_S = 60
 
@@ -145,12 +145,12 @@ def _index(address: str, architecture: str) -> Iterator[dict[str, str]]:
 
 def _signed(text: bytes) -> str:
     """The text under a valid signature of Debian."""
-    if shutil.which("gpgv") is None or not _KEYS.exists():
-        raise ImageError(f"--update needs gpgv and {_KEYS}; install gpgv and debian-archive-keyring")
+    if shutil.which("gpgv") is None or not KEYS.exists():
+        raise ImageError(f"--update needs gpgv and {KEYS}; install gpgv and debian-archive-keyring")
     with tempfile.NamedTemporaryFile() as signed:
         signed.write(text)
         signed.flush()
-        command = ["gpgv", "--quiet", "--keyring", str(_KEYS), "--output", "-", signed.name]
+        command = ["gpgv", "--quiet", "--keyring", str(KEYS), "--output", "-", signed.name]
         done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise ImageError("the mirror's list has no valid signature of Debian; use another mirror")

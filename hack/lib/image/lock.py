@@ -12,7 +12,7 @@ from pathlib import Path
 from hack.lib.image.errors import ImageError
 
 LOCK = Path(__file__).parent / "lock.json"
-_MANUAL = "renew it with hack/image --update"
+_REMEDY = "renew it with hack/image --update"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -70,7 +70,7 @@ def read(path: Path = LOCK) -> Lock:
         items = [Item(**{**row, "architectures": tuple(row["architectures"])}) for row in body["items"]]
         return Lock(body["made"], body["builder"], tuple(sorted(items)))
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ImageError(f"{path} is no lock file: {e}; {_MANUAL}") from e
+        raise ImageError(f"{path} is no lock file: {e}; {_REMEDY}") from e
 
 
 def missing(folder: Path, items: Sequence[Item]) -> list[Item]:
