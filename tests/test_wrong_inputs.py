@@ -209,6 +209,25 @@ def test_an_output_that_is_full_is_one_sentence(folder: Path, typed: str) -> Non
     )
 
 
+@pytest.mark.parametrize("typed", ["devices --simulate h100", "policy check {0}/ok-policy --simulate l4"])
+def test_without_a_folder_for_temporary_files_a_look_at_simulated_cards_names_the_remedy(
+    folder: Path, typed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose root is read-only."""
+    (folder / "ok-policy").write_text(POLICY, encoding="utf-8")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc/nothing"])
+    monkeypatch.setenv("KUBELET_PLUGINS_DIRECTORY_PATH", str(folder))
+
+    code, _, stderr = here(typed.format(folder).split(), capsys)
+
+    assert code == 3
+    assert stderr == (
+        "gpuslice: no folder for temporary files is writable, and simulated cards without a folder of their own need one; "
+        "set TMPDIR to a writable folder\n"
+    )
+
+
 def test_an_error_that_nobody_foresaw_is_one_sentence_with_the_place_of_its_trace(folder: Path) -> None:
     program = "from gpuslice import cli; cli._claims = lambda parsed: {}['a key']; cli.main(['claims'])"
 

@@ -86,7 +86,13 @@ def visit(config: Config, limit_s: float = 30.0, *, anew: bool = False) -> Itera
 
     with contextlib.ExitStack() as stack:
         if config.simulate and (anew or not _exists(config.simulated_node / "node.json")):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
+            except OSError as e:  # a container with a read-only root has none
+                raise StateError(
+                    "no folder for temporary files is writable, and simulated cards without a folder of their own need one; "
+                    "set TMPDIR to a writable folder"
+                ) from e
             config = replace(config, simulate_folder=Path(folder))
         opener, host = _choose(config)
         nvml = Attempt("the start of NVML", opener).result(limit_s)

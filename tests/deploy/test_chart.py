@@ -1,13 +1,13 @@
 """deploy/chart without a cluster: what it makes of its values, and that deploy/*.yaml is what it makes of the default ones.
 
-A separate process renders it (hack/manifests), because the library brings the threads of another language's runtime.
+Helm itself renders it, by hack/manifests.
 """
 
 import argparse
 import functools
 import hashlib
-import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +24,9 @@ import yaml
 from gpuslice import config
 from gpuslice.config import Config
 from gpuslice.core.policy.rules import Policy
+
+from hack.lib.cluster.binaries import helm
+from hack.lib.cluster.versions import HELMS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -60,12 +63,15 @@ NOTHING: dict[str, Any] = {
 
 
 def manifests(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    if importlib.util.find_spec("helm_python") is None:  # said here, in one line of the summary for all tests
-        pytest.skip(
-            "deploy/chart is not rendered: no helm-python-sdk (240 MB; .venv/bin/python -m pip install -e '.[chart]')"
-        )
-    command = [sys.executable, "hack/manifests", "--out", str(out), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    if not all(helm(major).exists() for major in HELMS):  # said here, in one line of the summary for all tests
+        pytest.skip("deploy/chart is not rendered: no Helm (hack/cluster build --only helm)")
+    return run_module("hack.lib.manifests", "--out", str(out), *flags)
+
+
+def run_module(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", name, *arguments]
+    more = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=ROOT, env=more, capture_output=True, text=True, timeout=30)
 
 
 @functools.cache
@@ -124,8 +130,9 @@ def test_neither_the_chart_nor_the_manifests_were_changed_without_the_other() ->
     assert found == noted, AGAIN
 
 
-def test_the_manifests_are_what_the_chart_renders(tmp_path: Path) -> None:
-    made = manifests(tmp_path)
+@pytest.mark.parametrize("major", HELMS)
+def test_the_manifests_are_what_the_chart_renders(tmp_path: Path, major: str) -> None:
+    made = manifests(tmp_path, "--helm", major)
 
     assert made.returncode == 0, made.stderr
     kept = {path.name: path.read_text(encoding="utf-8") for path in DEPLOY.glob("*.yaml")}
@@ -144,6 +151,26 @@ def test_the_chart_is_of_the_version_of_the_driver() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
 
     assert chart["version"] == chart["appVersion"] == gpuslice.__version__
+
+
+def test_without_helm_the_remedy_is_named(tmp_path: Path) -> None:
+    made = run_module("hack.lib.manifests", "--out", str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+
+    assert made.returncode == 1
+    assert made.stderr == (
+        f"hack/manifests: Helm is not built: there is no {tmp_path}/gpuslice/cluster/helm-{HELMS['3']}/helm; run hack/cluster "
+        "build --only helm\n"
+    )
+
+
+def test_without_go_helm_is_not_built_and_the_remedy_is_named(tmp_path: Path) -> None:
+    made = run_module("hack.lib.cluster", "build", "--only", "helm", XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+
+    assert made.returncode == 1
+    assert made.stderr == (
+        f"hack/cluster: building Helm {HELMS['3']} needs Go 1.26 or later, but there is no go on PATH; install Go "
+        "(go.dev/dl) or add it to PATH\n"
+    )
 
 
 # ---------------------------------------------------------------- values.yaml

@@ -41,6 +41,7 @@ SHORTENED = {
 }
 # Programs on command lines beside ours, kubectl and helm: not checked, and why.
 NOT_CHECKED = {
+    "ctr": "containerd's, on a node",
     "docker": "an image needs a container runtime; the e2e tests run the driver as a process",
     "git": "the address is the reader's",
     **dict.fromkeys(("cd", "curl", "grep", "mkdir", "sort", "source", "uniq"), "a program of the machine"),

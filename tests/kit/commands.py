@@ -16,11 +16,13 @@ import yaml
 from gpuslice import cli, config
 from gpuslice.nvml.sim import spec
 
+from hack.lib import manifests
 from hack.lib.bench import __main__ as bench
 from hack.lib.cluster import __main__ as cluster
 from hack.lib.cluster.layout import REAL
 from hack.lib.cluster.versions import VERSIONS
 from hack.lib.gpu import __main__ as gpu
+from hack.lib.image import __main__ as image
 from hack.lib.scale import __main__ as scale
 from tests.kit.markdown import ROOT
 
@@ -168,6 +170,8 @@ _CHECKS: dict[str, Callable[[Words], None]] = {
     "hack/demo": _parsed(lambda arguments: _gpuslice(["demo", *arguments])),
     "hack/docs": _nothing,
     "hack/gpu": _parsed(_gpu),
+    "hack/image": _parsed(image.parser().parse_args),
+    "hack/manifests": _parsed(manifests.parse),
     "hack/scale": _parsed(scale.options_of),
     "hack/test": _test,
     "kubectl": _kubectl,

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from hack.lib.cluster import cluster
-from hack.lib.cluster.binaries import Binaries
+from hack.lib.cluster.binaries import Binaries, ensure_helm
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import LOOPBACK, REAL, Facts, Place, work_folder
 from hack.lib.cluster.versions import VERSIONS
@@ -48,7 +48,9 @@ def main() -> int:
     if parsed.command == "up":
         return _up(_facts(parsed), parsed.foreground)
     if parsed.command == "build":
-        Binaries(parsed.version).ensure()
+        ensure_helm()
+        if not parsed.only:
+            Binaries(parsed.version).ensure()
         return 0
     if parsed.command == "check":
         cluster.check(parsed.version)
@@ -98,8 +100,9 @@ def parser() -> argparse.ArgumentParser:
     )
     up.add_argument("--foreground", action="store_true", help="stay until Ctrl-C, and then end the cluster")
     build = commands.add_parser(
-        "build", help="build the programs of the cluster, and start nothing", allow_abbrev=False
+        "build", help="build Helm and the programs of the cluster, and start nothing", allow_abbrev=False
     )
+    build.add_argument("--only", choices=("helm",), help="build only this program, which takes two minutes")
     check = commands.add_parser(
         "check", help="list what `up` needs and cannot find; exit code 1 if something is missing", allow_abbrev=False
     )

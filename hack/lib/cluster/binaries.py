@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.versions import CONTAINERD, KUBE, TOOLKIT, module_file
+from hack.lib.cluster.versions import CONTAINERD, HELM_GO, HELM_KUBE, HELMS, KUBE, TOOLKIT, module_file
 
 _GIB = 1 << 30
 _BUILD_GIB = 8  # sources, Go's build cache and programs; 6 were measured
@@ -54,7 +54,7 @@ class Binaries:
         missing = self.missing()
         if not missing:
             return
-        _check_go(self.version)
+        _check_go(f"Kubernetes {self.version}", _least_go(self.version))
         _check_room()
         if any(path.parent == self.runtime for path in missing):
             _say(
@@ -85,6 +85,34 @@ class Binaries:
             _build(
                 ["go", "install", "-v", "-trimpath", "-ldflags", "-s -w", *programs], Path("/"), 1100, GOBIN=str(made)
             )
+
+
+def helm(major: str = "3") -> Path:
+    """Where this release of Helm is, once it is built."""
+    return cache() / f"helm-{HELMS[major]}" / "helm"
+
+
+def ensure_helm() -> None:
+    """Build the missing releases of Helm. PlaygroundError if that is not possible."""
+    for major, version in HELMS.items():
+        if not helm(major).exists():
+            _check_go(f"Helm {version}", HELM_GO)
+            _check_room()
+            _build_helm(major, version)
+
+
+def _build_helm(major: str, version: str) -> None:
+    folder, module = helm(major).parent, f"helm.sh/helm/v{major}"
+    _say(f"building Helm {version} into {folder}; this happens once and takes a minute on two cores")
+    stamped = {"internal/version.version": version}
+    if major == "3":
+        # As its Makefile does. Without this, it renders for Kubernetes 1.20, and our chart refuses that.
+        for package in ("chartutil", "lint/rules"):
+            stamped |= {f"pkg/{package}.k8sVersionMajor": "1", f"pkg/{package}.k8sVersionMinor": HELM_KUBE}
+    flags = " ".join(["-s -w", *(f"-X {module}/{key}={value}" for key, value in stamped.items())])
+    with _built_into(folder) as made:
+        command = ["go", "install", "-v", "-trimpath", "-ldflags", flags, f"{module}/cmd/helm@{version}"]
+        _build(command, Path("/"), 800, GOBIN=str(made))
 
 
 def toolkit() -> list[Path]:
@@ -165,11 +193,15 @@ def _reason(what: str, lines: Sequence[str]) -> str:
     return f"{what}: {last}; check that Go's module proxy can be reached (go env GOPROXY) and try again"
 
 
-def _check_go(version: str) -> None:
+def _least_go(version: str) -> tuple[int, int]:
+    """The least release of Go that builds this Kubernetes."""
     found = re.search(r"^go (\d+)\.(\d+)", (KUBE / module_file(version)).read_text(), re.MULTILINE)
     assert found is not None
-    least = (int(found[1]), int(found[2]))
-    words = f"building Kubernetes {version} needs Go {least[0]}.{least[1]} or later"
+    return int(found[1]), int(found[2])
+
+
+def _check_go(what: str, least: tuple[int, int]) -> None:
+    words = f"building {what} needs Go {least[0]}.{least[1]} or later"
     if shutil.which("go") is None:
         raise PlaygroundError(f"{words}, but there is no go on PATH; install Go (go.dev/dl) or add it to PATH")
     done = subprocess.run(["go", "env", "GOVERSION"], env=_environment({}), capture_output=True, text=True, check=False)

@@ -12,20 +12,13 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 from hack.lib.gpu.errors import GpuError
+from hack.lib.unused import unused
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TESTS = ("pytest", "pytest-asyncio", "pytest-timeout")  # the NVML contract is a test suite
-# What our dependencies install and we never import: the asynchronous Kubernetes client and its dependencies, and of the
-# other client all but logins and connections (`gpuslice/client_library.py`); time zones.
-UNUSED = (
-    *(f"kubernetes/{part}" for part in ("aio", "dynamic", "e2e_test", "informer", "leaderelection", "stream", "watch")),
-    *("kubernetes/client/api", "kubernetes/client/models/[!_]*", "tzdata", "websocket"),
-    *("aiohttp", "aiohttp_retry", "aiohappyeyeballs", "aiosignal", "frozenlist", "multidict", "propcache", "yarl"),
-)
 
 
 def collect(target: Path, downloads: Path, pythons: Sequence[str]) -> None:
@@ -64,9 +57,5 @@ def _pip(command: str, *arguments: str) -> None:
 def _unzip(wheel: Path, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if not _unused(name):
+            if not unused(name):
                 archive.extract(name, target)
-
-
-def _unused(name: str) -> bool:
-    return any(fnmatch(name, unused) or fnmatch(name, f"{unused}/*") for unused in UNUSED)
