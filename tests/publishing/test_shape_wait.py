@@ -34,7 +34,7 @@ class Wait:
     """Pools that were published with the device `old`, and are wanted with `new` instead."""
 
     def __init__(self, server: StandInApiServer, folder: Path, *, taints: bool = True) -> None:
-        self.server, self._taints = server, taints
+        self.server, self.taints = server, taints
         self.shapes = Shapes(folder / "shapes.json", Kube(server.kubeconfig), DRIVER, NODE)
         self.shapes.admit([self.pool(name, "old") for name in POOLS], [], taints=taints, published=True)
         server.requests.clear()
@@ -42,7 +42,7 @@ class Wait:
     def look(self, records: Sequence[Record] = (), *, published: bool = True) -> set[PoolName]:
         """The pools that keep their old shape, after one more look."""
         wanted = [self.pool(name, "new") for name in POOLS]
-        admitted = self.shapes.admit(wanted, records, taints=self._taints, published=published)
+        admitted = self.shapes.admit(wanted, records, taints=self.taints, published=published)
         return {pool.name for pool in admitted if _device(pool)["name"] == "old"}
 
     def asked(self) -> list[str]:
@@ -213,6 +213,36 @@ def test_where_new_holders_can_come_one_more_list_decides_when_the_known_ones_ha
     assert wait.look() == set()
 
     assert (before, wait.asked().count("list")) == (1, 3)
+
+
+def test_the_taints_of_an_upgraded_cluster_count_once_they_are_in_force(
+    server: StandInApiServer, tmp_path: Path
+) -> None:
+    """The pool waited without taints. A list before the taints are in force may miss a holder that comes meanwhile."""
+    wait = Wait(server, tmp_path, taints=False)
+    allocate(server, "first", *POOLS)
+    assert wait.look() == set(POOLS)
+    wait.taints = True
+    server.requests.clear()
+
+    assert wait.look() == set(POOLS)  # the plan with taints is not published yet
+    assert wait.asked() == []
+    allocate(server, "second", *POOLS)
+    delete(server, "first")
+
+    assert wait.look() == set(POOLS)
+
+
+def test_the_taints_of_a_downgraded_cluster_keep_nobody_away(server: StandInApiServer, tmp_path: Path) -> None:
+    wait = Wait(server, tmp_path)
+    allocate(server, "first", *POOLS)
+    wait.look()
+    assert wait.look() == set(POOLS)
+    wait.taints = False
+    allocate(server, "second", *POOLS)
+    delete(server, "first")
+
+    assert wait.look() == set(POOLS)
 
 
 def test_a_wait_that_ended_leaves_nothing_for_the_next_one(server: StandInApiServer, tmp_path: Path) -> None:

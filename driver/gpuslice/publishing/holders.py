@@ -44,7 +44,7 @@ class ClaimHolders:
         """
         if pools <= self._known.keys():
             still = {name for name in pools if self._is_held(name)}
-            if pools - still <= self._final:
+            if pools - still <= self._final & cordoned:
                 return still
         elif not pools:
             return set()

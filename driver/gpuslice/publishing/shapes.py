@@ -32,6 +32,7 @@ class Shapes:
         self._kept: dict[PoolName, PoolSlices] = {}
         self._version: Version | None = None  # version of the file from which `_kept` was read
         self._cordoned: set[PoolName] = set()
+        self._tainted: set[PoolName] = set()  # those of them that were admitted with taints
         self.only_taints_awaited = False  # a pool could change its shape as soon as its taints are in force
 
     def admit(
@@ -49,8 +50,7 @@ class Shapes:
                 name: kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))
             }
             self._cordoned &= waiting.keys()
-            ready = self._cordoned & waiting.keys() if published else set()
-            ready = ready if taints else set(waiting)
+            ready = set(waiting) if not taints else self._tainted & waiting.keys() if published else set()
             held = self._held(waiting.keys(), ready, records, taints=taints)
             admitted = dict(new)
             for name in waiting.keys() - (ready - held):
@@ -59,6 +59,7 @@ class Shapes:
                 if name not in self._cordoned:
                     log.warning("a pool keeps its old shape until its claims are released pool=%s", name)
             self._cordoned = waiting.keys() - (ready - held)
+            self._tainted = self._cordoned if taints else set()
             self.only_taints_awaited = bool(self._cordoned - held)
             self._keep({name: self._kept[name] if name in self._cordoned else p for name, p in admitted.items()})
             return tuple(admitted[name] for name in sorted(admitted))
