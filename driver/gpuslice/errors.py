@@ -61,7 +61,7 @@ class ConflictError(ApiError):
 
 
 class ExpiredError(ApiError):
-    """HTTP 410: the resource version of a watch is too old; list again."""
+    """HTTP 410: a watch cannot go on from this resource version; list again."""
 
 
 class StateError(DriverError):

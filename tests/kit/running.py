@@ -49,6 +49,7 @@ class DriverInstance:
             registration_socket="",
             claims=self.service,
             telemetry=Telemetry(),
+            registered=lambda: None,
         )
         self._watch = files.FolderWatch(self.rig.checkpoint.folder)
 
