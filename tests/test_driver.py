@@ -293,6 +293,7 @@ async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_come
 async def test_a_kubelet_that_starts_after_an_outage_gets_its_slices_before_their_turn(cluster: StandInCluster) -> None:
     """The lists of a fleet are spread over a minute after an API server was started again; this one does not wait."""
     await cluster.start()
+    await asyncio.to_thread(cluster.api.wait, lambda: any("watch=true" in r.target for r in cluster.api.requests))
     cluster.api.away()
     for body in cluster.api.all("resourceslices"):
         cluster.api.delete("resourceslices", body["metadata"]["name"])
