@@ -79,9 +79,9 @@ class _Run:
 
     def change(self, made: Sequence[FleetNode]) -> None:
         """A policy without partitions. Claims that were allocated and never prepared hold a pool of some nodes."""
-        inventory = Inventory.of(cards(), Policy.parse(_policy(_BEFORE)), "NODE")
-        pool = inventory.pools[_CARD].name
-        holders = [(f"holder-{node.name}", pool.replace("NODE", node.name)) for node in made[::_HELD]]
+        inventory = Inventory.of(cards(), Policy.parse(_policy(_BEFORE)), "node")
+        card = inventory.pools[_CARD].name.partition("/")[2]
+        holders = [(f"holder-{node.name}", f"{node.name}/{card}") for node in made[::_HELD]]
         api_claims(self.api, (_claim(*holder) for holder in holders))
         self.fleet.order("look")
         self.fleet.stamps.clear()
