@@ -34,7 +34,7 @@ def stamps(*times: float, verb: str = "list", resource: str = "resourceslices") 
 
 def a_phase(found: list[Stamp]) -> Phase:
     usage = Counter({"bytes LIST resourceslices": 1_500_000, "etcd list resourceslices": 4})
-    return Phase(name="start", began=100.0, took_s=12.4, cpu_s=3.21, stamps=found, usage=usage)
+    return Phase(name="start", began=100.0, took_s=12.4, lasted_s=20.0, cpu_s=3.21, stamps=found, usage=usage)
 
 
 def test_the_figures_of_an_api_server_are_those_of_our_objects() -> None:
@@ -79,6 +79,7 @@ def test_the_table_has_each_kind_of_request_with_its_busiest_second() -> None:
 
     lines = {line.partition("  ")[0]: line.rpartition("  ")[2] for line in text.splitlines()}
     assert lines["until all is published"] == "12 s"
+    assert lines["counted for"] == "20 s"
     assert lines["API server CPU"] == "3.2 s"
     assert lines["requests of the fleet"] == "4"
     assert lines["list resourceslices"] == "3/2 in 30 s"

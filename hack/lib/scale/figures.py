@@ -21,6 +21,7 @@ _ROWS = (
     ("watch", "resourceslices"),
     ("create", "resourceslices"),
     ("update", "resourceslices"),
+    ("delete", "resourceslices"),
     ("list", "resourceclaims"),
     ("get", "resourceclaims"),
     ("get", "nodes"),
@@ -45,6 +46,7 @@ class Phase:
     name: str
     began: float  # seconds of the wall clock
     took_s: float  # until all was published
+    lasted_s: float  # until the figures were taken
     cpu_s: float  # of the API server
     stamps: Sequence[Stamp]
     usage: Usage  # of all clients of the API server
@@ -100,6 +102,7 @@ def _of(phase: Phase) -> dict[str, Any]:
     return {
         "phase": phase.name,
         "took_s": phase.took_s,
+        "lasted_s": phase.lasted_s,
         "api_server_cpu_s": phase.cpu_s,
         "requests": len(phase.stamps),
         "busiest_second": busiest(phase.stamps),
@@ -112,6 +115,7 @@ def table(body: Mapping[str, Any]) -> str:
     phases, size = body["phases"], body["size"]
     lines = [["", *(phase["phase"] for phase in phases)]]
     lines.append(["until all is published", *(f"{phase['took_s']:.0f} s" for phase in phases)])
+    lines.append(["counted for", *(f"{phase['lasted_s']:.0f} s" for phase in phases)])
     lines.append(["API server CPU", *(f"{phase['api_server_cpu_s']:.1f} s" for phase in phases)])
     lines.append(["requests of the fleet", *(str(phase["requests"]) for phase in phases)])
     lines.append(["in the busiest second", *(str(phase["busiest_second"]) for phase in phases)])
@@ -127,7 +131,7 @@ def table(body: Mapping[str, Any]) -> str:
     what = (
         f"{body['what']}: {size['nodes']} of {size['cards']}, {size['claims']} claims, outage of {size['outage_s']} s"
     )
-    return "\n".join([*text, "", what, "a/b: a requests, b of them in the busiest second"])
+    return "\n".join([*text, "", what, "a/b: a requests, b of them in the busiest second; creates: dry runs too"])
 
 
 def _asked(phase: Mapping[str, Any], key: str) -> str:

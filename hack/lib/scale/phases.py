@@ -58,6 +58,7 @@ class _Run:
     nodes: int
     say: Say
     phases: list[Phase] = field(default_factory=list)
+    _done: float = 0.0
 
     def start(self) -> None:
         with self._phase("start"):
@@ -75,7 +76,8 @@ class _Run:
         with self._phase("after an outage", anew=True):
             control.start_api_server()
             self.api.close()
-            self._until("all is published", lambda: self.fleet.published == self.nodes and self._listed())
+            self._until("all is published", lambda: self.fleet.published == self.nodes)
+            self._until("all nodes have listed", self._listed, mark=False)
 
     def change(self, made: Sequence[FleetNode]) -> None:
         """A policy without partitions. Claims that were allocated and never prepared hold a pool of some nodes."""
@@ -109,13 +111,14 @@ class _Run:
         used, before = (0.0, Usage()) if anew else self._figures()
         began = time.time()
         yield
-        took_s = time.time() - began
+        lasted_s = time.time() - began
         now, after = self._figures()
         self.phases.append(
             Phase(
                 name=name,
                 began=began,
-                took_s=took_s,
+                took_s=self._done - began,
+                lasted_s=lasted_s,
                 cpu_s=now - used,
                 stamps=tuple(self.fleet.stamps),
                 usage=spent(before, after),
@@ -126,11 +129,13 @@ class _Run:
     def _figures(self) -> tuple[float, Usage]:
         return control.cpu_s(control.api_server_pid()), usage(self.api.text("/metrics"))
 
-    def _until(self, what: str, done: Callable[[], bool]) -> None:
+    def _until(self, what: str, done: Callable[[], bool], *, mark: bool = True) -> None:
+        """`mark`: what the phase is about is done then; what comes after is only watched."""
         end = time.monotonic() + _LIMIT_S
         while True:
             self.fleet.order("look")
             if done():
+                self._done = time.time() if mark else self._done
                 return
             if time.monotonic() > end:
                 raise ScaleError(
