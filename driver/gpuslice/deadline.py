@@ -50,7 +50,7 @@ class _LimitedReads(socket.SocketIO):
                 self._limited.settimeout(each_s)
 
 
-class _Socket:
+class _LimitedSocket:
     """What an HTTP response wants of its socket."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -62,17 +62,17 @@ class _Socket:
         return io.BufferedReader(reads)
 
 
-class _Response(http.client.HTTPResponse):
+class _LimitedResponse(http.client.HTTPResponse):
     def __init__(self, sock: Any, *arguments: Any, **named: Any) -> None:
-        super().__init__(_Socket(sock), *arguments, **named)  # type: ignore[arg-type]
+        super().__init__(_LimitedSocket(sock), *arguments, **named)  # type: ignore[arg-type]
 
 
 class _HttpConnection(urllib3.connection.HTTPConnection):
-    response_class = _Response
+    response_class = _LimitedResponse
 
 
 class _HttpsConnection(urllib3.connection.HTTPSConnection):
-    response_class = _Response
+    response_class = _LimitedResponse
 
 
 class _HttpPool(urllib3.HTTPConnectionPool):

@@ -30,7 +30,7 @@ from gpuslice.connections import Connections
 from gpuslice.core import json as bodies
 from gpuslice.core.json import Body
 from gpuslice.core.model import RESOURCE_API
-from gpuslice.errors import ApiError, ExpiredError, LastingApiError, NotFoundError
+from gpuslice.errors import ApiError, LastingApiError, NotFoundError
 from gpuslice.kubeconfig import usable
 
 _LIST_S = 120.0  # all pages of a list
@@ -43,7 +43,7 @@ _FIRST = (1, 34)  # the first release that serves resource.k8s.io/v1
 class Watch:
     """Events as they come, until the time is up: {"type": ADDED | MODIFIED | DELETED | BOOKMARK, "object": …}.
 
-    `close` ends it at once, from any thread. ExpiredError: this watch cannot go on, list again.
+    `close` ends it at once, from any thread. ExpiredError: the resource version is too old, list again.
     """
 
     def __init__(self, call: Call, response: urllib3.BaseHTTPResponse, server: str) -> None:
@@ -58,8 +58,7 @@ class Watch:
                 if event.get("type") == "ERROR" and isinstance(thing, dict):
                     raise answers.event_refusal(self._call, thing)
                 if not bodies.is_event(event):  # what is left out of a watch counts as unchanged
-                    # From the same version the same event would come again.
-                    raise ExpiredError(str(answers.odd(self._server, "a watch with an event that is none")))
+                    raise answers.odd(self._server, "a watch with an event that is none")
                 yield event
         except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
             if not self._closed:
@@ -72,6 +71,8 @@ class Watch:
         for chunk in self._response.stream():
             *lines, rest = (rest + chunk).split(b"\n")
             yield from lines
+        if rest.strip():  # cut off, or no watch at all
+            yield rest
 
     def close(self) -> None:
         self._closed = True

@@ -23,7 +23,7 @@ from tests.plugin.test_modes import DRIVER, Node, a_node
 POLICIES: Mapping[str, Mapping[str, object]] = {
     "default": {},
     "partitions shared": {"sharedPartitions": ["mps", "timeslice"]},
-    "one share": {"mps": {"shares": 1}, "timeslice": {"shares": 1}, "sharedPartitions": ["mps", "timeslice"]},
+    "one share": {"mps": {"shares": 1}, "timeslice": {"shares": 1}},
     "many shares": {"mps": {"shares": 48}, "timeslice": {"shares": 100}},
     "few clients": {"mps": {"shares": 2, "clients": 2}},
     "settings kept": {"keep": ["computeMode", "timeSlice"]},

@@ -217,6 +217,33 @@ def test_a_watch_that_goes_on_without_any_sign_is_followed_by_a_list(server: Sta
     assert asked(server, "watch=true") >= 1
 
 
+def test_watches_that_only_bring_something_odd_are_followed_by_a_list(server: StandInApiServer) -> None:
+    """From the same version the same would come for ever."""
+    with publishing(server, FAST):
+        server.away()
+        server.requests.clear()
+        server.answer(200, b'{"type": "ADDED", "object": {}}\n', times=1000, path="watch=true")
+        server.back()
+
+        server.wait(lambda: asked(server, "limit=") >= 1)
+
+        assert asked(server, "watch=true") >= 3
+        server.release()
+
+
+def test_an_api_server_that_refuses_watches_is_not_asked_for_lists_instead(server: StandInApiServer) -> None:
+    with publishing(server, FAST):
+        server.away()
+        server.requests.clear()
+        server.fail(503, times=1000, path="watch=true")
+        server.back()
+
+        server.wait(lambda: asked(server, "watch=true") >= 10)
+
+        assert asked(server, "limit=") == 0
+        server.release()
+
+
 def test_a_quiet_watch_alone_asks_for_no_list(server: StandInApiServer) -> None:
     with publishing(server, replace(LATE, watch_s=1)):
         server.bookmarks = False

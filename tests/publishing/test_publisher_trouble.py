@@ -254,7 +254,7 @@ def test_an_answer_that_makes_no_sense_is_logged_and_asked_for_again(
 def test_an_api_server_that_breaks_each_watch_off_is_told_and_not_asked_without_a_pause(
     server: StandInApiServer,
 ) -> None:
-    server.fail(200, times=2, path="watch=true")  # a whole answer instead of a stream
+    server.answer(200, b"", times=2, path="watch=true")  # a whole answer instead of a stream
     errors: list[str] = []
     kube = Kube(server.kubeconfig)
     publisher = Publisher(kube, DRIVER, NODE, backoff=FAST, changed=lambda status: errors.append(status.error))

@@ -29,6 +29,8 @@ from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
 
+_FRUITLESS = 3
+
 
 class Publisher:
     """Keeps the ResourceSlices of a driver on a node equal to the pools of the last `publish`.
@@ -55,6 +57,7 @@ class Publisher:
         self._writer = SliceWriter(kube, driver, node, self._state, self._reporter)
         self._watch: Watch | None = None
         self._version = ""  # to watch from; "" if a list is needed
+        self._fruitless = 0  # watches in a row that began and broke without an event
         self._list_at = 0.0  # when the next list is due
         self._hurry = threading.Event()  # ends a pause of the watcher
         self._threads = threads or ThreadWatch()
@@ -110,14 +113,21 @@ class Publisher:
                 retry = Backoff(self._backoff)
             except ExpiredError as e:
                 log.info("the driver lists the ResourceSlices of this node again: %s", e)
-                self._version, pause_s = "", random.random() * self._backoff.spread_s  # noqa: S311 - not a secret
+                pause_s = self._forget()
             except Exception as e:  # noqa: BLE001 - if the thread died, the driver would never notice a change again
                 if time.monotonic() - began > CALM_S:
                     retry = Backoff(self._backoff)
-                pause_s = retry.delay_s(random.random())  # noqa: S311 - not a secret
                 self._report_break(e)
+                # If watches from this version bring nothing of use, the next one brings the same.
+                stuck = self._fruitless >= _FRUITLESS
+                pause_s = self._forget() if stuck else retry.delay_s(random.random())  # noqa: S311 - not a secret
             if not stopped.is_set():
                 self._hurry.wait(pause_s)
+
+    def _forget(self) -> float:
+        """Go on with a list, and return how long to wait for it."""
+        self._version, self._fruitless = "", 0
+        return random.random() * self._backoff.spread_s  # noqa: S311 - not a secret
 
     def _report_break(self, error: Exception) -> None:
         if isinstance(error, ApiError):
@@ -153,6 +163,7 @@ class Publisher:
                     f"the API server at {self._kube.server} ended a watch too early; check the API server and the "
                     "proxies before it"
                 )
+            self._fruitless = 0
             if resumed and not heard:
                 self._list_at = 0.0
             most_s, resumed = self._backoff.watch_s, False
@@ -163,6 +174,7 @@ class Publisher:
         watch = self._kube.watch_resource_slices(self._driver, self._node, version, timeout_s)
         # In this order, because `stop` sets the event first and then closes the watch that it finds here.
         self._watch = watch
+        self._fruitless += 1
         try:
             if self._state.stopped.is_set():
                 watch.close()
@@ -172,7 +184,8 @@ class Publisher:
                 now, heard = event["object"]["metadata"]["resourceVersion"], True
                 if int(now) < int(version):
                     raise ExpiredError(f"resource versions went back from {version} to {now}, as after a restored etcd")
-                self._version = version = now
+                self._version, self._fruitless = now, 0
+                version = now
                 if event["type"] != "BOOKMARK":
                     self._state.take_event(event["type"], event["object"])
         finally:

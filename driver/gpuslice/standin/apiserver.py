@@ -117,6 +117,10 @@ class StandInApiServer:
         """Answer the next such requests with these bytes, as a proxy or a broken server would."""
         self._add(ScriptedAnswer("answer", times, method, path, status, data=data))
 
+    def drip(self, times: int = 1, *, method: str = "", path: str = "") -> None:
+        """Answer the next such requests byte by byte and never to the end, until `release`."""
+        self._add(ScriptedAnswer("drip", times, method, path))
+
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:
         """Leave the next such requests without an answer until `release`."""
         self._add(ScriptedAnswer("hang", times, method, path))
@@ -311,10 +315,8 @@ class StandInApiServer:
             at = at if events else now
 
     def _kubeconfig(self) -> Body:
-        cluster = {
-            "server": f"https://127.0.0.1:{self.port}",
-            "certificate-authority": str(self._certificate.certificate),
-        }
+        authority = str(self._certificate.certificate)
+        cluster = {"server": f"https://127.0.0.1:{self.port}", "certificate-authority": authority}
         return {
             "apiVersion": "v1",
             "kind": "Config",

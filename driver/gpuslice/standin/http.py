@@ -57,7 +57,7 @@ class HttpRequest:
 
 @dataclass(slots=True, eq=False)
 class ScriptedAnswer:
-    """What the next requests meet instead of their answer. act: fail, answer, hang or cut."""
+    """What the next requests meet instead of their answer. act: fail, answer, drip, hang or cut."""
 
     act: str
     times: int
@@ -74,6 +74,8 @@ _REASONS = {
     400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 409: "Conflict", 410: "Expired",
     422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
 }  # fmt: skip
+
+_DRIP_S = 0.02  # from one byte to the next
 
 Serve = Callable[[HttpRequest], tuple[int, Body]]
 EventStream = Callable[[HttpRequest, Callable[[], bool]], Iterator[Body]]
@@ -196,6 +198,9 @@ class _ApiHandler(BaseHTTPRequestHandler):
         if cue.act == "answer":
             self._send_bytes(cue.status, cue.data)
             return True
+        if cue.act == "drip":
+            self._drip(cue)
+            return True
         if cue.act == "hang":
             cue.released.wait()
             return self.server.stopped
@@ -214,6 +219,14 @@ class _ApiHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
         self.wfile.flush()
+
+    def _drip(self, cue: ScriptedAnswer) -> None:
+        """One byte after the other, for ever: no single read of the client is late."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not self.server.stopped and not cue.released.wait(_DRIP_S):
+            self.wfile.write(b"1\r\n \r\n")
+            self.wfile.flush()
 
     def _stream(self, events: Iterator[Body]) -> None:
         self.send_response(200)
