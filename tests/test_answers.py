@@ -75,7 +75,7 @@ VERBS = {
     "version": Verb("GET", "/version", lambda kube, _: kube.version()),
     "node": Verb("GET", "/nodes/", lambda kube, _: kube.node_uid(NODE)),
     "claim": Verb("GET", "/resourceclaims/", lambda kube, _: kube.claim("default", "idle")),
-    "claims": Verb("GET", "/resourceclaims?", lambda kube, _: kube.claims()),
+    "claims": Verb("GET", "/resourceclaims?", lambda kube, _: list(kube.claims())),
     "slices": Verb("GET", "resourceslices?limit", lambda kube, _: kube.resource_slices(DRIVER, NODE)),
     "watch": Verb("GET", "watch=true", lambda kube, _: list(kube.watch_resource_slices(DRIVER, NODE, "1000", 1))),
     "dry run": Verb("POST", "dryRun", lambda kube, api: kube.create_resource_slice(fresh(api), dry_run=True)),

@@ -18,7 +18,8 @@ from gpuslice.core.model import ClaimRef
 from gpuslice.nvml.sim.node import SimNode
 from gpuslice.nvml.sim.nvml import SimNvml
 from gpuslice.standin.apiserver import TOKEN
-from gpuslice.standin.cluster import DRIVER, NODE, StandInCluster
+from gpuslice.standin.cluster import DRIVER, NODE, StandInCluster, complete
+from gpuslice.standin.kubelet import StandInKubelet
 from gpuslice.standin.scheduler import Request
 from gpuslice.system.folder_watch import FolderWatch
 
@@ -287,6 +288,25 @@ async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_come
 
     await cluster.wait_published()
     await cluster.run(cluster.claim("one", CARD))
+
+
+@pytest.mark.contract(59)
+async def test_a_kubelet_that_starts_after_an_outage_gets_its_slices_before_their_turn(cluster: StandInCluster) -> None:
+    """The lists of a fleet are spread over a minute after an API server was started again; this one does not wait."""
+    await cluster.start()
+    await asyncio.to_thread(cluster.api.wait, lambda: any("watch=true" in r.target for r in cluster.api.requests))
+    cluster.api.away()
+    for body in cluster.api.all("resourceslices"):
+        cluster.api.delete("resourceslices", body["metadata"]["name"])
+    cluster.api.add_node("another")
+    cluster.api.store.compact()
+    cluster.api.requests.clear()
+    cluster.api.back()
+    await asyncio.to_thread(cluster.api.wait, lambda: any("watch=true" in r.target for r in cluster.api.requests))
+
+    async with StandInKubelet(cluster.registry) as kubelet:
+        await kubelet.wait_registered(DRIVER)
+        await asyncio.to_thread(cluster.api.wait, lambda: complete(cluster.api.all("resourceslices")))
 
 
 async def test_a_refused_token_is_told_once_and_ends_with_exit_code_4(cluster: StandInCluster) -> None:

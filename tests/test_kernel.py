@@ -140,6 +140,7 @@ def start(config: Config, root: Path) -> Iterator[Callable[[], object]]:
         registration_socket="",
         claims=cast("Any", None),
         telemetry=Telemetry(),
+        registered=lambda: None,
     )
 
     async def serve() -> None:

@@ -192,7 +192,7 @@ def test_a_claim_that_is_none_is_no_claim_that_was_deallocated(server: StandInAp
         if odd.get("metadata", {}).get("uid") is None or "status" in odd:
             server.answer(200, json.dumps({"kind": "ResourceClaimList", "metadata": {}, "items": [odd]}).encode())
             with pytest.raises(ApiError, match="a list of resourceclaims"):
-                kube.claims()
+                list(kube.claims())
 
 
 def test_a_list_that_is_none_is_no_empty_list(server: StandInApiServer, kube: Kube) -> None:
@@ -200,7 +200,7 @@ def test_a_list_that_is_none_is_no_empty_list(server: StandInApiServer, kube: Ku
         server.answer(200, json.dumps(odd).encode(), times=2)
 
         with pytest.raises(ApiError, match="no list of resourceclaims"):
-            kube.claims()
+            list(kube.claims())
         with pytest.raises(ApiError, match="no list of resourceslices"):
             kube.resource_slices("gpuslice.dev", "n1")
 
@@ -319,7 +319,7 @@ def test_outside_a_pod_the_service_account_is_missed(monkeypatch: pytest.MonkeyP
 def test_no_typed_model_is_imported_for_they_cost_half_a_second(server: StandInApiServer) -> None:
     program = (
         "import sys; from pathlib import Path; from gpuslice.kube import Kube;"
-        f"kube = Kube(Path({str(server.kubeconfig)!r})); kube.version(); kube.claims(); kube.close();"
+        f"kube = Kube(Path({str(server.kubeconfig)!r})); kube.version(); list(kube.claims()); kube.close();"
         "print([m for m in sys.modules if m.startswith(('kubernetes.client.models.', 'kubernetes.client.api.'))])"
     )
 

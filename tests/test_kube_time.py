@@ -80,7 +80,7 @@ def dripping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drippi
 
 VERBS: dict[str, Callable[[Kube], object]] = {
     "get": lambda kube: kube.claim("ns", "c"),
-    "list": lambda kube: kube.claims(),
+    "list": lambda kube: list(kube.claims()),
     "create": lambda kube: kube.create_resource_slice({"metadata": {"generateName": "x-"}, "spec": {}}),
     "delete": lambda kube: kube.delete_resource_slice("s", uid="u", resource_version="1"),
     "version": lambda kube: kube.version(),
@@ -120,7 +120,7 @@ def test_a_list_whose_pages_never_end_is_an_error(tmp_path: Path, monkeypatch: p
         server.answer(200, json.dumps(page).encode(), times=1_000_000)
 
         with pytest.raises(ApiError, match="that does not end within"):
-            Kube(server.kubeconfig).claims()
+            list(Kube(server.kubeconfig).claims())
 
 
 # ---------------------------------------------------------------- credentials
@@ -167,7 +167,7 @@ def test_a_token_is_read_again_where_the_clock_was_set_back_by_hours(
     server.token = "rotated"
 
     assert kube.claim("ns", "c")
-    assert kube.claims()
+    assert list(kube.claims())
     kube.close()
 
 

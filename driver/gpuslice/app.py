@@ -139,7 +139,7 @@ class App:
             )
             controller = self._build_controller(health, partial(call_in, loop, changed.set), threads)
             stack.callback(self._watch_records(loop, controller))
-            server = self._build_server(service)
+            server = self._build_server(service, controller.catch_up)
             work = (
                 service.recover,
                 partial(_retry_lost, service, changed),
@@ -189,7 +189,7 @@ class App:
             executor=executor,
         )
 
-    def _build_server(self, service: ClaimService) -> PluginServer:
+    def _build_server(self, service: ClaimService, registered: Callable[[], None]) -> PluginServer:
         config = self._config
         return PluginServer(
             driver=config.driver_name,
@@ -199,6 +199,7 @@ class App:
             registration_socket=config.registration_socket,
             claims=service,
             telemetry=self._telemetry,
+            registered=registered,
         )
 
     def _build_health(

@@ -132,10 +132,14 @@ class Kube:
             raise self._odd(f"something else than claim {namespace}/{name}")
         return answer
 
-    def claims(self) -> list[Body]:
-        """All ResourceClaims of the cluster, in pages."""
+    def claims(self) -> Iterator[Body]:
+        """All ResourceClaims of the cluster, one page in memory at a time: a large cluster has tens of megabytes of them.
+
+        ApiError while they come: what came before is then not all.
+        """
         call = Call("list", "resourceclaims", f"{_GROUP}/resourceclaims")
-        return self._all(call, "ResourceClaimList", bodies.is_claim)[0]
+        for items, _ in self._pages(call, "ResourceClaimList", bodies.is_claim):
+            yield from items
 
     # ------------------------------------------------------------ resource slices
 
@@ -143,7 +147,10 @@ class Kube:
         """A driver's ResourceSlices on a node, and the resource version from which to watch them."""
         selector = _selector(driver, node)
         call = Call("list", "resourceslices", f"{_GROUP}/resourceslices")
-        items, version = self._all(call, "ResourceSliceList", bodies.is_resource_slice, {"fieldSelector": selector})
+        items: list[Body] = []
+        pages = self._pages(call, "ResourceSliceList", bodies.is_resource_slice, {"fieldSelector": selector})
+        for page, version in pages:  # noqa: B007 - the version of the last page counts
+            items += page
         if not version.isdecimal():
             raise self._odd(f"a list of resourceslices with the resource version {version[:40]!r}")
         return items, version
@@ -188,12 +195,11 @@ class Kube:
 
     # ------------------------------------------------------------ below the verbs
 
-    def _all(
+    def _pages(
         self, call: Call, kind: str, is_item: Callable[[object], bool], query: Mapping[str, str] | None = None
-    ) -> tuple[list[Body], str]:
-        """All items of a list and its resource version. ApiError for a list with an odd item, because what is left out
-        of a list counts as gone."""
-        found: list[Body] = []
+    ) -> Iterator[tuple[list[Body], str]]:
+        """The pages of a list, each with the list's resource version. ApiError for a list with an odd item, because what
+        is left out of a list counts as gone."""
         page, end = {"limit": str(_PAGE), **(query or {})}, time.monotonic() + _LIST_S
         while time.monotonic() < end:
             answer = self._ask(call, page)
@@ -202,9 +208,9 @@ class Kube:
                 raise self._odd(f"no list of {call.resource}")
             if not all(map(is_item, items)):
                 raise self._odd(f"a list of {call.resource} with an item that is none")
-            found += items
+            yield items, str(metadata.get("resourceVersion", ""))
             if not (onward := metadata.get("continue")):
-                return found, str(metadata.get("resourceVersion", ""))
+                return
             page["continue"] = str(onward)
         raise self._odd(f"a list of {call.resource} that does not end within {_LIST_S:.0f} s")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,14 @@ from tests.kit.rig import Rig
 
 DRIVER, NODE = "gpuslice.dev", "n1"
 FAST = BackoffConfig(
-    quiet_s=0.02, quiet_most_s=0.1, retry_s=0.02, retry_most_s=0.1, version_s=0.2, confirm_s=0.05, missing_most_s=0.4
+    quiet_s=0.02,
+    quiet_most_s=0.1,
+    retry_s=0.02,
+    retry_most_s=0.1,
+    spread_s=0.1,
+    version_s=0.2,
+    confirm_s=0.05,
+    missing_most_s=0.4,
 )
 TAINT = {"key": "gpuslice.dev/xid", "value": "79", "effect": "NoSchedule"}
 
@@ -115,9 +124,35 @@ def wipe(server: StandInApiServer) -> None:
 
 
 def look_again(server: StandInApiServer) -> None:
-    """Break the watches until everything was listed and compared a few times more."""
+    """Refuse to go on with the watches until everything was listed and compared a few times more."""
     lists = asked(server, "limit=")
     server.away()
-    server.fail(500, times=3, path="watch=true")
+    server.fail(410, times=5, path="watch=true")
     server.back()
     server.wait(lambda: asked(server, "limit=") > lists + 3)
+
+
+class _Logged(logging.Handler):
+    """An event for a line of the log."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self._words, self.seen = words, threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._words in record.getMessage():
+            self.seen.set()
+
+
+@contextmanager
+def a_line(words: str) -> Iterator[threading.Event]:
+    """Set when these words are logged."""
+    handler, logger = _Logged(words), logging.getLogger("gpuslice.publishing")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.seen
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)

@@ -52,6 +52,7 @@ class DriverInstance:
             registration_socket="",
             claims=self,
             telemetry=Telemetry(),
+            registered=lambda: None,
         )
         self.deserted = asyncio.Event()  # a caller of a prepare has gone before its answer
         self._watch = FolderWatch(self.rig.checkpoint.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,9 @@ def test_a_socket_path_of_108_bytes_is_refused_and_one_of_107_is_not() -> None:
         registration_name(Path("/" + "d" * room), DRIVER, UID)
 
 
-def server(folder: Path, *, pod_uid: str = "", registration_socket: str = "") -> PluginServer:
+def server(
+    folder: Path, *, pod_uid: str = "", registration_socket: str = "", registered: Callable[[], None] = lambda: None
+) -> PluginServer:
     return PluginServer(
         driver=DRIVER,
         registry=files.ensure_folder(folder / "reg"),
@@ -89,6 +91,7 @@ def server(folder: Path, *, pod_uid: str = "", registration_socket: str = "") ->
         registration_socket=registration_socket,
         claims=_NoClaims(),
         telemetry=Telemetry(),
+        registered=registered,
     )
 
 
@@ -265,6 +268,23 @@ async def test_a_refused_registration_is_an_error_to_the_kubelet_and_no_end_of_t
 
         await stub.NotifyRegistrationStatus(registration_v1_pb2.RegistrationStatus(plugin_registered=True))
         assert ours.status.refusal is None
+
+
+@pytest.mark.contract(59)
+async def test_each_registration_by_a_kubelet_is_passed_on_and_a_refused_one_is_not(short: Path) -> None:
+    """A kubelet that starts deletes the slices of its node, so whoever publishes them wants to know."""
+    passed: list[str] = []
+    ours = server(short, registered=lambda: passed.append("registered"))
+    await ours.open()
+    for _ in range(2):
+        async with StandInKubelet(ours.registration.parent) as kubelet:
+            await kubelet.wait_registered(DRIVER)
+    async with grpc.aio.insecure_channel(f"unix:{ours.registration}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await registration(channel).NotifyRegistrationStatus(registration_v1_pb2.RegistrationStatus(error="no"))
+    await ours.close(0)
+
+    assert passed == ["registered"] * 2
 
 
 @pytest.mark.contract(6)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from gpuslice.standin.apiserver import StandInApiServer
 from gpuslice.system.threads import ThreadWatch
 
 from tests.kit.builders import a_gpu, a_policy
-from tests.kit.publishing import DRIVER, NODE, a_controller, a_publisher, an_api_server
+from tests.kit.publishing import DRIVER, NODE, a_controller, a_line, a_publisher, an_api_server
 from tests.kit.rig import Rig, a_claim
 
 FULL = Features(partitionable=True, consumable=True, taints=True)
@@ -348,32 +346,6 @@ class _Trouble(Checkpoint):
         if self.trouble:
             raise OSError(24, "Too many open files")
         return super().records()
-
-
-class _Logged(logging.Handler):
-    """An event for a line of the log."""
-
-    def __init__(self, words: str) -> None:
-        super().__init__()
-        self._words, self.seen = words, threading.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._words in record.getMessage():
-            self.seen.set()
-
-
-@contextmanager
-def a_line(words: str) -> Iterator[threading.Event]:
-    """Set when these words are logged."""
-    handler, logger = _Logged(words), logging.getLogger("gpuslice.publishing")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield handler.seen
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
 
 
 PUBLISHED = "published the ResourceSlices"  # all that is wanted is in force

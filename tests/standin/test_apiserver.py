@@ -135,7 +135,7 @@ def test_newer_servers_keep_them_and_date_taints(server: StandInApiServer) -> No
 
 def test_a_server_before_134_does_not_have_the_group(tmp_path: Path) -> None:
     with StandInApiServer(tmp_path, "1.33") as server, pytest.raises(ApiError, match=r"1\.34 or later"):
-        Kube(server.kubeconfig).claims()
+        list(Kube(server.kubeconfig).claims())
 
 
 @pytest.mark.parametrize(

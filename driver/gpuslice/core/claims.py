@@ -43,8 +43,8 @@ def _mistakes(body: UncheckedBody, ref: ClaimRef, names: Set[str]) -> Iterator[s
     forgotten the unit. The scheduler knows no unit either, so it takes the request for what it says."""
     spec = body.get("spec")
     devices = spec.get("devices") if isinstance(spec, Mapping) else None
-    for request in _mappings(devices, "requests"):
-        options = _mappings(request, "firstAvailable")
+    for request in mappings(devices, "requests"):
+        options = mappings(request, "firstAvailable")
         asked: list[tuple[list[object], object]] = [([request.get("name"), one.get("name")], one) for one in options]
         for path, part in asked or [([request.get("name")], request.get("exactly"))]:
             name = "/".join(text for text in path if isinstance(text, str))
@@ -65,7 +65,8 @@ def _memory(asked: object) -> Iterator[str]:
             yield str(text)[:_QUANTITY]
 
 
-def _mappings(body: object, key: str) -> list[UncheckedBody]:
+def mappings(body: object, key: str) -> list[UncheckedBody]:
+    """The objects in a list of a body that may be anybody's. What is none is passed over."""
     items = body.get(key) if isinstance(body, Mapping) else None
     return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []
 

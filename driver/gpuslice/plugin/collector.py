@@ -1,12 +1,13 @@
 """Finds claims that the API server no longer has, and unprepares them: the kubelet skips an unprepare that it has forgotten.
 
-A claim that still exists is asked for ever less, up to every ten minutes: at rest nothing goes to the API server for most of
-the time.
+A claim that still exists is asked for ever less, up to every five to ten minutes: at rest nothing goes to the API server for
+most of the time, and a cluster with 20,000 claims sends it 44 such requests a second.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Awaitable, Callable, Mapping
 
 from gpuslice.core.model import ClaimUid
@@ -58,7 +59,9 @@ class Collector:
         try:
             if await self._hold(record) is Hold.HELD:
                 self._absent_since.pop(uid, None)
-                self._next_ask[uid] = now + pause_s, min(2 * pause_s, _LONGEST_ASK_S)
+                # At random, so that the claims of a cluster that was started at once are not asked for at once.
+                due = now + pause_s * (1 + random.random()) / 2  # noqa: S311 - not a secret
+                self._next_ask[uid] = due, min(2 * pause_s, _LONGEST_ASK_S)
                 return
         except ApiError as e:
             log.info("cannot ask whether a claim still exists; the driver asks again in a minute claim=%s: %s", ref, e)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -127,7 +127,8 @@ async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 class RegistrationService:
     """Answers the kubelet's plugin watcher. It asks for the driver's name, then reports whether the registration succeeded."""
 
-    def __init__(self, driver: str, endpoint: Path) -> None:
+    def __init__(self, driver: str, endpoint: Path, registered: Callable[[], None]) -> None:
+        self._registered = registered
         self._info = registration_v1_pb2.PluginInfo(
             type="DRAPlugin", name=driver, endpoint=str(endpoint), supported_versions=list(VERSIONS)
         )
@@ -142,6 +143,7 @@ class RegistrationService:
         if request.plugin_registered:
             log.info("registered with the kubelet driver=%s", self._info.name)
             self.refusal = None
+            self._registered()
             return registration_v1_pb2.RegistrationStatusResponse()
         self.refusal = f"the kubelet refused to register driver {self._info.name}: {request.error}"
         log.error("%s", self.refusal)
@@ -165,7 +167,10 @@ class PluginServer:
         registration_socket: str,
         claims: ClaimHandler,
         telemetry: Telemetry,
+        registered: Callable[[], None],
     ) -> None:
+        """The server calls `registered` on the event loop each time that a kubelet has registered the driver, and so also
+        when a kubelet has started again."""
         self.endpoint, self.registration = sockets.paths(
             driver=driver,
             registry=registry,
@@ -175,7 +180,7 @@ class PluginServer:
         )
         self._lock = sockets.exclusive(self.endpoint)
         sockets.remove_dead(registry, plugin_folder, driver)
-        self.status = RegistrationService(driver, self.endpoint)
+        self.status = RegistrationService(driver, self.endpoint, registered)
         self._services = (
             (dra_v1_pb2_grpc.add_DRAPluginServicer_to_server, DraService(dra_v1_pb2, claims, telemetry)),
             (dra_v1beta1_pb2_grpc.add_DRAPluginServicer_to_server, DraService(dra_v1beta1_pb2, claims, telemetry)),

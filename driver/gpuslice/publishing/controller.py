@@ -110,6 +110,10 @@ class SliceController:
             self._nudged = True
             self._wake.notify_all()
 
+    def catch_up(self) -> None:
+        """For a kubelet that has registered: it deletes the slices of its node when it starts. Returns at once."""
+        self._publisher.catch_up()
+
     @property
     def inventory(self) -> Inventory:
         """The present offer of the node."""

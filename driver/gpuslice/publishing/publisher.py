@@ -4,19 +4,21 @@ There are two threads. The *watcher* lists and watches our slices into a `SliceC
 the wanted pools (`core.pools.reconcile`) and writes the difference. No failure is final: if the API server refuses a write
 or does not answer, the writer tries again, with growing delays. Prepare and unprepare are not affected.
 
-Others write, too. When the kubelet starts, it deletes all slices of its node in the background, perhaps after the driver
-has published again. The driver answers each foreign change after a quiet time. If another foreign change follows an answer
-within a minute, the quiet time doubles. So two instances of different versions do not write against each other for ever.
+All nodes of a cluster lose their watches at the same time when an API server goes away. Each one then watches again from the
+version that it knows, which costs little. The delays grow up to a minute. A node lists only if that version is too old, as it
+is after a restart of the API server, or if versions have gone back; it lists at a random time within a minute. It does not
+wait if events of the node itself ask for a list: a conflict, or a kubelet that registers while there is no watch.
 """
 
 from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 
-from gpuslice.core.pools.backoff import CALM_S, DEFAULT_BACKOFF, Backoff, BackoffConfig
+from gpuslice.core.pools.backoff import CALM_S, DEFAULT_BACKOFF, Backoff, BackoffConfig, around
 from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.errors import ApiError, ConflictError, ExpiredError
 from gpuslice.kube import Kube, Watch
@@ -26,6 +28,8 @@ from gpuslice.publishing.writer import SliceWriter
 from gpuslice.system.threads import ThreadWatch
 
 log = logging.getLogger(__name__)
+
+_FRUITLESS = 3
 
 
 class Publisher:
@@ -52,6 +56,10 @@ class Publisher:
         self._reporter = StatusReporter(changed)
         self._writer = SliceWriter(kube, driver, node, self._state, self._reporter)
         self._watch: Watch | None = None
+        self._version = ""  # to watch from; "" if a list is needed
+        self._fruitless = 0  # watches in a row that began and broke without an event
+        self._list_at = 0.0  # when the next list is due
+        self._hurry = threading.Event()  # ends a pause of the watcher
         self._threads = threads or ThreadWatch()
 
     # ------------------------------------------------------------ for the caller
@@ -68,6 +76,7 @@ class Publisher:
         """End both threads. The published slices stay, because a restart must not take the node's devices away."""
         self._threads.stopping()
         self._state.stop()
+        self._hurry.set()
         watch = self._watch
         if watch is not None:
             watch.close()
@@ -76,6 +85,13 @@ class Publisher:
     def publish(self, desired: Sequence[PoolSlices]) -> None:
         """Set the wanted pools. Returns at once."""
         self._state.want(desired)
+
+    def catch_up(self) -> None:
+        """List at once if no watch shows what happens to our slices. Returns at once. For a kubelet that has registered:
+        it deletes the slices of its node when it starts."""
+        if self._watch is None:
+            self._list_at = 0.0
+            self._hurry.set()
 
     def forget_dropped(self) -> None:
         """Send fields again that the API server dropped, because it keeps them now."""
@@ -88,50 +104,93 @@ class Publisher:
     def _keep_watching(self) -> None:
         stopped, retry = self._state.stopped, Backoff(self._backoff)
         while not stopped.is_set():
-            began = time.monotonic()
+            self._hurry.clear()
+            began, pause_s = time.monotonic(), 0.0
             try:
-                self._follow(self._list())
-            except ExpiredError:
-                pass
-            except ApiError as e:
-                self._reporter.report(error=str(e))
-            except Exception:  # if the thread died, the driver would never notice a change again
-                log.exception("the watch of ResourceSlices failed unexpectedly; the driver starts it again")
-            lasted_s = time.monotonic() - began
-            if lasted_s > CALM_S:
+                if anew := not self._version or began >= self._list_at:
+                    self._list()
+                self._follow(resumed=not anew)
                 retry = Backoff(self._backoff)
-            if lasted_s < self._backoff.relist_s:  # otherwise a new list is due anyway
-                stopped.wait(retry.delay_s(random.random()))  # noqa: S311 - not a secret
+            except ExpiredError as e:
+                log.info("the driver lists the ResourceSlices of this node again: %s", e)
+                pause_s = self._forget()
+            except Exception as e:  # noqa: BLE001 - if the thread died, the driver would never notice a change again
+                if time.monotonic() - began > CALM_S:
+                    retry = Backoff(self._backoff)
+                self._report_break(e)
+                # If watches from this version bring nothing of use, the next one brings the same.
+                stuck = self._fruitless >= _FRUITLESS
+                pause_s = self._forget() if stuck else retry.delay_s(random.random())  # noqa: S311 - not a secret
+            if not stopped.is_set():
+                self._hurry.wait(pause_s)
 
-    def _list(self) -> str:
+    def _forget(self) -> float:
+        """Go on with a list, and return how long to wait for it."""
+        self._version, self._fruitless = "", 0
+        return random.random() * self._backoff.spread_s  # noqa: S311 - not a secret
+
+    def _report_break(self, error: Exception) -> None:
+        if isinstance(error, ApiError):
+            self._reporter.report(error=str(error))
+        else:
+            log.error("the watch of ResourceSlices failed unexpectedly; the driver starts it again", exc_info=error)
+            self._version = ""  # the same events would fail again
+
+    def _list(self) -> None:
         began = self._state.begin_list()
         bodies, version = self._kube.resource_slices(self._driver, self._node)
         self._state.take_list(bodies, began)
-        return version
+        self._version = version
+        self._list_at = time.monotonic() + around(self._backoff.relist_s, random.random())  # noqa: S311 - not a secret
 
-    def _follow(self, version: str) -> None:
-        """Watch until a new list is due. ApiError: the watch broke. ExpiredError: its resource version is too old."""
-        stopped, end = self._state.stopped, time.monotonic() + self._backoff.relist_s
-        while not stopped.is_set() and (left_s := end - time.monotonic()) > 0:
+    def _follow(self, *, resumed: bool) -> None:
+        """Watch until a new list is due. ApiError: the watch broke. ExpiredError: only a list helps.
+
+        `resumed`: from a version before the break. If an etcd was restored meanwhile, the API server may not have come to
+        this version yet, and says nothing until it has. So the first watch is a short one, and if it brings no event and no
+        bookmark, a list is due.
+        """
+        stopped = self._state.stopped
+        most_s = min(self._backoff.watch_s, self._backoff.spread_s) if resumed else self._backoff.watch_s
+        while not stopped.is_set() and (left_s := self._list_at - time.monotonic()) > 0:
             began = time.monotonic()
-            timeout_s = max(1, int(min(self._backoff.watch_s, left_s)))
-            watch = self._kube.watch_resource_slices(self._driver, self._node, version, timeout_s)
-            # In this order, because `stop` sets the event first and then closes the watch that it finds here.
-            self._watch = watch
+            timeout_s = max(1, int(min(most_s * (1 + random.random()) / 2, left_s)))  # noqa: S311 - not a secret
+            heard = self._follow_one(timeout_s, resumed=resumed)
             if stopped.is_set():
-                watch.close()
-            for event in watch:
-                now = event["object"]["metadata"]["resourceVersion"]
-                if int(now) < int(version):
-                    raise ExpiredError(f"resource versions went back from {version} to {now}, as after a restored etcd")
-                version = now
-                if event["type"] != "BOOKMARK":
-                    self._state.take_event(event["type"], event["object"])
-            if time.monotonic() - began < timeout_s / 2 and not stopped.is_set():
+                return
+            if time.monotonic() - began < timeout_s / 2:
                 raise ApiError(
                     f"the API server at {self._kube.server} ended a watch too early; check the API server and the "
                     "proxies before it"
                 )
+            self._fruitless = 0
+            if resumed and not heard:
+                self._list_at = 0.0
+            most_s, resumed = self._backoff.watch_s, False
+
+    def _follow_one(self, timeout_s: int, *, resumed: bool) -> bool:
+        """One watch. Whether there was an event or a bookmark."""
+        version, heard = self._version, False
+        watch = self._kube.watch_resource_slices(self._driver, self._node, version, timeout_s)
+        # In this order, because `stop` sets the event first and then closes the watch that it finds here.
+        self._watch = watch
+        self._fruitless += 1
+        try:
+            if self._state.stopped.is_set():
+                watch.close()
+            if resumed:
+                self._state.look_in(0.0)  # what could not be written meanwhile may be possible now
+            for event in watch:
+                now, heard = event["object"]["metadata"]["resourceVersion"], True
+                if int(now) < int(version):
+                    raise ExpiredError(f"resource versions went back from {version} to {now}, as after a restored etcd")
+                self._version, self._fruitless = now, 0
+                version = now
+                if event["type"] != "BOOKMARK":
+                    self._state.take_event(event["type"], event["object"])
+        finally:
+            self._watch = None
+        return heard
 
     # ------------------------------------------------------------ the writer
 
@@ -142,6 +201,7 @@ class Publisher:
                 if stale:  # a conflict shows that the watch lags or is dead
                     self._list()
                     stale = False
+                    self._hurry.set()  # the watcher can watch from here, if it pauses
                 self._writer.sync(wanted)
                 retry = Backoff(self._backoff)
             except ApiError as e:

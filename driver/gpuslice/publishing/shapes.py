@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from gpuslice.core.model import PoolName
@@ -12,6 +12,7 @@ from gpuslice.core.pools import shape
 from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.core.record import Record
 from gpuslice.kube import Kube
+from gpuslice.publishing.holders import ClaimHolders
 from gpuslice.system import files
 from gpuslice.system.files import Version
 
@@ -27,41 +28,50 @@ class Shapes:
 
     def __init__(self, path: Path, kube: Kube, driver: str, node: str) -> None:
         self._path, self._kube, self._driver, self._node = path, kube, driver, node
+        self._holders = ClaimHolders(kube, driver)
         self._kept: dict[PoolName, PoolSlices] = {}
         self._version: Version | None = None  # version of the file from which `_kept` was read
         self._cordoned: set[PoolName] = set()
-        self.only_taints_awaited = False  # true if a pool waits only for its taints to be in force
+        self._tainted: set[PoolName] = set()  # those of them that were admitted with taints
+        self.only_taints_awaited = False  # a pool could change its shape as soon as its taints are in force
 
     def admit(
         self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool
     ) -> tuple[PoolSlices, ...]:
         """The pools that may be published now: the wanted pool, or its old shape with taints while claims hold devices.
 
-        `published`: the API has the last admitted pools. Only then do taints keep the scheduler away. While a change
-        waits, it asks the API server and blocks (ApiError if there is no answer).
+        `published`: the API has the last admitted pools. Only then do taints keep the scheduler away. If nothing else
+        keeps a pool, it asks the API server for the claims that hold it, and blocks (ApiError if there is no answer).
         """
         with files.locked(self._path.with_suffix(".lock")):
             self._read()
             new = {p.name: p for p in wanted}
-            waiting = [kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))]
-            self._cordoned &= {kept.name for kept in waiting}
-            held = self._held(records) if waiting else set()
+            waiting = {
+                name: kept for name, kept in self._kept.items() if not (name in new and shape.allows(kept, new[name]))
+            }
+            self._cordoned &= waiting.keys()
+            ready = set(waiting) if not taints else self._tainted & waiting.keys() if published else set()
+            held = self._held(waiting.keys(), ready, records, taints=taints)
             admitted = dict(new)
-            for kept in waiting:
-                if kept.name in held or (taints and not (published and kept.name in self._cordoned)):
-                    admitted[kept.name] = shape.cordoned(kept, self._driver) if taints else kept
-                    if kept.name not in self._cordoned:
-                        log.warning("a pool keeps its old shape until its claims are released pool=%s", kept.name)
-                    self._cordoned.add(kept.name)
-                else:
-                    self._cordoned.discard(kept.name)
+            for name in waiting.keys() - (ready - held):
+                kept = waiting[name]
+                admitted[name] = shape.cordoned(kept, self._driver) if taints else kept
+                if name not in self._cordoned:
+                    log.warning("a pool keeps its old shape until its claims are released pool=%s", name)
+            self._cordoned = waiting.keys() - (ready - held)
+            self._tainted = self._cordoned if taints else set()
             self.only_taints_awaited = bool(self._cordoned - held)
             self._keep({name: self._kept[name] if name in self._cordoned else p for name, p in admitted.items()})
             return tuple(admitted[name] for name in sorted(admitted))
 
-    def _held(self, records: Sequence[Record]) -> set[PoolName]:
+    def _held(
+        self, waiting: Set[PoolName], ready: Set[PoolName], records: Sequence[Record], *, taints: bool
+    ) -> set[PoolName]:
+        """The waiting pools of which claims hold a device. Nobody is asked for a pool that our own records hold, nor for
+        one that is not `ready` to change for another reason."""
         ours = {grant.allocation.device.pool for record in records for grant in record.plan.grants}
-        return ours | set(shape.pools_of(self._kube.claims(), self._driver))
+        self._holders.keep(waiting)
+        return (ours & waiting) | self._holders.held(ready - ours, cordoned=ready if taints else frozenset())
 
     def _read(self) -> None:
         """Read the file if it has changed. If the file is missing or damaged, take the shapes of the API server."""

@@ -40,6 +40,7 @@ class StandInApiServer:
         self.store = Store()
         self.kubeconfig = folder / "kubeconfig"
         self.requests: list[HttpRequest] = []
+        self.bookmarks = True  # a real one sends none while it knows no newer version than the one it was asked for
         self._cues: list[ScriptedAnswer] = []
         self._certificate = tls.certificate(folder)
         self._listener = Listener(self._certificate.server_context(), TOKEN, self._serve, self._watch, self._cue, port)
@@ -307,17 +308,15 @@ class StandInApiServer:
                 yield {"type": "ERROR", "object": e.body()}
                 return
             if over and not events:
-                if request.query.get("allowWatchBookmarks") == "true":
+                if self.bookmarks and request.query.get("allowWatchBookmarks") == "true":
                     meta = {"metadata": {"resourceVersion": str(now)}}
                     yield {"type": "BOOKMARK", "object": self._typed(resource, meta)}
                 return
             at = at if events else now
 
     def _kubeconfig(self) -> Body:
-        cluster = {
-            "server": f"https://127.0.0.1:{self.port}",
-            "certificate-authority": str(self._certificate.certificate),
-        }
+        authority = str(self._certificate.certificate)
+        cluster = {"server": f"https://127.0.0.1:{self.port}", "certificate-authority": authority}
         return {
             "apiVersion": "v1",
             "kind": "Config",

@@ -19,13 +19,15 @@ from gpuslice.errors import DriverError
 from gpuslice.node import read_policy
 
 from hack.lib.api import ApiServer, RequestError
+from hack.lib.scale import figures, phases
 from hack.lib.scale.control import Scheduler, control_plane
 from hack.lib.scale.errors import ScaleError
-from hack.lib.scale.fleet import CARDS, NodePlan, cards, create_classes, create_nodes, plan, publish
+from hack.lib.scale.fleet import CARDS, REPOSITORY, NodePlan, cards, create_classes, create_nodes, plan, publish
 from hack.lib.scale.measure import KINDS, WHOLE, Figure, RequestKind, measure
 from hack.lib.scale.report import BASELINE, OURS, Found, report, table
 
-_WARM = 8  # pods before the count: the scheduler compiles selectors and reads new slices
+_NODES = 100
+_WARM = 8  # pods that are not counted: the scheduler compiles selectors, and has seen the new slices
 _PROFILE_S = 3
 _WHOLE_ONLY = {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"modes": ["gpu"]}}
 
@@ -34,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 if everything was measured, even if a target was missed. 1 with a sentence if the measurement failed."""
     options = options_of(arguments)
     try:
+        if options.fleet:
+            body = phases.measure(
+                nodes=options.nodes or phases.NODES,
+                claims=options.claims,
+                outage_s=options.outage,
+                tree=options.tree.absolute(),
+                say=_say,
+            )
+            print(json.dumps(body, indent=1) if options.json else figures.table(body))
+            return 0
+        options.nodes = options.nodes or _NODES
         gpus = cards()
         plans = {
             BASELINE: plan(gpus, Policy.parse(_WHOLE_ONLY)),
@@ -53,12 +66,12 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hack/scale",
         description=(
-            "Measure how many pods a second the real scheduler places on nodes with slices of gpuslice (no kubelets "
-            "run)."
+            "Measure how many pods a second the real scheduler places on nodes with slices of gpuslice, or with --fleet what "
+            "a fleet of drivers costs the API server. No kubelets run."
         ),
     )
     parser.add_argument(
-        "--nodes", type=_positive, default=100, help="number of nodes, each with eight simulated H100 (100)"
+        "--nodes", type=_positive, help="number of nodes, each with eight simulated H100 (100; with --fleet 200)"
     )
     parser.add_argument("--pods", type=_positive, default=200, help="number of pods of each kind in a round (200)")
     parser.add_argument("--rounds", type=_positive, default=3, help="number of rounds for each set of slices (3)")
@@ -76,6 +89,21 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FOLDER",
         help="write CPU profiles of the scheduler to this folder, for go tool pprof -top",
+    )
+    fleet = parser.add_argument_group("what a fleet costs the API server")
+    fleet.add_argument(
+        "--fleet",
+        action="store_true",
+        help="run the driver's publisher for each node: start, an outage, a change of shapes while claims hold some pools",
+    )
+    fleet.add_argument(
+        "--claims", type=_positive, default=1000, help="number of allocated claims of others in the cluster (1000)"
+    )
+    fleet.add_argument(
+        "--outage", type=_positive, default=60, metavar="SECONDS", help="how long the API server is away (60)"
+    )
+    fleet.add_argument(
+        "--tree", type=Path, default=REPOSITORY, metavar="FOLDER", help="checkout whose driver runs; default: this one"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)

@@ -10,12 +10,19 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hack.lib import api
 from hack.lib.api import ApiServer
 from hack.lib.scale.errors import ScaleError
 
 _CLUSTER = str(Path(__file__).parents[2] / "cluster")
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used so far, of all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +40,7 @@ class Scheduler:
             os.kill(self.pid, signal.SIGCONT)
 
     def cpu_s(self) -> float:
-        """CPU seconds of the scheduler so far, over all threads."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_s(self.pid)
 
     def profile(self, server: ApiServer, seconds: int) -> bytes:
         """A CPU profile of the scheduler for this many seconds from now on, for `go tool pprof -top`."""
@@ -43,17 +48,50 @@ class Scheduler:
 
 
 @contextlib.contextmanager
-def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
-    """Start a control plane for the block, and remove it at the end."""
+def running() -> Iterator[None]:
+    """Start a control plane for the block, and end it; nothing of it stays."""
     if _run("up", "--control-plane"):
         raise ScaleError("the control plane did not start; the reason is above")
     try:
-        status = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
-        facts = json.loads(status)
-        with contextlib.closing(ApiServer.of_kubeconfig(Path(facts["folder"]) / "admin.conf")) as server:
-            yield server, Scheduler(facts["processes"]["kube-scheduler"], facts["scheduler"])
+        yield
     finally:
         _run("down")
+
+
+@contextlib.contextmanager
+def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
+    """As `running`, with its API server and its scheduler."""
+    with running():
+        facts = _facts()
+        with contextlib.closing(ApiServer.of_kubeconfig(kubeconfig())) as server:
+            yield server, Scheduler(facts["processes"]["kube-scheduler"], facts["scheduler"])
+
+
+def kubeconfig() -> Path:
+    """The administrator's."""
+    return Path(_facts()["folder"]) / "admin.conf"
+
+
+def api_server_pid() -> int:
+    """Another one after each start."""
+    return int(_facts()["processes"]["kube-apiserver"])
+
+
+def end_api_server() -> None:
+    if _run("stop", "kube-apiserver"):
+        raise ScaleError("the API server could not be ended; the reason is above")
+
+
+def start_api_server() -> None:
+    """Return when it serves."""
+    if _run("start", "kube-apiserver"):
+        raise ScaleError("the API server did not start again; the reason is above")
+
+
+def _facts() -> dict[str, Any]:
+    status = subprocess.run([_CLUSTER, "status", "--json"], capture_output=True, text=True, check=True).stdout
+    facts: dict[str, Any] = json.loads(status)
+    return facts
 
 
 def _run(*arguments: str) -> int:

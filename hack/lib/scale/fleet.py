@@ -35,6 +35,10 @@ class FleetNode:
     uid: str
 
 
+def name_of(number: int) -> str:
+    return f"node-{number:03}"
+
+
 def cards() -> tuple[Gpu, ...]:
     """The cards of one simulated node."""
     with tempfile.TemporaryDirectory(prefix="gpuslice-scale-") as folder:
@@ -73,8 +77,8 @@ def create_classes(api: ApiServer) -> None:
 
 
 def create_nodes(api: ApiServer, count: int) -> list[FleetNode]:
-    """Create nodes that are ready for pods. Admission adds a taint to each node, which only a kubelet would remove."""
-    names = [f"node-{i:03}" for i in range(count)]
+    """Nodes that are ready for pods. Admission adds a taint to each, which only a kubelet's life would remove."""
+    names = [name_of(number) for number in range(count)]
     made = api.create(
         NODES, ({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}} for name in names)
     )

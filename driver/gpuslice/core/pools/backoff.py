@@ -14,9 +14,10 @@ class BackoffConfig:
     quiet_s: float = 0.5  # after a foreign change
     quiet_most_s: float = 15.0  # statement 59: deleted slices are back within about 30 s
     retry_s: float = 0.5  # full jitter, doubling
-    retry_most_s: float = 30.0
-    relist_s: float = 600.0
-    watch_s: int = 300
+    retry_most_s: float = 60.0
+    spread_s: float = 60.0  # over which a fleet spreads its lists when watches cannot go on; full jitter
+    relist_s: float = 600.0  # from one list to the next, on average
+    watch_s: int = 300  # the longest watch
     hopeless_s: float = 10.0  # how long the driver accepts a refusal that waiting does not change
     version_s: float = 60.0  # from one look at the API server's version to the next, at most
     confirm_s: float = 5.0  # from other features to the look that confirms them
@@ -24,6 +25,12 @@ class BackoffConfig:
 
 
 DEFAULT_BACKOFF = BackoffConfig()
+
+
+def around(mean_s: float, chance: float) -> float:
+    """Half to one and a half times as long, so that nodes that began together do not go on together. `chance`: a random
+    number from 0 to 1."""
+    return mean_s * (0.5 + chance)
 
 
 class Backoff:
