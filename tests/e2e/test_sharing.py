@@ -149,7 +149,7 @@ def test_shares_that_ask_for_more_memory_than_is_left_go_to_the_next_card(cluste
 
 @pytest.mark.parametrize("mode", ["mps", "timeslice"])
 def test_a_share_may_be_asked_for_with_any_number_of_decimals(cluster: Cluster, mode: str) -> None:
-    """From 1.37 on the scheduler ends its attempt where a policy has a step and the request more than three decimals."""
+    """With DRAFractionalCapacityRange a step in the policy would end the scheduler's attempt for such a request."""
     for name, memory in (("many", "7.7777Gi"), ("more", "1.123456789Gi")):
         cluster.create(template(name, exactly(mode, capacity={"memory": memory})), pod(name, made_from(name)))
 
@@ -158,12 +158,10 @@ def test_a_share_may_be_asked_for_with_any_number_of_decimals(cluster: Cluster, 
     assert [cluster.environment(name)["GPUSLICE_GPU_MEMORY_MIB"] for name in ("many", "more")] == ["7965", "1151"]
 
 
-def test_a_percent_with_more_than_three_decimals_ends_scheduling_from_1_37_on(cluster: Cluster) -> None:
-    """docs/policy.md and docs/my-pod-is-pending.md say so."""
+def test_a_percent_with_decimals_is_rounded_up(cluster: Cluster) -> None:
+    """As docs/policy.md says: 1.37 has DRAFractionalCapacityRange on only with another minimum compatibility version."""
     cluster.create(template("t", exactly("mps", capacity={"smPercent": "12.3456"})), pod("one", made_from("t")))
 
-    if cluster.version < (1, 37):
-        cluster.runs("one")
-        assert cluster.environment("one")["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "13"
-    else:
-        assert "not a representable milli value" in cluster.has_to_wait("one")
+    cluster.runs("one")
+
+    assert cluster.environment("one")["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "13"

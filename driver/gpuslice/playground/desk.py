@@ -78,7 +78,7 @@ class Desk:
             ref = self._cluster.claim(name, request)
         except CapacityError as e:
             raise PlaygroundError(
-                f"the scheduler of Kubernetes 1.37 looks no further for {wanted.words}, because it reckons in thousandths; "
+                f"the scheduler of Kubernetes 1.38 looks no further for {wanted.words}, because it reckons in thousandths; "
                 "ask for a number with at most three decimals"
             ) from e
         except UnschedulableError as e:

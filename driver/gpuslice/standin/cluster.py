@@ -193,7 +193,7 @@ class StandInCluster:
         """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError where nothing fits,
         CapacityError where the scheduler ends its attempt."""
         slices, claims = self.api.all("resourceslices"), self.api.all("resourceclaims")
-        fractional = int(self.api.version.split(".")[1]) >= 37
+        fractional = int(self.api.version.split(".")[1]) >= 38  # before only with --min-compatibility-version
         allocation = scheduler.allocate(slices, claims, requests, node=NODE, configs=configs, fractional=fractional)
         if allocation is None:
             raise UnschedulableError(f"no device of {NODE} fits claim {namespace}/{name}")

@@ -117,7 +117,7 @@ def allocate(
 
     slices: ResourceSlices of the cluster. claims: all ResourceClaims; their allocations are in use.
     configs: entries of `devices.config`, already with their source. SelectorError for an absent attribute.
-    fractional: the scheduler is of 1.37, with its arithmetic in thousandths. CapacityError for a request with more decimals.
+    fractional: the gate DRAFractionalCapacityRange is on. CapacityError for a request with more than three decimals.
     """
     search = _Search(_pools(slices, node), _Allocated.of(claims), fractional=fractional)
     picks = search.first(requests, ())
