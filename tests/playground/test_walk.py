@@ -100,8 +100,6 @@ def test_what_a_playground_cannot_give_is_said_in_one_sentence(terminal: Termina
     assert "there is no claim gpu-2; the claims are: gpu-1" in terminal.refused("playground", "release", "gpu-2")
     large = terminal.refused("playground", "claim", "mps", "--memory", "1E1000000")
     assert "can ever give class mps.gpuslice.dev, memory 1E1000000" in large
-    fine = terminal.refused("playground", "claim", "mps", "--sm-percent", "12.3456")
-    assert "ask for a number with at most three decimals" in fine
     assert "is not a Kubernetes quantity" in terminal.refused("playground", "claim", "mps", "--memory", "1GB", code=2)
 
 

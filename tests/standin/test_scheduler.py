@@ -347,7 +347,7 @@ NO_STEPS = {"default": "8Gi", "validRange": {"min": "256Mi"}}
 
 
 @pytest.mark.parametrize(
-    ("asked", "policy", "in_1_36", "in_1_37"),
+    ("asked", "policy", "without", "with_gate"),
     [
         ("7.7777Gi", STEPS, "7965Mi", None),
         ("1.1234Gi", STEPS, "1151Mi", None),
@@ -359,8 +359,8 @@ NO_STEPS = {"default": "8Gi", "validRange": {"min": "256Mi"}}
         ("1.123456789Gi", NO_STEPS, "1206302542", "1206302541806043136n"),
     ],
 )
-def test_a_request_with_more_than_three_decimals_ends_everything_in_1_37_where_the_policy_has_steps(
-    asked: str, policy: dict[str, Any], in_1_36: str, in_1_37: str | None
+def test_with_the_gate_for_fractions_more_than_three_decimals_end_everything_if_the_policy_has_steps(
+    asked: str, policy: dict[str, Any], without: str, with_gate: str | None
 ) -> None:
     """k8s.io/dynamic-resource-allocation v0.37.1, `roundUpRange` and `useMilli`: thousandths for every range with steps."""
     device = a_share("mps", {"memory": {"value": "80Gi", "requestPolicy": policy}})
@@ -368,13 +368,13 @@ def test_a_request_with_more_than_three_decimals_ends_everything_in_1_37_where_t
     request = Request(name="gpu", capacity={"memory": asked})
 
     old = allocate(slices, [], [request], node=NODE, fractional=False)
-    assert old is not None and old["devices"]["results"][0]["consumedCapacity"]["memory"] == in_1_36
-    if in_1_37 is None:
+    assert old is not None and old["devices"]["results"][0]["consumedCapacity"]["memory"] == without
+    if with_gate is None:
         with pytest.raises(CapacityError, match=f"request {asked} is not a representable milli value"):
-            allocate(slices, [], [request], node=NODE)
+            allocate(slices, [], [request], node=NODE, fractional=True)
         return
-    new = allocate(slices, [], [request], node=NODE)
-    assert new is not None and new["devices"]["results"][0]["consumedCapacity"]["memory"] == in_1_37
+    new = allocate(slices, [], [request], node=NODE, fractional=True)
+    assert new is not None and new["devices"]["results"][0]["consumedCapacity"]["memory"] == with_gate
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from gpuslice.errors import ConfigError
 from gpuslice.playground.folder import PlaygroundError
 from gpuslice.playground.wanted import Wanted
 from gpuslice.standin import scheduler
-from gpuslice.standin.capacity import CapacityError
 from gpuslice.standin.cluster import NODE, StandInCluster, UnschedulableError
 from gpuslice.standin.kubelet import KubeletError
 
@@ -76,11 +75,6 @@ class Desk:
         request = wanted.request()
         try:
             ref = self._cluster.claim(name, request)
-        except CapacityError as e:
-            raise PlaygroundError(
-                f"the scheduler of Kubernetes 1.38 looks no further for {wanted.words}, because it reckons in thousandths; "
-                "ask for a number with at most three decimals"
-            ) from e
         except UnschedulableError as e:
             slices = self._cluster.api.all("resourceslices")
             if scheduler.allocate(slices, (), [request], node=NODE) is None:

@@ -44,7 +44,8 @@ def charged(wanted: str | None, entry: ReadOnlyBody, *, fractional: bool) -> Dec
     """What a share takes of a capacity; None where its policy does not allow the request.
 
     Without a request it is the default, or all of it where there is no policy. `fractional`: the gate
-    DRAFractionalCapacityRange is on (in 1.37 with --min-compatibility-version=1.37 only, see its kube_features.go). CapacityError as the real one has it.
+    DRAFractionalCapacityRange is on: in 1.37 only with --min-compatibility-version=1.37 (pkg/features/kube_features.go).
+    CapacityError as the real one has it.
     """
     policy: ReadOnlyBody = entry.get("requestPolicy") or {}
     if wanted is None:

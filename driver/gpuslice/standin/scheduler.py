@@ -111,7 +111,7 @@ def allocate(
     node: str,
     configs: Sequence[ReadOnlyBody] = (),
     new_share_id: Callable[[], str] = lambda: str(uuid.uuid4()),
-    fractional: bool = True,
+    fractional: bool = False,
 ) -> dict[str, Any] | None:
     """`status.allocation` of a ResourceClaim (resource.k8s.io/v1) with these requests on this node. None if nothing fits.
 
@@ -196,7 +196,7 @@ class _Search:
     """Depth first over requests and devices. A partial solution is the tuple of its picks."""
 
     def __init__(
-        self, pools: Mapping[tuple[str, str], _Pool], allocated: _Allocated, *, fractional: bool = True
+        self, pools: Mapping[tuple[str, str], _Pool], allocated: _Allocated, *, fractional: bool = False
     ) -> None:
         self._fractional = fractional
         self._devices = [device for pool in pools.values() for device in pool.devices]
