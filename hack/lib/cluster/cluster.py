@@ -7,7 +7,6 @@ the last of these processes has ended, for whatever reason.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -17,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,13 @@ from hack.lib.cluster import machine, network
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import CGROUP, REPOSITORY, Facts, Place, Ports, empty, work_folder
+from hack.lib.cluster.lock import TAKEN, check_owner, locked, owned
 from hack.lib.cluster.processes import TIMEOUT_S
 from hack.lib.cluster.ready import Readiness
 
 _WAIT_S = 30.0
 _GLANCE_S = 0.05  # pause of a poll, because the thing sends no event
 NONE = "there is no cluster; hack/cluster up starts one"
-_TAKEN = (
-    "a cluster is there already, and a machine can run only one; use that cluster (hack/cluster status) or end it first "
-    "(hack/cluster down)"
-)
-
 Say = Callable[[str], None]
 
 
@@ -51,10 +46,10 @@ def up(facts: Facts, say: Say) -> None:
     machine.check()
     machine.check_gpus(facts.gpus)
     if current() is not None:
-        raise PlaygroundError(_TAKEN)
+        raise PlaygroundError(TAKEN)
     Binaries(facts.version).ensure()
     place = Place(work_folder())
-    with _owned(place.root) as lock:
+    with owned(place.root) as lock:
         try:
             _clear(place.root)
             place.logs.mkdir()
@@ -70,7 +65,7 @@ def check(version: str) -> None:
     """PlaygroundError with the first reason that stops `up`, or that would make it build first."""
     machine.check()
     if current() is not None:
-        raise PlaygroundError(_TAKEN)
+        raise PlaygroundError(TAKEN)
     missing = Binaries(version).missing()
     if missing:
         raise PlaygroundError(f"{missing[0]} is not built; run hack/cluster build (about ten minutes the first time)")
@@ -81,7 +76,7 @@ def down() -> bool:
     place = Place(work_folder())
     if not place.root.exists():
         return False
-    _check_owner(place.root)
+    check_owner(place.root)
     _end(place)
     return True
 
@@ -89,7 +84,7 @@ def down() -> bool:
 def current() -> Facts | None:
     """The cluster that serves, or None."""
     place = Place(work_folder())
-    if not place.root.exists() or not _locked(place.root):
+    if not place.root.exists() or not locked(place.root):
         return None
     with contextlib.suppress(FileNotFoundError):
         return Facts.read(place.facts)
@@ -319,48 +314,7 @@ def _remove_cgroups() -> None:
                 Path(folder).rmdir()
 
 
-# ---------------------------------------------------------------- the lock
-
-
-@contextlib.contextmanager
-def _owned(root: Path) -> Iterator[int]:
-    """Make and lock the work folder. PlaygroundError if a cluster has the lock."""
-    with contextlib.suppress(FileExistsError):
-        root.mkdir(mode=0o700)
-    _check_owner(root)
-    lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if not _lock(lock):
-            raise PlaygroundError(_TAKEN)
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _locked(root: Path) -> bool:
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        return not _lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _clear(root: Path) -> None:
     """Remove what is left of a cluster that ended with the machine."""
     _remove_cgroups()
     empty(root)
-
-
-def _check_owner(root: Path) -> None:
-    """In a folder that everybody may write to, another user may have taken the name."""
-    found = root.lstat()
-    if root.is_symlink() or not root.is_dir() or found.st_uid != os.geteuid():
-        raise PlaygroundError(f"{root} is not a folder of hack/cluster; remove it, or set TMPDIR to another place")
