@@ -39,8 +39,10 @@ def parse(body: UncheckedBody, ref: ClaimRef, driver: str) -> Claim:
 
 
 def _mistakes(body: UncheckedBody, ref: ClaimRef, names: Set[str]) -> Iterator[str]:
-    """Requests of these names, `request` or `request/subrequest`, for less memory than any program can use: somebody has
-    forgotten the unit. The scheduler knows no unit either, so it takes the request for what it says."""
+    """One sentence for each request with less memory than any program can use, because its author forgot the unit.
+
+    `names`: the requests to check, as `request` or `request/subrequest`. The scheduler accepts such a request as written.
+    """
     spec = body.get("spec")
     devices = spec.get("devices") if isinstance(spec, Mapping) else None
     for request in mappings(devices, "requests"):
@@ -57,7 +59,7 @@ def _mistakes(body: UncheckedBody, ref: ClaimRef, names: Set[str]) -> Iterator[s
 
 
 def _memory(asked: object) -> Iterator[str]:
-    """The amounts of memory in a request, under our name for it with our domain or without."""
+    """The amounts of memory that a request asks for. The name `memory` may have a domain."""
     capacity = asked.get("capacity") if isinstance(asked, Mapping) else None
     amounts = capacity.get("requests") if isinstance(capacity, Mapping) else None
     for key, text in amounts.items() if isinstance(amounts, Mapping) else ():
@@ -66,7 +68,7 @@ def _memory(asked: object) -> Iterator[str]:
 
 
 def mappings(body: object, key: str) -> list[UncheckedBody]:
-    """The objects in a list of a body that may be anybody's. What is none is passed over."""
+    """The objects in a list of an unchecked body. Items that are no objects are left out."""
     items = body.get(key) if isinstance(body, Mapping) else None
     return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []
 
@@ -81,7 +83,7 @@ def is_held(body: UncheckedBody, uid: ClaimUid, devices: Sequence[DeviceRef], dr
 
 
 def is_released(body: UncheckedBody, uid: ClaimUid) -> bool:
-    """Whether the API shows the claim of this UID without an allocation, and no pod has reserved it."""
+    """Whether the claim of this UID has no allocation, and no pod has reserved it."""
     metadata, status = body.get("metadata"), body.get("status") or {}
     if not isinstance(metadata, Mapping) or metadata.get("uid") != uid or not isinstance(status, Mapping):
         return False

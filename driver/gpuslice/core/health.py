@@ -78,7 +78,7 @@ _REFUSED = {
     "minor": Taint("device-node", "none"),
     "time_slice": Taint("time-slice", "unsupported"),
     "compute_mode": Taint("compute-mode", "unsupported"),
-    # The same by a claim that needed them: what a card tells, it may still refuse to change.
+    # For a claim that changes them: a card may tell a setting and still refuse to change it.
     "set_time_slice": Taint("time-slice", "unsupported"),
     "set_compute_mode": Taint("compute-mode", "unsupported"),
     "set_mig_mode": Taint("mig-mode", "unsupported"),

@@ -60,7 +60,7 @@ class Pool:
     devices: tuple[Device, ...]
     reserve_bytes: int  # memory of the whole card that is not offered
     keep: frozenset[Setting] = frozenset()  # settings that the driver does not change on this card
-    least_share_mib: int = 1  # the smallest request for memory that a share is charged
+    least_share_mib: int = 1  # a share is charged at least this much memory
 
     @property
     def memory_mib(self) -> int:

@@ -54,7 +54,7 @@ def is_object(item: object) -> bool:
 
 
 def is_claim(item: object) -> bool:
-    """Whether it is a ResourceClaim of which one can say what it holds. Without an allocation it holds nothing."""
+    """Whether an item is a ResourceClaim with readable devices. A claim without an allocation has no devices."""
     if not isinstance(item, dict) or not is_object(item):
         return False
     part: object = item
@@ -66,14 +66,14 @@ def is_claim(item: object) -> bool:
 
 
 def is_deletion(answer: Body, uid: str) -> bool:
-    """Whether it says that the object of this UID was deleted: a Status of success, or the object as it was."""
+    """Whether an answer says that the object of this UID is deleted: a Status of success, or the deleted object."""
     if answer.get("kind") == "Status":
         return answer.get("status") == "Success"
     return bool(answer.get("metadata", {}).get("uid") == uid)
 
 
 def answers(sent: ReadOnlyBody, returned: Body) -> bool:
-    """Whether a slice that came back is the one that was sent, whatever fields it lost on the way."""
+    """Whether the returned slice is the one that was sent. The server may have dropped fields of it."""
     mine, theirs = sent["spec"], returned["spec"]
     same = (mine.get("driver"), mine.get("nodeName"), mine.get("pool", {}).get("name")) == (
         theirs.get("driver"),

@@ -278,7 +278,7 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`mistakes`: what cannot be meant, one sentence each. They count only for a claim that is not prepared yet."""
+    """`mistakes`: one sentence for each request that its author cannot mean. They count only before the claim is prepared."""
 
     ref: ClaimRef
     allocations: tuple[Allocation, ...]

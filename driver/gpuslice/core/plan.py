@@ -1,8 +1,8 @@
 """Claim → Plan, and Record → undo: every decision of prepare and unprepare, as pure functions.
 
 The scheduler's counters alone are not reliable: schedulers before Kubernetes 1.36.2 do not charge committed shares again
-(kubernetes/kubernetes#139040). So `make` checks who holds a device: the claim is `Busy` if another record holds it, because
-that holder may leave soon, and refused if a partition has no record (it is foreign).
+(kubernetes/kubernetes#139040). So `make` checks the holder of each device. If another record holds it, the claim is `Busy`,
+because that holder may leave soon. A partition without a record is foreign, and the claim is refused.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _refuse_several_daemons(ref: ClaimRef, wanted: Sequence[Grant]) -> None:
 
 
 def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inventory) -> tuple[ClaimRef, ...]:
-    """Claims that hold the same device as `wanted`, or too many shares. At least one of them must leave."""
+    """Claims that hold a device of `wanted`, or too many shares of it. At least one of these claims must leave."""
     held = [(record.plan.ref, grant) for record in records for grant in record.plan.grants]
     found = {ref for ref, other in held if any(_exclude(grant, other, inventory) for grant in wanted)}
     for grant in wanted:
@@ -113,7 +113,7 @@ def blockers(wanted: Sequence[Grant], records: Sequence[Record], inventory: Inve
 
 
 def grants(claim: Claim, inventory: Inventory) -> tuple[Grant, ...]:
-    """The hardware behind each allocation. ClaimError as in `make`, and for a mistake in the claim."""
+    """The hardware behind each allocation. ClaimError as in `make`, or if the claim has a mistake."""
     if claim.mistakes:
         raise ClaimError(claim.mistakes[0])
     return tuple(_grant(claim.ref, allocation, inventory) for allocation in claim.allocations)

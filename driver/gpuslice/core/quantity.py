@@ -10,8 +10,8 @@ _SUFFIX: dict[str, Decimal | int] = {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
     "m": Decimal("1e-3"), "u": Decimal("1e-6"), "n": Decimal("1e-9"),
 }  # fmt: skip
-_EXPONENT = 30  # a number with a million digits takes the processor for minutes
-_GIB_BELOW = 256  # a bare number below it is hardly one of MiB
+_EXPONENT = 30  # a number with a million digits takes minutes of processor time
+_GIB_BELOW = 256  # a smaller number without a unit hardly means MiB
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([numkMGTPE]|[KMGTPE]i)?)")
 
 
@@ -35,7 +35,7 @@ def mebibytes(count: int) -> str:
 
 
 def without_unit(text: str) -> str:
-    """What was probably meant by an amount of memory below 1 MiB: "5120" → "5120Mi", "8" → "8Gi". "" for any other text."""
+    """The amount that the author of less than 1 MiB probably meant: "5120" → "5120Mi", "8" → "8Gi". "" for any other text."""
     try:
         value = parse(text)
     except ValueError:

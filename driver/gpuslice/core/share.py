@@ -25,7 +25,7 @@ class Share:
 
 
 def of(grant: Grant) -> Share | None:
-    """The share of a grant. None for an exclusive device. A part of a MiB counts as a whole one, because MPS limits MiB."""
+    """The share of a grant. None for an exclusive device. A part of a MiB counts as a whole MiB, because MPS limits MiB."""
     charged = grant.allocation.consumed
     match grant.sharing:
         case Exclusive() | Monitor():
@@ -43,7 +43,7 @@ def of(grant: Grant) -> Share | None:
 
 
 def _memory(grant: Grant, part_mib: int) -> int:
-    """The memory of a share in bytes: what the scheduler charged, else this equal part."""
+    """The memory of a share in bytes: what the scheduler charged, or else `part_mib`."""
     return grant.allocation.consumed.get("memory", part_mib * MIB)
 
 
@@ -125,7 +125,7 @@ def excess(wanted: Grant, others: Sequence[Grant]) -> str:
     shares = [share for share in map(of, others) if share is not None]
     for name, limit in _limits(wanted):
         total = getattr(mine, name) + sum(getattr(share, name) for share in shares)
-        if name == "memory_mib":  # to the byte, as the scheduler adds it up
+        if name == "memory_mib":  # a sum of bytes, as in the scheduler
             total = -(-sum(_bytes(grant) for grant in (wanted, *others)) // MIB)
         if total > limit:
             return f"{total} of {limit} {_DESCRIPTIONS[name]}"
@@ -188,8 +188,8 @@ def ceilings(grants: Iterable[Grant]) -> tuple[int | None, int | None]:
     """Memory in MiB and percent of SMs of the largest of these shares, because one MPS daemon has the same values for all
     its clients.
 
-    None means no ceiling: there is no share, or a share without a ceiling on compute. A ceiling of 100 % is none, and NVIDIA's
-    daemon answers 100 for both.
+    None means no ceiling: there is no share, or a share without a ceiling on compute. A ceiling of 100 % counts as none,
+    because NVIDIA's daemon answers 100 for both.
     """
     shares = [share for share in map(of, grants) if share is not None]
     if not shares:

@@ -40,7 +40,7 @@ class GpuPolicy:
     mps_shares: int
     mps_clients: int  # CUDA contexts that one MPS daemon serves on the whole card
     timeslice_shares: int
-    least_share_mib: int  # the smallest request for memory that a share is charged
+    least_share_mib: int  # a share is charged at least this much memory
     interval: str  # one of `INTERVALS`, for the whole card
     shared_partitions: frozenset[Mode] = (
         frozenset()

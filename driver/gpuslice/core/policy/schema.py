@@ -24,7 +24,7 @@ KEYS = (
     ),
 )
 SHARES = 4  # default number of shares: a claim without a capacity request gets a quarter of the device
-LEAST_SHARE_MIB = 256  # default: less than a CUDA context needs, so no program could use it
+LEAST_SHARE_MIB = 256  # default: a CUDA context alone needs more, so no program could use less
 
 
 class Mode(StrEnum):

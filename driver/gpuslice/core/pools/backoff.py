@@ -15,21 +15,23 @@ class BackoffConfig:
     quiet_most_s: float = 15.0  # statement 59: deleted slices are back within about 30 s
     retry_s: float = 0.5  # full jitter, doubling
     retry_most_s: float = 60.0
-    spread_s: float = 60.0  # over which a fleet spreads its lists when watches cannot go on; full jitter
-    relist_s: float = 600.0  # from one list to the next, on average
+    spread_s: float = 60.0  # a fleet spreads its lists over this time when watches cannot go on; full jitter
+    relist_s: float = 600.0  # between two lists, on average
     watch_s: int = 300  # the longest watch
     hopeless_s: float = 10.0  # how long the driver accepts a refusal that waiting does not change
-    version_s: float = 60.0  # from one look at the API server's version to the next, at most
-    confirm_s: float = 5.0  # from other features to the look that confirms them
-    missing_most_s: float = 600.0  # from one probe for features that are missing to the next, at most
+    version_s: float = 60.0  # the longest time between two looks at the API server's version
+    confirm_s: float = 5.0  # between a look with other features and the look that confirms them
+    missing_most_s: float = 600.0  # the longest time between two probes for missing features
 
 
 DEFAULT_BACKOFF = BackoffConfig()
 
 
 def around(mean_s: float, chance: float) -> float:
-    """Half to one and a half times as long, so that nodes that began together do not go on together. `chance`: a random
-    number from 0 to 1."""
+    """Half to one and a half times `mean_s`, so that nodes with the same beginning do not stay in step.
+
+    `chance`: a random number from 0 to 1.
+    """
     return mean_s * (0.5 + chance)
 
 

@@ -16,8 +16,8 @@ from gpuslice.core.pools.shape import TAINT, pools_of
 class Holders:
     """What one list of all claims shows."""
 
-    by_pool: Mapping[PoolName, tuple[ClaimRef, ...]]  # an entry for each pool that was asked for
-    tolerant: bool  # a claim tolerates the taint of a pool that waits, so such a pool may get new holders
+    by_pool: Mapping[PoolName, tuple[ClaimRef, ...]]  # an entry for each pool in the question
+    tolerant: bool  # a claim tolerates our taint, so a pool that waits may get new holders
 
 
 def find(bodies: Iterable[ReadOnlyBody], driver: str, pools: Set[PoolName]) -> Holders:
@@ -33,13 +33,15 @@ def find(bodies: Iterable[ReadOnlyBody], driver: str, pools: Set[PoolName]) -> H
 
 
 def holds(body: ReadOnlyBody, ref: ClaimRef, pool: PoolName, driver: str) -> bool:
-    """Whether this is the claim of the same UID, and still allocated a device of the pool."""
+    """Whether the body is the claim `ref`, by its UID, and still has a device of the pool."""
     return body["metadata"]["uid"] == ref.uid and pool in pools_of([body], driver)
 
 
 def _tolerates(body: ReadOnlyBody, driver: str) -> bool:
-    """Whether a request of the claim tolerates our taint. A request for something else counts, too: only the scheduler
-    knows which devices it gets."""
+    """Whether a request of the claim tolerates our taint.
+
+    A request for other devices counts too, because only the scheduler knows which devices a request gets.
+    """
     spec = body.get("spec")
     devices = spec.get("devices") if isinstance(spec, Mapping) else None
     for request in claims.mappings(devices, "requests"):
@@ -50,5 +52,5 @@ def _tolerates(body: ReadOnlyBody, driver: str) -> bool:
 
 
 def _is_for(toleration: Mapping[str, Any], key: str) -> bool:
-    """Whether it names the key or every key. Its value and its effect are not looked at, which errs on the safe side."""
+    """Whether the toleration names this key or every key. Its value and effect do not count, which errs on the safe side."""
     return toleration.get("key") in (key, "", None)

@@ -255,11 +255,11 @@ def _fixed(whole: PublishedDevice, sharing: Mps | TimeSlicing) -> PublishedDevic
 
 
 def _memory_policy(sharing: Mps | TimeSlicing, least_mib: int) -> ReadOnlyBody:
-    """Whatever is asked from the least on, and an equal part by default. The scheduler raises a smaller request to the least.
+    """Any amount from the least on, and an equal part by default. The scheduler raises a smaller request to the least.
 
-    It has no step: with DRAFractionalCapacityRange the scheduler divides a request by a step in thousandths, and ends its
-    attempt for the whole pod if the request has more decimals, as 7.7777Gi has (k8s.io/dynamic-resource-allocation v0.37.1,
-    `roundUpRange`).
+    There is no step. With DRAFractionalCapacityRange the scheduler divides a request by a step in thousandths. If the request
+    has more decimals, as 7.7777Gi has, the scheduler ends its attempt for the whole pod
+    (k8s.io/dynamic-resource-allocation v0.37.1, `roundUpRange`).
     """
     if sharing.memory_mib < sharing.shares:  # a card without memory of its own
         only = quantity.mebibytes(sharing.memory_mib)

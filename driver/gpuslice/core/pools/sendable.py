@@ -12,9 +12,8 @@ from gpuslice.core.pools.reconcile import Create, Update
 class SendablePools:
     """Leaves out pools with a fault of ours, pools whose counters the API server drops, and fields that it drops.
 
-    The driver does not send a dropped field again until a probe shows that the server keeps it, because writer and server
-    would change it for ever. Not thread-safe: the
-    owner locks.
+    The driver sends a dropped field again only after a probe shows that the server keeps it. Otherwise writer and server
+    would change it for ever. Not thread-safe: the owner locks.
     """
 
     def __init__(self) -> None:
@@ -50,7 +49,7 @@ class SendablePools:
         return lost
 
     def forget_dropped(self) -> None:
-        """Forget what was learned: the server keeps other fields now."""
+        """Forget the dropped fields, because the server keeps other fields now."""
         self._refused.clear()
         self._kept.clear()
 

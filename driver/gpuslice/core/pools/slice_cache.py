@@ -10,9 +10,9 @@ from gpuslice.core.json import Body
 class SliceCache:
     """The state of our slices in the API. Our own writes count at once, before the watch shows them.
 
-    Otherwise a late watch makes the writer create everything twice (the DRA contract, statement 60). Resource versions
-    are compared as numbers: Kubernetes promises this since KEP-5504, and it was always true. But they go back when an etcd
-    is restored. So what counts against a list is not its version: only what changed after the list was asked for. Not
+    Otherwise a late watch makes the writer create everything twice (the DRA contract, statement 60). The cache
+    compares resource versions as numbers. Kubernetes promises this order since KEP-5504, and always kept it. But versions
+    go back when an etcd is restored. So only a change after the request for a list can outweigh the list. Not
     thread-safe: the owner locks.
     """
 
@@ -20,18 +20,18 @@ class SliceCache:
         self._bodies: dict[str, Body] = {}
         self._changes = 0
         self._changed: dict[str, int] = {}  # name → number of its last change
-        self._deleted: dict[str, int] = {}  # UID that must not come back with late news → number of that change
+        self._deleted: dict[str, int] = {}  # UID → number of its deletion; late news must not restore it
         self._unexplained: dict[str, int] = {}  # UID → version that we did not write, as far as we know now
 
     def bodies(self) -> list[Body]:
         return list(self._bodies.values())
 
     def began(self) -> int:
-        """To be taken before a list is asked for, and given to `replace`."""
+        """The number of changes, for `replace`. Take it before the request for a list."""
         return self._changes
 
     def replace(self, bodies: Sequence[Body], began: int) -> None:
-        """Take over a list, except for what changed after the list was asked for."""
+        """Take over a list, except for slices that changed after the request for it."""
         self._deleted = {uid: at for uid, at in self._deleted.items() if at > began}
         self._changed = {name: at for name, at in self._changed.items() if at > began}
         alive = {b["metadata"]["name"]: b for b in bodies if b["metadata"]["uid"] not in self._deleted}
