@@ -45,8 +45,8 @@ DRAIN_S = 3.0  # for servers to end after their clients were terminated
 _FLAGS = ((("-f", "-multiuser-server"), ("-f",)), (("-f",),))  # for root, for others
 _LAUNCHER = (sys.executable, "-I", "-S", launch.__file__)
 _REFUSED_S = 0.05
-_MOST_TICKS = 2**53  # since boot
-_SOCKETS = {"control", ""}  # NVIDIA's name; and what an overflow of the kernel's queue is called
+_MOST_TICKS = 2**53  # clock ticks from boot to the start of a process, at most
+_SOCKETS = {"control", ""}  # NVIDIA's name; an overflow of the kernel's queue has no name
 
 
 class MpsDaemon:
@@ -126,7 +126,7 @@ def remove(paths: Paths, key: str) -> None:
 
 
 def discard(paths: Paths, key: str) -> None:
-    """End what runs in a folder that no supervisor watches, and remove the folder."""
+    """End the processes of a folder that no supervisor watches, and remove the folder."""
     if paths.folder(key).exists():
         paths.own(key)
         kill_all(paths.pipe(key), DRAIN_S)
@@ -242,8 +242,8 @@ def adopt(paths: Paths, key: str, command: Sequence[str], answer_s: float) -> tu
 
 
 def left(paths: Paths, key: str) -> tuple[DaemonSpec, ProcessId]:
-    """The daemon and the process that the file of this folder names, whether the process runs or not. DeviceError if the
-    file names none."""
+    """The daemon and the process in the file of this folder. The process may have ended. DeviceError if the file names no
+    daemon."""
     paths.own(key)  # otherwise another user could choose the process that the supervisor takes for the daemon
     path = paths.record(key)
     try:
@@ -260,8 +260,10 @@ def left(paths: Paths, key: str) -> tuple[DaemonSpec, ProcessId]:
 
 
 def clear(paths: Paths, key: str) -> None:
-    """End the processes of a folder that names no daemon. The folder goes too, unless they ran, because then containers
-    have it mounted: the next start of this daemon makes it good."""
+    """End the processes of a folder that names no daemon. Remove the folder if there were no processes.
+
+    If there were processes, containers have the folder mounted, and the next start of this daemon repairs it.
+    """
     paths.own(key)
     if not kill_all(paths.pipe(key), DRAIN_S):
         remove(paths, key)

@@ -52,7 +52,7 @@ class Paths:
         return self.root / key / "ended"
 
     def known(self) -> tuple[str, ...]:
-        """Keys of the folders that look like a daemon's."""
+        """The keys of all folders that look like the folder of a daemon."""
         with refusals.translated("read", self.root):
             return tuple(
                 sorted(path.name for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name))

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _TIMEOUTS = Timeouts()
 _TALK_S = 10.0  # time for a client to send its request
 _NO_ACCEPT_S = 0.5
-_PROGRAM_PERIOD_S = 2.0  # from one look for the control program to the next, only if it was missing at the start
+_PROGRAM_PERIOD_S = 2.0  # between two looks for a control program that was missing at the start
 _BACKLOG = 64
 _FAILED = 1  # cli.py: the command ran and failed
 
@@ -58,7 +58,7 @@ class Supervisor:
         threads: ThreadWatch | None = None,
         missing: str = "",
     ) -> None:
-        """`missing`: why there is no `command` yet. Daemons are stopped without it, and started after `equip`."""
+        """`missing`: why there is no `command` yet. `stop` works without it. `ensure` works after `equip`."""
         self._paths, self._command, self._timeouts = Paths(root), command, timeouts
         self.incarnation = str(uuid.uuid4())
         self._monitors: dict[str, DaemonMonitor] = {}
@@ -88,7 +88,7 @@ class Supervisor:
     def close(self) -> None:
         """Drain and end all daemons at the same time. Their folders stay."""
         self._closing.set()
-        with contextlib.suppress(OSError):  # the next supervisor replaces it
+        with contextlib.suppress(OSError):  # the next supervisor replaces the socket
             self._paths.socket.unlink(missing_ok=True)
         self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the accepting thread
         self._listener.close()
@@ -111,7 +111,7 @@ class Supervisor:
         monitor = self._monitor(key)
         try:
             monitor.adopt()
-        except Exception as e:  # whatever is in this folder, the other daemons are adopted
+        except Exception as e:  # one odd folder must not stop the adoption of the other daemons
             if not isinstance(e, DriverError):
                 log.exception("the adoption of an MPS daemon failed unexpectedly key=%s", key)
             self._forget(key, monitor)
@@ -155,7 +155,7 @@ class Supervisor:
         with self._lock:
             monitor = self._monitors.get(key)
         if monitor is None:
-            daemons.discard(self._paths, key)  # what a failed removal left, or a daemon that is not adopted yet
+            daemons.discard(self._paths, key)  # the rest of a failed removal, or a daemon that is not adopted yet
             return
         try:
             monitor.stop()
@@ -249,10 +249,10 @@ class Supervisor:
 
 
 def run(root: Path, find: Callable[[], Sequence[str]], level: str = "info") -> int:
-    """Serve until SIGTERM or SIGINT; the exit code of the process. `find`: the command of the control program (control.py).
+    """Serve until SIGTERM or SIGINT. Returns the exit code. `find` returns the command of the control program (control.py).
 
-    Without the program it serves all the same, because pods with MPS shares must be able to end before an NVIDIA driver
-    comes. It looks for the program until it is there.
+    The supervisor also serves without the program, because pods with MPS shares must be able to end before an NVIDIA driver
+    comes. It looks for the program until it finds it.
     """
     logs.setup(level)
     ended = threading.Event()
@@ -277,7 +277,7 @@ def run(root: Path, find: Callable[[], Sequence[str]], level: str = "info") -> i
             log.info("the control program of MPS has come: %s", " ".join(command))
     ended.wait()
     if problem := threads.problem():
-        log.error("%s", problem)  # as after a crash the daemons run on, and the next supervisor adopts them
+        log.error("%s", problem)  # the daemons run on, as after a crash, and the next supervisor adopts them
         return _FAILED
     log.info("the MPS supervisor ends all its daemons and then itself root=%s", root)
     supervisor.close()
@@ -293,7 +293,7 @@ def _found(find: Callable[[], Sequence[str]]) -> tuple[Sequence[str], str]:
 
 
 def _listener(path: Path) -> socket.socket:
-    """A socket that listens there. It is bound under another name first: a program that sees the socket may connect to it."""
+    """A socket that listens at `path`. It gets this name last, because a program may connect as soon as it sees the name."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     new = path.with_name(".supervisor")
     try:
@@ -309,7 +309,7 @@ def _listener(path: Path) -> socket.socket:
 
 
 def _at_once(calls: Iterable[Callable[[], None]]) -> None:
-    """Each in a thread of its own. Returns when all have ended; what one raises is logged."""
+    """Run each call in a thread of its own, and wait for all of them. An exception is only logged."""
 
     def run(call: Callable[[], None]) -> None:
         try:
