@@ -18,10 +18,10 @@ Found = TypeVar("Found")
 
 
 class Attempt(Generic[Found]):
-    """A call of the whole node. While it hangs, it is not made a second time; its answer counts when it comes."""
+    """A call for the whole node. While it hangs, there is no second call. A late answer still counts."""
 
     def __init__(self, name: str, call: Callable[[], Found]) -> None:
-        """`name` begins the sentence about a call that hangs, unless a call below it has a name of its own."""
+        """`name` begins the sentence about a call that hangs, unless a call inside it has its own name."""
         self._name, self._call = name, call
         self._answer: Future[Found] | None = None
         self._pulse = Pulse()
@@ -31,8 +31,10 @@ class Attempt(Generic[Found]):
         return self._answer is not None and not self._answer.done()
 
     def result(self, limit_s: float) -> Found:
-        """What the call returns or raises. HungError if it does not come back in time, DeviceError if there is no thread for
-        it. For one caller at a time."""
+        """What the call returns or raises. HungError if it does not return in time, DeviceError if no thread can start.
+
+        Only one caller at a time may wait.
+        """
         if self._answer is None:
             self._answer, self._pulse = Future(), Pulse()
             context = contextvars.copy_context()
@@ -44,7 +46,7 @@ class Attempt(Generic[Found]):
         try:
             error = self._answer.exception(limit_s)
         except TimeoutError:
-            # No number of seconds: the sentence becomes a taint, and a taint that changes is a write.
+            # The sentence has no number of seconds, because it becomes a taint, and each change of a taint is a write.
             raise HungError(
                 f"{self._pulse.call or self._name} has not returned; look at the kernel log of the node, and restart the "
                 "node if this does not end"
@@ -115,7 +117,7 @@ class Listing(Generic[Found]):
 
 
 def _refusal(thread: threading.Thread) -> str:
-    """Start the thread. Why the kernel gives none, "" if it runs."""
+    """Start the thread. Returns the reason if the kernel refuses, or "" if the thread runs."""
     try:
         thread.start()
     except RuntimeError as e:

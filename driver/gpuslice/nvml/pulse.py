@@ -1,4 +1,4 @@
-"""Which call of NVML a thread is in, and since when. Another thread reads it, to name a call that hangs."""
+"""The call of NVML that a thread is in, and its start. Another thread reads both, to name a call that hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pulse:
             self.call, self.beat = outer, time.monotonic()
 
     def listen(self, context: contextvars.Context) -> None:
-        """Hear of the calls that run in this context."""
+        """Follow the calls in this context."""
         context.run(_pulse.set, self)
 
 
@@ -33,6 +33,6 @@ _pulse: contextvars.ContextVar[Pulse] = contextvars.ContextVar("pulse")
 
 
 def during(call: str) -> contextlib.AbstractContextManager[None]:
-    """Tell the pulse of this thread, where it has one, that this call is under way in the block."""
+    """Tell the pulse of this thread, if there is one, that this call is under way in the block."""
     pulse = _pulse.get(None)
     return contextlib.nullcontext() if pulse is None else pulse.during(call)

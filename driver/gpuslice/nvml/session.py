@@ -1,11 +1,11 @@
 """NVML for the rest of the process: the session may be missing, and it may be replaced by a new one.
 
-Without a loaded NVIDIA driver there is no session. Nor is there one while the start of NVML hangs. The process serves all
-the same: after a reboot pods wait for their unprepare, and NVIDIA's driver container waits for these pods before it loads
-the driver. Every verb then refuses with the reason, so that each card counts as lost.
+Without a loaded NVIDIA driver there is no session, and none while the start of NVML hangs. The process serves all the
+same: after a reboot pods wait for their unprepare, and NVIDIA's driver container waits for these pods before it loads the
+driver. Without a session every verb refuses with the reason, so each card counts as lost.
 
-The start and the end of NVML run in threads that may be left behind (`listing.Attempt`), so a dead driver hangs neither the
-start of this process, nor its other calls, nor its end.
+The start and the end of NVML run in threads of their own (`listing.Attempt`). A thread that hangs is left behind. So a dead
+driver hangs neither the start of this process, nor its other calls, nor its end.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from gpuslice.nvml.pulse import during
 
 log = logging.getLogger(__name__)
 
-_RENEW_S = 10.0  # the shortest time between two new sessions: cards that stay lost need no more of them
-_START_S = 2 * LIMIT_S  # a start is long where nothing else keeps the NVIDIA driver loaded: seconds for each card
+_RENEW_S = 10.0  # the shortest time between two new sessions; more of them do not help lost cards
+_START_S = 2 * LIMIT_S  # a start takes seconds for each card if nothing else keeps the NVIDIA driver loaded
 _END_S = 5.0
-_GLANCE_S = 1.0  # for a look whether NVML has come
+_GLANCE_S = 1.0  # the limit of a look whether NVML has come
 
 
 class Session:
@@ -38,9 +38,9 @@ class Session:
         self._start_s, self._end_s = start_s, end_s
         self._start = Attempt("the start of NVML", opener)
         self._list = Attempt("the list of this node's GPUs", self.gpus)
-        self._ends: list[Attempt[None]] = []  # that hang
+        self._ends: list[Attempt[None]] = []  # those that hang
         self._changing = threading.Lock()  # held while NVML starts or ends
-        self._lock = threading.Lock()  # of the fields below, never held during a call
+        self._lock = threading.Lock()  # guards the fields below; never held during a call
         self._nvml: Nvml | None = None
         self._calls = 0
         self._refusal = DeviceError("NVML has not been started yet")
@@ -51,7 +51,7 @@ class Session:
 
     @property
     def hangs(self) -> bool:
-        """Whether a start or an end of NVML has not returned: the process then ends only by `_exit`."""
+        """Whether a start or an end of NVML has not returned. Then only `_exit` ends the process."""
         return self._start.hangs or any(end.hangs for end in self._ends)
 
     @property
@@ -62,13 +62,15 @@ class Session:
     def refused(self) -> Mapping[tuple[GpuUuid, str], str]:
         """The settings that a card refused for good in this session, by card and verb, each with NVML's sentence.
 
-        Not every refusal can be found by a look: a card may tell its compute mode, and take no other one.
+        A look does not find every refusal: a card may tell its compute mode and still refuse another one.
         """
         return dict(self._refused)
 
     def renew(self) -> bool:
-        """Open a new session instead of this one and list the cards. False if there is no session, a call is under way in it,
-        or it is too young."""
+        """Open a new session instead of this one, and list the cards.
+
+        False if there is no session, if a call is under way in it, or if the session is too young.
+        """
         with self._changing:
             with self._lock:
                 if self._nvml is None or self._calls or time.monotonic() - self._renewed_at < _RENEW_S:
@@ -82,7 +84,7 @@ class Session:
         return True
 
     def comes(self) -> bool:
-        """Whether the cards can be listed now. Starts NVML if it is not started. Blocks for two seconds at most."""
+        """Whether the cards can be listed now. Starts NVML if necessary. Blocks for two seconds at most."""
         with self._changing:
             if self._nvml is None:
                 self._open(_GLANCE_S)
@@ -104,7 +106,7 @@ class Session:
             self._refusal = e
 
     def _take(self, refusal: str) -> Nvml | None:
-        """The present NVML, which from now on no call gets."""
+        """The present NVML. From now on no call gets it."""
         nvml, self._nvml = self._nvml, None
         self._refused = {}
         self._refusal = DeviceError(refusal)
@@ -137,7 +139,7 @@ class Session:
 
     @contextlib.contextmanager
     def _setting(self, verb: str, gpu: GpuUuid, *, on: bool) -> Iterator[Nvml]:
-        """As `_call`, for a verb that a claim needs. `on`: False to take a setting back, which MIG mode may refuse."""
+        """As `_call`, for a verb that a claim needs. `on`: False to undo a setting, which MIG mode may refuse."""
         try:
             with self._call(verb, gpu) as nvml:
                 yield nvml
@@ -150,7 +152,7 @@ class Session:
     # ------------------------------------------------------------ the verbs
 
     def gpus(self) -> tuple[Gpu, ...]:
-        """As `Nvml.gpus`. Empty if nothing can be listed, and `problem` says why."""
+        """As `Nvml.gpus`. Empty if the list fails; then `problem` says why."""
         try:
             with self._call("gpus") as nvml:
                 found = nvml.gpus()
