@@ -1,4 +1,4 @@
-"""What the API server says of claims: the claim of a prepare, and whether a claim with a record still has its devices."""
+"""Asks the API server about claims: the claim of a prepare, and whether a claim with a record still has its devices."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _REMEMBERED_S = 600.0  # as long as a record waits for its collection
 
 
 class Hold(Enum):
-    """What the API says of a claim that has a record here."""
+    """What the API says about a claim that has a record here."""
 
-    HELD = auto()  # it still gives the devices to the claim
-    LEAVING = auto()  # it does not, and an unprepare comes: a force-deleted pod may still run
-    RELEASED = auto()  # it does not, and no unprepare has to come any more
+    HELD = auto()  # the claim still has the devices
+    LEAVING = auto()  # it no longer has them, and an unprepare comes: a force-deleted pod may still run
+    RELEASED = auto()  # it no longer has them, and perhaps no unprepare comes
 
 
 class ClaimReader(Protocol):
-    """The call of this room to the API server. It blocks."""
+    """The only call of this package to the API server. It blocks."""
 
     def claim(self, namespace: str, name: str) -> dict[str, object]: ...
 
 
 class ApiClaims:
-    """The claims in the API server. ApiError from each question that gets no answer."""
+    """The claims in the API server. Each question raises ApiError if it gets no answer."""
 
     def __init__(self, api: ClaimReader, driver: str, executor: Executor) -> None:
         self._api, self._driver, self._executor = api, driver, executor
-        self._unprepared: dict[ClaimUid, float] = {}  # when the kubelet said that it is done with a claim
+        self._unprepared: dict[ClaimUid, float] = {}  # the time of the kubelet's unprepare
 
     def fetch(self, ref: ClaimRef) -> Claim:
         """The claim as it is now. ClaimError if it does not exist or cannot be prepared. It blocks."""
@@ -63,7 +63,7 @@ class ApiClaims:
         return Hold.RELEASED if claims.is_released(body, ref.uid) else Hold.LEAVING
 
     def note_unprepared(self, uid: ClaimUid, now: float) -> None:
-        """The kubelet is done with this claim, so no unprepare follows a prepare that comes only now."""
+        """Note that the kubelet has unprepared this claim. No unprepare follows a prepare that comes only now."""
         self._unprepared = {u: at for u, at in self._unprepared.items() if now - at < _REMEMBERED_S} | {uid: now}
 
     async def run(self, call: Callable[[], T]) -> T:

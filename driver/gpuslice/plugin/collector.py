@@ -1,7 +1,7 @@
-"""Finds claims that the API server no longer has, and unprepares them: the kubelet skips an unprepare that it has forgotten.
+"""Unprepares claims that the API server no longer has, because the kubelet may have forgotten them.
 
-A claim that still exists is asked for ever less, up to every five to ten minutes: at rest nothing goes to the API server for
-most of the time, and a cluster with 20,000 claims sends it 44 such requests a second.
+The longer a claim exists, the less often the driver asks for it: in the end every five to ten minutes. So a node at rest
+sends nothing to the API server for most of the time. A cluster with 20,000 claims sends 44 such requests a second.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gpuslice.plugin.api_claims import Hold
 
 log = logging.getLogger(__name__)
 
-# A record is collected when the API server has not had its claim for this time (a force-deleted pod may still run).
+# How long a claim is absent before its record is collected. A force-deleted pod may still run for a while.
 ORPHAN_AGE_S = 600.0
-# From one question whether a prepared claim still exists to the next. It doubles while the answer is yes.
+# Between two questions whether a prepared claim still exists. The time doubles while the answer is yes.
 _ASK_S, _LONGEST_ASK_S = 60.0, 600.0
 
 
@@ -36,10 +36,10 @@ class Collector:
     ) -> None:
         self._records, self._hold, self._in_use, self._unprepare = records, hold, in_use, unprepare
         self._absent_since: dict[ClaimUid, float] = {}
-        self._next_ask: dict[ClaimUid, tuple[float, float]] = {}  # when, and the pause after it
+        self._next_ask: dict[ClaimUid, tuple[float, float]] = {}  # the next question, and the pause after it
 
     async def collect(self, now: float) -> None:
-        """Unprepare claims that are absent for ten minutes, if nothing runs on their devices. `now`: of any clock."""
+        """Unprepare claims that are absent for ten minutes, if nothing runs on their devices. `now`: seconds of any clock."""
         try:
             records = await self._records()
         except DriverError as e:
@@ -54,19 +54,19 @@ class Collector:
                 await self._collect_one(uid, record, now, pause_s)
 
     async def _collect_one(self, uid: ClaimUid, record: Record, now: float, pause_s: float) -> None:
-        """Ask for this claim. `pause_s`: until the next question, if the claim still exists."""
+        """Ask for this claim. `pause_s`: the time to the next question, if the claim still exists."""
         ref = record.plan.ref
         try:
             if await self._hold(record) is Hold.HELD:
                 self._absent_since.pop(uid, None)
-                # At random, so that the claims of a cluster that was started at once are not asked for at once.
+                # At random, because the nodes of a cluster may start together, and must not ask together.
                 due = now + pause_s * (1 + random.random()) / 2  # noqa: S311 - not a secret
                 self._next_ask[uid] = due, min(2 * pause_s, _LONGEST_ASK_S)
                 return
         except ApiError as e:
             log.info("cannot ask whether a claim still exists; the driver asks again in a minute claim=%s: %s", ref, e)
             return
-        self._next_ask.pop(uid, None)  # each minute from now on
+        self._next_ask.pop(uid, None)  # from now on the driver asks each minute
         since = self._absent_since.setdefault(uid, now)
         if now - since < ORPHAN_AGE_S or await self._in_use(record):
             return

@@ -169,8 +169,7 @@ class PluginServer:
         telemetry: Telemetry,
         registered: Callable[[], None],
     ) -> None:
-        """The server calls `registered` on the event loop each time that a kubelet has registered the driver, and so also
-        when a kubelet has started again."""
+        """`registered`: called on the event loop after each registration, so also after a restart of the kubelet."""
         self.endpoint, self.registration = sockets.paths(
             driver=driver,
             registry=registry,
@@ -251,7 +250,7 @@ class PluginServer:
 async def _translated(work: Awaitable[Message]) -> Message:
     try:
         return await work
-    except OSError as e:  # no descriptors, a disk that fails: no mistake of ours, and the pod's events say what it is
+    except OSError as e:  # e.g. no descriptors or a failing disk: no mistake of ours, and the pod's events name it
         raise refusals.untranslated(e) from e
 
 

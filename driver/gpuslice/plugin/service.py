@@ -4,13 +4,13 @@ The transaction itself is in `prepare.py`. This module only decides which call w
 `claim_queue.py`, `tickets.py`, `workers.py`, `releases.py`, `api_claims.py` and `collector.py`.
 
 * Each claim has one queue of jobs. An unprepare cancels a waiting prepare, and waits for the end of a running one.
-* The claim is fetched inside its queue, and again after every wait, because a claim can be deallocated and allocated
+* The claim is fetched inside its queue, and again after every wait. During a wait it can be deallocated and allocated
   elsewhere under the same UID. If its GPUs are free, the thread that fetched it also prepares it.
 * `Busy` releases everything. If the API still gives the devices to a holder, this is a double allocation and is refused.
   If all holders are gone or deallocated, their unprepare comes soon. The claim waits for it without thread or lock and
   keeps its place in the queue. After a forced delete, the new pod then needs no retry by the kubelet.
-* No unprepare comes if a prepare came through after it (a call that the kubelet had given up). So a holder that is released
-  is unprepared after a second look, if nothing runs on its devices.
+* A prepare that the kubelet has given up may arrive after the unprepare. Then no second unprepare comes. So the driver
+  unprepares a released holder after a second look, if nothing runs on its devices.
 * Claims that take no GPU (admin access) pass the claim queue only.
 """
 
@@ -43,9 +43,9 @@ MOST_WAIT_S = 40.0
 _SPARE_S = 5.0
 # Claims that are fetched in worker threads. The threads for all other requests are as many (`app.py`).
 _AT_ONCE = 8
-# Between two looks at a holder that no unprepare follows any more, because its prepare came after it.
+# The time before the second look at a released holder. Its prepare may have arrived after its unprepare.
 SECOND_LOOK_S = 10.0
-# What the driver does for a claim without being asked, for the sentence about its failure.
+# What the driver does for a claim by itself. The words are part of the sentence about a failure.
 _AIMS = {"recover": "undo a prepare that did not end", "mend": "put the CDI file right"}
 
 
@@ -133,7 +133,7 @@ class ClaimService:
 
     async def collect(self, now: float) -> None:
         """Unprepare claims that the API server has not had for ten minutes, if nothing runs on their devices. Also undo the
-        hardware that was left on lost cards. Called once a minute with the time of a clock."""
+        hardware that is left on lost cards. Call it once a minute, with the time of a clock."""
         await self.recover()
         await self._collector.collect(now)
 
@@ -180,7 +180,7 @@ class ClaimService:
                     )
 
     async def _left(self, news: Waiter, leaving: Set[ClaimUid], released: Set[ClaimUid], deadline: float) -> bool:
-        """Wait until one of these claims has left. After a second look, unprepare those that are released."""
+        """Wait until one of these claims has left. Unprepare the released claims after a second look."""
         clock = asyncio.get_running_loop().time
         if not released or deadline - clock() <= SECOND_LOOK_S:
             return await news.wait_any(leaving, deadline - clock())
@@ -189,7 +189,7 @@ class ClaimService:
         return await news.wait_any(leaving, deadline - clock())
 
     async def _unprepare_released(self, uids: Set[ClaimUid]) -> bool:
-        """Unprepare those that are still released and on whose devices nothing runs; whether there were any."""
+        """Unprepare the claims that are still released, if nothing runs on their devices. True if there were any."""
         records, done = await asyncio.to_thread(self._preparer.records), False
         for record in (records[uid] for uid in uids if uid in records):
             if await self._claims.hold(record) is Hold.RELEASED and not await self._in_use(record):
@@ -267,8 +267,10 @@ class ClaimService:
             log.info("cannot ask whether a claim still exists, so its devices stay prepared claim=%s: %s", ref, e)
 
     async def _leaving(self, claim: Claim, busy: Busy) -> tuple[frozenset[ClaimUid], frozenset[ClaimUid]]:
-        """The holders that the API has let go already, and those of them that are released. ClaimError where their leaving
-        would not be enough."""
+        """The holders that no longer have devices in the API, and those of them that are released.
+
+        ClaimError if the claim would still have to wait for other holders.
+        """
         records: Mapping[ClaimUid, Record] = await asyncio.to_thread(self._preparer.records)
         holds = {
             holder.uid: await self._claims.hold(records[holder.uid]) if holder.uid in records else Hold.LEAVING

@@ -95,7 +95,7 @@ def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
     """
     try:
         _remove_dead(registry, plugin_folder, driver)
-    except OSError as e:  # what is left over does no harm to this instance
+    except OSError as e:  # a socket that stays does no harm to this instance
         log.warning("cannot look for sockets of killed instances: %s", refusals.untranslated(e))
 
 

@@ -179,7 +179,7 @@ class StepExecutor:
                 raise
             try:
                 names = ", ".join(f"{p.name or 'process'} (pid {p.pid})" for p in self._nvml.processes(gpu))
-            except DeviceError as unlisted:  # the first refusal is the one to report
+            except DeviceError as unlisted:  # the driver reports the first refusal
                 names = f"programs that NVML does not list ({unlisted})"
             raise DeviceError(
                 f"{what} of GPU {gpu} cannot be switched while it is in use by {names or 'another NVML client'}; stop it "

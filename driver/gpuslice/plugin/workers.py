@@ -180,5 +180,5 @@ def _serve_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None], afterwards: 
         del job  # it holds a reference to the claim's result, or to its error with all frames
         try:
             afterwards()
-        except Exception:  # the thread counts as one that waits: its end would leave the next job without a thread
+        except Exception:  # the thread counts as waiting already; without it the next job has no thread
             log.exception("the work between two jobs failed unexpectedly")
