@@ -1,8 +1,8 @@
-"""Finds the features of the API server: before the first write, and again when they may be others.
+"""Finds the features of the API server: before the first write, and again when they may have changed.
 
-A cluster is upgraded under a running driver, and a feature gate is turned on or off. During such a change several API
-servers of different versions may answer, each in turn. So one answer changes nothing: the driver takes other features only
-after two equal answers, some seconds apart, and it asks less often while a server drops what another one keeps.
+A cluster may be upgraded while the driver runs, and a feature gate may be turned on or off. During such a change API servers
+of different versions may answer in turn. So one answer changes nothing: the driver takes other features only after two equal
+answers, some seconds apart. It asks less often while one server drops a field that another server keeps.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _ALL = Features(partitionable=True, consumable=True, taints=True)
 class ApiFeatures:
     """The features of the API server, as two probes found them. For one thread.
 
-    A look costs one GET of the version. It costs dry runs only if the version is another one, or if a feature is missing
-    that the server may have got since: such looks become rarer, from `version_s` to `missing_most_s`.
+    A look costs one GET of the version. It costs dry runs only if the version has changed, or if a feature is missing
+    that the server may have by now. Looks for missing features become rarer, from `version_s` to `missing_most_s`.
     """
 
     def __init__(self, kube: Kube, driver: str, node: str, config: BackoffConfig) -> None:
         self._kube, self._driver, self._node, self._config = kube, driver, node, config
         self._features: Features | None = None
-        self._version = ""  # of the server that was probed last
-        self._seen = ""  # in the last look
-        self._doubted: Features | None = None  # found once, and to be confirmed
+        self._version = ""  # the version of the server at the last probe
+        self._seen = ""  # the version at the last look
+        self._doubted: Features | None = None  # found once, not confirmed yet
         self._look_at = 0.0
         self._missing_at, self._missing_s = 0.0, config.version_s
 
@@ -44,9 +44,9 @@ class ApiFeatures:
         return features
 
     def look(self, now: float, chance: float, *, dropped: bool) -> Features | None:
-        """The features to plan with from now on, or None if those of before are still right, or if it is no time to look.
+        """The features to plan with from now on. None if the former features are still right, or if no look is due.
 
-        `dropped`: since the last probe the server has dropped fields that it kept then. ApiError as in `probe`.
+        `dropped`: since the last probe the server has dropped fields that it kept in the probe. ApiError as in `probe`.
         """
         if now < self._look_at:
             return None
@@ -68,7 +68,7 @@ class ApiFeatures:
         return features
 
     def due_s(self, now: float) -> float:
-        """How long it is until the next look."""
+        """The time until the next look."""
         return max(0.0, self._look_at - now)
 
     def _take(self, features: Features, version: str, now: float, chance: float) -> None:

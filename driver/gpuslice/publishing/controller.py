@@ -1,12 +1,12 @@
 """Keeps the node's offer up to date: probe the API server, look at the node, plan the pools, pass them on.
 
 The controller has one thread. It plans again after each nudge and every half minute. The publisher writes only
-differences. The controller collects nudges for a tenth of a second, so that eight simultaneous claims cost one look at the
-node and no claim waits for it (without this, looks and plans took two thirds of the driver's time under load: measured).
+differences. The controller collects nudges for a tenth of a second. So eight simultaneous claims cost one look at the node,
+and no claim waits for it. Without this, looks and plans took two thirds of the driver's time under load (measured).
 
 Before the first write, dry runs show which fields the API server keeps. If the server drops counters, the scheduler would
-allocate devices twice, so the plan is then static (Kubernetes 1.34 and 1.35). Nothing is sent before this is known. When
-the cluster is upgraded, or a gate is turned on or off, the plan follows within about a minute (`api_features`).
+allocate devices twice, so the plan is then static (Kubernetes 1.34 and 1.35). Nothing is sent before this is known. After
+an upgrade of the cluster or a change of a gate, the plan follows within about a minute (`api_features`).
 
 If the API server is away or busy, or forbids something, the driver waits, because the problem can end while the driver
 runs. A refused token, an untrusted certificate and a server without resource.k8s.io/v1 stay until the process starts again,
@@ -111,7 +111,7 @@ class SliceController:
             self._wake.notify_all()
 
     def catch_up(self) -> None:
-        """For a kubelet that has registered: it deletes the slices of its node when it starts. Returns at once."""
+        """Call it when a kubelet has registered, because its start deletes the slices of the node. Returns at once."""
         self._publisher.catch_up()
 
     @property
@@ -183,11 +183,11 @@ class SliceController:
         return None
 
     def _look_again(self, features: Features) -> Features:
-        """The features of the API server now. Those of before if it gives no answer: the publisher tells of that."""
+        """The present features of the API server. Without an answer, the former ones: the publisher reports the failure."""
         dropped = bool(self._publisher.status.dropped)
         try:
             found = self._api_features.look(time.monotonic(), random.random(), dropped=dropped)  # noqa: S311 - no secret
-        except Exception:  # an answer that is not understood says nothing of the features
+        except Exception:  # an answer that is not understood says nothing about the features
             log.debug("cannot find out whether the API server keeps other fields now", exc_info=True)
             return features
         if found is None:

@@ -1,14 +1,14 @@
 """Asks the API server which claims hold the pools that wait for a change of their shape.
 
-Claims have no field selector for their devices, so only a list of all claims of the cluster shows the holders of a pool
-that the driver has no record of: claims that were allocated and not prepared yet. In a large cluster this list is tens of
-megabytes, and a fleet with a new policy asks for it from each node. So a pool is listed once in a wait, when its own
-records are gone and its taints are in force. Tainted devices get no new holders. From then on the driver asks for the
-known holders, one after the other, by name.
+The driver has no record of a claim that is allocated and not prepared yet. Claims have no field selector for their devices,
+so only a list of all claims of the cluster shows such a holder. In a large cluster this list has tens of megabytes, and
+after a change of the policy each node of a fleet asks for it. So the driver lists only once in a wait: when no record holds
+the pool any more and its taints are in force. Tainted devices get no new holders. From then on the driver asks for the known
+holders by name, one after the other.
 
-There are two exceptions. Without taints (Kubernetes 1.34 and 1.35) and where a claim tolerates our taint, a pool may get new
-holders. There one more list decides when all known holders have left. So the lists are as many as the waves of holders,
-however long the wait is.
+There are two exceptions: Kubernetes 1.34 and 1.35 have no taints, and a claim may tolerate our taint. Then a pool may get new
+holders, so the driver lists again when all known holders have left. The number of lists is then the number of waves of
+holders, however long the wait is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class ClaimHolders:
-    """The claims that hold the waiting pools, as far as they are known. For one thread."""
+    """The known claims that hold the waiting pools. For one thread."""
 
     def __init__(self, kube: Kube, driver: str) -> None:
         self._kube, self._driver = kube, driver
@@ -33,14 +33,14 @@ class ClaimHolders:
         self._final: set[PoolName] = set()  # pools that get no new holders
 
     def keep(self, waiting: Set[PoolName]) -> None:
-        """Forget the holders of all pools but these, because the other pools do not wait any more."""
+        """Forget the holders of all other pools, because these do not wait any more."""
         self._known = {name: refs for name, refs in self._known.items() if name in waiting}
         self._final &= waiting
 
     def held(self, pools: Set[PoolName], *, cordoned: Set[PoolName]) -> set[PoolName]:
-        """Those of the pools of which a claim holds a device. ApiError if the API server does not say it.
+        """Those of the pools of which a claim holds a device. ApiError if the API server gives no answer.
 
-        `cordoned`: all pools with taints in force. One list serves them all, also those that are not asked for yet.
+        `cordoned`: all pools with taints in force. One list serves them all, also those that are not in `pools` yet.
         """
         if pools <= self._known.keys():
             still = {name for name in pools if self._is_held(name)}
@@ -60,7 +60,7 @@ class ClaimHolders:
                 log.info("claims hold a pool that waits to change its shape pool=%s claims=%s", name, _few(refs))
 
     def _is_held(self, pool: PoolName) -> bool:
-        """Whether one of the known claims still holds a device. Those that have left are not asked for again."""
+        """Whether one of the known claims still holds a device. Forgets the claims that have left."""
         known = self._known[pool]
         while known and not self._holds(known[0], pool):
             known.pop(0)

@@ -96,7 +96,7 @@ class NodeHealth:
         self._mps = mps
         self._checkpoint = checkpoint
         self._hung, self._renew, self._refused = hung, renew, refused
-        self.unreadable = ""  # why no card could be read, "" where one could
+        self.unreadable = ""  # why no card could be read; "" if a card could be read
         self._logged: Taints = {}
 
     def look(self, inventory: Inventory) -> Taints:

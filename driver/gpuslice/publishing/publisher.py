@@ -4,10 +4,10 @@ There are two threads. The *watcher* lists and watches our slices into a `SliceC
 the wanted pools (`core.pools.reconcile`) and writes the difference. No failure is final: if the API server refuses a write
 or does not answer, the writer tries again, with growing delays. Prepare and unprepare are not affected.
 
-All nodes of a cluster lose their watches at the same time when an API server goes away. Each one then watches again from the
-version that it knows, which costs little. The delays grow up to a minute. A node lists only if that version is too old, as it
-is after a restart of the API server, or if versions have gone back; it lists at a random time within a minute. It does not
-wait if events of the node itself ask for a list: a conflict, or a kubelet that registers while there is no watch.
+All nodes of a cluster lose their watches at the same time when an API server goes away. Each node then watches again from
+the version that it knows, which costs little. The delays grow up to a minute. A node lists only if that version is too old,
+as after a restart of the API server, or if versions have gone back. It then lists at a random time within a minute. It lists
+at once if an event of its own needs a list: a conflict, or a kubelet that registers while there is no watch.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Publisher:
         self._reporter = StatusReporter(changed)
         self._writer = SliceWriter(kube, driver, node, self._state, self._reporter)
         self._watch: Watch | None = None
-        self._version = ""  # to watch from; "" if a list is needed
-        self._fruitless = 0  # watches in a row that began and broke without an event
+        self._version = ""  # the start of the next watch; "" if a list is needed
+        self._fruitless = 0  # watches in a row that broke without an event
         self._list_at = 0.0  # when the next list is due
         self._hurry = threading.Event()  # ends a pause of the watcher
         self._threads = threads or ThreadWatch()
@@ -87,14 +87,16 @@ class Publisher:
         self._state.want(desired)
 
     def catch_up(self) -> None:
-        """List at once if no watch shows what happens to our slices. Returns at once. For a kubelet that has registered:
-        it deletes the slices of its node when it starts."""
+        """List at once if no watch shows changes of our slices. Returns at once.
+
+        Call it when a kubelet has registered, because its start deletes the slices of the node.
+        """
         if self._watch is None:
             self._list_at = 0.0
             self._hurry.set()
 
     def forget_dropped(self) -> None:
-        """Send fields again that the API server dropped, because it keeps them now."""
+        """Send the dropped fields again, because the API server keeps other fields now."""
         self._writer.forget_dropped()
         self._reporter.forget_dropped()
         self._state.look_in(0.0)
@@ -118,14 +120,14 @@ class Publisher:
                 if time.monotonic() - began > CALM_S:
                     retry = Backoff(self._backoff)
                 self._report_break(e)
-                # If watches from this version bring nothing of use, the next one brings the same.
+                # If watches from this version bring nothing of use, the next watch brings the same.
                 stuck = self._fruitless >= _FRUITLESS
                 pause_s = self._forget() if stuck else retry.delay_s(random.random())  # noqa: S311 - not a secret
             if not stopped.is_set():
                 self._hurry.wait(pause_s)
 
     def _forget(self) -> float:
-        """Go on with a list, and return how long to wait for it."""
+        """Go on with a list. Returns the delay before it."""
         self._version, self._fruitless = "", 0
         return random.random() * self._backoff.spread_s  # noqa: S311 - not a secret
 
@@ -146,9 +148,9 @@ class Publisher:
     def _follow(self, *, resumed: bool) -> None:
         """Watch until a new list is due. ApiError: the watch broke. ExpiredError: only a list helps.
 
-        `resumed`: from a version before the break. If an etcd was restored meanwhile, the API server may not have come to
-        this version yet, and says nothing until it has. So the first watch is a short one, and if it brings no event and no
-        bookmark, a list is due.
+        `resumed`: the watch goes on from a version before the break. After the restore of an etcd, the API server may not
+        have reached this version yet. Until then it sends nothing. So the first watch is short. If it brings no event and
+        no bookmark, a list is due.
         """
         stopped = self._state.stopped
         most_s = min(self._backoff.watch_s, self._backoff.spread_s) if resumed else self._backoff.watch_s
@@ -169,7 +171,7 @@ class Publisher:
             most_s, resumed = self._backoff.watch_s, False
 
     def _follow_one(self, timeout_s: int, *, resumed: bool) -> bool:
-        """One watch. Whether there was an event or a bookmark."""
+        """One watch. True if it brought an event or a bookmark."""
         version, heard = self._version, False
         watch = self._kube.watch_resource_slices(self._driver, self._node, version, timeout_s)
         # In this order, because `stop` sets the event first and then closes the watch that it finds here.
@@ -179,7 +181,7 @@ class Publisher:
             if self._state.stopped.is_set():
                 watch.close()
             if resumed:
-                self._state.look_in(0.0)  # what could not be written meanwhile may be possible now
+                self._state.look_in(0.0)  # a write that failed meanwhile may succeed now
             for event in watch:
                 now, heard = event["object"]["metadata"]["resourceVersion"], True
                 if int(now) < int(version):
@@ -201,7 +203,7 @@ class Publisher:
                 if stale:  # a conflict shows that the watch lags or is dead
                     self._list()
                     stale = False
-                    self._hurry.set()  # the watcher can watch from here, if it pauses
+                    self._hurry.set()  # a watcher that pauses can watch from this list
                 self._writer.sync(wanted)
                 retry = Backoff(self._backoff)
             except ApiError as e:

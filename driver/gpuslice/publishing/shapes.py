@@ -32,8 +32,8 @@ class Shapes:
         self._kept: dict[PoolName, PoolSlices] = {}
         self._version: Version | None = None  # version of the file from which `_kept` was read
         self._cordoned: set[PoolName] = set()
-        self._tainted: set[PoolName] = set()  # those of them that were admitted with taints
-        self.only_taints_awaited = False  # a pool could change its shape as soon as its taints are in force
+        self._tainted: set[PoolName] = set()  # cordoned pools that were admitted with taints
+        self.only_taints_awaited = False  # a pool can change its shape as soon as its taints are in force
 
     def admit(
         self, wanted: Sequence[PoolSlices], records: Sequence[Record], *, taints: bool, published: bool
@@ -41,7 +41,7 @@ class Shapes:
         """The pools that may be published now: the wanted pool, or its old shape with taints while claims hold devices.
 
         `published`: the API has the last admitted pools. Only then do taints keep the scheduler away. If nothing else
-        keeps a pool, it asks the API server for the claims that hold it, and blocks (ApiError if there is no answer).
+        keeps a pool, the call asks the API server for the holders of the pool, and blocks. ApiError without an answer.
         """
         with files.locked(self._path.with_suffix(".lock")):
             self._read()
@@ -67,8 +67,10 @@ class Shapes:
     def _held(
         self, waiting: Set[PoolName], ready: Set[PoolName], records: Sequence[Record], *, taints: bool
     ) -> set[PoolName]:
-        """The waiting pools of which claims hold a device. Nobody is asked for a pool that our own records hold, nor for
-        one that is not `ready` to change for another reason."""
+        """The waiting pools of which claims hold a device.
+
+        The call asks the API server only about pools that no record holds and that are `ready` to change otherwise.
+        """
         ours = {grant.allocation.device.pool for record in records for grant in record.plan.grants}
         self._holders.keep(waiting)
         return (ours & waiting) | self._holders.held(ready - ours, cordoned=ready if taints else frozenset())

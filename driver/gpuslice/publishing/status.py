@@ -56,6 +56,6 @@ class StatusReporter:
         self._changed(new)
 
     def forget_dropped(self) -> None:
-        """The API server keeps other fields now."""
+        """Forget the dropped gates, because the API server keeps other fields now."""
         with self._lock:
             self.status = replace(self.status, dropped=frozenset())

@@ -53,7 +53,7 @@ class WriteState:
     # ------------------------------------------------------------ the watcher
 
     def begin_list(self) -> int:
-        """To be called before a list is asked for."""
+        """Call it before the request for a list."""
         with self._lock:
             return self._cache.began()
 

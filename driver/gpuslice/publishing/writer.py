@@ -60,7 +60,7 @@ class SliceWriter:
         self._reporter.report(error="")
 
     def forget_dropped(self) -> None:
-        """May be called from any thread."""
+        """Any thread may call it."""
         with self._lock:
             self._sendable.forget_dropped()
 
