@@ -40,7 +40,7 @@ class StandInApiServer:
         self.store = Store()
         self.kubeconfig = folder / "kubeconfig"
         self.requests: list[HttpRequest] = []
-        self.bookmarks = True  # a real one sends none while it knows no newer version than the one it was asked for
+        self.bookmarks = True  # a real server sends none if it knows nothing newer than the version of the request
         self._cues: list[ScriptedAnswer] = []
         self._certificate = tls.certificate(folder)
         self._listener = Listener(self._certificate.server_context(), TOKEN, self._serve, self._watch, self._cue, port)
@@ -63,7 +63,7 @@ class StandInApiServer:
         self._listener.start()
 
     def become(self, version: str, *, dropping: Iterable[str] = ()) -> None:
-        """Serve as another version from now on, as after an upgrade or a downgrade; the objects stay."""
+        """Serve as another version from now on, as after an upgrade or a downgrade. The objects stay."""
         self.version, self.gates = version, resource_slices.gates(version) - frozenset(dropping)
 
     def __enter__(self) -> StandInApiServer:
@@ -78,7 +78,7 @@ class StandInApiServer:
 
     @property
     def token(self) -> str:
-        """The only token that is accepted. It may be set."""
+        """The only token that the server accepts. A test may change it."""
         return self._listener.token
 
     @token.setter
@@ -114,11 +114,11 @@ class StandInApiServer:
         self._add(ScriptedAnswer("fail", times, method, path, status, retry_after_s, text))
 
     def answer(self, status: int, data: bytes, times: int = 1, *, method: str = "", path: str = "") -> None:
-        """Answer the next such requests with these bytes, as a proxy or a broken server would."""
+        """Answer the next such requests with these bytes, as a proxy or a broken server does."""
         self._add(ScriptedAnswer("answer", times, method, path, status, data=data))
 
     def drip(self, times: int = 1, *, method: str = "", path: str = "") -> None:
-        """Answer the next such requests byte by byte and never to the end, until `release`."""
+        """Answer the next such requests byte by byte, without an end before `release`."""
         self._add(ScriptedAnswer("drip", times, method, path))
 
     def hang(self, times: int = 1, *, method: str = "", path: str = "") -> None:

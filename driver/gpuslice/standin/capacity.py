@@ -1,4 +1,4 @@
-"""What a share is charged of a capacity, as the allocator of Kubernetes 1.37.1 works it out.
+"""The part of a capacity that a share is charged, calculated as in the allocator of Kubernetes 1.37.1.
 
 Source: k8s.io/dynamic-resource-allocation v0.37.1, structured/internal/incubating/consumable_capacity.go.
 """
@@ -11,7 +11,7 @@ from functools import cache
 from gpuslice.core.json import ReadOnlyBody
 from gpuslice.standin.resource_slices import amount, canonical
 
-_NANO = Decimal("1e-9")  # apimachinery rounds a quantity up to it
+_NANO = Decimal("1e-9")  # apimachinery rounds a quantity up to a multiple of it
 _MILLI = Decimal("1e-3")
 
 
@@ -41,11 +41,11 @@ def spelled(value: Decimal) -> str:
 
 
 def charged(wanted: str | None, entry: ReadOnlyBody, *, fractional: bool) -> Decimal | None:
-    """What a share takes of a capacity; None where its policy does not allow the request.
+    """The part of a capacity that a share takes. None if the policy does not allow the request.
 
-    Without a request it is the default, or all of it where there is no policy. `fractional`: the gate
-    DRAFractionalCapacityRange is on: in 1.37 only with --min-compatibility-version=1.37 (pkg/features/kube_features.go).
-    CapacityError as the real one has it.
+    Without a request a share takes the default, or everything if there is no policy. `fractional`: the gate
+    DRAFractionalCapacityRange is on, in 1.37 only with --min-compatibility-version=1.37 (pkg/features/kube_features.go).
+    CapacityError as in the real allocator.
     """
     policy: ReadOnlyBody = entry.get("requestPolicy") or {}
     if wanted is None:
@@ -66,7 +66,7 @@ def _in_range(value: Decimal, limits: ReadOnlyBody, wanted: str, *, fractional: 
         return least
     if "step" not in limits:
         return value if fractional else Decimal(whole(wanted))
-    # The comment in the source says that thousandths count only for a range with a fraction; its code has them count
+    # The comment in the source says that thousandths count only for a range with a fraction. In its code they count
     # for every range that fits (`useMilli`).
     if fractional and value % _MILLI:
         raise CapacityError(

@@ -190,10 +190,10 @@ class StandInCluster:
         namespace: str = "default",
         configs: Sequence[Mapping[str, Any]] = (),
     ) -> ClaimRef:
-        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError where nothing fits,
-        CapacityError where the scheduler ends its attempt."""
+        """Create a ResourceClaim and let the scheduler allocate it. UnschedulableError if nothing fits,
+        CapacityError if the scheduler ends its attempt."""
         slices, claims = self.api.all("resourceslices"), self.api.all("resourceclaims")
-        fractional = int(self.api.version.split(".")[1]) >= 38  # before only with --min-compatibility-version
+        fractional = int(self.api.version.split(".")[1]) >= 38  # in 1.37 only with --min-compatibility-version
         allocation = scheduler.allocate(slices, claims, requests, node=NODE, configs=configs, fractional=fractional)
         if allocation is None:
             raise UnschedulableError(f"no device of {NODE} fits claim {namespace}/{name}")
@@ -207,7 +207,7 @@ class StandInCluster:
         namespace: str = "default",
         requests: Sequence[Request] = (),
     ) -> ClaimRef:
-        """Create a ResourceClaim with this allocation, which nothing checks."""
+        """Create a ResourceClaim with this allocation. Nothing checks the allocation."""
         spec = {"devices": {"requests": [request.body() for request in requests]}}
         body = self.api.create("resourceclaims", {"metadata": {"name": name}, "spec": spec}, namespace)
         body["status"] = {"allocation": allocation, "reservedFor": [{"resource": "pods", "name": name, "uid": name}]}

@@ -75,7 +75,7 @@ _REASONS = {
     422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable",
 }  # fmt: skip
 
-_DRIP_S = 0.02  # from one byte to the next
+_DRIP_S = 0.02  # between two bytes
 
 Serve = Callable[[HttpRequest], tuple[int, Body]]
 EventStream = Callable[[HttpRequest, Callable[[], bool]], Iterator[Body]]
@@ -221,7 +221,7 @@ class _ApiHandler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _drip(self, cue: ScriptedAnswer) -> None:
-        """One byte after the other, for ever: no single read of the client is late."""
+        """Send one byte after the other, for ever. No single read of the client is late."""
         self.close_connection = True
         self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         while not self.server.stopped and not cue.released.wait(_DRIP_S):

@@ -28,7 +28,7 @@ _BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 
 _MOST, _LEAST = Decimal(2**63 - 1), Decimal("1e-9")
-_POWERS = 1000  # a larger exponent makes no difference: nobody writes a number with so many digits
+_POWERS = 1000  # a larger exponent makes no difference, because nobody writes so many digits
 _LONGEST_EXPONENT = 20  # characters; a longer one does not fit int64
 
 _SPEC = {

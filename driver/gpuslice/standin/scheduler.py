@@ -46,7 +46,7 @@ class Request:
     alternatives: tuple[Request, ...] = ()
 
     def body(self) -> dict[str, Any]:
-        """What a ResourceClaim says of it, but for its selectors."""
+        """The request in a ResourceClaim, without its selectors."""
         if self.alternatives:
             options = [{"name": one.name, **one.body()["exactly"]} for one in self.alternatives]
             return {"name": self.name, "firstAvailable": options}
@@ -269,14 +269,14 @@ class _Search:
         return all(left[counter] >= value for counter, value in _needs(device).items())
 
     def _consumed(self, request: Request, device: _Device, beside: Sequence[_Pick]) -> dict[str, Decimal] | None:
-        """What this share takes of each capacity (nothing, on an exclusive device), None where there is not enough."""
+        """The part of each capacity that this share takes: none of an exclusive device. None if there is not enough."""
         capacity: ReadOnlyBody = device.body.get("capacity", {})
         if request.capacity.keys() - capacity.keys():
             return None
         if not device.shared:
             enough = all(exact(capacity[name]["value"]) >= exact(text) for name, text in request.capacity.items())
             return {} if enough else None
-        # All of them first: one that cannot be represented ends everything, even where another one does not fit.
+        # All of them first, because a CapacityError ends everything, even if another capacity does not fit.
         taken = {
             name: charged(request.capacity.get(name), entry, fractional=self._fractional)
             for name, entry in capacity.items()
@@ -318,7 +318,7 @@ def _holds(device: _Device, name: str, wanted: str | int | bool) -> bool:
     value = _value(device, name)
     if isinstance(wanted, str) and wanted.startswith(">="):
         return whole(str(value)) >= whole(wanted[2:].strip())
-    return type(value) is type(wanted) and value == wanted  # True is no 1 here
+    return type(value) is type(wanted) and value == wanted  # True does not equal 1 here
 
 
 def _value(device: _Device, name: str) -> object:

@@ -68,7 +68,7 @@ class Event:
 
 
 def not_found(key: Key) -> RefusalError:
-    """Only the details name the object; a 404 for an unknown path or kind has none (apimachinery, `errors.NewNotFound`)."""
+    """Only the details name the object. A 404 for an unknown path or kind has none (apimachinery, `errors.NewNotFound`)."""
     group = KINDS[key.resource].group
     details = {"name": key.name, "kind": key.resource} | ({"group": group} if group else {})
     return RefusalError(404, "NotFound", f'{key.resource} "{key.name}" not found', details=details)
@@ -182,7 +182,7 @@ class Store:
             return self.version, dict(self._objects)
 
     def restore(self, backup: tuple[int, dict[Key, Body]]) -> None:
-        """Put a backup in the place of everything: objects and the resource version go back, and nobody is told."""
+        """Replace everything by a backup. Objects and the resource version go back, and no watch gets an event."""
         with self.changed:
             self.version, objects = backup
             self._objects = dict(objects)
