@@ -79,8 +79,8 @@ def holds(path: Path, text: str, mode: int) -> bool:
 
 
 def read_plain(path: Path) -> bytes:
-    """The content of a file of ours. OSError if it cannot be read; ValueError if it is no plain file: a link leads to what
-    somebody else writes, and a pipe never ends."""
+    """The content of a file of ours. OSError if it cannot be read. ValueError if it is no plain file, because a link may
+    lead to a file of another user, and a pipe never ends."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -288,7 +288,7 @@ def locked_name(path: Path, name: str) -> Iterator[None]:
 
 
 def _unlock(path: Path) -> None:
-    """Remove the file of a lock that is held. One that stays is locked again the next time, so that the work is done."""
+    """Remove the file of a lock that is held. A file that stays does no harm, because the next owner locks it again."""
     try:
         path.unlink(missing_ok=True)
     except OSError as e:

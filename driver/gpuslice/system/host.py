@@ -41,7 +41,7 @@ class Host(Protocol):
         """The same card with its NUMA node and PCIe root; None if sysfs does not have them."""
 
     def common(self) -> ContainerEdits:
-        """The edits that every container with a GPU needs. DeviceError if there is no NVIDIA driver, or not the named hook."""
+        """The edits that every container with a GPU needs. DeviceError without an NVIDIA driver or the named hook."""
 
     def nodes(self, minor: int, gi: int | None = None, ci: int | None = None) -> tuple[DeviceNode, ...]:
         """Device nodes of the card /dev/nvidia<minor>, or of one partition of it: the card's node and two capabilities.

@@ -1,4 +1,4 @@
-"""What the kernel refuses, as one sentence: which file, why, and what a person can do."""
+"""A refusal of the kernel as one sentence: the file, the reason, and what a person can do."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def refused(verb: str, path: Path | str, error: OSError) -> StateError:
 
 
 def untranslated(error: OSError) -> StateError:
-    """For the doors of this process: what the kernel refused, where nobody below said more about it."""
+    """The error for a refusal of the kernel that no code below has translated, for the entry points of this process."""
     return refused("use", error.filename or "a file or socket of the node", error)
 
 
 def unreadable(path: Path, error: OSError) -> str:
-    """The sentence about a file or folder of the driver that this process may not read, or cannot."""
+    """The sentence about a file or folder of the driver that this process cannot read."""
     if isinstance(error, PermissionError):
         return f"{path} is not readable for uid {os.getuid()}; use the user of the driver, which is root in most cases"
     return f"cannot read {path}: {error.strerror}; check the file system and its permissions"

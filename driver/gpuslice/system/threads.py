@@ -21,7 +21,7 @@ class ThreadWatch:
         self._problem: str | None = None
 
     def start(self, name: str, body: Callable[[], object], *, over: Callable[[], bool] = lambda: False) -> None:
-        """Run `body` in a daemon thread. The thread may end when `over` says that its work is over."""
+        """Run `body` in a daemon thread. The thread may end when `over` returns True."""
         thread = threading.Thread(target=self._run, args=(name, body, over), name=name, daemon=True)
         thread.start()
         if thread.is_alive():
@@ -41,7 +41,7 @@ class ThreadWatch:
         self._stopping = True
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the end of each. A thread that hangs in a call is left behind."""
+        """Wait for the end of each thread. A thread that hangs in a call is left behind."""
         for thread in tuple(self._threads):
             thread.join(timeout_s)
 
