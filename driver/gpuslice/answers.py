@@ -1,8 +1,8 @@
-"""What an answer of the API server says, and what it does not: the one place where a refusal becomes an error.
+"""What an answer of the API server says, and what it does not say. Refusals become errors here and nowhere else.
 
-Nothing is concluded from an answer that does not say so. A proxy, an old server or a broken one also answers 404, and then
-nothing is known of the object. So only a `Status` object of the API counts; and "it does not exist" counts only where its
-details name the object (apimachinery, `errors.NewNotFound`: a 404 for an unknown path or kind names none).
+The driver concludes nothing from an answer that does not say so. A proxy, an old server or a broken server also answers
+404, and that says nothing about the object. So only a `Status` object of the API counts. "It does not exist" counts only if
+the details of the Status name the object (apimachinery, `errors.NewNotFound`: a 404 for an unknown path or kind names none).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _CHECK = "check the API server and the proxies before it"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request as a person with a ClusterRole in hand would name it."""
+    """A request, in the words of a ClusterRole."""
 
-    verb: str  # Kubernetes' word, as RBAC has it
+    verb: str  # a verb of RBAC
     resource: str
     path: str
-    name: str = ""  # of the one object that is meant
+    name: str = ""  # the name of the object, if the request is about one object
 
     @property
     def method(self) -> str:
@@ -38,14 +38,14 @@ class Call:
 
 
 def odd(server: str, what: str) -> ApiError:
-    """The error for an answer that is none to the question."""
+    """The error for an answer that does not fit the request."""
     return ApiError(f"the API server at {server} answered {what}; {_CHECK}")
 
 
 def refusal(call: Call, status: int, data: bytes) -> ApiError:
-    """The error for an answer with an HTTP status from 300 on."""
+    """The error for an answer with an HTTP status of 300 or more."""
     text, body = bodies.message(data), _status(data, status)
-    if status == 429:  # the API server's own one is no Status (apiserver, filters/maxinflight.go)
+    if status == 429:  # the API server's own answer is no Status (apiserver, filters/maxinflight.go)
         return ApiError(f"the API server is too busy for {call}: {text}; the next try may succeed", status)
     if body is None or (status == 404 and not _names(body, call)):
         return ApiError(f"{call} was answered with status {status}, which does not say why; {_CHECK}: {text}", status)
@@ -53,13 +53,13 @@ def refusal(call: Call, status: int, data: bytes) -> ApiError:
 
 
 def event_refusal(call: Call, thing: Body) -> ApiError:
-    """The error for the object of an ERROR event in a watch."""
+    """The error for an ERROR event of a watch. `thing` is the object of the event."""
     code, text = bodies.status(thing)
     return _refused(call, 500 if code == 404 else code, text)
 
 
 def _status(data: bytes, code: int) -> UncheckedBody | None:
-    """The Status object of the API, if the answer is one for this HTTP status."""
+    """The Status object of the answer. None if the answer is no Status, or has another code than the HTTP status."""
     try:
         body = bodies.parse_object(data)
     except ValueError:
@@ -71,7 +71,7 @@ def _names(status: UncheckedBody, call: Call) -> bool:
     details = status.get("details")
     if not call.name or not isinstance(details, dict):
         return False
-    # The core group is spelled by leaving it out.
+    # A Status of the core group has no `group`.
     named = (details.get("group", ""), details.get("kind"), details.get("name"))
     return named == (call.group, call.resource, call.name)
 

@@ -120,7 +120,7 @@ class App:
         for save in (partial(self._cards.save, gpus), partial(node.save_settings, config)):
             try:
                 save()
-            except StateError as e:  # a full disk: claims can still be unprepared, and `devices` wants its flags
+            except StateError as e:  # on a full disk unprepare still works, and `devices` still needs the flags
                 log.warning("%s", e)
 
     async def serve(self) -> int:

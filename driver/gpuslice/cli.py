@@ -47,7 +47,7 @@ def _outcome(arguments: Sequence[str] | None) -> int:
         _silence()
         return 0
     except Exception as e:
-        _silence()  # an output that fails would fail again at the end of the interpreter
+        _silence()  # otherwise a failed output fails again when the interpreter ends
         return _ends(*trouble.sentence(e))
 
 
@@ -126,7 +126,7 @@ def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(parsed: argparse.Namespace) -> int:
     settings = config.check_paths(config.read(parsed))
     config.check_descriptors()
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core writes lines of its own format otherwise
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise C-core writes lines in its own format
     from gpuslice import app
 
     return app.run(settings)

@@ -83,7 +83,7 @@ _READ_BY = {
 
 _LEAST_DESCRIPTORS = 64  # a driver at rest has 23 open, and ten prepares at once take ten more (measured)
 
-# Where container runtimes look for CDI files, if their configuration says nothing else.
+# The default folders of container runtimes for CDI files.
 _USUAL_CDI_ROOTS = (Path("/var/run/cdi"), Path("/run/cdi"), Path("/etc/cdi"))
 
 
@@ -100,7 +100,7 @@ def check_paths(config: Config) -> Config:
 
 
 def check_descriptors() -> None:
-    """ConfigError if this process may open so few files that gRPC's C-core would abort it without a sentence."""
+    """ConfigError if the limit of open files is so low that gRPC's C-core would abort this process without a message."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= limit < _LEAST_DESCRIPTORS:
         raise ConfigError(

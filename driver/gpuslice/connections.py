@@ -21,17 +21,17 @@ from gpuslice.deadline import limit_call, limit_connections
 from gpuslice.errors import ConfigError
 from gpuslice.kubeconfig import read, usable
 
-_CONNECT_S, _READ_S, _CALL_S = 3.0, 8.0, 20.0  # the connection, each read, the whole call
-_LOGIN_S = 5.0  # from one reading of the credentials to the next, at least
+_CONNECT_S, _READ_S, _CALL_S = 3.0, 8.0, 20.0  # limits of the connection, of each read, of the whole call
+_LOGIN_S = 5.0  # the shortest time between two reads of the credentials
 
 
 @dataclass(frozen=True, slots=True)
 class _Login:
-    """Kept-alive connections with the credentials that were in the file."""
+    """Kept-alive connections, and the credentials from the file."""
 
     client: ApiClient
     urlopen: Callable[..., urllib3.BaseHTTPResponse]
-    prefix: str  # of each path
+    prefix: str  # the beginning of each path
     server: str
 
     @classmethod
@@ -45,18 +45,18 @@ class _Login:
             return cls(
                 client, manager.connection_from_url(configuration.host).urlopen, url.path.rstrip("/"), url.netloc
             )
-        # Through a proxy the manager decides request by request how to go.
+        # Behind a proxy, the manager chooses a connection for each request.
         return cls(client, manager.urlopen, configuration.host, url.netloc)
 
 
 class Connections:
-    """A login to one server, which is renewed when the server refuses it.
+    """A login to one server. `request` renews it when the server refuses it.
 
-    The client library reads a token again when the clock says so, and a clock may be set back by hours.
+    The client library alone is not enough: it reads a token again by the clock, and a clock may go back by hours.
     """
 
     def __init__(self, kubeconfig: Path | None) -> None:
-        # urllib3 warns of each connection that it opens again; what matters is in our errors.
+        # urllib3 warns about each connection that it opens again. Our errors say enough.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self._kubeconfig = kubeconfig
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class Connections:
     def request(
         self, method: str, path: str, body: Mapping[str, Any] | None, limit_s: float | None
     ) -> urllib3.BaseHTTPResponse:
-        """The answer's head; its body is still to be read."""
+        """The head of the answer. The caller reads the body."""
         login = self._login
         answer = _request(login, method, path, body, limit_s)
         if answer.status != 401 or not self._renew(login):
@@ -76,7 +76,7 @@ class Connections:
         return _request(self._login, method, path, body, limit_s)
 
     def _renew(self, refused: _Login) -> bool:
-        """Read the credentials again, unless that was done just now. Whether there is another login to try."""
+        """Read the credentials again, but not twice within `_LOGIN_S`. True if there is another login to try."""
         with self._lock:
             now = time.monotonic()
             if self._login is refused and now - self._renewed_at >= _LOGIN_S:

@@ -1,5 +1,8 @@
-"""A limit on a whole HTTP call. The timeout of a socket is one on each single read, so a server that sends one byte every
-few seconds would never reach it, neither in the head nor in the body of an answer."""
+"""A limit on a whole HTTP call.
+
+The timeout of a socket limits only each single read. A server that sends one byte every few seconds never reaches it,
+neither in the head nor in the body of an answer.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ import urllib3
 
 
 class _Limit(threading.local):
-    at = math.inf  # time.monotonic() at which the call of this thread has to be over
+    at = math.inf  # when the call of this thread must be over, as time.monotonic()
 
 
 _limit = _Limit()
 
 
 def limit_call(seconds: float) -> None:
-    """From now on the answer to the next request of this thread has to be there within this time, its body too."""
+    """Limit the next request of this thread. Its whole answer, with the body, must arrive within this time."""
     _limit.at = time.monotonic() + seconds
 
 
 def limit_connections(manager: urllib3.PoolManager) -> None:
-    """Have all connections of this manager keep the limits. To be called before it makes its first one."""
+    """Make all connections of this manager keep the limits. Call it before the manager opens its first connection."""
     manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
 
@@ -51,7 +54,7 @@ class _LimitedReads(socket.SocketIO):
 
 
 class _LimitedSocket:
-    """What an HTTP response wants of its socket."""
+    """The part of a socket that an HTTP response uses."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

@@ -33,7 +33,7 @@ class HungError(DeviceError):
 
     @classmethod
     def overdue(cls, call: str, gpus: Sequence[str], limit_s: float) -> HungError:
-        """The error for a call that is over its time limit. `call` begins the sentence. `gpus`: empty if it is of no GPU."""
+        """The error for a call beyond its time limit. `call` begins the sentence. `gpus`: empty if it concerns no GPU."""
         counts = f", so GPU {', '.join(gpus)} counts as hung until it does" if gpus else ""
         return cls(
             f"{call} has not returned for {limit_s:g} s{counts}; look at the "

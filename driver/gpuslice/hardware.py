@@ -36,7 +36,7 @@ def open_session(config: Config) -> tuple[Session, Host]:
     from gpuslice.system.host import check_hook
 
     opener, host = _choose(config)
-    if config.simulate:  # its cards, and its boot id, are there before its NVML starts, as on a real node
+    if config.simulate:  # its cards and its boot id exist before its NVML starts, as on a real node
         from gpuslice.nvml.sim.node import SimNode
 
         SimNode(config.simulated_node, config.simulate).close()
@@ -76,7 +76,7 @@ def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
 
 @contextlib.contextmanager
 def visit(config: Config, limit_s: float = 30.0, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
-    """As `open_node`, for one look. A simulated node that does not exist yet, or is wanted `anew`, is gone after the look.
+    """As `open_node`, for one look. If there is no simulated node yet, or with `anew`, the look makes one and removes it.
 
     HungError if NVML does not start in `limit_s`.
     """
@@ -88,7 +88,7 @@ def visit(config: Config, limit_s: float = 30.0, *, anew: bool = False) -> Itera
         if config.simulate and (anew or not _exists(config.simulated_node / "node.json")):
             try:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuslice-"))
-            except OSError as e:  # a container with a read-only root has none
+            except OSError as e:  # a container with a read-only root has no such folder
                 raise StateError(
                     "no folder for temporary files is writable, and simulated cards without a folder of their own need one; "
                     "set TMPDIR to a writable folder"
@@ -101,7 +101,7 @@ def visit(config: Config, limit_s: float = 30.0, *, anew: bool = False) -> Itera
 
 
 def _leave(nvml: Nvml) -> None:
-    """Close it, but do not wait for long: the process of a look ends after it anyway."""
+    """Close NVML, but do not wait for long, because the process ends after the look anyway."""
     from gpuslice.nvml.listing import Attempt
 
     with contextlib.suppress(DeviceError):

@@ -30,7 +30,7 @@ async def guarded(job: Callable[[], Coroutine[None, None, str | None]], stop: St
     except LastingApiError as e:
         end(stop, API_REFUSES, str(e))
         return
-    except Exception as e:  # a bug, or a node without descriptors or memory: better a new process than half a driver
+    except Exception as e:  # a bug, or a node without descriptors or memory: a new process is better than half a driver
         name = getattr(running, "__qualname__", "unnamed")
         if not isinstance(e, OSError):
             log.exception("a background job of the driver failed unexpectedly job=%s", name)

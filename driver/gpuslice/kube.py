@@ -33,7 +33,7 @@ from gpuslice.core.model import RESOURCE_API
 from gpuslice.errors import ApiError, LastingApiError, NotFoundError
 from gpuslice.kubeconfig import usable
 
-_LIST_S = 120.0  # all pages of a list
+_LIST_S = 120.0  # limit for all pages of a list
 _PAGE = 500  # objects per list request, client-go's figure
 _GROUP = f"/apis/{RESOURCE_API}"
 _VERSION = re.compile(r"v(\d+)\.(\d+)")
@@ -57,7 +57,7 @@ class Watch:
                 thing = event.get("object")
                 if event.get("type") == "ERROR" and isinstance(thing, dict):
                     raise answers.event_refusal(self._call, thing)
-                if not bodies.is_event(event):  # what is left out of a watch counts as unchanged
+                if not bodies.is_event(event):  # if the driver skipped an event, it would count as no change
                     raise answers.odd(self._server, "a watch with an event that is none")
                 yield event
         except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
@@ -99,7 +99,7 @@ class Kube:
         self._claims.close()
 
     def version(self) -> str:
-        """The server's version: "v1.37.1"; "v1.37.1 as 1.35" for one that emulates an older one (KEP-4330)."""
+        """The server's version: "v1.37.1"; "v1.37.1 as 1.35" for a server that emulates 1.35 (KEP-4330)."""
         body = self._ask(Call("get", "version", "/version"))
         version, emulated = body.get("gitVersion"), [body.get(f"emulation{part}") for part in ("Major", "Minor")]
         if not isinstance(version, str) or (match := _VERSION.match(version)) is None:
@@ -135,7 +135,7 @@ class Kube:
     def claims(self) -> Iterator[Body]:
         """All ResourceClaims of the cluster, one page in memory at a time: a large cluster has tens of megabytes of them.
 
-        ApiError while they come: what came before is then not all.
+        ApiError may come after the first claims. Then the claims are incomplete.
         """
         call = Call("list", "resourceclaims", f"{_GROUP}/resourceclaims")
         for items, _ in self._pages(call, "ResourceClaimList", bodies.is_claim):
@@ -165,7 +165,7 @@ class Kube:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(timeout_s),
         }
-        # The limit is for a server that fell silent; a healthy one ends the watch by itself before.
+        # The limit is for a silent server. A healthy server ends the watch before it.
         response = self._send(self._connections, call, query, None, timeout_s + 30.0)
         return Watch(call, response, self.server)
 
@@ -198,8 +198,8 @@ class Kube:
     def _pages(
         self, call: Call, kind: str, is_item: Callable[[object], bool], query: Mapping[str, str] | None = None
     ) -> Iterator[tuple[list[Body], str]]:
-        """The pages of a list, each with the list's resource version. ApiError for a list with an odd item, because what
-        is left out of a list counts as gone."""
+        """The pages of a list, each with the list's resource version. ApiError for a list with an odd item, because a
+        missing item counts as deleted."""
         page, end = {"limit": str(_PAGE), **(query or {})}, time.monotonic() + _LIST_S
         while time.monotonic() < end:
             answer = self._ask(call, page)
@@ -238,7 +238,7 @@ class Kube:
         body: Mapping[str, Any] | None,
         limit_s: float | None = None,
     ) -> urllib3.BaseHTTPResponse:
-        """`limit_s`: of a watch, which may be silent for so long and is over then."""
+        """`limit_s`: the limit of a watch, which may be silent for all this time. Other calls have fixed limits."""
         path = f"{call.path}?{urlencode(query)}" if query else call.path
         try:
             answer = connections.request(call.method, path, body, limit_s)
@@ -252,7 +252,7 @@ class Kube:
         raise answers.refusal(call, answer.status, data)
 
     def _refuse_old_server(self) -> None:
-        """LastingApiError if the server is too old to know resource.k8s.io/v1: a 404 alone may come from anybody."""
+        """LastingApiError if the server is too old for resource.k8s.io/v1. A 404 alone proves nothing."""
         version = self.version()
         match = _VERSION.match(version)
         if match is not None and (int(match[1]), int(match[2])) < _FIRST:

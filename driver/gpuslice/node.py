@@ -83,7 +83,7 @@ class Cards:
 
 
 def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[Gpu, ...]:
-    """The cards, for one look. DeviceError if NVML does not list them in `limit_s`."""
+    """The cards, for one look. DeviceError if NVML does not list them within `limit_s`."""
     found, hung = _lister(limit_s).read((0,), lambda _: nvml.gpus())
     for sentence in hung:
         raise DeviceError(sentence)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 _OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-# What the kernel refuses for a reason that lies in the node, and in no mistake of ours.
+# Refusals of the kernel whose reason lies in the node, not in a mistake of ours.
 _OF_THE_NODE = (
     *_OUTPUT,
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN),
@@ -17,14 +17,14 @@ _FRAMES = 4
 
 
 def sentence(error: Exception) -> tuple[str, int]:
-    """The error with its remedy as one sentence, and the exit code. The trace of a mistake goes into a temporary file."""
+    """The error with its remedy as one sentence, and the exit code. The trace of a bug goes into a temporary file."""
     if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT:
         return f"cannot write the output: {os.strerror(error.errno)}; send the output to a place with free space", 1
     if isinstance(error, OSError) and error.errno in _OF_THE_NODE:
         from gpuslice.system import refusals
 
         return str(refusals.untranslated(error)), 3
-    import traceback  # here and below: no command that goes well needs it
+    import traceback  # imported here and below, because a command that succeeds does not need it
 
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
     way = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)

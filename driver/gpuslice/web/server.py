@@ -60,7 +60,7 @@ class HttpServer:
         private: Answers | None = None,
         threads: ThreadWatch | None = None,
     ) -> None:
-        """`private` is answered to loopback peers only. ConfigError if nothing can listen at the endpoint."""
+        """Only loopback peers get the answers of `private`. ConfigError if nothing can listen at the endpoint."""
         self._server = _LimitedServer(endpoint.listen(), answers, private or {})
         self._closed = threading.Event()
         self._threads = threads or ThreadWatch()
@@ -73,7 +73,7 @@ class HttpServer:
 
     def close(self) -> None:
         self._closed.set()
-        if "http" in self._threads.alive():  # `shutdown` waits for the thread, for ever if it has died
+        if "http" in self._threads.alive():  # if the thread has died, `shutdown` waits for ever
             self._server.shutdown()
         self._server.server_close()
 
