@@ -29,7 +29,7 @@ _SOURCE = re.compile(r"^---\n# Source: gpuslice/templates/(\S+)\n", re.MULTILINE
 
 
 class RenderError(Exception):
-    """Helm's own sentence about the chart or its values, or what is missing to start Helm."""
+    """Helm's own sentence about the chart or its values, or the reason why Helm cannot start."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def _helm(major: str, *arguments: str) -> str:
 
 
 def sums() -> str:
-    """One line a file, as `sha256sum` writes it in deploy/: first the chart, then the manifests."""
+    """One line for each file, as `sha256sum` writes it in deploy/: first the chart, then the manifests."""
     sources = [path for path in CHART.rglob("*") if path.is_file() and path != SUMS]
     lines = (
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(DEPLOY)}\n"

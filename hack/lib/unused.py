@@ -1,10 +1,10 @@
-"""What our dependencies install and we never import. The image and the packs of `hack/gpu` leave it out."""
+"""Files of our dependencies that we never import. The image and the packs of `hack/gpu` leave them out."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatch
 
-# The asynchronous Kubernetes client and its dependencies, and of the other client all but logins and connections
+# The asynchronous Kubernetes client and its dependencies; the other client, except for logins and connections
 # (`gpuslice/client_library.py`); time zones.
 UNUSED = (
     *(f"kubernetes/{part}" for part in ("aio", "dynamic", "e2e_test", "informer", "leaderelection", "stream", "watch")),

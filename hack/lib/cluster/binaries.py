@@ -88,7 +88,7 @@ class Binaries:
 
 
 def helm(major: str = "3") -> Path:
-    """Where this release of Helm is, once it is built."""
+    """The path of this release of Helm, also before it is built."""
     return cache() / f"helm-{HELMS[major]}" / "helm"
 
 
@@ -106,7 +106,7 @@ def _build_helm(major: str, version: str) -> None:
     _say(f"building Helm {version} into {folder}; this happens once and takes a minute on two cores")
     stamped = {"internal/version.version": version}
     if major == "3":
-        # As its Makefile does. Without this, it renders for Kubernetes 1.20, and our chart refuses that.
+        # As in Helm's Makefile. Without this, Helm renders for Kubernetes 1.20, and our chart refuses that.
         for package in ("chartutil", "lint/rules"):
             stamped |= {f"pkg/{package}.k8sVersionMajor": "1", f"pkg/{package}.k8sVersionMinor": HELM_KUBE}
     flags = " ".join(["-s -w", *(f"-X {module}/{key}={value}" for key, value in stamped.items())])
@@ -194,7 +194,7 @@ def _reason(what: str, lines: Sequence[str]) -> str:
 
 
 def _least_go(version: str) -> tuple[int, int]:
-    """The least release of Go that builds this Kubernetes."""
+    """The oldest release of Go that builds this Kubernetes."""
     found = re.search(r"^go (\d+)\.(\d+)", (KUBE / module_file(version)).read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]), int(found[2])

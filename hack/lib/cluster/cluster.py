@@ -153,8 +153,10 @@ def reboot() -> None:
 
 
 def upgrade(version: str) -> None:
-    """Another release for the control plane and the kubelet, one part after the other, in Kubernetes' order; containers
-    and the driver run on. etcd and containerd stay as they are."""
+    """Change the release of the control plane and the kubelet, one part after the other, in Kubernetes' order.
+
+    Containers and the driver run on. etcd and containerd keep their release.
+    """
     facts, place = _served(), Place(work_folder())
     Binaries(version).ensure()
     written = place.facts.with_suffix(".new")

@@ -69,7 +69,7 @@ class Init:
             self.processes.restart_ended()
 
     def _follow_version(self) -> None:
-        """After an upgrade, what is started again is started from the programs of the new release."""
+        """After an upgrade, start parts again from the programs of the new release."""
         facts = Facts.read(self._place.facts)
         if facts.version != self._facts.version:
             self._facts, self._binaries = facts, Binaries(facts.version)

@@ -1,4 +1,4 @@
-"""The lock on the work folder: the processes of a cluster hold it, so that it says whether a cluster runs."""
+"""The lock on the work folder. The processes of a cluster hold it, so the lock shows whether a cluster runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def locked(root: Path) -> bool:
 
 
 def check_owner(root: Path) -> None:
-    """In a folder that everybody may write to, another user may have taken the name."""
+    """PlaygroundError if another user has taken this name in a folder that everybody may write to."""
     found = root.lstat()
     if root.is_symlink() or not root.is_dir() or found.st_uid != os.geteuid():
         raise PlaygroundError(f"{root} is not a folder of hack/cluster; remove it, or set TMPDIR to another place")

@@ -70,7 +70,7 @@ class Processes:
         self._rest(min(self._due.values()) - now if self._due else None)
 
     def replace(self, commands: Mapping[str, Command]) -> None:
-        """Start these parts by other commands from now on; those that run stay as they are."""
+        """Start these parts by other commands from now on. Running parts stay as they are."""
         self._commands |= commands
 
     def start(self, name: str) -> None:

@@ -10,9 +10,9 @@ KUBE = Path(__file__).parents[2] / "kube"
 VERSIONS = ("1.37.1", "1.36.3", "1.35.4")
 CONTAINERD = "v2.3.6"
 TOOLKIT = "v1.20.2"  # of NVIDIA's container toolkit
-HELMS = {"3": "v3.22.0", "4": "v4.3.2"}  # by the major release; operators use both
-HELM_GO = (1, 26)  # the least release of Go that builds them
-HELM_KUBE = "37"  # minor release of their client-go: for which Kubernetes they render without a cluster
+HELMS = {"3": "v3.22.0", "4": "v4.3.2"}  # by major release; operators use both
+HELM_GO = (1, 26)  # the oldest release of Go that builds them
+HELM_KUBE = "37"  # minor release of their client-go; without a cluster they render for this Kubernetes
 
 
 def module_file(version: str) -> str:

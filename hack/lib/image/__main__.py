@@ -107,7 +107,7 @@ def _show(architecture: str, layers: Sequence[Layer], packed: Sequence[Packed]) 
 
 
 def check_size(architecture: str, size_mb: float, compressed_mb: float) -> None:
-    """ImageError if a node would have to fetch or to keep more than we promise."""
+    """ImageError if the image is larger than we promise, compressed or on the disk of a node."""
     if size_mb > recipe.LIMIT_MB or compressed_mb > recipe.LIMIT_COMPRESSED_MB:
         raise ImageError(
             f"the image for {architecture} has {size_mb:.1f} MB, compressed {compressed_mb:.1f} MB, more than the limits of "
@@ -120,18 +120,18 @@ def _row(architecture: str, part: str, size: int, more: str) -> None:
 
 
 def version() -> str:
-    """Of the driver, as its package states it."""
+    """The version of the driver, as in its package."""
     text = (wheels.REPOSITORY / "driver/gpuslice/__init__.py").read_text(encoding="utf-8")
     return text.partition('__version__ = "')[2].partition('"')[0]
 
 
 def default_name() -> str:
-    """The name that the runtime gives to the image of deploy/chart's default values."""
+    """The full name of the image in the chart's default values. The runtime asks for the image by this name."""
     return f"docker.io/library/gpuslice:{version()}"
 
 
 def _checked(name: str) -> str:
-    """The runtime asks for an image by its full name. It adds nothing to the name in the archive."""
+    """The same name. ImageError for a short name: the runtime asks for the full name, and the archive has it as given."""
     if not re.fullmatch(r"[a-z0-9.:-]+(/[a-z0-9._-]+)+:[\w.-]+", name):
         raise ImageError(f"{name!r} is no full name of an image; write registry, path and tag: {default_name()}")
     return name

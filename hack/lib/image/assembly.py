@@ -1,4 +1,4 @@
-"""From the locked files and our wheel to the layers of one image."""
+"""Makes the layers of one image from the locked files and our wheel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Read = Callable[[Item], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A part of the image that is fetched by itself. `parts`: the unpacked bytes of each package in it."""
+    """A part of the image that a node fetches by itself. `parts`: the unpacked bytes of each package in it."""
 
     name: str
     tree: Tree
@@ -24,21 +24,21 @@ class Layer:
 
 
 def debian_files(items: Iterable[Item], read: Read) -> dict[str, Tree]:
-    """The files of each package of Debian, without byte-code."""
+    """The files of each Debian package, without byte-code."""
     return {item.name: debian.files(item.name, read(item)) for item in items}
 
 
 def layers(
     packages: Mapping[str, Tree], dependencies: Sequence[bytes], own: bytes, python: Python, name: str, epoch_s: int
 ) -> list[Layer]:
-    """Debian and Python, what the driver depends on, the driver: the last changes most often.
+    """Three layers: Debian and Python, the dependencies of the driver, the driver. The last one changes most often.
 
-    ImageError if a module cannot be compiled, or a file is in no package's list.
+    ImageError if a module does not compile, or if a file is in no package's list.
     """
     base = _debian_layer(packages, python)
     more = _python_layer("dependencies", [wheels.files(wheel) for wheel in dependencies], python)
     ours = wheels.files(own)
-    driver = _python_layer("driver", [{**ours, **wheels.commands(ours)}], python)  # nobody calls the commands of others
+    driver = _python_layer("driver", [{**ours, **wheels.commands(ours)}], python)  # nothing calls other commands
     whole = {**base.tree, **more.tree, **driver.tree}
     driver.tree[SBOM] = Entry(sbom.document(whole, name, epoch_s))
     return [base, more, driver]
@@ -61,7 +61,7 @@ def _python_layer(name: str, trees: Sequence[Tree], python: Python) -> Layer:
 
 
 def _compiled(trees: Mapping[str, Tree], python: Python) -> dict[str, Tree]:
-    """Each package with its byte-code, all compiled by one process."""
+    """Each package with its byte-code. One process compiles all of them."""
     owner = {path: name for name, tree in trees.items() for path in tree}
     made = {name: dict(tree) for name, tree in trees.items()}
     code = python.compiled({path: entry for tree in trees.values() for path, entry in tree.items()})

@@ -1,4 +1,4 @@
-"""Packages of Debian: what is in one, where they come from, and which versions are the newest.
+"""Debian packages: their files, their archives, and their newest versions.
 
 Formats: deb(5), deb-control(5), and Debian's repository format (wiki.debian.org/DebianRepository/Format).
 """
@@ -22,14 +22,14 @@ from hack.lib.image.errors import ImageError
 from hack.lib.image.recipe import ARCHITECTURES, NOT_TAKEN, PACKAGES, STATUS, SUITE, kept
 from hack.lib.image.tree import Entry, Tree, link
 
-ARCHIVES = {"debian": SUITE, "debian-security": f"{SUITE}-security"}  # by the name of an archive: its suite
+ARCHIVES = {"debian": SUITE, "debian-security": f"{SUITE}-security"}  # name of an archive → its suite
 KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_MERGED = ("bin", "lib", "lib32", "lib64", "sbin")  # links to usr/… in every Debian of today, real folders in packages
+_MERGED = ("bin", "lib", "lib32", "lib64", "sbin")  # links to usr/… in today's Debian, folders in packages
 _TIMEOUT_S = 60
 
 
 def files(name: str, package: bytes) -> Tree:
-    """The files of one package that the image keeps, and the entry in the list of packages."""
+    """The files of one package that the image keeps, and the entry of the package in the list of packages."""
     parts = dict(_members(package))
     tree: Tree = {}
     with _tar(parts, "data") as tar:
@@ -49,7 +49,7 @@ def files(name: str, package: bytes) -> Tree:
 
 
 def listed(name: str, tree: Tree) -> Entry:
-    """The list of a package's files, as dpkg writes it: MD5 sum and path."""
+    """The list of a package's files in the format of dpkg: MD5 sum and path."""
     sums = (
         f"{hashlib.md5(entry.content, usedforsecurity=False).hexdigest()}  {path}\n"
         for path, entry in sorted(tree.items())
@@ -59,7 +59,7 @@ def listed(name: str, tree: Tree) -> Entry:
 
 
 def _members(package: bytes) -> Iterator[tuple[str, bytes]]:
-    """The members of an archive of ar(5)."""
+    """The members of an ar(5) archive."""
     place = 8
     while place < len(package):
         header = package[place : place + 60]
@@ -83,7 +83,7 @@ def _merged(path: str) -> str:
 
 
 def mirrors() -> dict[str, str]:
-    """The address of each archive: the one that apt of this machine uses, otherwise deb.debian.org."""
+    """The address of each archive: the mirror of this machine's apt, or else deb.debian.org."""
     found = {name: f"http://deb.debian.org/{name}" for name in ARCHIVES}
     if shutil.which("apt-get"):
         command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
@@ -95,7 +95,7 @@ def mirrors() -> dict[str, str]:
 
 
 def fetch(address: str) -> bytes:
-    """ImageError if the address does not answer with a file."""
+    """The file at this address. ImageError if the server does not send it."""
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             content: bytes = answer.read()
@@ -110,8 +110,7 @@ def fetch(address: str) -> bytes:
 def newest(architecture: str) -> list[dict[str, str]]:
     """The newest version of each package of the recipe: its control fields, and `Archive`.
 
-    ImageError if a signature or a sum is wrong, if there is no such package, or if one needs a package that the recipe does
-    not name.
+    ImageError if a signature or a sum is wrong, if a package does not exist, or if the recipe lacks one that it needs.
     """
     found: dict[str, dict[str, str]] = {}
     addresses = mirrors()
@@ -144,7 +143,7 @@ def _index(address: str, architecture: str) -> Iterator[dict[str, str]]:
 
 
 def _signed(text: bytes) -> str:
-    """The text under a valid signature of Debian."""
+    """The signed text. ImageError if it has no valid signature of Debian."""
     if shutil.which("gpgv") is None or not KEYS.exists():
         raise ImageError(f"--update needs gpgv and {KEYS}; install gpgv and debian-archive-keyring")
     with tempfile.NamedTemporaryFile() as signed:
@@ -162,7 +161,7 @@ def _newer(one: str, other: str) -> bool:
 
 
 def check_dependencies(found: Mapping[str, Mapping[str, str]]) -> None:
-    """ImageError if a package needs one that is neither in the image nor left out on purpose."""
+    """ImageError if a package needs another one that is neither in PACKAGES nor in NOT_TAKEN."""
     known = {*PACKAGES, *NOT_TAKEN}
     for name, fields in found.items():
         for need in filter(None, re.split(r", *", f"{fields.get('Pre-Depends', '')},{fields.get('Depends', '')}")):
@@ -174,5 +173,5 @@ def check_dependencies(found: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def architectures(fields: Mapping[str, str], architecture: str) -> list[str]:
-    """For which architectures the package is."""
+    """The architectures of the image that this package is for."""
     return list(ARCHITECTURES) if fields["Architecture"] == "all" else [architecture]

@@ -1,4 +1,4 @@
-"""Which versions are in the image: hack/lib/image/lock.json, with the SHA-256 sum of each file."""
+"""The versions in the image: hack/lib/image/lock.json, with the SHA-256 sum of each file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _REMEDY = "renew it with hack/image --update"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Item:
-    """One file that the image is made of."""
+    """One file for the image."""
 
     kind: str  # "deb" or "wheel"
     name: str
     version: str
     architectures: tuple[str, ...]
-    place: str  # of a package of Debian: its archive and the path there; of a wheel: its name
+    place: str  # for a Debian package its archive and the path there; for a wheel its name
     sha256: str
 
     @property
@@ -43,8 +43,11 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """`made`: when the versions were looked up (20261130T000000Z), which is an address of snapshot.debian.org.
-    `builder`: the requirement for the package that builds our wheel."""
+    """The locked versions.
+
+    `made`: the time of the lookup (20261130T000000Z), which is also an address of snapshot.debian.org.
+    `builder`: the requirement for the package that builds our wheel.
+    """
 
     made: str
     builder: str
@@ -59,12 +62,12 @@ class Lock:
 
 
 def digest(content: bytes) -> str:
-    """The SHA-256 sum, as the lock has it."""
+    """The SHA-256 sum, in the format of the lock."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read(path: Path = LOCK) -> Lock:
-    """ImageError if the file is missing or is no lock."""
+    """The lock in this file. ImageError if the file is missing or is no lock."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         items = [Item(**{**row, "architectures": tuple(row["architectures"])}) for row in body["items"]]
@@ -74,7 +77,7 @@ def read(path: Path = LOCK) -> Lock:
 
 
 def missing(folder: Path, items: Sequence[Item]) -> list[Item]:
-    """The items that the cache does not have yet."""
+    """The items that the cache in `folder` does not have yet."""
     return [item for item in items if not (folder / item.sha256).is_file()]
 
 

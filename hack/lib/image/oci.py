@@ -19,7 +19,7 @@ _OCI = "application/vnd.oci.image"
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One layer: a tar archive, and the same compressed."""
+    """One layer: a tar archive, plain and compressed."""
 
     archive: bytes
     compressed: bytes
@@ -27,7 +27,7 @@ class Packed:
 
 @dataclass(slots=True)
 class Layout:
-    """The files of a layout, by their names in it."""
+    """The files of a layout, by name."""
 
     files: dict[str, bytes] = field(default_factory=dict)
 
@@ -50,17 +50,17 @@ class Layout:
         return {**self.add(_json(manifest), "manifest.v1+json"), "platform": platform}
 
     def finish(self, name: str, images: Sequence[Mapping[str, Any]]) -> str:
-        """Add the index of all architectures. Returns its digest, which is the image's."""
+        """Add the index of all architectures. Returns its digest, which is the digest of the image."""
         body = {"schemaVersion": 2, "mediaType": f"{_OCI}.index.v1+json", "manifests": [*images]}
         index = self.add(_json(body), "index.v1+json")
-        # The first is containerd's (ctr images import), the second is what other programs know.
+        # containerd reads the first name (ctr images import), other programs read the second.
         names = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.rpartition(":")[2]}
         self.files["index.json"] = _json({**body, "manifests": [{**index, "annotations": names}]})
         self.files["oci-layout"] = _json({"imageLayoutVersion": "1.0.0"})
         return str(index["digest"])
 
     def write(self, folder: Path) -> None:
-        """As a folder, whose older blobs go."""
+        """Write the layout as a folder. Older blobs in the folder go."""
         for name, content in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -69,7 +69,7 @@ class Layout:
                 path.unlink()
 
     def write_archive(self, path: Path, epoch_s: int) -> None:
-        """As one file, for `ctr images import`."""
+        """Write the layout as one file, for `ctr images import`."""
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for name, content in sorted(self.files.items()):
                 member = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""Python of the image itself, run on this machine without a container: it compiles and compresses.
+"""The Python of the image, run on this machine without a container. It compiles and compresses.
 
 So the byte-code fits the image, and the results do not depend on the Python and the zlib of this machine. Byte-code is the
 same for every architecture.
@@ -19,7 +19,7 @@ from hack.lib.image.errors import ImageError
 from hack.lib.image.recipe import ARCHITECTURES, PYTHON
 from hack.lib.image.tree import Entry, Tree, archive, followed
 
-# Byte-code without the time of its source (PEP 552): the root is read-only, so nothing has to be compared.
+# Byte-code without the time of its source (PEP 552): the root is read-only, so Python need not compare them.
 _COMPILE = """\
 import importlib.util, io, sys, tarfile
 from importlib._bootstrap_external import _code_to_hash_pyc
@@ -42,26 +42,26 @@ sys.stdout.buffer.write(gzip.compress(sys.stdin.buffer.read(), 9, mtime=0))
 
 @dataclass(frozen=True, slots=True)
 class Python:
-    """An interpreter of the release that the image has."""
+    """An interpreter of the same release as in the image."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def compiled(self, tree: Tree) -> Tree:
-        """The byte-code of all modules in the tree. ImageError if one cannot be compiled."""
+        """The byte-code of all modules in the tree. ImageError if one does not compile."""
         found = {
             path: followed(tree, path) for path in tree if path.endswith(".py")
-        }  # Python goes by the name of a link
+        }  # Python sees the name of a link, not of its target
         sources = {path: Entry(entry.content) for path, entry in found.items() if entry is not None}
         with tarfile.open(fileobj=io.BytesIO(self._run(_COMPILE, archive(sources, 0)))) as made:
             return {member.name: Entry(_content(made, member)) for member in made}
 
     def compressed(self, content: bytes) -> bytes:
-        """In gzip's format, without a time."""
+        """The content in gzip's format, without a time."""
         return self._run(_COMPRESS, content)
 
     def _run(self, script: str, given: bytes) -> bytes:
-        # Nothing in the results may depend on the order of hashes.
+        # The results must not depend on the order of hashes.
         environment = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", **self.environment}
         done = subprocess.run(
             [*self.command, "-S", "-s", "-c", script], input=given, capture_output=True, env=environment, check=False
@@ -79,7 +79,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def native() -> str:
-    """The architecture of this machine, as OCI names it. ImageError if the image is not made for it."""
+    """The architecture of this machine, as OCI names it. ImageError if there is no image for it."""
     found = next((name for name, machine in ARCHITECTURES.items() if machine == platform.machine()), None)
     if found is None:
         raise ImageError(f"this machine is {platform.machine()}; make the image on one of {', '.join(ARCHITECTURES)}")
@@ -87,7 +87,7 @@ def native() -> str:
 
 
 def unpacked(root: Path) -> Python:
-    """Python of the packages that lie unpacked in `root`, of this machine's architecture. It needs no rights."""
+    """The Python in `root`, from unpacked packages for this machine's architecture. It needs no privileges."""
     folder = root / f"usr/lib/{ARCHITECTURES[native()]}-linux-gnu"
     loader = next(folder.glob("ld-linux-*.so.*"), None)
     if loader is None:

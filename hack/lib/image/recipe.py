@@ -1,7 +1,7 @@
-"""What is in the image: packages of Debian, Python packages, our own files. `hack/image` and the Dockerfile both use it.
+"""The contents of the image: Debian packages, Python packages, our own files. `hack/image` and the Dockerfile both use it.
 
-Debian bookworm, because its Python 3.11 is the one that the tests run with. No Alpine: protobuf has no wheel for musl, and
-NVML is linked against glibc. NVIDIA's own libraries come from the node at run time (DRIVER_ROOT_CTR_PATH).
+Debian bookworm, because the tests run with its Python 3.11. No Alpine, because protobuf has no wheel for musl, and NVML is
+linked against glibc. NVIDIA's own libraries come from the node at run time (DRIVER_ROOT_CTR_PATH).
 There is no shell, no package manager, no pip and no compiler, because the driver starts none of them.
 """
 
@@ -14,7 +14,7 @@ from hack.lib.image.tree import Entry, Tree, folder, link
 SUITE = "bookworm"
 PYTHON = "3.11"
 SITE = f"usr/local/lib/python{PYTHON}/dist-packages"
-STATUS = "var/lib/dpkg/status.d"  # of an image without dpkg: scanners read it there
+STATUS = "var/lib/dpkg/status.d"  # the list of packages for scanners, in an image without dpkg
 SBOM = "usr/share/gpuslice/sbom.spdx.json"
 
 # OCI's name of each architecture, and the names of Python's wheels and of Debian's folder for libraries.
@@ -23,19 +23,19 @@ ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 PACKAGES = (
     *("base-files", "netbase", "media-types"),
     *("libc6", "gcc-12-base", "libgcc-s1"),
-    "libstdc++6",  # grpc
+    "libstdc++6",  # for grpc
     *(f"python{PYTHON}-minimal", f"libpython{PYTHON}-minimal", f"libpython{PYTHON}-stdlib"),
     *("libbz2-1.0", "libexpat1", "libffi8", "liblzma5", "libssl3", "libuuid1", "zlib1g"),
-    "coreutils",  # `env` alone: it starts the control program of MPS (gpuslice/mps/control.py)
+    "coreutils",  # only `env`, which starts the control program of MPS (gpuslice/mps/control.py)
 )
-# Dependencies of these packages that the image goes without, because the files that need them are left out too.
+# Dependencies of these packages that are not in the image, because the image leaves out the files that need them.
 NOT_TAKEN = (
     *("libcrypt1", "libdb5.3", "libncursesw6", "libnsl2", "libreadline8", "libsqlite3-0", "libtinfo6", "libtirpc3"),
-    *("libacl1", "libattr1", "libgmp10", "libselinux1"),  # of coreutils, but not of `env`
-    *("awk", "dpkg", "debconf", "libcrypt1", "mime-support"),  # for scripts of an installation
+    *("libacl1", "libattr1", "libgmp10", "libselinux1"),  # for coreutils, but not for `env`
+    *("awk", "dpkg", "debconf", "libcrypt1", "mime-support"),  # for installation scripts
 )
 
-# Of these packages only the named files, of all packages not what LEFT_OUT names. Licences always stay.
+# The image has only the named files of these packages, and no file of LEFT_OUT. Licences always stay.
 _ONLY = {
     "base-files": ("etc/debian_version", "etc/os-release", "usr/lib/os-release", "usr/share/common-licenses/*"),
     "coreutils": ("usr/bin/env",),
@@ -45,7 +45,7 @@ _DYNLOAD = f"{_STDLIB}/lib-dynload"
 LEFT_OUT = (
     *(f"usr/share/{part}" for part in ("binfmts", "bug", "gcc", "gdb", "info", "lintian", "locale", "man", "pixmaps")),
     *("usr/share/applications", "usr/lib/binfmt.d", "usr/lib/*/gconv", "usr/lib/mime", "etc/init.d", "etc/python3*"),
-    # Of Python: other programs, tests, and modules whose libraries are not taken.
+    # Parts of Python: other programs, tests, and modules whose libraries are not in the image.
     *(
         f"{_STDLIB}/{part}"
         for part in ("ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtle.py", "venv")
@@ -67,7 +67,7 @@ ENVIRONMENT = {
 ENTRYPOINT = ("python3", "-m", "gpuslice")
 COMMAND = ("run",)
 
-LIMIT_MB, LIMIT_COMPRESSED_MB = 160, 45  # of 1,000,000 bytes
+LIMIT_MB, LIMIT_COMPRESSED_MB = 160, 45  # MB of 1,000,000 bytes
 
 
 def kept(package: str, path: str, *, is_link: bool = False) -> bool:
@@ -82,7 +82,7 @@ def kept(package: str, path: str, *, is_link: bool = False) -> bool:
 
 
 def own_files() -> Tree:
-    """The files that no package brings. A container runtime makes mount points, also below a read-only root."""
+    """The files of no package. Mount points are not here: a container runtime makes them, also below a read-only root."""
     return {
         **{name: link(f"usr/{name}") for name in ("bin", "lib", "lib64", "sbin")},
         **{name: folder() for name in ("dev", "proc", "run", "sys", "usr/sbin", "usr/lib64")},
@@ -100,6 +100,6 @@ def own_files() -> Tree:
 
 
 def labels(version: str, description: str, licences: str) -> dict[str, str]:
-    """The labels of the image, by the names of OCI's specification."""
+    """The labels of the image, with the names of OCI's specification."""
     values = {"title": "gpuslice", "description": description, "version": version, "licenses": licences}
     return {f"org.opencontainers.image.{name}": value for name, value in values.items()}

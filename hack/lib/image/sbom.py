@@ -1,4 +1,4 @@
-"""What is in the image, by the lists in the image itself: an SBOM in the format SPDX 2.3 (ISO/IEC 5962)."""
+"""An SBOM of the image, from the package lists in the image itself. Its format is SPDX 2.3 (ISO/IEC 5962)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Component:
 
 
 def components(tree: Mapping[str, Entry]) -> list[Component]:
-    """Every package that a list in the image names. ImageError if a file is in no list, or not as its list says."""
+    """Every package that a list in the image names. ImageError if no list has a file, or if a file differs from its list."""
     found = [*_debian(tree), *_python(tree)]
     listed = {path for component in found for path in component.files}
     ours = {path for path, entry in own_files().items() if entry.is_file}
@@ -51,7 +51,7 @@ def components(tree: Mapping[str, Entry]) -> list[Component]:
 
 
 def document(tree: Mapping[str, Entry], name: str, epoch_s: int) -> bytes:
-    """The SBOM of a tree: each package with its version, its address (purl) and, where it declares one, its licence."""
+    """The SBOM of a tree: each package with its version, its address (purl) and its licence, if it declares one."""
     packages = [
         {
             "SPDXID": component.identity,

@@ -1,4 +1,4 @@
-"""The files that the image is made of: fetched once into a cache, and looked up again for a new lock."""
+"""Fetches the files for the image once, into a cache. Looks up new versions for a new lock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hack.lib.image.lock import Item, Lock
 from hack.lib.image.recipe import ARCHITECTURES
 
 Say = Callable[[str], None]
-_SNAPSHOT = "http://snapshot.debian.org/archive"  # keeps the versions that a mirror drops
+_SNAPSHOT = "http://snapshot.debian.org/archive"  # keeps the versions that mirrors drop
 
 
 def cache() -> Path:
@@ -22,12 +22,12 @@ def cache() -> Path:
 
 
 def read(item: Item) -> bytes:
-    """A file of the cache. ImageError if it is not what the lock names."""
+    """A file of the cache. ImageError if it differs from the lock."""
     return item.check((cache() / item.sha256).read_bytes())
 
 
 def ensure(locked: Lock, architectures: Iterable[str], say: Say) -> None:
-    """Fetch what the cache does not have. ImageError if a file cannot be fetched or has a wrong sum."""
+    """Fetch the files that the cache does not have. ImageError if a file is not available or has a wrong sum."""
     for architecture in architectures:
         if packages := lock.missing(cache(), [*locked.of(architecture, "deb")]):
             say(f"fetching {len(packages)} packages of Debian for {architecture}")
@@ -68,7 +68,7 @@ def _fetch_wheels(items: list[Item], architecture: str) -> None:
 
 
 def update(say: Say) -> Lock:
-    """The newest versions that the recipe and pyproject.toml allow. Their files are in the cache afterwards."""
+    """The newest versions that the recipe and pyproject.toml allow. Their files go into the cache."""
     made = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     found: dict[tuple[str, str], Item] = {}
     for architecture in ARCHITECTURES:
@@ -84,7 +84,7 @@ def update(say: Say) -> Lock:
 
 
 def _add(found: dict[tuple[str, str], Item], item: Item) -> None:
-    """Files for several architectures are one item."""
+    """Add an item. A file for several architectures becomes one item."""
     key = item.place, item.sha256
     before = found[key].architectures if key in found else ()
     both = tuple(dict.fromkeys((*before, *item.architectures)))

@@ -1,4 +1,4 @@
-"""The files of an image in memory, and as a tar archive that depends on them alone."""
+"""The files of an image in memory, and as a tar archive that depends on nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file; a symbolic link if it has a `target`; a folder if it says so. All belong to root."""
+    """A file, a symbolic link (with a `target`) or a folder. All belong to root."""
 
     content: bytes = b""
     mode: int = 0o644
@@ -24,7 +24,7 @@ class Entry:
         return not self.target and not self.is_folder
 
 
-Tree = dict[str, Entry]  # by the path in the image, without the first slash
+Tree = dict[str, Entry]  # path in the image, without the first slash → entry
 
 
 def folder(mode: int = 0o755) -> Entry:
@@ -36,7 +36,7 @@ def link(target: str) -> Entry:
 
 
 def followed(tree: Mapping[str, Entry], path: str) -> Entry | None:
-    """The file at this path, or the one that a link there leads to. None if there is none."""
+    """The file at this path, or the target of a link there. None if there is no file."""
     entry = tree.get(path)
     if entry is not None and entry.target:
         entry = tree.get(os.path.normpath(os.path.join("/", os.path.dirname(path), entry.target)).lstrip("/"))  # noqa: PTH118, PTH120
@@ -44,12 +44,12 @@ def followed(tree: Mapping[str, Entry], path: str) -> Entry | None:
 
 
 def size(tree: Mapping[str, Entry]) -> int:
-    """Bytes of all files."""
+    """The bytes of all files together."""
     return sum(len(entry.content) for entry in tree.values())
 
 
 def archive(tree: Mapping[str, Entry], epoch_s: int) -> bytes:
-    """A tar archive: sorted, of root, all of one time. Folders come before their contents."""
+    """A tar archive. It is sorted, root owns all entries, and all have one time. Folders come before their contents."""
     parents = {str(parent): folder() for path in tree for parent in Path(path).parents if str(parent) != "."}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -65,7 +65,7 @@ def archive(tree: Mapping[str, Entry], epoch_s: int) -> bytes:
 
 
 def write(tree: Mapping[str, Entry], root: Path) -> None:
-    """Unpack a tree into a folder that is empty or new."""
+    """Unpack a tree into an empty or a new folder."""
     for path, entry in sorted(tree.items()):
         place = root / path
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Python packages: wheels of the package index, and our own."""
+"""Python packages: wheels of the package index, and our own wheel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hack.lib.unused import unused
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 _MANYLINUX = ("manylinux2014", "manylinux_2_17", "manylinux_2_28")  # bookworm has glibc 2.36
-_FOLDERS = {"purelib": SITE, "platlib": SITE}  # of `NAME.data` in a wheel
+_FOLDERS = {"purelib": SITE, "platlib": SITE}  # folders of `NAME.data` in a wheel
 
 
 def files(wheel: bytes) -> Tree:
@@ -38,12 +38,12 @@ def files(wheel: bytes) -> Tree:
 
 
 def is_needed(wheel: bytes) -> bool:
-    """Whether more than a description stays of it."""
+    """Whether the image keeps more of this wheel than its description."""
     return any(".dist-info/" not in path for path in files(wheel))
 
 
 def record(tree: Tree) -> tuple[str, Entry]:
-    """Path and content of RECORD, the list of a package's files with their sums."""
+    """The path and the content of RECORD, the list of a package's files with their sums."""
     info = next(path.rpartition("/")[0] for path in tree if path.endswith(".dist-info/METADATA"))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -54,7 +54,7 @@ def record(tree: Tree) -> tuple[str, Entry]:
 
 
 def sha256(content: bytes) -> str:
-    """A sum as RECORD has it (packaging.python.org, "Recording installed projects")."""
+    """A sum in the format of RECORD (packaging.python.org, "Recording installed projects")."""
     return f"sha256={base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b'=').decode()}"
 
 
@@ -67,7 +67,7 @@ def _place(name: str) -> str:
 
 
 def commands(tree: Tree) -> Tree:
-    """The programs of a package, as pip would write them."""
+    """The programs of a package, as pip writes them."""
     texts = [entry.content.decode() for path, entry in tree.items() if path.endswith(".dist-info/entry_points.txt")]
     parser = ConfigParser(delimiters=("=",))
     parser.read_string("".join(texts))
@@ -89,7 +89,7 @@ def project() -> dict[str, Any]:
 
 
 def builder() -> list[str]:
-    """What builds our wheel, as pyproject.toml requires it."""
+    """The packages that build our wheel, as pyproject.toml requires them."""
     return list(_pyproject()["build-system"]["requires"])
 
 
@@ -114,7 +114,7 @@ def own(folder: Path, builder: str, epoch_s: int) -> bytes:
     folder.mkdir(parents=True, exist_ok=True)
     constraint = folder / "builder.txt"
     constraint.write_text(f"{builder}\n", encoding="utf-8")
-    at = str(max(epoch_s, 315532800))  # a wheel is a zip file, and such a file knows no time before 1980
+    at = str(max(epoch_s, 315532800))  # a wheel is a zip file, and zip has no time before 1980
     _pip(
         *("wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(REPOSITORY)),
         PIP_CONSTRAINT=str(constraint),

@@ -27,7 +27,7 @@ from hack.lib.scale.measure import KINDS, WHOLE, Figure, RequestKind, measure
 from hack.lib.scale.report import BASELINE, OURS, Found, report, table
 
 _NODES = 100
-_WARM = 8  # pods that are not counted: the scheduler compiles selectors, and has seen the new slices
+_WARM = 8  # pods that do not count: meanwhile the scheduler compiles selectors and sees the slices
 _PROFILE_S = 3
 _WHOLE_ONLY = {"apiVersion": "gpuslice.dev/v1alpha1", "kind": "Policy", "default": {"modes": ["gpu"]}}
 

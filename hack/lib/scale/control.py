@@ -20,7 +20,7 @@ _CLUSTER = str(Path(__file__).parents[2] / "cluster")
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time that a process has used so far, of all its threads."""
+    """The processor time of all threads of a process so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -49,7 +49,7 @@ class Scheduler:
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Start a control plane for the block, and end it; nothing of it stays."""
+    """Start a control plane for the block, and end it after the block. Nothing of it stays."""
     if _run("up", "--control-plane"):
         raise ScaleError("the control plane did not start; the reason is above")
     try:
@@ -60,7 +60,7 @@ def running() -> Iterator[None]:
 
 @contextlib.contextmanager
 def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
-    """As `running`, with its API server and its scheduler."""
+    """As `running`. Yields the API server and the scheduler."""
     with running():
         facts = _facts()
         with contextlib.closing(ApiServer.of_kubeconfig(kubeconfig())) as server:
@@ -68,12 +68,12 @@ def control_plane() -> Iterator[tuple[ApiServer, Scheduler]]:
 
 
 def kubeconfig() -> Path:
-    """The administrator's."""
+    """The kubeconfig file of the administrator."""
     return Path(_facts()["folder"]) / "admin.conf"
 
 
 def api_server_pid() -> int:
-    """Another one after each start."""
+    """The process of the API server. Each start makes a new one."""
     return int(_facts()["processes"]["kube-apiserver"])
 
 
@@ -83,7 +83,7 @@ def end_api_server() -> None:
 
 
 def start_api_server() -> None:
-    """Return when it serves."""
+    """Start the API server, and return when it serves."""
     if _run("start", "kube-apiserver"):
         raise ScaleError("the API server did not start again; the reason is above")
 

@@ -1,4 +1,4 @@
-"""What a fleet costs the API server, phase by phase, as a report and as a table. Pure."""
+"""The cost of a fleet for the API server in each phase, as a report and as a table. Pure functions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ROWS = (
     ("get", "version"),
 )
 
-Usage = Counter[str]  # by "requests LIST resourceslices", "bytes LIST resourceslices", "etcd list resourceclaims"
+Usage = Counter[str]  # keys: "requests LIST resourceslices", "bytes LIST resourceslices", "etcd list resourceclaims"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,15 @@ class Stamp:
 class Phase:
     name: str
     began: float  # seconds of the wall clock
-    took_s: float  # until all was published
+    took_s: float  # until the fleet had published everything
     lasted_s: float  # until the figures were taken
-    cpu_s: float  # of the API server
+    cpu_s: float  # processor time of the API server
     stamps: Sequence[Stamp]
-    usage: Usage  # of all clients of the API server
+    usage: Usage  # by all clients of the API server
 
 
 def usage(text: str) -> Usage:
-    """The figures of an API server (its /metrics) that concern us, since its start."""
+    """The figures of an API server (its /metrics) since its start, as far as they concern us."""
     found: Usage = Counter()
     for line in text.splitlines():
         if not line.startswith((_REQUESTS, _BYTES, _ETCD)) or (match := _LINE.match(line)) is None:
@@ -69,18 +69,18 @@ def usage(text: str) -> Usage:
 
 
 def spent(before: Usage, after: Usage) -> Usage:
-    """What came in between. Counters that went back were those of a process that was started again."""
+    """The usage in between. If a counter went back, the API server started again, and all of `after` counts."""
     again = any(after[key] < value for key, value in before.items())
     return after if again else after - before
 
 
 def busiest(stamps: Iterable[Stamp]) -> int:
-    """Requests in the busiest second."""
+    """The number of requests in the busiest second."""
     return max(Counter(int(stamp.at) for stamp in stamps).values(), default=0)
 
 
 def spread_s(stamps: Iterable[Stamp]) -> float:
-    """From the first to the last request, without the first and the last twentieth."""
+    """The time from the first to the last request, without the first and the last twentieth of the requests."""
     times = sorted(stamp.at for stamp in stamps)
     cut = len(times) // 20
     return times[-1 - cut] - times[cut] if times else 0.0

@@ -77,7 +77,7 @@ def create_classes(api: ApiServer) -> None:
 
 
 def create_nodes(api: ApiServer, count: int) -> list[FleetNode]:
-    """Nodes that are ready for pods. Admission adds a taint to each, which only a kubelet's life would remove."""
+    """Create nodes that are ready for pods. Admission adds a taint to each; this call removes it, because no kubelet does."""
     names = [name_of(number) for number in range(count)]
     made = api.create(
         NODES, ({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}} for name in names)

@@ -1,6 +1,6 @@
 """What a fleet of drivers costs a real API server: at its start, after an outage, and when its pools change their shape.
 
-The nodes are objects and nothing else; for each one the product's own controller and publisher run over simulated cards.
+The nodes are only objects. For each node, the product's own controller and publisher run over simulated cards.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from hack.lib.scale.fleet import CARDS, DRIVER, FleetNode, cards, create_nodes
 from hack.lib.scale.publishers import Publishers, publishers
 
 NODES = 200
-_LOOK_S = 1.0  # between two looks at the fleet, which sends no event
-_LIMIT_S = 600.0  # of a phase
-_HOLD_S = 35.0  # a look of each driver at its node while claims hold pools
-_HELD = 4  # one node of so many has a pool that a claim holds
-_CARD = 1  # whose pool is held
+_LOOK_S = 1.0  # between two looks at the fleet, because it sends no events
+_LIMIT_S = 600.0  # the longest time of a phase
+_HOLD_S = 35.0  # long enough for a look of each driver at its node while claims hold pools
+_HELD = 4  # claims hold a pool on one of this many nodes
+_CARD = 1  # the card whose pool they hold
 _BEFORE, _AFTER = ({"modes": ["gpu", "mig"]}, {"modes": ["gpu"]})
 
 Say = Callable[[str], None]
 
 
 def measure(*, nodes: int, claims: int, outage_s: int, tree: Path, say: Say) -> dict[str, Any]:
-    """The report. ScaleError with the reason if a phase does not come to its end."""
+    """The report. ScaleError with the reason if a phase does not end."""
     with control.running(), tempfile.TemporaryDirectory(prefix="gpuslice-fleet-") as folder:
         path = control.kubeconfig()
         with contextlib.closing(ApiServer.of_kubeconfig(path)) as api:
@@ -66,8 +66,11 @@ class _Run:
             self._until("all is published", lambda: self.fleet.published == self.nodes)
 
     def outage(self, outage_s: int) -> None:
-        """A card of each node is lost meanwhile, so that there is something to publish. It ends when all nodes have
-        published and listed again, which each one does after a restart of its only API server."""
+        """End the API server for a while. Each node loses a card meanwhile, so that there is something to publish.
+
+        The phase ends when all nodes have published and listed again. Each node lists after a restart of its only API
+        server.
+        """
         control.end_api_server()
         self.fleet.order("lose a card")
         time.sleep(outage_s)
@@ -80,7 +83,7 @@ class _Run:
             self._until("all nodes have listed", self._listed, mark=False)
 
     def change(self, made: Sequence[FleetNode]) -> None:
-        """A policy without partitions. Claims that were allocated and never prepared hold a pool of some nodes."""
+        """Change to a policy without partitions. Claims that are allocated and never prepared hold a pool of some nodes."""
         inventory = Inventory.of(cards(), Policy.parse(_policy(_BEFORE)), "node")
         card = inventory.pools[_CARD].name.partition("/")[2]
         holders = [(f"holder-{node.name}", f"{node.name}/{card}") for node in made[::_HELD]]
@@ -106,7 +109,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _phase(self, name: str, *, anew: bool = False) -> Iterator[None]:
-        """`anew`: the API server starts in it, so its figures begin at nothing."""
+        """`anew`: the API server starts in this phase, so its figures begin at zero."""
         self.say(name)
         used, before = (0.0, Usage()) if anew else self._figures()
         began = time.time()
@@ -130,7 +133,7 @@ class _Run:
         return control.cpu_s(control.api_server_pid()), usage(self.api.text("/metrics"))
 
     def _until(self, what: str, done: Callable[[], bool], *, mark: bool = True) -> None:
-        """`mark`: what the phase is about is done then; what comes after is only watched."""
+        """`mark`: this moment ends the measured time of the phase. The phase itself may go on."""
         end = time.monotonic() + _LIMIT_S
         while True:
             self.fleet.order("look")
@@ -154,7 +157,7 @@ def listing(stamps: Sequence[Stamp]) -> set[int]:
 
 
 def api_claims(api: ApiServer, claims: Iterator[Body]) -> None:
-    """Create claims that are allocated, as the scheduler leaves them."""
+    """Create allocated claims, as the scheduler leaves them."""
     bodies = list(claims)
     api.create(CLAIMS, ({key: body[key] for key in ("metadata", "spec")} for body in bodies))
     try:

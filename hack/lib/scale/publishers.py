@@ -36,7 +36,7 @@ _STARTERS = 8
 
 
 class _StampedKube(Kube):
-    """Notes each request when it is sent."""
+    """A client that notes each request when it sends it."""
 
     def __init__(self, kubeconfig: Path, note: Callable[[str, str], None]) -> None:
         super().__init__(kubeconfig)
@@ -59,7 +59,7 @@ class _Node:
         self.controller: SliceController | None = None
 
     def start(self, policy: Policy) -> None:
-        """As a driver that starts with this policy; the one before ends."""
+        """Start a driver with this policy, after the end of the former driver."""
         self.stop()
         self.nvml.reset(self._gpus[0].uuid)
         kube, gpus, name = _StampedKube(self._kubeconfig, self._note), self._gpus, name_of(self._number)
@@ -84,7 +84,7 @@ class _Node:
             self._kube.close()
 
     def lose_a_card(self) -> None:
-        """Something to publish that nobody else knows of."""
+        """Lose a card, so that the node has something to publish."""
         self.nvml.lose(self._gpus[0].uuid)
         if self.controller is not None:
             self.controller.nudge()
@@ -104,7 +104,7 @@ class _Node:
 
 
 def with_counters(shapes: str) -> int:
-    """Pools with counters, in the file of shapes: those that still offer more than whole cards."""
+    """The number of pools with counters in the file of shapes. Such pools still offer more than whole cards."""
     pools: Mapping[str, Sequence[Mapping[str, object]]] = json.loads(shapes)["pools"]
     return sum(any(spec.get("sharedCounters") for spec in specs) for specs in pools.values())
 
@@ -118,12 +118,12 @@ def _obey(nodes: Sequence[_Node], order: Mapping[str, Any]) -> None:
         case "lose a card":
             for node in nodes:
                 node.lose_a_card()
-        case _:  # a look alone
+        case _:  # only a look
             pass
 
 
 def _serve(nodes: Sequence[_Node]) -> None:
-    """Answer orders until there are no more."""
+    """Carry out orders and answer them, until stdin ends."""
     for line in sys.stdin:
         _obey(nodes, json.loads(line))
         stamps: list[Stamp] = []
@@ -144,7 +144,7 @@ class Publishers:
     """The fleet: `count` nodes in a few processes."""
 
     def __init__(self, kubeconfig: Path, folder: Path, count: int, tree: Path) -> None:
-        """`tree`: the checkout whose driver runs; the processes themselves are of this checkout."""
+        """`tree`: the checkout whose driver runs. The other code of the processes is from this checkout."""
         self.published, self.counters = 0, 0
         self.stamps: list[Stamp] = []
         processes = min(count, max(2, min(4, os.cpu_count() or 2)))
@@ -165,7 +165,7 @@ class Publishers:
             )
 
     def order(self, do: str, **more: object) -> None:
-        """Give an order to all, and take their answers: what is published, and the stamps since the last order."""
+        """Give an order to all processes, and take their answers: the published nodes, and the stamps since the last order."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"do": do, **more}) + "\n")
@@ -205,7 +205,7 @@ def publishers(kubeconfig: Path, folder: Path, count: int, tree: Path) -> Iterat
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.ERROR)  # a pool that waits is a warning, and each node has eight
+    logging.basicConfig(level=logging.ERROR)  # each pool that waits logs a warning, and each node has eight
     kubeconfig, folder, first, count = sys.argv[1:5]
     numbers = range(int(first), int(first) + int(count))
     _serve([_Node(Path(kubeconfig), files.ensure_folder(Path(folder) / name_of(number)), number) for number in numbers])
