@@ -1,5 +1,8 @@
-"""What the kernel refuses (no descriptors, a disk that fails, a folder that became read-only): one sentence, and nothing left
-behind when it is over. Each kind of call that is made is refused once; a call that is added later is tried too."""
+"""Refusals of the kernel: no descriptors, a disk that fails, a folder that became read-only.
+
+The driver answers with one sentence, and leaves nothing behind after the fault. The tests refuse each kind of call once, also
+calls of later code.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ Steps = Callable[[Path], Iterator[Callable[[], object]]]
 
 
 def kinds(root: Path, steps: Steps) -> list[Kind]:
-    """Each kind of call that the steps make. What the simulated hardware does is no call of the driver."""
+    """Each kind of call in the steps. Calls of the simulated hardware are no calls of the driver."""
     with kernel.noting(root) as noted:
         for step in steps(root):
             step()
@@ -43,7 +46,7 @@ def kinds(root: Path, steps: Steps) -> list[Kind]:
 
 
 def harm(root: Path, steps: Steps, kind: Kind) -> list[str]:
-    """What is more than a refusal with a sentence, if this kind of call fails."""
+    """The damage beyond a refusal with a sentence, if this kind of call fails."""
     wrong = []
     with kernel.refusing(root, kind):
         try:
@@ -106,7 +109,7 @@ def life_of_daemons(node: MpsNode, root: Path) -> Iterator[Callable[[], object]]
     for memory_mib in (1024, 2048):
         yield partial(supervisor.ensure, node.daemon(memory_mib=memory_mib))
     yield partial(supervisor.stop, "gpu-0")
-    yield partial(supervisor.ensure, node.daemon(1))  # ended in order at the close; its folder stays
+    yield partial(supervisor.ensure, node.daemon(1))  # `close` ends this daemon; its folder stays
     yield supervisor.close
 
 

@@ -1,7 +1,7 @@
-"""Nothing is concluded from an answer that does not say so: every verb, every odd answer, over a driver that runs.
+"""The driver concludes nothing from an answer that does not say so: every verb, every odd answer, over a running driver.
 
-A claim is prepared and idle. What the API server says about it, about its node and about its slices is odd for a while.
-Afterwards the claim is as it was, the slices are what they ought to be, and no thread is gone.
+A claim is prepared and idle. For a while the API server gives odd answers about the claim, its node and its slices.
+Afterwards the claim is as before, the slices are right, and all threads run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ ANSWERS: dict[str, tuple[int, bytes]] = {
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """How the stand-in knows its requests, and the call."""
+    """A verb of the API client: the form of its requests, for the stand-in, and the call."""
 
     method: str
     path: str
@@ -132,13 +132,13 @@ class Driver:
         self.rounds += 1
         bodies = self.api.all("resourceslices")
         for body in bodies:
-            if "sharedCounters" in body["spec"]:  # is created again
+            if "sharedCounters" in body["spec"]:  # the publisher creates it again
                 self.api.delete("resourceslices", body["metadata"]["name"])
-            else:  # is updated
+            else:  # the publisher updates it
                 self.api.update("resourceslices", body | {"spec": body["spec"] | {"allNodes": True}})
         stray = {"metadata": {"name": f"stray-{self.rounds}"}, "spec": bodies[0]["spec"]}
-        self.api.create("resourceslices", stray)  # is deleted
-        self.api.become("1.36" if self.rounds % 2 else "1.37")  # is probed
+        self.api.create("resourceslices", stray)  # the publisher deletes it
+        self.api.become("1.36" if self.rounds % 2 else "1.37")  # the controller probes again
 
 
 def devices(bodies: list[dict[str, Any]]) -> set[str]:
@@ -159,7 +159,7 @@ async def driver(short: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
 
 def said_too_much(driver: Driver, verb: Verb) -> str:
-    """What the door concludes from an answer that says nothing; "" where it is an error without a meaning."""
+    """The wrong conclusion of the API client from an answer that says nothing. "" if it only raises a plain ApiError."""
     try:
         if verb.call(driver.kube, driver.api) == []:
             return ""  # a watch that ended without an event
@@ -179,7 +179,7 @@ async def test_the_door_concludes_nothing_from_an_odd_answer(driver: Driver, nam
     verb, wrong = VERBS[name], dict[str, str]()
     for what, (status, data) in ANSWERS.items():
         if (name, what) == ("delete", "success"):
-            continue  # that is the answer
+            continue  # here it is the right answer
         driver.api.answer(status, data, times=9, method=verb.method, path=verb.path)
         if found := await asyncio.to_thread(said_too_much, driver, verb):
             wrong[what] = found
@@ -194,7 +194,7 @@ async def test_the_door_concludes_nothing_from_an_odd_answer(driver: Driver, nam
 
 
 async def harm(driver: Driver, idle: ClaimRef, before: object, verb: Verb, odd: Callable[[], None]) -> list[str]:
-    """What is wrong after a while of odd answers to this verb."""
+    """The damage after a while of odd answers to this verb, one sentence each."""
     world, wrong = driver.world, []
     now = driver.rounds * 5000.0
     odd()

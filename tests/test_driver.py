@@ -292,7 +292,7 @@ async def test_a_driver_starts_without_its_api_server_and_publishes_when_it_come
 
 @pytest.mark.contract(59)
 async def test_a_kubelet_that_starts_after_an_outage_gets_its_slices_before_their_turn(cluster: StandInCluster) -> None:
-    """The lists of a fleet are spread over a minute after an API server was started again; this one does not wait."""
+    """After a restart of the API server a fleet spreads its lists over a minute. This list does not wait."""
     await cluster.start()
     await asyncio.to_thread(cluster.api.wait, lambda: any("watch=true" in r.target for r in cluster.api.requests))
     cluster.api.away()

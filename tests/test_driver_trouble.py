@@ -88,7 +88,7 @@ async def test_without_a_loaded_nvidia_driver_pods_end_and_the_cards_are_offered
 async def test_a_hook_that_is_not_there_yet_refuses_no_start_and_is_found_when_it_comes(
     cluster: StandInCluster, short: Path
 ) -> None:
-    """A driver container fills the driver root after our start, and may wait for the pods that end here."""
+    """A driver container fills the driver root after our start. It may wait for the pods that end here."""
     there, seen = Path("/run/nvidia/driver"), files.ensure_folder(short / "root")
     hook = "usr/bin/nvidia-cdi-hook"
     roots = ("--nvidia-driver-root", str(there), "--driver-root-ctr-path", str(seen))

@@ -1,6 +1,6 @@
 """The tests of `kernel_refusals.py`, each in a process of its own.
 
-Their audit hook stays in a process for good. With it, two threads that start at once under coverage can fail in Python 3.11
+Their audit hook stays in a process for ever. With it, two threads that start at once under coverage can fail in Python 3.11
 ("Cannot install a trace function while another trace function is being installed").
 """
 

@@ -76,7 +76,7 @@ def test_the_version_and_the_uid_of_a_node(server: StandInApiServer, kube: Kube)
 def test_a_server_that_emulates_an_older_one_says_so(
     server: StandInApiServer, kube: Kube, more: dict[str, object], version: str
 ) -> None:
-    """It is upgraded in two steps, and only the second one brings the features."""
+    """The upgrade has two steps, and only the second one brings the features."""
     server.answer(200, json.dumps({"gitVersion": "v1.37.1"} | more).encode())
 
     assert kube.version() == version
@@ -157,7 +157,7 @@ def test_no_other_404_says_so(server: StandInApiServer, kube: Kube, answer: byte
 
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 410, 500])
 def test_a_page_of_a_proxy_is_no_answer_of_the_api_server(server: StandInApiServer, kube: Kube, status: int) -> None:
-    """Neither a conflict nor a token that is refused for good, and no rule for a ClusterRole would help."""
+    """It is no conflict and no final refusal of a token. A rule in a ClusterRole does not help."""
     server.answer(status, b"<html>sign in</html>", times=9)
 
     for verb in (lambda: kube.claim("ns", "c"), lambda: kube.resource_slices("gpuslice.dev", "n1")):

@@ -1,4 +1,4 @@
-"""The API client and time: a whole call has a limit, however slowly a server sends, and no clock is waited for."""
+"""The API client and time: a whole call has a limit, however slowly a server sends, and no clock delays a new login."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 class Dripping:
-    """Answers each request with `begin` at once, and then with one byte after the other, for ever."""
+    """Answers each request with `begin` at once, and then sends one byte after the other, for ever."""
 
     def __init__(self, folder: Path) -> None:
         self.begin, self._ended = b"", threading.Event()

@@ -258,7 +258,7 @@ def test_no_value_of_a_daemons_file_harms_another_daemon_or_ends_the_supervisor(
 
 
 def live_with_a_daemons_file(node: MpsNode, paths: Paths) -> int:
-    """With how many wrong texts of the file a supervisor was started."""
+    """Start a supervisor with each of several wrong texts of the file. Returns the number of texts."""
     supervisor = node.supervise_in_process()
     beside = node.client.ensure(node.daemon(1))
     node.client.ensure(node.daemon(0))
@@ -274,7 +274,7 @@ def live_with_a_daemons_file(node: MpsNode, paths: Paths) -> int:
                     lives.append((path, wrong))
     record.write_text(text)
 
-    lives += [((), BROKEN[1]), (("daemon",), None)]  # all that are refused when they are read are like these
+    lives += [((), BROKEN[1]), (("daemon",), None)]  # these stand for all texts that a supervisor refuses to read
     for path, wrong in lives:
         body = json.loads(record.read_text())
         record.write_text(json.dumps(mutation.edited(body, path, wrong)) if path else str(wrong))

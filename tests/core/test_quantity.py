@@ -19,7 +19,7 @@ from gpuslice.core import quantity
         ("5E3", 5000),
         ("1E", 10**18),
         ("100m", 1),
-        # How an amount with a fraction comes back from the API.
+        # An amount with a fraction, as the API returns it.
         ("8351241784524800u", 8351241785),
         ("1206302541806043136n", 1206302542),
         ("-1", -1),

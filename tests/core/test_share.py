@@ -44,7 +44,7 @@ def test_a_share_is_what_the_scheduler_charged() -> None:
 
 
 def test_a_share_of_a_part_of_a_mib_is_rounded_up_and_as_many_fit_as_the_scheduler_sells() -> None:
-    """The scheduler charges what is asked, to the byte; MPS takes whole MiB."""
+    """The scheduler charges the requested bytes. MPS takes whole MiB."""
     third = 8000 * MIB // 3
     shares = [a_grant(MPS, memory=third, smPercent=0, clients=1) for _ in range(3)]
 

@@ -1,6 +1,6 @@
-"""deploy/chart without a cluster: what it makes of its values, and that deploy/*.yaml is what it makes of the default ones.
+"""deploy/chart without a cluster: its results for many values, and deploy/*.yaml as its result for the default values.
 
-Helm itself renders it, by hack/manifests.
+hack/manifests starts Helm, which renders the chart.
 """
 
 import argparse
@@ -63,7 +63,7 @@ NOTHING: dict[str, Any] = {
 
 
 def manifests(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    if not all(helm(major).exists() for major in HELMS):  # said here, in one line of the summary for all tests
+    if not all(helm(major).exists() for major in HELMS):  # here, so that all tests share one line of the summary
         pytest.skip("deploy/chart is not rendered: no Helm (hack/cluster build --only helm)")
     return run_module("hack.lib.manifests", "--out", str(out), *flags)
 

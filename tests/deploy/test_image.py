@@ -1,4 +1,4 @@
-"""The image: the Dockerfile is the recipe of hack/image, and the real image starts (as root, with a network)."""
+"""The image. The Dockerfile agrees with the recipe of hack/image, and the real image starts (as root, with a network)."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def with_hack() -> dict[str, str]:
 
 
 def inside(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """A command in the image, with the image's environment alone."""
+    """Run a command in the image, with only the environment of the image."""
     whole = [shutil.which("chroot") or "/usr/sbin/chroot", str(root), *command]
     return subprocess.run(whole, capture_output=True, text=True, check=False, env=recipe.ENVIRONMENT)
 
@@ -138,7 +138,7 @@ def test_the_command_of_the_image_starts(root: Path) -> None:
 
 
 def test_the_driver_with_simulated_cards_starts_as_far_as_its_node(root: Path) -> None:
-    """It has imported everything by then: grpc, the Kubernetes client, the simulator."""
+    """Before this point it imports everything: grpc, the Kubernetes client, the simulator."""
     script = "import gpuslice.app, gpuslice.nvml.real, gpuslice.nvml.sim.nvml, gpuslice.plugin.server, gpuslice.kube"
 
     assert inside(root, "python3", "-c", script).stderr == ""
@@ -181,7 +181,7 @@ def test_nothing_is_compiled_at_a_start(root: Path) -> None:
 
 
 def test_logins_by_openid_connect_find_their_library(root: Path) -> None:
-    """`gpuslice/client_library.py` imports it by the first such login."""
+    """`gpuslice/client_library.py` imports it at the first such login."""
     done = inside(root, "python3", "-c", "import requests_oauthlib; requests_oauthlib.OAuth2Session()")
 
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""A cluster is upgraded under a running driver: partitions come with the release that keeps them apart, and claims stay."""
+"""An upgrade of the cluster under a running driver: partitions come with the release that keeps counters, and claims stay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WITHIN_S = 150.0  # the driver looks at the version about once a minute, and a 
 
 @pytest.fixture
 def old(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, which is of no use for other tests of this release afterwards."""
+    """A cluster of the old release. Other tests of this release cannot use it afterwards."""
     try:
         yield cluster
     finally:

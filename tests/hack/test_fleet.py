@@ -1,4 +1,4 @@
-"""`hack/scale --fleet`: its pure parts, and its publishers against a stand-in API server. It measures elsewhere."""
+"""`hack/scale --fleet`: its pure parts, and its publishers against a stand-in API server. The tests measure nothing."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_a_compressed_layer_has_no_time() -> None:
 
 
 def test_byte_code_is_never_compared_with_its_source() -> None:
-    """PEP 552: bit 0 says that a hash is there, bit 1 that it is checked."""
+    """PEP 552: bit 0 says that there is a hash, bit 1 that Python checks it."""
     code = whole(assembled())[f"{STDLIB}/__pycache__/queue.cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc"]
 
     assert int.from_bytes(code.content[4:8], "little") == 0b01
@@ -191,7 +191,7 @@ def test_a_folder_loses_the_blobs_of_an_older_image(tmp_path: Path) -> None:
     assert found == set(newer.files)
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- the contents
 
 
 def test_licences_stay_and_what_nobody_needs_goes() -> None:
@@ -282,7 +282,7 @@ def test_the_lock_has_each_package_of_the_recipe_for_each_architecture() -> None
 
 
 def test_the_lock_has_our_dependencies_in_versions_that_we_allow() -> None:
-    """Of a dependency only; what it needs itself is pip's business."""
+    """Only of our direct dependencies. pip chooses the versions of theirs."""
     locked = lock.read()
     requirements = [Requirement(text) for text in wheels.project()["dependencies"]]
 
@@ -409,7 +409,7 @@ def test_without_apt_packages_come_from_debian(tmp_path: Path, monkeypatch: pyte
 
 
 class Unsigned(http.server.BaseHTTPRequestHandler):
-    """A mirror that answers everything with a list without a signature."""
+    """A mirror that answers each request with an unsigned list."""
 
     def do_GET(self) -> None:
         self.send_response(200)

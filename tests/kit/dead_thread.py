@@ -1,6 +1,6 @@
-"""`python -m tests.kit.dead_thread run …`: the command, with one thread that dies as it starts. A planted fault.
+"""`python -m tests.kit.dead_thread run …`: the command with a planted fault: one thread dies at its start.
 
-DEAD names the thread. With SURVIVE set, the process does not end of it, so that its probes can be asked.
+DEAD names the thread. With SURVIVE the process stays alive, so that a test can call its probes.
 """
 
 from __future__ import annotations

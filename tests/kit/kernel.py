@@ -1,7 +1,7 @@
-"""A kernel that refuses: a call for a file or socket below a folder fails, if Python has an audit event of it.
+"""A kernel that refuses: a call for a file or socket below a folder fails, if Python has an audit event for it.
 
-`noting` says which kinds of calls there are, so that a test refuses each of them, and those that come later too. A kind is
-(event, path below the folder, without what changes from run to run).
+`noting` finds the kinds of calls. So a test can refuse each of them, also calls of later code. A kind is the event and the
+path below the folder, without the parts that change from run to run.
 
 `python -m tests.kit.kernel run …` is the command with one kind refused, by KERNEL="<folder>|<event>|<path>|<errno>".
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 Kind = tuple[str, str]
 
-# os.listdir and os.scandir are reads of a folder. There are no events for stat(2) and what is done with a descriptor.
+# os.listdir and os.scandir are reads of a folder. There are no events for stat(2) and for calls with a descriptor.
 _EVENTS = ("open", "os.", "socket.bind", "socket.connect", "shutil.rmtree")
 _VARYING = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22,}|\d+-[0-9a-f]{8}(?=\.tmp)|(?<=GPU-)[0-9a-f-]+")
 
@@ -43,12 +43,12 @@ class _Kernel:
 
 
 _kernel = _Kernel()
-sys.addaudithook(_kernel.hook)  # for good: Python has no way to remove one
+sys.addaudithook(_kernel.hook)  # for ever, because Python cannot remove a hook
 
 
 @contextlib.contextmanager
 def noting(root: Path) -> Iterator[dict[Kind, None]]:
-    """The kinds of calls that the block makes, in order, as a dict of them."""
+    """The kinds of calls in the block, in order, as the keys of a dict."""
     _kernel.root, _kernel.noted = str(root), {}
     try:
         yield _kernel.noted

@@ -134,7 +134,7 @@ class MpsNode:
     def supervise_in_process(
         self, *prefix: str, simulated: bool = True, more: Sequence[str] = ()
     ) -> subprocess.Popen[str]:
-        """As it is run on a node; returns when it serves."""
+        """Start the supervisor as on a node. Returns when it serves."""
         process = self.spawn("gpuslice", *prefix, simulated=simulated, more=more)
         assert process.stderr is not None
         lines = []
@@ -157,7 +157,7 @@ class MpsNode:
     def spawn(
         self, module: str, *prefix: str, simulated: bool = True, more: Sequence[str] = (), **environment: str
     ) -> subprocess.Popen[str]:
-        """Start the supervisor by this module of Python, after these words of a command line."""
+        """Start the supervisor by this Python module. `prefix`: the words before the Python program."""
         arguments = ["--mps-root", str(self.root), *more]
         arguments += ["--simulate", self.spec, "--simulate-folder", str(self.sim.folder)] if simulated else []
         process = subprocess.Popen(
@@ -170,14 +170,14 @@ class MpsNode:
         return process
 
     def outlive(self, supervisor: subprocess.Popen[str]) -> subprocess.Popen[str]:
-        """Kill this supervisor and start the next one, which finds what the first one left."""
+        """Kill this supervisor and start the next one, which finds the daemons of the first."""
         supervisor.kill()
         supervisor.communicate()
         self.processes.remove(supervisor)
         return self.supervise_in_process()
 
     def daemons_of(self, key: str) -> list[int]:
-        """Pids of the daemon of this key, and of its servers: of all MPS processes of its pipe."""
+        """The pids of the daemon of this key and of its servers: all MPS processes of its pipe."""
         wanted = f"CUDA_MPS_PIPE_DIRECTORY={self.client.pipe(key)}".encode()
         found = []
         for entry in Path("/proc").iterdir():

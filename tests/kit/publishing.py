@@ -66,7 +66,7 @@ def a_controller(
     threads: ThreadWatch | None = None,
     backoff: BackoffConfig = DEFAULT_BACKOFF,
 ) -> Iterator[SliceController]:
-    """One that runs over this node; its shapes are in `folder`."""
+    """A controller that runs over this node. Its shapes are in `folder`."""
     kube, checkpoint = Kube(server.kubeconfig), checkpoint or rig.checkpoint
     controller = SliceController(
         kube=kube,
@@ -124,7 +124,7 @@ def wipe(server: StandInApiServer) -> None:
 
 
 def look_again(server: StandInApiServer) -> None:
-    """Refuse to go on with the watches until everything was listed and compared a few times more."""
+    """Refuse all watches until the publisher has listed and compared a few more times."""
     lists = asked(server, "limit=")
     server.away()
     server.fail(410, times=5, path="watch=true")
@@ -133,7 +133,7 @@ def look_again(server: StandInApiServer) -> None:
 
 
 class _Logged(logging.Handler):
-    """An event for a line of the log."""
+    """Sets an event at a line of the log."""
 
     def __init__(self, words: str) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class _Logged(logging.Handler):
 
 @contextmanager
 def a_line(words: str) -> Iterator[threading.Event]:
-    """Set when these words are logged."""
+    """An event that a log line with these words sets."""
     handler, logger = _Logged(words), logging.getLogger("gpuslice.publishing")
     before = logger.level
     logger.addHandler(handler)

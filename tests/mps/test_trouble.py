@@ -178,7 +178,7 @@ def test_a_stopped_daemon_that_hangs_is_killed_and_its_folder_removed(node: MpsN
 def test_a_supervisor_without_the_control_program_stops_daemons_and_adopts_the_others_when_it_comes(
     node: MpsNode, unmeasured: None
 ) -> None:
-    """After an update of the NVIDIA driver its container waits for the pods to leave before it fills the driver root."""
+    """In an update, the container of the NVIDIA driver waits until the pods have left, and then fills the driver root."""
     first = node.supervise_in_process()
     leaves, stays = node.client.ensure(node.daemon(0)), node.client.ensure(node.daemon(1))
     first.kill()

@@ -1,4 +1,4 @@
-"""NVML as the process has it: it may not come, hang while it starts, or hang while it ends."""
+"""The NVML of the process: it may be missing, hang while it starts, or hang while it ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT_S = 0.2
 
 
 class Slow:
-    """A start of NVML that hangs until it is let go. Counts how often it was begun."""
+    """A start of NVML that hangs until the test lets it go. Counts the starts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.go, self.begun = folder, threading.Event(), 0
@@ -81,7 +81,7 @@ def test_a_list_that_hangs_while_nvml_is_waited_for_is_named(short: Path) -> Non
 
 
 class Endless(SimNvml):
-    """Its end hangs, as that of a driver that is dead."""
+    """NVML whose end hangs, as with a dead driver."""
 
     go = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What is published is a promise: whatever a policy of a capacity or the counters allow is prepared, as it was asked for."""
+"""A published device is a promise: the driver prepares each request that the policies of capacities and the counters allow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES = [(product, "default") for product in models.known()] + [
 
 
 def spec_of(product: str) -> str:
-    mig = product.startswith("a") and models.product(product).profiles  # Ampere keeps the mode that it was given
+    mig = product.startswith("a") and models.product(product).profiles  # Ampere keeps the mode that it has
     return f"{product}:mig+{product}" if mig else product
 
 
@@ -52,7 +52,7 @@ def kinds(node: Node) -> Iterator[tuple[str, str, ReadOnlyBody]]:
 
 
 def edges(entry: ReadOnlyBody) -> Iterator[str]:
-    """The amounts of a capacity at which its request policy ends, or a step begins; all that are allowed."""
+    """The amounts of a capacity at which its request policy ends or a step begins. The policy allows all of them."""
     policy: dict[str, Any] = entry.get("requestPolicy") or {}
     yield from policy.get("validValues", ())
     if limits := policy.get("validRange"):
@@ -70,7 +70,7 @@ def exact(text: str) -> Decimal:
 
 
 def requests(device: ReadOnlyBody, *, each: bool) -> Iterator[dict[str, str]]:
-    """Nothing, all of the smallest and of the largest together, and `each` edge alone."""
+    """No request, all smallest amounts together, all largest ones together, and with `each` every edge alone."""
     found = {name: list(edges(entry)) for name, entry in device["capacity"].items()}
     yield {}
     for name, texts in found.items() if each else ():
@@ -82,7 +82,7 @@ def requests(device: ReadOnlyBody, *, each: bool) -> Iterator[dict[str, str]]:
 def allocated(
     node: Node, pool: str, name: str, capacity: Mapping[str, str], beside: Sequence[ReadOnlyBody] = (), uid: str = "one"
 ) -> ReadOnlyBody | None:
-    """The claim for this device, as the scheduler allocates it beside these; None if it does not."""
+    """The claim for this device, as the scheduler allocates it beside these claims. None if nothing fits."""
     request = Request(
         name="gpu", where=lambda body: bool(body["name"] == name), capacity=capacity, admin=name == "monitor"
     )
@@ -103,8 +103,10 @@ def told(node: Node, claim: Claim) -> dict[str, str]:
 
 
 class Promise:
-    """One device, and requests for it. Of MPS a small share stays meanwhile, where there is room for it, because the start
-    of a daemon takes long."""
+    """One device, and requests for it.
+
+    On an MPS device a small share stays meanwhile, if there is room for it, because the start of a daemon takes long.
+    """
 
     def __init__(self, node: Node, pool: str, name: str, device: ReadOnlyBody) -> None:
         self._node, self._pool, self._name, self._device = node, pool, name, device
@@ -112,7 +114,7 @@ class Promise:
         self._small: ReadOnlyBody | None = None
 
     def broken(self, capacity: Mapping[str, str]) -> str:
-        """Why the promise is not kept for this request; "" if it is."""
+        """Why the driver breaks the promise for this request. "" if it keeps it."""
         what = f"{self._name} {dict(capacity)}"
         try:
             claim = read(self._allocated(capacity))
@@ -172,7 +174,7 @@ def test_what_a_request_policy_allows_is_prepared_as_asked(short: Path, product:
 @pytest.mark.parametrize("product", models.known())
 @pytest.mark.parametrize("type_", ["gpu", "mig", "mps", "timeslice"])
 def test_what_the_counters_allow_at_once_is_prepared_at_once(short: Path, product: str, type_: str) -> None:
-    """As many claims as the scheduler finds a place for, at random places, with the least of everything."""
+    """As many claims as the scheduler can place, at random places, with the least of everything."""
     chance = random.Random(f"{product} {type_}")
     with a_node(short, spec_of(product), {"sharedPartitions": ["mps", "timeslice"]}, product) as node:
         bodies: list[ReadOnlyBody] = []
@@ -186,7 +188,7 @@ def test_what_the_counters_allow_at_once_is_prepared_at_once(short: Path, produc
 
 
 def some(node: Node, type_: str, beside: Sequence[ReadOnlyBody], chance: random.Random) -> ReadOnlyBody | None:
-    """A claim for any device of this type, beside these."""
+    """A claim for any device of this type, beside these claims."""
     places = [
         (body["spec"]["pool"]["name"], device["name"])
         for body in node.slices()

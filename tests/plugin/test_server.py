@@ -272,7 +272,7 @@ async def test_a_refused_registration_is_an_error_to_the_kubelet_and_no_end_of_t
 
 @pytest.mark.contract(59)
 async def test_each_registration_by_a_kubelet_is_passed_on_and_a_refused_one_is_not(short: Path) -> None:
-    """A kubelet that starts deletes the slices of its node, so whoever publishes them wants to know."""
+    """A kubelet that starts deletes the slices of its node, so the publisher has to know."""
     passed: list[str] = []
     ours = server(short, registered=lambda: passed.append("registered"))
     await ours.open()

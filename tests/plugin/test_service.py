@@ -272,7 +272,7 @@ async def test_only_the_option_that_the_scheduler_chose_can_be_such_a_mistake(wo
 
 
 async def test_a_claim_that_is_prepared_already_is_answered_whatever_its_request_says(world: World) -> None:
-    """Its pod runs, and the kubelet asks again when it starts."""
+    """Its pod runs, and a kubelet asks again at its start."""
     claim = world.claim("one", world.device("gpu"))
     before = await world.must_prepare(claim)
     ask_for(world, claim, {"name": "gpu-0", "exactly": asking("5120")})
@@ -513,7 +513,7 @@ async def test_a_claim_that_stays_is_asked_for_ever_less_and_is_still_collected_
             await service.collect(now=60.0 * minute)
         return len(world.api.requests) - before
 
-    assert await asked(0, 1) == 2  # each at once after a start: the kubelet may have forgotten one meanwhile
+    assert await asked(0, 1) == 2  # each at once after a start: the kubelet may have forgotten a claim meanwhile
     await asked(1, 60)
     assert 2 * 6 <= await asked(60, 120) <= 2 * 12, "each five to ten minutes"
 

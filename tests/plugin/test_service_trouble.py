@@ -210,7 +210,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def prepared_late(world: World, name: str = "late") -> ClaimRef:
-    """The kubelet gave the call up and unprepared, and the call came through after that."""
+    """The kubelet gave up the call and unprepared the claim. After that the call arrived."""
     claim = world.claim(name, world.device("mig-3g-9-0"))
     await world.must_prepare(claim)
     await world.unprepare(claim)

@@ -1,4 +1,4 @@
-"""What a node asks of an API server that was away: little, and not at the same time as all other nodes."""
+"""The requests of a node to an API server that was away: few, and not together with all other nodes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def server(tmp_path: Path) -> Iterator[StandInApiServer]:
 
 @contextmanager
 def publishing(server: StandInApiServer, backoff: BackoffConfig) -> Iterator[Publisher]:
-    """One that has published a pool and watches."""
+    """A publisher that has published a pool and watches."""
     with a_publisher(server, backoff) as publisher:
         server.wait(lambda: asked(server, "watch=true"))
         publish_and_wait(publisher, plain("gpu"))
@@ -50,7 +50,7 @@ def publishing(server: StandInApiServer, backoff: BackoffConfig) -> Iterator[Pub
 
 
 def break_watches(server: StandInApiServer, *, restarted: bool = False) -> None:
-    """`restarted`: the API server knows no version from before, as a real one after its start."""
+    """`restarted`: the API server knows no former version, as a real server after its start."""
     server.away()
     if restarted:
         server.add_node("another")  # something changes all the time
@@ -112,7 +112,7 @@ def test_an_error_is_over_once_the_watch_goes_on(server: StandInApiServer) -> No
 
 
 def test_the_lists_of_a_fleet_after_a_restart_of_the_api_server_are_spread(server: StandInApiServer) -> None:
-    """Before, every node listed within half a second."""
+    """Without the spread, every node would list within half a second."""
     with publishing(server, LATE), a_line(EXPIRED) as expired:
         break_watches(server, restarted=True)
         assert expired.wait(10)
@@ -207,7 +207,7 @@ def test_a_kubelet_that_registers_while_the_watch_is_alive_costs_nothing(server:
 
 
 def test_a_watch_that_goes_on_without_any_sign_is_followed_by_a_list(server: StandInApiServer) -> None:
-    """An etcd was restored, and its API server has not come to our version: a real one sends nothing at all then."""
+    """After the restore of an etcd, the API server has not reached our version yet. A real server then sends nothing."""
     with publishing(server, replace(LATE, watch_s=1)):
         server.bookmarks = False
         break_watches(server)
@@ -218,7 +218,7 @@ def test_a_watch_that_goes_on_without_any_sign_is_followed_by_a_list(server: Sta
 
 
 def test_watches_that_only_bring_something_odd_are_followed_by_a_list(server: StandInApiServer) -> None:
-    """From the same version the same would come for ever."""
+    """A watch from the same version would bring the same events for ever."""
     with publishing(server, FAST):
         server.away()
         server.requests.clear()

@@ -304,7 +304,7 @@ def test_a_setting_that_a_card_refuses_for_good_is_tainted_after_the_first_refus
     def setting(gpu: GpuUuid, value: object) -> None:
         getattr(session, call)(gpu, value)
 
-    with pytest.raises(DeviceError):  # as in an undo in MIG mode, where nothing was set
+    with pytest.raises(DeviceError):  # as in an undo in MIG mode: nothing was set before
         setting(second, back)
     assert told() == set()
     for _ in range(2):

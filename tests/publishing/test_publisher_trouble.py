@@ -193,7 +193,7 @@ def test_slices_come_back_after_an_etcd_was_restored_whose_versions_go_back(
 
 
 def test_a_watch_whose_versions_go_back_is_followed_by_a_list(server: StandInApiServer) -> None:
-    """The connection may end at a proxy, so nothing but the versions tells that the server behind it is another one."""
+    """The connection may end at a proxy. Then only the versions show that the server behind it is another one."""
     with a_publisher(server, replace(FAST, watch_s=1)) as publisher:
         backup = server.store.snapshot()
         publish_and_wait(publisher, a_pool("gpu"))

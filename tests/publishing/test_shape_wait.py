@@ -1,4 +1,4 @@
-"""What a pool that waits to change its shape asks of the API server, and that it never changes under a claim."""
+"""The requests of a pool that waits to change its shape, and the rule that no pool changes under a claim."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server(tmp_path: Path) -> Iterator[StandInApiServer]:
 
 
 class Wait:
-    """Pools that were published with the device `old`, and are wanted with `new` instead."""
+    """Pools that are published with the device `old` and wanted with the device `new`."""
 
     def __init__(self, server: StandInApiServer, folder: Path, *, taints: bool = True) -> None:
         self.server, self.taints = server, taints
@@ -62,7 +62,7 @@ def _device(pool: PoolSlices) -> dict[str, Any]:
 
 
 def allocate(server: StandInApiServer, name: str, *pools: PoolName, tolerations: Sequence[object] = ()) -> None:
-    """A claim that was allocated and never prepared."""
+    """Create a claim that is allocated and never prepared."""
     results = [{"driver": DRIVER, "pool": pool, "device": "old", "request": "r"} for pool in pools]
     body = {
         "metadata": {"name": name},
@@ -92,7 +92,7 @@ def allocate_elsewhere(server: StandInApiServer, name: str) -> None:
 
 
 def records(folder: Path, *pools: PoolName) -> list[Record]:
-    """Own records that hold these pools."""
+    """Records of the driver that hold these pools."""
     rig = Rig(folder / "rig", "h100x2")
     for number in range(len(pools)):
         rig.prepare(a_claim(f"prepared-{number}", rig.device("gpu", number)))
@@ -128,7 +128,7 @@ def test_a_pool_whose_taints_are_not_in_force_costs_no_request(server: StandInAp
 def test_a_wait_costs_one_list_of_all_claims_however_many_leave_and_however_long_it_is(
     server: StandInApiServer, tmp_path: Path
 ) -> None:
-    """Before, each look listed: each half minute and at each departure, on every node."""
+    """Otherwise every node would list each half minute, and after each holder that leaves."""
     wait = Wait(server, tmp_path)
     for number in range(5):
         allocate(server, f"on-a-{number}", POOLS[0])
@@ -218,7 +218,7 @@ def test_where_new_holders_can_come_one_more_list_decides_when_the_known_ones_ha
 def test_the_taints_of_an_upgraded_cluster_count_once_they_are_in_force(
     server: StandInApiServer, tmp_path: Path
 ) -> None:
-    """The pool waited without taints. A list before the taints are in force may miss a holder that comes meanwhile."""
+    """The pool has waited without taints. A list before the taints are in force may miss a later holder."""
     wait = Wait(server, tmp_path, taints=False)
     allocate(server, "first", *POOLS)
     assert wait.look() == set(POOLS)

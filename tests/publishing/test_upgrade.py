@@ -1,4 +1,4 @@
-"""The API server becomes another one under a running driver: the offer follows, in both directions, without a fight."""
+"""The API server changes its version under a running driver. The offer follows, up and down, without a fight."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_old_server_that_answers_for_a_while_after_a_wipe_costs_no_partition_
 def test_what_only_the_writes_drop_is_sent_again_once_a_probe_shows_that_it_is_kept(
     server: StandInApiServer, short: Path
 ) -> None:
-    """One old server of several: the dry runs and the version come from a new one."""
+    """One of several servers is old. A new server answers the dry runs and the version."""
     with a_controller(server, Rig(short / "rig", "h100"), short, backoff=FAST):
         server.wait(lambda: partitions(server))
         server.gates = frozenset()
@@ -121,7 +121,7 @@ def test_what_only_the_writes_drop_is_sent_again_once_a_probe_shows_that_it_is_k
         server.wait(lambda: partitions(server))
 
 
-# ---------------------------------------------------------------- how often it is asked, by a clock that we hold
+# ---------------------------------------------------------------- how often the driver looks, by a clock that we hold
 
 CONFIG = BackoffConfig()
 
@@ -136,7 +136,7 @@ def features(server: StandInApiServer) -> Iterator[ApiFeatures]:
 def looks(
     features: ApiFeatures, until_s: int, *, dropped: bool = False, since_s: int = 0
 ) -> list[tuple[int, Features]]:
-    """When, in whole seconds, the driver took other features than before."""
+    """The times, in whole seconds, at which the driver took other features than before."""
     found = [(s, features.look(float(s), 0.5, dropped=dropped)) for s in range(since_s, until_s)]
     return [(s, news) for s, news in found if news is not None]
 
@@ -191,7 +191,7 @@ def test_a_feature_that_stays_missing_is_asked_for_less_and_less(
 
 
 def test_a_server_that_keeps_in_a_probe_and_drops_in_a_write_is_fought_less_and_less(features: ApiFeatures) -> None:
-    """Each time that its features are taken, the whole offer is written once."""
+    """Each time that the driver takes features, it writes the whole offer once."""
     features.first(0.0, 0.5)
 
     taken = [s for s, _ in looks(features, 3600, dropped=True)]

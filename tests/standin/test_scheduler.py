@@ -338,7 +338,7 @@ def test_a_share_is_charged_by_the_policy_of_its_capacity(
     ],
 )
 def test_an_amount_beyond_all_measure_is_the_largest_or_the_smallest_there_is(text: str, value: object) -> None:
-    """apimachinery, `ParseQuantity`: values are cut to int64, and rounded up to 1n; an exponent must fit int64."""
+    """apimachinery, `ParseQuantity`: it cuts values to int64 and rounds them up to 1n. An exponent must fit int64."""
     assert amount(text) == value
 
 
@@ -354,7 +354,7 @@ NO_STEPS = {"default": "8Gi", "validRange": {"min": "256Mi"}}
         ("1.123Gi", STEPS, "1150Mi", "1150Mi"),
         ("9.5Gi", STEPS, "9728Mi", "9728Mi"),
         ("10.0625Gi", STEPS, "10304Mi", "10304Mi"),  # whole bytes, whatever the decimals
-        ("0.1234Mi", STEPS, "256Mi", "256Mi"),  # below the least it is raised before anything is divided
+        ("0.1234Mi", STEPS, "256Mi", "256Mi"),  # below the least, the scheduler raises it before any division
         ("7.7777Gi", NO_STEPS, "8351241785", "8351241784524800u"),
         ("1.123456789Gi", NO_STEPS, "1206302542", "1206302541806043136n"),
     ],

@@ -71,7 +71,7 @@ def test_a_thread_whose_work_is_over_may_end_and_is_forgotten() -> None:
     assert threads.alive() == ()
 
 
-# Each place that starts threads without a ThreadWatch, and why it may. A new place has to give its reason here.
+# Each place that starts threads without a ThreadWatch, and the reason. A new place must give its reason here.
 UNWATCHED = {
     "app.py": "a pool: what a fetch raises is the answer that its claim waits for",
     "mps/supervisor.py": "a thread for each client, which has a time limit; threads that are joined at once",
@@ -81,7 +81,7 @@ UNWATCHED = {
     "publishing/writer.py": "a pool: what a write raises is the answer that the writing thread waits for",
     "system/threads.py": "the watch itself",
 }
-SIMULATED = ("demo", "playground", "standin", "mps/sim", "nvml/sim")  # they run on no node of anybody
+SIMULATED = ("demo", "playground", "standin", "mps/sim", "nvml/sim")  # they run on no real node
 
 
 def test_each_thread_of_the_driver_and_the_supervisor_is_watched_or_has_its_reason() -> None:

@@ -1,4 +1,4 @@
-"""Who holds a pool, read from bodies that may be anybody's."""
+"""Which claims hold a pool, read from unchecked bodies."""
 
 from __future__ import annotations
 

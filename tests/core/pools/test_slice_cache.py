@@ -39,7 +39,7 @@ def test_a_list_made_before_a_change_by_another_does_not_undo_it() -> None:
 
 @pytest.mark.parametrize("listed", [[], [body(400)]])
 def test_a_list_whose_versions_went_back_counts_as_any_other(listed: list[dict[str, Any]]) -> None:
-    """An etcd that was restored: what was written after its snapshot is gone, whatever its version was."""
+    """After the restore of an etcd, all writes after its snapshot are gone, whatever their versions are."""
     cache = SliceCache()
     cache.mutate(body(1000))
     cache.mutate(body(1001, "b"))
