@@ -58,7 +58,7 @@ class Watch:
                 if event.get("type") == "ERROR" and isinstance(thing, dict):
                     raise answers.event_refusal(self._call, thing)
                 if not bodies.is_event(event):  # if the driver skipped an event, it would count as no change
-                    raise answers.odd(self._server, "a watch with an event that is none")
+                    raise answers.odd(self._server, "a watch with an item that is not an event")
                 yield event
         except (urllib3.exceptions.HTTPError, ValueError, OSError) as e:
             if not self._closed:
@@ -207,7 +207,7 @@ class Kube:
             if answer.get("kind") != kind or not isinstance(items, list):
                 raise self._odd(f"no list of {call.resource}")
             if not all(map(is_item, items)):
-                raise self._odd(f"a list of {call.resource} with an item that is none")
+                raise self._odd(f"a list of {call.resource} with an item of another kind")
             yield items, str(metadata.get("resourceVersion", ""))
             if not (onward := metadata.get("continue")):
                 return
