@@ -25,9 +25,11 @@ class Slow:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.go, self.begun = folder, threading.Event(), 0
+        self.threads: list[threading.Thread] = []
 
     def __call__(self) -> SimNvml:
         self.begun += 1
+        self.threads.append(threading.current_thread())
         with during("nvmlInit"):
             self.go.wait()
         return SimNvml(self.folder, "l4x2", latency="zero")
@@ -38,6 +40,8 @@ def slow(short: Path) -> Iterator[Slow]:
     slow = Slow(short)
     yield slow
     slow.go.set()
+    for thread in slow.threads:
+        thread.join(10)  # it makes the node, and the folder goes
 
 
 def test_a_start_that_hangs_is_named_and_every_verb_refuses_with_it(slow: Slow) -> None:
