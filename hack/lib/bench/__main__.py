@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from hack.lib.bench import alone, cluster
 from hack.lib.bench.subject import BenchError
 from hack.lib.bench.table import table
+from hack.lib.signals import interrupt_on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if everything was measured, even if a target was missed. 1 with a sentence if the measurement failed."""
     options = options_of(arguments)
-    signal.signal(signal.SIGTERM, _stop)
+    interrupt_on(signal.SIGTERM)
     try:
         _check(options)
         report = cluster.run(options) if options.cluster else alone.run(options)
@@ -82,11 +83,6 @@ def _check(options: argparse.Namespace) -> None:
     for name in options.only or ():
         if name not in known:
             raise BenchError(f"--only {name} belongs to the other kind of run; this kind has {', '.join(known)}")
-
-
-def _stop(*_: object) -> None:
-    """SIGTERM and SIGHUP end the run like Ctrl-C: everything that the run started is ended."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

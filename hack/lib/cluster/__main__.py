@@ -15,6 +15,7 @@ from hack.lib.cluster.binaries import Binaries, ensure_helm
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import LOOPBACK, REAL, Facts, Place, work_folder
 from hack.lib.cluster.versions import VERSIONS
+from hack.lib.signals import interrupt_on
 
 _ABOUT = """\
 Run a real Kubernetes of one node on this machine: etcd, API server, scheduler, controller manager, kubelet, containerd.
@@ -219,14 +220,8 @@ def _say(text: str) -> None:
     print(f"hack/cluster: {text}", file=sys.stderr, flush=True)
 
 
-def _stop(*_: object) -> None:
-    """Any other signal that ends the command ends it like Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+    interrupt_on(signal.SIGTERM, signal.SIGHUP)
     try:
         sys.exit(main())
     except PlaygroundError as e:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from hack.lib.gpu.errors import GpuError
+from hack.lib.signals import interrupt_on
 
 _ABOUT = """\
 Prove on a real GPU everything that needs no change of the card's settings.
@@ -96,12 +97,8 @@ def _say(text: str) -> None:
     print(f"hack/gpu: {text}", file=sys.stderr, flush=True)
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
+    interrupt_on(signal.SIGTERM)
     try:
         sys.exit(main(sys.argv[1:]))
     except GpuError as e:

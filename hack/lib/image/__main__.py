@@ -18,6 +18,7 @@ from hack.lib.image.errors import ImageError
 from hack.lib.image.lock import Lock
 from hack.lib.image.oci import Layout, Packed
 from hack.lib.image.python import Python
+from hack.lib.signals import interrupt_on
 
 _ABOUT = """\
 Make the image of the driver for amd64 and arm64 from the versions in hack/lib/image/lock.json. The same lock and the same
@@ -176,12 +177,8 @@ def _say(text: str) -> None:
     print(f"hack/image: {text}", file=sys.stderr, flush=True)
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
+    interrupt_on(signal.SIGTERM)
     try:
         main(sys.argv[1:])
     except ImageError as e:

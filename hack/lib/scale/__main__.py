@@ -25,6 +25,7 @@ from hack.lib.scale.errors import ScaleError
 from hack.lib.scale.fleet import CARDS, REPOSITORY, NodePlan, cards, create_classes, create_nodes, plan, publish
 from hack.lib.scale.measure import KINDS, WHOLE, Figure, RequestKind, measure
 from hack.lib.scale.report import BASELINE, OURS, Found, report, table
+from hack.lib.signals import interrupt_on
 
 _NODES = 100
 _WARM = 8  # pods that do not count: meanwhile the scheduler compiles selectors and sees the slices
@@ -152,14 +153,8 @@ def _say(text: str) -> None:
     print(f"hack/scale: {text}", file=sys.stderr, flush=True)
 
 
-def _stop(*_: object) -> None:
-    """SIGTERM and SIGHUP end the run like Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    for one in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, _stop)
+    interrupt_on(signal.SIGTERM, signal.SIGHUP)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
