@@ -24,14 +24,8 @@ log = logging.getLogger(__name__)
 _END_S = 5.0
 
 
-def open_node(config: Config) -> tuple[Nvml, Host]:
-    """The GPUs and the node around them. DeviceError if NVML does not start; ConfigError for a wrong simulated node."""
-    opener, host = _choose(config)
-    return opener(), host
-
-
 def open_session(config: Config) -> tuple[Session, Host]:
-    """The same, but NVML may start later, and may start again."""
+    """The GPUs and the node around them. NVML may start later, and may start again. ConfigError for a wrong simulated node."""
     from gpuslice.nvml.session import Session
     from gpuslice.system.host import check_hook
 
@@ -76,7 +70,7 @@ def _choose(config: Config) -> tuple[Callable[[], Nvml], Host]:
 
 @contextlib.contextmanager
 def visit(config: Config, limit_s: float = 30.0, *, anew: bool = False) -> Iterator[tuple[Nvml, Host]]:
-    """As `open_node`, for one look. If there is no simulated node yet, or with `anew`, the look makes one and removes it.
+    """As `open_session`, for one look. If there is no simulated node yet, or with `anew`, the look makes one and removes it.
 
     HungError if NVML does not start in `limit_s`.
     """

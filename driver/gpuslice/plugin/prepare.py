@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -319,9 +319,6 @@ class Preparer:
                     raise
                 live[gpu] = LiveGpu(mig=False, mig_pending=False)
         return live
-
-    def _look(self, gpus: Iterable[GpuUuid]) -> dict[GpuUuid, LiveGpu]:
-        return {gpu: self._nvml.look(gpu) for gpu in dict.fromkeys(gpus)}
 
     @contextlib.contextmanager
     def _locked(self, uid: ClaimUid, scope: Scope) -> Iterator[None]:

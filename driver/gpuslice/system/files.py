@@ -287,14 +287,6 @@ def locked_name(path: Path, name: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _unlock(path: Path) -> None:
-    """Remove the file of a lock that is held. A file that stays does no harm, because the next owner locks it again."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as e:
-        log.warning("%s", refused("remove", path, e))
-
-
 def try_lock(path: Path) -> int | None:
     """Take the lock now and keep it until the process ends. None if another process has it. The descriptor is the lock."""
     while True:
