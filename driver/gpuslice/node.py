@@ -78,16 +78,22 @@ class Cards:
         return f"{names}: new on this node; the process restarts to offer the new cards" if names else ""
 
     def _listed(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-        found, hung = self._listing.read((0,), lambda _: self._nvml.gpus())
-        return tuple(self._host.locate(gpu) for gpus in found for gpu in gpus), hung
+        found, hung = _read(self._listing, self._nvml)
+        return tuple(map(self._host.locate, found)), hung
 
 
 def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[Gpu, ...]:
     """The cards, for one look. DeviceError if NVML does not list them within `limit_s`."""
-    found, hung = _lister(limit_s).read((0,), lambda _: nvml.gpus())
+    found, hung = _read(_lister(limit_s), nvml)
     for sentence in hung:
         raise DeviceError(sentence)
-    return tuple(gpu for gpus in found for gpu in gpus)
+    return found
+
+
+def _read(listing: Listing[tuple[Gpu, ...]], nvml: Nvml) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+    """All cards, and a sentence if NVML does not list them."""
+    found, hung = listing.read((0,), lambda _: nvml.gpus())
+    return tuple(gpu for gpus in found for gpu in gpus), hung
 
 
 def _lister(limit_s: float) -> Listing[tuple[Gpu, ...]]:
