@@ -6,19 +6,17 @@ import concurrent.futures
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gpuslice.errors import LastingApiError
-from gpuslice.kube import Kube
 from gpuslice.publishing.controller import SliceController
-from gpuslice.publishing.node_health import NodeHealth
 from gpuslice.standin import tls
 from gpuslice.standin.apiserver import TOKEN, StandInApiServer
 
-from tests.kit.publishing import DRIVER, FAST, NODE, an_api_server, asked
+from tests.kit.publishing import FAST, a_controller, an_api_server, asked
 from tests.kit.rig import Rig, a_claim
 
 SOON = replace(FAST, hopeless_s=0.1)
@@ -30,26 +28,8 @@ def server(tmp_path: Path) -> Iterator[StandInApiServer]:
         yield server
 
 
-@contextmanager
-def a_controller(server: StandInApiServer, rig: Rig) -> Iterator[SliceController]:
-    kube = Kube(server.kubeconfig)
-    controller = SliceController(
-        kube=kube,
-        driver=DRIVER,
-        node=NODE,
-        dynamic=rig.inventory,
-        static=rig.inventory,
-        health=NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict),
-        checkpoint=rig.checkpoint,
-        folder=rig.folder,
-        backoff=SOON,
-    )
-    controller.start()
-    try:
-        yield controller
-    finally:
-        controller.stop()
-        kube.close()
+def waiting(server: StandInApiServer, rig: Rig) -> AbstractContextManager[SliceController]:
+    return a_controller(server, rig, rig.folder, backoff=SOON)
 
 
 def refuse_the_token(server: StandInApiServer, folder: Path) -> None:
@@ -82,7 +62,7 @@ def test_a_refusal_that_waiting_does_not_change_ends_the_wait(
     spoil(server, short / "other")
 
     with (
-        a_controller(server, Rig(short / "rig", "l4")) as controller,
+        waiting(server, Rig(short / "rig", "l4")) as controller,
         pytest.raises(LastingApiError, match=says) as error,
     ):
         controller.refused.result(10)
@@ -99,7 +79,7 @@ def test_a_node_with_a_prepared_claim_goes_on_serving_it_whatever_the_api_server
     claim = a_claim("one", rig.device("gpu"))
     rig.prepare(claim)
 
-    with a_controller(server, rig) as controller:
+    with waiting(server, rig) as controller:
         with pytest.raises(concurrent.futures.TimeoutError):
             controller.refused.result(1)
         assert says in (controller.problem() or "")
@@ -115,7 +95,7 @@ def test_what_the_api_server_or_its_administrator_mends_is_waited_for_and_told_o
 ) -> None:
     server.fail(status, times=100, path="dryRun")
     caplog.set_level(logging.INFO)
-    with a_controller(server, Rig(short / "rig", "l4")) as controller:
+    with waiting(server, Rig(short / "rig", "l4")) as controller:
         server.wait(lambda: asked(server, "dryRun") > 10)
         assert not controller.refused.done()
         server.release()
@@ -129,13 +109,13 @@ def test_what_the_api_server_or_its_administrator_mends_is_waited_for_and_told_o
 def test_an_answer_that_no_api_server_gives_does_not_end_the_thread(server: StandInApiServer, short: Path) -> None:
     """A web server in the wrong place answers 200 to everything: publishing was over for ever, without a word."""
     server.fail(200, times=3, path="dryRun")
-    with a_controller(server, Rig(short / "rig", "l4")):
+    with waiting(server, Rig(short / "rig", "l4")):
         server.wait(lambda: bool(server.all("resourceslices")))
 
 
 def test_news_of_the_node_does_not_make_the_waiting_shorter(server: StandInApiServer, short: Path) -> None:
     server.fail(500, times=1000, path="dryRun")
-    with a_controller(server, Rig(short / "rig", "l4")) as controller:
+    with waiting(server, Rig(short / "rig", "l4")) as controller:
         server.wait(lambda: asked(server, "dryRun") > 2)
         before = asked(server, "dryRun")
         for _ in range(1000):
