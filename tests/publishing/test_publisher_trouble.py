@@ -278,9 +278,9 @@ def test_a_watch_that_ends_in_time_is_followed_by_the_next_and_by_a_new_list(
     with a_publisher(server, replace(FAST, relist_s=1.5, watch_s=1)) as publisher:
         publish_and_wait(publisher, a_pool("gpu"))
 
+        server.wait(lambda: asked(server, "watch=true") >= 2)
         server.wait(lambda: asked(server, "limit=") >= 2)
 
-        assert asked(server, "watch=true") >= 2
         assert (publisher.status.error, server.writes["create resourceslices"]) == ("", 2)
 
 
