@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpuslice import api as door
 from gpuslice import connections
-from gpuslice import kube as door
 from gpuslice.errors import ApiError, ConfigError, ConflictError, ExpiredError, NotFoundError
 from gpuslice.kube import Kube
 from gpuslice.standin.apiserver import StandInApiServer

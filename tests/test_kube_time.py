@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from gpuslice import api as door
 from gpuslice import connections
-from gpuslice import kube as door
 from gpuslice.errors import ApiError, LastingApiError
 from gpuslice.kube import Kube
 from gpuslice.standin.apiserver import TOKEN, StandInApiServer

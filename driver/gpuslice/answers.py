@@ -27,11 +27,14 @@ class Call:
 
     @property
     def method(self) -> str:
-        return {"create": "POST", "update": "PUT", "delete": "DELETE"}.get(self.verb, "GET")
+        return {"create": "POST", "update": "PUT", "delete": "DELETE", "deletecollection": "DELETE"}.get(
+            self.verb, "GET"
+        )
 
     @property
     def group(self) -> str:
-        return "" if self.resource == "nodes" else "resource.k8s.io"
+        first, _, rest = self.path.strip("/").partition("/")
+        return rest.split("/")[0] if first == "apis" else ""
 
     def __str__(self) -> str:
         return f"{self.verb} {self.resource}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Body = dict[str, Any]  # an object of the API, as json.loads gives it; may be changed and sent back
@@ -94,13 +94,13 @@ def is_resource_slice(item: object, *, stored: bool = True) -> bool:
     return is_object(item) and str(item["metadata"].get("resourceVersion")).isdecimal()
 
 
-def is_event(event: Body) -> bool:
-    """Whether it is an event of a ResourceSlice, or a bookmark with the version that a watch has reached."""
+def is_event(event: Body, is_item: Callable[[object], bool]) -> bool:
+    """Whether it is an event of such an item, or a bookmark with the version that a watch has reached."""
     thing = event.get("object")
     if event.get("type") == "BOOKMARK":
         metadata = thing.get("metadata") if isinstance(thing, dict) else None
         return isinstance(metadata, dict) and str(metadata.get("resourceVersion")).isdecimal()
-    return event.get("type") in ("ADDED", "MODIFIED", "DELETED") and is_resource_slice(thing)
+    return event.get("type") in ("ADDED", "MODIFIED", "DELETED") and is_item(thing)
 
 
 def _is_spec(spec: object) -> bool:

@@ -18,10 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from gpuslice.api import Watch
 from gpuslice.core.pools.backoff import CALM_S, DEFAULT_BACKOFF, Backoff, BackoffConfig, around
 from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.errors import ApiError, ConflictError, ExpiredError
-from gpuslice.kube import Kube, Watch
+from gpuslice.kube import Kube
 from gpuslice.publishing.status import Status, StatusReporter
 from gpuslice.publishing.write_state import WriteState
 from gpuslice.publishing.writer import SliceWriter

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gpuslice.answers import Call
+from gpuslice.api import Api
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.policy.rules import Policy
@@ -35,17 +37,22 @@ from hack.lib.scale.fleet import CARDS, DRIVER, REPOSITORY, name_of
 _STARTERS = 8
 
 
-class _StampedKube(Kube):
-    """A client that notes each request when it sends it."""
+class _StampedApi(Api):
+    """An API server that notes each request when it is sent."""
 
     def __init__(self, kubeconfig: Path, note: Callable[[str, str], None]) -> None:
         super().__init__(kubeconfig)
         self._note = note
 
-    def _send(self, *arguments: Any, **more: Any) -> Any:
-        call = arguments[1]
+    def _send(self, call: Call, *arguments: Any, **more: Any) -> Any:
         self._note(call.verb, call.resource)
-        return super()._send(*arguments, **more)
+        return super()._send(call, *arguments, **more)
+
+
+class _StampedKube(Kube):
+    def __init__(self, kubeconfig: Path, note: Callable[[str, str], None]) -> None:
+        super().__init__(kubeconfig)
+        self._api, self._claims = _StampedApi(kubeconfig, note), _StampedApi(kubeconfig, note)
 
 
 class _Node:
