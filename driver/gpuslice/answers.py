@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gpuslice.core import json as bodies
 from gpuslice.core.json import Body, UncheckedBody
-from gpuslice.errors import ApiError, ConflictError, ExpiredError, LastingApiError, NotFoundError
+from gpuslice.errors import ApiError, ConflictError, DisruptionError, ExpiredError, LastingApiError, NotFoundError
 
 _CHECK = "check the API server and the proxies before it"
 
@@ -48,6 +48,8 @@ def odd(server: str, what: str) -> ApiError:
 def refusal(call: Call, status: int, data: bytes) -> ApiError:
     """The error for an answer with an HTTP status of 300 or more."""
     text, body = bodies.message(data), _status(data, status)
+    if body is not None and (budget := _budget(body)):
+        return DisruptionError(budget, status)
     if status == 429:  # the API server's own answer is no Status (apiserver, filters/maxinflight.go)
         return ApiError(f"the API server is too busy for {call}: {text}; the next try may succeed", status)
     if body is None or (status == 404 and not _names(body, call)):
@@ -74,9 +76,19 @@ def _names(status: UncheckedBody, call: Call) -> bool:
     details = status.get("details")
     if not call.name or not isinstance(details, dict):
         return False
-    # A Status of the core group has no `group`.
+    # A Status of the core group has no `group`. A Status about a subresource names the resource.
     named = (details.get("group", ""), details.get("kind"), details.get("name"))
-    return named == (call.group, call.resource, call.name)
+    return named == (call.group, call.resource.partition("/")[0], call.name)
+
+
+def _budget(status: UncheckedBody) -> str:
+    """Which PodDisruptionBudget refuses an eviction, in the server's words (kubernetes, registry/core/pod/storage)."""
+    details = status.get("details")
+    causes = details.get("causes") if isinstance(details, dict) else None
+    for cause in causes if isinstance(causes, list) else ():
+        if isinstance(cause, dict) and cause.get("reason") == "DisruptionBudget":
+            return str(cause.get("message"))
+    return ""
 
 
 def _refused(call: Call, status: int, text: str) -> ApiError:

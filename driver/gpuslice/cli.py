@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gpuslice import __version__, config
-from gpuslice.commands import completion, output, texts, trouble
+from gpuslice.commands import completion, output, removal, texts, trouble
 from gpuslice.commands.parser import CommandParser, add, make, parse
 from gpuslice.commands.texts import EXIT_CODES as EXIT_CODES
-from gpuslice.errors import ApiError, ConfigError, DriverError
+from gpuslice.errors import ApiError, ConfigError, DriverError, RemovalError
 from gpuslice.playground import commands as playground
 
 
@@ -65,7 +65,15 @@ def _silence() -> None:
 
 def exit_code(error: DriverError) -> int:
     """The exit code of a command that ends with this error."""
-    return 2 if isinstance(error, ConfigError) else 4 if isinstance(error, ApiError) else 3
+    match error:
+        case RemovalError():
+            return 1
+        case ConfigError():
+            return 2
+        case ApiError():
+            return 4
+        case _:
+            return 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     commands = gpuslice.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_services(commands)
     _add_looks(commands)
+    removal.add_commands(commands)
     shell = add(commands, "completion", "print a completion script for a shell", _completion,
                 about=texts.COMPLETION, examples=texts.COMPLETION_EXAMPLES, usage="SHELL")  # fmt: skip
     shell.add_argument("shell", choices=completion.SHELLS, metavar="SHELL", help=", ".join(completion.SHELLS))

@@ -142,6 +142,17 @@ NODE_FLAGS = (
     "simulate_folder",
 )
 
+# The settings that `cleanup` needs.
+CLEANUP_FLAGS = (
+    "driver_name",
+    "kubelet_registrar_directory_path",
+    "kubelet_plugins_directory_path",
+    "cdi_root",
+    "mps_root",
+    "simulate",
+    "simulate_folder",
+)
+
 # The settings that `policy check` needs.
 POLICY_FLAGS = ("nvidia_driver_root", "driver_root_ctr_path", "simulate")
 

@@ -20,6 +20,10 @@ class ConfigError(DriverError):
     """A flag, an environment variable or a policy file is wrong. The process does not start with it."""
 
 
+class RemovalError(DriverError):
+    """The removal of the driver from the cluster stops. A person has to act, and then starts it again."""
+
+
 class DeviceError(DriverError):
     """The hardware refused a call. `code` keeps the NVML return value (nvml.h, `nvmlReturn_t`), 0 if NVML was not called."""
 
@@ -51,6 +55,10 @@ class ApiError(DriverError):
 
 class LastingApiError(ApiError):
     """An answer that stays the same until a person changes the API server, or until this process starts again."""
+
+
+class DisruptionError(ApiError):
+    """A PodDisruptionBudget does not let this pod be evicted now. A later try may succeed."""
 
 
 class NotFoundError(ApiError):

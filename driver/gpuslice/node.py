@@ -146,12 +146,25 @@ def records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]
     return found, notes if found or config.plugin_folder.exists() else (_nothing_here(config),)
 
 
+def records_folder(config: Config) -> Path | None:
+    """The folder with the records of this boot; None if no driver has run in this boot. Missing settings are those of the
+    driver that ran."""
+    return _records_folder(_as_running(config))
+
+
 def _records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:
-    folder = config.plugin_folder / "claims"
-    if not _is_folder(folder) or not _is_folder(folder := folder / hardware.boot_id(config)):
+    folder = _records_folder(config)
+    if folder is None:
         return {}, ()
     kept = Records(folder)
     return kept.records(), kept.broken()
+
+
+def _records_folder(config: Config) -> Path | None:
+    folder = config.plugin_folder / "claims"
+    if not _is_folder(folder) or not _is_folder(folder := folder / hardware.boot_id(config)):
+        return None
+    return folder
 
 
 def _is_folder(path: Path) -> bool:

@@ -140,6 +140,35 @@ examples:
   gpuslice policy check policy.yaml --simulate h100x4+l4
 """
 
+UNINSTALL = """\
+Remove the driver from the nodes of a cluster, before its objects are deleted.
+
+`helm uninstall` runs it as a Job. While a claim has a device, it removes
+nothing and says so. If the DaemonSet of the driver has the annotation
+gpuslice.dev/uninstall=evict, it evicts the pods first. The driver serves until
+no claim is prepared on any node. See docs/uninstall.md.
+"""
+
+UNINSTALL_EXAMPLES = """\
+examples:
+  helm uninstall gpuslice --namespace gpuslice-system
+  kubectl logs job/gpuslice-uninstall --namespace gpuslice-system
+"""
+
+CLEANUP = """\
+Remove what the driver left on this node: records, sockets, CDI files, folders,
+mounts, and MPS daemons of a supervisor that crashed. While a claim is prepared,
+it removes nothing. It waits for a driver that is ending.
+
+`gpuslice uninstall` runs it on each node.
+"""
+
+CLEANUP_EXAMPLES = """\
+examples:
+  gpuslice cleanup --check    wait until no claim is prepared
+  gpuslice cleanup            remove everything
+"""
+
 COMPLETION = """\
 Print a script that completes commands, flags and values in your shell.
 """

@@ -87,6 +87,17 @@ def exclusive(endpoint: Path) -> int:
     return lock
 
 
+def locks(plugin_folder: Path) -> list[Path]:
+    """The lock files of the instances in this folder. An instance holds its lock until its process ends."""
+    return sorted(path for path in plugin_folder.glob(f"*{_SUFFIX}") if _ENDPOINT.fullmatch(path.name[: -len(_SUFFIX)]))
+
+
+def registrations(registry: Path, driver: str) -> list[Path]:
+    """The registration sockets of all instances of this driver. The form for long folders is a hash, and not among them."""
+    pattern = _registration(registry, driver)
+    return sorted(path for path in registry.iterdir() if pattern.fullmatch(path.name)) if registry.is_dir() else []
+
+
 def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
     """Remove the sockets of killed instances of this driver, because the kubelet keeps each socket of its registry for ever.
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import yaml
 
 from gpuslice.core.json import Body
-from gpuslice.standin import resource_slices, tls
+from gpuslice.standin import kinds, pods, resource_slices, tls
 from gpuslice.standin.http import HttpRequest, Listener, ScriptedAnswer
 from gpuslice.standin.kinds import KINDS, RESOURCE_GROUP
+from gpuslice.standin.selectors import matching
 from gpuslice.standin.store import Event, Key, RefusalError, Store, copied
 
 TOKEN = "stand-in"
@@ -180,8 +181,14 @@ class StandInApiServer:
         if request.method == "GET" and request.path == "/version":
             minor = self.version.split(".")[1]
             return 200, {"major": "1", "minor": minor, "gitVersion": f"v{self.version}.0"}
-        resource, key, status = self._target(request)
+        if request.method == "GET" and request.path == RESOURCE_GROUP and kinds.is_served(self.version):
+            return 200, kinds.discovery(self.version)
+        resource, key, below = self._target(request)
         match request.method, key:
+            case "POST", Key("pods") if below == "eviction":
+                return 201, pods.evict(self.store, key, request.json())
+            case "DELETE", Key("pods"):
+                return 200, self._typed(resource, pods.delete(self.store, key, request.json(), dry=request.dry))
             case "GET", None:
                 return 200, self._list(resource, request)
             case "GET", Key():
@@ -190,7 +197,7 @@ class StandInApiServer:
                 body = self._create(resource, request.namespace, request.json(), dry=request.dry)
                 return 201, self._typed(resource, body)
             case "PUT", Key():
-                return 200, self._typed(resource, self._update(key, request, status=status))
+                return 200, self._typed(resource, self._update(key, request, status=below == "status"))
             case "DELETE", Key():
                 expected = request.json().get("preconditions") or {}
                 return 200, self._typed(resource, self.store.delete(key, expected, dry=request.dry))
@@ -200,18 +207,18 @@ class StandInApiServer:
                 pass
         raise RefusalError(405, "MethodNotAllowed", f"{request.method} is not served by the stand-in API server")
 
-    def _target(self, request: HttpRequest) -> tuple[str, Key | None, bool]:
-        """The resource, the object if the path names one, and whether the path means only its status."""
+    def _target(self, request: HttpRequest) -> tuple[str, Key | None, str]:
+        """The resource, and the object and the subresource if the path names them."""
         parts = request.path.strip("/").split("/")
         parts = parts[2:] if parts[0] == "api" else parts[3:]
         request.namespace = parts[1] if len(parts) > 2 and parts[0] == "namespaces" else ""
         parts = parts[2:] if request.namespace else parts
         kind = KINDS.get(parts[0]) if parts else None
         served = kind is not None and request.path.startswith(kind.prefix + "/")
-        if kind is None or not served or (kind.prefix == RESOURCE_GROUP and int(self.version.split(".")[1]) < 34):
+        if kind is None or not served or not kind.since <= int(self.version.split(".")[1]):
             raise RefusalError(404, "NotFound", "the server could not find the requested resource")
         key = Key(parts[0], request.namespace, parts[1]) if len(parts) > 1 else None
-        return parts[0], key, parts[2:] == ["status"]
+        return parts[0], key, "/".join(parts[2:])
 
     def _typed(self, resource: str, body: Body) -> Body:
         kind = KINDS[resource]
@@ -248,7 +255,7 @@ class StandInApiServer:
         return body
 
     def _list(self, resource: str, request: HttpRequest) -> Body:
-        items, version = self.store.items(resource, request.namespace, self._match(resource, request))
+        items, version = self.store.items(resource, request.namespace, matching(resource, request.query))
         after, limit = request.query.get("continue", ""), int(request.query.get("limit", "0"))
         items = [(key, body) for key, body in items if f"{key.namespace}/{key.name}" > after]
         meta = {"resourceVersion": str(version)}
@@ -262,23 +269,14 @@ class StandInApiServer:
 
     def _delete_all(self, resource: str, request: HttpRequest) -> Body:
         with self.store.changed:
-            for key, _ in self.store.items(resource, request.namespace, self._match(resource, request))[0]:
+            for key, _ in self.store.items(resource, request.namespace, matching(resource, request.query))[0]:
                 self.store.delete(key, {}, dry=request.dry)
         return self._list(resource, request)
-
-    def _match(self, resource: str, request: HttpRequest) -> Callable[[Body], bool]:
-        wanted: list[tuple[list[str], str]] = []
-        for term in filter(None, request.query.get("fieldSelector", "").split(",")):
-            field, _, value = term.partition("=")
-            if field not in KINDS[resource].fields | {"metadata.name"}:
-                raise RefusalError(400, "BadRequest", f"field label not supported: {field}")
-            wanted.append((field.split("."), value.removeprefix("=")))
-        return lambda body: all((body.get(at) or {}).get(field, "") == value for (at, field), value in wanted)
 
     def _watch(self, request: HttpRequest, stopped: Callable[[], bool]) -> Iterator[Body]:
         """Events until the time is over or the listener stops."""
         resource, _, _ = self._target(request)
-        match = self._match(resource, request)
+        match = matching(resource, request.query)
         version = request.query.get("resourceVersion", "")
         if version not in ("", "0"):
             return self._events(request, resource, match, int(version), [], stopped)

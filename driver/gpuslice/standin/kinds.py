@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpuslice.core.json import Body
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -11,6 +13,7 @@ class Kind:
     kind: str
     namespaced: bool = False
     fields: frozenset[str] = frozenset()  # field selectors besides metadata.name
+    since: int = 0  # the first minor release of Kubernetes that serves it
 
     @property
     def api_version(self) -> str:
@@ -22,13 +25,37 @@ class Kind:
 
 
 RESOURCE_GROUP = "/apis/resource.k8s.io/v1"
+_SINCE = 34
 KINDS = {
     "nodes": Kind("/api/v1", "Node"),
     "namespaces": Kind("/api/v1", "Namespace"),
     "pods": Kind("/api/v1", "Pod", True, frozenset({"spec.nodeName"})),
     "events": Kind("/api/v1", "Event", True),
-    "resourceslices": Kind(RESOURCE_GROUP, "ResourceSlice", False, frozenset({"spec.nodeName", "spec.driver"})),
-    "resourceclaims": Kind(RESOURCE_GROUP, "ResourceClaim", True),
-    "resourceclaimtemplates": Kind(RESOURCE_GROUP, "ResourceClaimTemplate", True),
-    "deviceclasses": Kind(RESOURCE_GROUP, "DeviceClass"),
+    "configmaps": Kind("/api/v1", "ConfigMap", True),
+    "daemonsets": Kind("/apis/apps/v1", "DaemonSet", True),
+    "poddisruptionbudgets": Kind("/apis/policy/v1", "PodDisruptionBudget", True),
+    "clusterroles": Kind("/apis/rbac.authorization.k8s.io/v1", "ClusterRole"),
+    "resourceslices": Kind(
+        RESOURCE_GROUP, "ResourceSlice", fields=frozenset({"spec.nodeName", "spec.driver"}), since=_SINCE
+    ),
+    "resourceclaims": Kind(RESOURCE_GROUP, "ResourceClaim", True, since=_SINCE),
+    "resourceclaimtemplates": Kind(RESOURCE_GROUP, "ResourceClaimTemplate", True, since=_SINCE),
+    "deviceclasses": Kind(RESOURCE_GROUP, "DeviceClass", since=_SINCE),
+    "devicetaintrules": Kind(RESOURCE_GROUP, "DeviceTaintRule", since=37),
 }
+
+
+def is_served(version: str) -> bool:
+    """Whether this version has resource.k8s.io/v1."""
+    return int(version.split(".")[1]) >= _SINCE
+
+
+def discovery(version: str) -> Body:
+    """The resources of resource.k8s.io/v1, as discovery lists them."""
+    served = [
+        {"name": name, "kind": kind.kind, "namespaced": kind.namespaced, "verbs": ["create", "delete", "get", "list"]}
+        for name, kind in KINDS.items()
+        if kind.prefix == RESOURCE_GROUP and kind.since <= int(version.split(".")[1])
+    ]
+    group = RESOURCE_GROUP.removeprefix("/apis/")
+    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group, "resources": served}

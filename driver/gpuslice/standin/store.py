@@ -151,6 +151,16 @@ class Store:
                 return self._put("delete", "MODIFIED", key, old | {"metadata": meta})
             return self._remove(key, old)
 
+    def mark(self, key: Key, metadata: Body) -> Body:
+        """Add to the metadata of an object, as only the server itself does it."""
+        with self.changed:
+            old = self.get(key)
+            return self._put("delete", "MODIFIED", key, old | {"metadata": old["metadata"] | metadata})
+
+    def expect(self, key: Key, expected: Body) -> None:
+        """409 if the object has another resourceVersion or uid."""
+        _expect(key, self.get(key), expected)
+
     def since(self, version: int, resource: str, namespace: str, match: Predicate) -> Iterator[Event]:
         """Events after a version. 410 if the history does not reach back to it."""
         with self.changed:
