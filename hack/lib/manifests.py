@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "chart"
 SUMS = CHART / "manifests.sha256"
+# What is applied on its own, and not with `kubectl apply -f deploy/`: a folder of deploy/ for each.
+APART = {"uninstall.yaml": "uninstall"}
+_HELM = re.compile(r"^.* # Helm\n", re.MULTILINE)  # a line that only Helm reads
 _SOURCE = re.compile(r"^---\n# Source: gpuslice/templates/(\S+)\n", re.MULTILINE)
 
 
@@ -36,7 +39,9 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(arguments)
     out = asked.out.resolve()
     for name, text in render(asked.values, asked.namespace, asked.helm).items():
-        (out / name).write_text(text, encoding="utf-8")
+        folder = out / APART.get(name, "")
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(_HELM.sub("", text), encoding="utf-8")
     if out == DEPLOY:
         SUMS.write_text(sums(), encoding="utf-8")
 
@@ -63,12 +68,17 @@ def _helm(major: str, *arguments: str) -> str:
     return done.stdout
 
 
+def manifests(folder: Path) -> list[Path]:
+    """The manifests below deploy/, or below another folder that was given as --out."""
+    return [*sorted(folder.glob("*.yaml")), *(path for apart in APART.values() for path in sorted((folder / apart).glob("*")))]
+
+
 def sums() -> str:
     """One line for each file, as `sha256sum` writes it in deploy/: first the chart, then the manifests."""
     sources = [path for path in CHART.rglob("*") if path.is_file() and path != SUMS]
     lines = (
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(DEPLOY)}\n"
-        for path in (*sorted(sources), *sorted(DEPLOY.glob("*.yaml")))
+        for path in (*sorted(sources), *manifests(DEPLOY))
     )
     return "".join(lines)
 

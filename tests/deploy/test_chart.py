@@ -27,6 +27,7 @@ from gpuslice.core.policy.rules import Policy
 
 from hack.lib.cluster.binaries import helm
 from hack.lib.cluster.versions import HELMS
+from hack.lib.manifests import manifests as manifest_files
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -81,7 +82,7 @@ def _rendered(values: str, *flags: str) -> dict[str, str]:
         file.write_text(values, encoding="utf-8")
         made = manifests(out, "--values", str(file), *flags)
         assert made.returncode == 0, made.stderr
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(out.glob("*.yaml"))}
+        return {path.name: path.read_text(encoding="utf-8") for path in manifest_files(out)}
 
 
 def rendered(values: dict[str, Any], *flags: str) -> list[dict[str, Any]]:
@@ -124,7 +125,7 @@ def test_neither_the_chart_nor_the_manifests_were_changed_without_the_other() ->
 
     found = {
         str(path.relative_to(DEPLOY)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (*files, *DEPLOY.glob("*.yaml"))
+        for path in (*files, *manifest_files(DEPLOY))
     }
 
     assert found == noted, AGAIN
@@ -135,9 +136,10 @@ def test_the_manifests_are_what_the_chart_renders(tmp_path: Path, major: str) ->
     made = manifests(tmp_path, "--helm", major)
 
     assert made.returncode == 0, made.stderr
-    kept = {path.name: path.read_text(encoding="utf-8") for path in DEPLOY.glob("*.yaml")}
-    del kept["namespace.yaml"]  # there before Helm is
-    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == kept, AGAIN
+    kept = {path.relative_to(DEPLOY): path.read_text(encoding="utf-8") for path in manifest_files(DEPLOY)}
+    del kept[Path("namespace.yaml")]  # there before Helm is
+    found = {path.relative_to(tmp_path): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.yaml")}
+    assert found == kept, AGAIN
 
 
 def test_the_manifests_of_deploy_are_never_made_with_other_values(tmp_path: Path) -> None:
@@ -320,7 +322,7 @@ def test_the_image_is_of_the_registry_that_is_named() -> None:
 
 
 def test_the_policy_arrives_as_it_was_written_and_replaces_the_pods() -> None:
-    (body,) = (body for body in rendered(EVERYTHING) if body["kind"] == "ConfigMap")
+    (body,) = (body for body in rendered(EVERYTHING) if body["metadata"]["name"] == "gpuslice-policy")
     noted = [
         pod(DRIVER, {"policy": text})["metadata"].get("annotations") for text in ("", POLICY, POLICY + "gpus: []\n")
     ]

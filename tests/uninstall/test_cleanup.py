@@ -25,9 +25,9 @@ SHARE = Request(name="share", driver=DRIVER, where={"type": "mps", "index": 1}, 
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[StandInCluster]:
-    async with StandInCluster(tmp_path, CARDS) as cluster:
-        cluster.mps = tmp_path / "gpuslice" / "mps"
+async def cluster(short: Path) -> AsyncIterator[StandInCluster]:
+    async with StandInCluster(short, CARDS) as cluster:
+        cluster.mps = short / "gpuslice" / "mps"
         cluster.mps.parent.mkdir()
         yield cluster
 
@@ -50,7 +50,7 @@ def everything(cluster: StandInCluster) -> list[str]:
 
 async def used(cluster: StandInCluster) -> None:
     """A driver and a supervisor have served claims of every kind, and have ended."""
-    driver, supervisor = await cluster.start(), await cluster.supervise()
+    supervisor, driver = await cluster.supervise(), await cluster.start()
     claims = [
         cluster.claim("part", PART),
         cluster.claim("share", SHARE),
@@ -109,7 +109,7 @@ def test_a_node_without_any_folder_is_clean(tmp_path: Path) -> None:
 
 
 async def test_what_a_killed_driver_and_supervisor_leave_goes_too(cluster: StandInCluster) -> None:
-    driver, supervisor = await cluster.start(), await cluster.supervise()
+    supervisor, driver = await cluster.supervise(), await cluster.start()
     ref = cluster.claim("share", SHARE)
     await cluster.run(ref)
     (record,) = (cluster.plugins / "gpuslice.dev" / "claims").rglob("*.json")
@@ -226,25 +226,20 @@ async def test_the_clean_up_waits_for_a_driver_that_ends(cluster: StandInCluster
 
 async def test_the_clean_up_waits_for_a_supervisor_that_ends(cluster: StandInCluster) -> None:
     supervisor = await cluster.supervise()
-    said: list[str] = []
-    waits = threading.Event()
-    thread = threading.Thread(
-        target=cleanup.clean, args=(config(cluster), lambda text: (said.append(text), waits.set()))
-    )
-    thread.start()
-    assert waits.wait(20)
+    cleaning = Cleaning(config(cluster))
+    await cleaning.says_something()
 
     await supervisor.terminate()
 
-    thread.join(30)
+    said = await cleaning.ends()
     assert said[0] == f"waiting for the end of the process that holds {cluster.mps}/supervisor.lock"
     assert not cluster.mps.exists()
 
 
 async def test_a_driver_that_is_installed_again_adopts_what_is_left(cluster: StandInCluster) -> None:
     """The repair after `helm uninstall --no-hooks`: the kubelet tries its unprepare again and again."""
-    first = await cluster.start("--pod-uid", "11111111-1111-1111-1111-111111111111")
     supervisor = await cluster.supervise()
+    first = await cluster.start("--pod-uid", "11111111-1111-1111-1111-111111111111")
     refs = [
         cluster.claim("part", PART),
         cluster.claim("share", SHARE),

@@ -9,6 +9,14 @@ imagePullPolicy: {{ . }}
 {{- end }}
 
 {{- define "gpuslice.where" -}}
+{{ include "gpuslice.nodes" . }}
+{{- with .Values.tolerations }}
+tolerations:
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "gpuslice.nodes" -}}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
 {{ toYaml . }}
@@ -22,10 +30,6 @@ nodeSelector:
 affinity: # the default: any label of Node Feature Discovery or GPU Feature Discovery
 {{ toYaml . | indent 2 }}
 {{- end }}
-{{- end }}
-{{- with .Values.tolerations }}
-tolerations:
-{{ toYaml . }}
 {{- end }}
 {{- end }}
 
