@@ -70,7 +70,10 @@ def _helm(major: str, *arguments: str) -> str:
 
 def manifests(folder: Path) -> list[Path]:
     """The manifests below deploy/, or below another folder that was given as --out."""
-    return [*sorted(folder.glob("*.yaml")), *(path for apart in APART.values() for path in sorted((folder / apart).glob("*")))]
+    return [
+        *sorted(folder.glob("*.yaml")),
+        *(path for apart in APART.values() for path in sorted((folder / apart).glob("*"))),
+    ]
 
 
 def sums() -> str:
