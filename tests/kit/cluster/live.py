@@ -61,6 +61,11 @@ class Cluster:
     def process(self, part: str) -> int:
         return int(_call([*HACK_CLUSTER, "status", "--pid", part]))
 
+    @property
+    def outlives(self) -> int:
+        """The process id of a part that also outlives a reboot of the node. It has the node's namespaces."""
+        return int(self.facts["processes"]["etcd"])
+
     # ------------------------------------------------------------ examples
 
     def run_as_it_is(self, example: str) -> list[str]:
@@ -191,7 +196,7 @@ class Cluster:
     def _mps(self) -> Path:
         """Where the supervisor is: of an installed one, its folder below the node's /run, which only the node sees."""
         if self.facts["installed"]:
-            return Path(f"/proc/{self.facts['processes']['kubelet']}/root/run/gpuslice/mps")
+            return Path(f"/proc/{self.outlives}/root/run/gpuslice/mps")
         return self.folder / "mps"
 
     def cdi_files(self) -> list[str]:

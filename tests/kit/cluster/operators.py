@@ -121,5 +121,4 @@ def mps_client(cluster: Cluster, pod: str) -> StandInProgram:
     The image of the pods has no Python, so the program runs on the node, with the share's pipe directory.
     """
     said = cluster.kubectl("exec", pod, "--", "sh", "-c", "echo $CUDA_MPS_PIPE_DIRECTORY").strip()
-    target = str(cluster.facts["processes"]["kubelet"])
-    return StandInProgram(Path(said), inside=["nsenter", "--target", target, "--mount", "--pid"])
+    return StandInProgram(Path(said), inside=["nsenter", "--target", str(cluster.outlives), "--mount", "--pid"])
