@@ -71,6 +71,12 @@ def test_every_file_is_what_the_api_server_accepts(path: Path, version: str) -> 
         kubernetes_validate.validate(body, version, strict=True)
 
 
+@pytest.mark.parametrize("path", sorted((DEPLOY / "examples/operator").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_file_for_operators_is_what_the_newest_api_server_accepts(path: Path) -> None:
+    for body in documents(path):
+        kubernetes_validate.validate(body, "1.37", strict=True)
+
+
 def test_the_daemonset_runs_as_the_account_that_has_the_rights() -> None:
     account = only("ServiceAccount")["metadata"]
     binding = only("ClusterRoleBinding")

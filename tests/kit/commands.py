@@ -28,7 +28,7 @@ from tests.kit.markdown import ROOT
 
 OURS = re.compile(r"((sudo|\w+=\S*) +)*(\.venv/bin/)?(hack/\w+|gpuslice|python3? -m \S+|kubectl|helm)( |$)")
 _VERBS = {"annotate", "apply", "cordon", "create", "delete", "describe", "drain", "events", "exec", "explain", "get",
-          "label", "logs", "port-forward", "rollout", "scale", "taint", "uncordon", "version", "wait"}  # fmt: skip
+          "label", "logs", "patch", "port-forward", "rollout", "scale", "taint", "uncordon", "version", "wait"}  # fmt: skip
 _NOTE = re.compile(r"( {3,}[^-\s].*|\s#\s.*)$")  # the note of a page behind a line
 
 _LEFT_OUT = re.compile("arguments are required: |expected one argument")
@@ -38,17 +38,18 @@ Words = Sequence[str]
 
 def commands(text: str) -> Iterator[str]:
     """The command lines of a block of code that start one of our programs, kubectl or helm."""
-    yield from (command for command in _parts(text) if OURS.match(command))
+    yield from (command for command in lines(text) if OURS.match(command))
 
 
 def others(text: str) -> Iterator[str]:
     """The other command lines of a block with such a line. Lines after an empty line are output."""
-    parts = [*_parts(text.partition("\n\n")[0])]
+    parts = [*lines(text.partition("\n\n")[0])]
     if any(map(OURS.match, parts)):
         yield from (command for command in parts if not OURS.match(command))
 
 
-def _parts(text: str) -> Iterator[str]:
+def lines(text: str) -> Iterator[str]:
+    """Every command of a block, also those behind `&&` and `|`, without comments."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         for part in re.split(r"&&|;|\|", _NOTE.sub("", line)):
             command = part.removeprefix("$ ").strip().removesuffix("&").strip()
@@ -157,7 +158,9 @@ def _kubectl(arguments: Words) -> None:
 
 def _helm(arguments: Words) -> None:
     verb, *rest = arguments or ["version"]
-    assert verb in ("install", "upgrade", "uninstall", "version", "template"), f"helm {verb} is not known to this test"
+    assert verb in ("install", "upgrade", "rollback", "uninstall", "version", "template"), (
+        f"helm {verb} is not known to this test"
+    )
     if verb in ("install", "upgrade", "template") and rest:
         assert any((ROOT / word / "Chart.yaml").is_file() for word in rest), f"none of {rest} is a chart"
     set_values(rest)

@@ -335,6 +335,60 @@ def test_a_partition_that_the_kernel_cannot_have_is_refused(node: Path) -> None:
         host_of(node).nodes(1, gi=99, ci=0)
 
 
+# ---------------------------------------------------------------- links of device nodes
+
+CAP = "nvidia-caps/nvidia-cap147"
+NODES = {"nvidiactl": "195:255", "nvidia-uvm": "508:0", "nvidia-uvm-tools": "508:1", "nvidia-modeset": "195:254"}
+NODES |= {"nvidia0": "195:0", "nvidia1": "195:1", CAP: "236:147"}
+
+
+def a_node_with_devices(node: Path, *without: str) -> RealHost:
+    """With all kinds of device nodes, a hook, and links for all nodes but these."""
+    write(node / "root/usr/bin/nvidia-cdi-hook")
+    write(node / "dev/char/1:3")
+    for name, numbers in NODES.items():
+        write(node / "dev" / name)
+        link = node / "dev/char" / numbers
+        link.symlink_to(f"../{name}" if name not in without else "../gone")
+    return host_of(node)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_device_node_without_its_link_is_told_at_start(node: Path, name: str) -> None:
+    """A link into nothing is none: runc asks whether the path exists."""
+    (sentence,) = a_node_with_devices(node, name).advice()
+
+    assert sentence.startswith(f"no link in /dev/char for /dev/{name}: ")
+    assert "nvidia-ctk system create-dev-char-symlinks --create-all" in sentence
+
+
+def test_the_sentence_about_links_names_three_and_counts_the_others(node: Path) -> None:
+    (sentence,) = a_node_with_devices(node, *NODES).advice()
+
+    assert "for /dev/nvidiactl, /dev/nvidia-uvm, /dev/nvidia-uvm-tools and 4 more: " in sentence
+
+
+def test_where_all_links_are_there_nothing_is_told(node: Path) -> None:
+    assert a_node_with_devices(node).advice() == ()
+
+
+def test_other_devices_of_nvidia_need_no_link(node: Path) -> None:
+    write(node / "root/usr/bin/nvidia-cdi-hook")
+    for other in ("nvidia-nvswitchctl", "nvidia0.old", "nvidia-caps-imex-channels"):
+        write(node / "dev" / other)
+
+    assert host_of(node).advice() == ()
+
+
+def test_cards_are_told_where_nvidia_uvm_is_not_loaded(node: Path) -> None:
+    host = a_node_with_devices(node, "nvidia0")
+    write(node / "proc/devices", "Character devices:\n195 nvidia\n236 nvidia-caps\n")
+
+    (sentence,) = host.advice()
+
+    assert "for /dev/nvidia0: " in sentence
+
+
 # ---------------------------------------------------------------- boot and place
 
 

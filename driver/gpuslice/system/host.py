@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -50,7 +50,7 @@ class Host(Protocol):
         """
 
     def advice(self) -> tuple[str, ...]:
-        """One sentence for each program that the node lacks and that would help. The driver logs them at its start."""
+        """One sentence for each thing that the node lacks and that would help. The driver logs them at its start."""
 
 
 class RealHost:
@@ -100,12 +100,19 @@ class RealHost:
         return ContainerEdits(nodes=self._control_nodes(), mounts=tuple(mounts), env=env)
 
     def advice(self) -> tuple[str, ...]:
-        if self._given_hook is not None or self._hook() is not None:
-            return ()
-        return (
-            "nvidia-cdi-hook was not found, so containers find the NVIDIA libraries by LD_LIBRARY_PATH, which an image "
-            "may override; install the NVIDIA container toolkit on the node or name the hook's path",
-        )
+        found = []
+        if self._given_hook is None and self._hook() is None:
+            found.append(
+                "nvidia-cdi-hook was not found, so containers find the NVIDIA libraries by LD_LIBRARY_PATH, which an image "
+                "may override; install the NVIDIA container toolkit on the node or name the hook's path"
+            )
+        if missing := self._without_link():
+            found.append(
+                f"no link in /dev/char for {_some(missing)}: with runc 1.1.3 to 1.1.6, or systemd older than 240, running "
+                "containers lose these devices at each `systemctl daemon-reload`; update runc, or run `nvidia-ctk system "
+                "create-dev-char-symlinks --create-all` on the node after each boot"
+            )
+        return tuple(found)
 
     # ---------------------------------------------------------------- device numbers
 
@@ -144,6 +151,24 @@ class RealHost:
                 )
                 return DeviceNode(f"/dev/nvidia-caps/nvidia-cap{int(number)}", major, int(number))
         raise DeviceError(f"capability {name} is not in {table}; check that the loaded NVIDIA driver supports MIG")
+
+    def _without_link(self) -> list[str]:
+        """Device nodes for containers without the link /dev/char/<major>:<minor>, by which runc names a device for systemd.
+        udev makes these links, but it does not know NVIDIA's devices (opencontainers/runc issue 3671, NVIDIA/nvidia-docker
+        issue 1730). The driver does not make them, because it leaves nothing on a node when it is removed."""
+        links = self._dev / "char"
+        return [node.path for node in self._present() if not (links / f"{node.major}:{node.minor}").exists()]
+
+    def _present(self) -> Iterator[DeviceNode]:
+        """The device nodes for containers that are on the node now, in the order of their numbers."""
+        with contextlib.suppress(DeviceError):  # nvidia-uvm is not loaded; the first claim says so
+            yield from (node for node in self._control_nodes() if (self._dev / node.path[5:]).exists())
+        yield from (DeviceNode(f"/dev/nvidia{minor}", _GPU_MAJOR, minor) for minor in _minors(self._dev, "nvidia"))
+        caps = self._dev / "nvidia-caps"
+        if minors := _minors(caps, "nvidia-cap"):
+            with contextlib.suppress(DeviceError):
+                major = self._major("nvidia-caps", "")
+                yield from (DeviceNode(f"/dev/nvidia-caps/nvidia-cap{minor}", major, minor) for minor in minors)
 
     # ---------------------------------------------------------------- files of the driver
 
@@ -214,6 +239,19 @@ def _pcie_root(device: Path, sys: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return parts[0] if parts[0].startswith("pci") and parts[-1] == device.name else None
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _minors(folder: Path, name: str) -> list[int]:
+    """The numbers of the files `name`<number> in a folder."""
+    return sorted(
+        int(path.name[len(name) :]) for path in folder.glob(f"{name}[0-9]*") if path.name[len(name) :].isdigit()
+    )
 
 
 def _text(path: Path) -> str:

@@ -114,7 +114,7 @@ class StateFolder:
             held = self._cache.get(index)
             if held is not None and held[0] == key:
                 return held[1]
-            state = _decode(json.loads(journal.last(path.read_bytes())))
+            state = _decode(json.loads(_last(path.read_bytes())))
         except (OSError, ValueError, LookupError, TypeError) as e:
             raise StateError(
                 f"{path} does not describe a simulated GPU ({e}); remove its folder to make a new node"
@@ -146,6 +146,11 @@ class StateFolder:
 
     def new_boot(self) -> None:
         write_atomic(self.path / "boot_id", f"{uuid.uuid4()}\n", mode=0o644)
+
+
+def _last(data: bytes) -> bytes:
+    """The last state. 0.1.0 wrote one state without the end of its line, and whole."""
+    return journal.last(data) if b"\n" in data else data
 
 
 def _encode(state: GpuState) -> str:

@@ -1,0 +1,47 @@
+"""What the pages for operators say: their commands run as they are, and a user sees the sentences that they quote."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from tests.kit import pages
+from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.trouble import wait_cleared, wait_deleted, wait_logged, without
+from tests.kit.markdown import ROOT
+
+
+def test_the_commands_of_the_pages_run_as_they_are(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the pages name files of the repository
+    pod = cluster.apply("time-slice-share")
+    cluster.runs(pod)
+    (claim,) = (body["metadata"]["name"] for body in cluster.get("resourceclaims"))
+    names = {"POD": pod, "CLAIM": claim, "NODE": "node1"}
+
+    for command in (command for command, test in pages.RUN.items() if test == pages.AS_THEY_ARE):
+        if "drain" in command:
+            cluster.delete(pod)  # no controller has made it, and drain refuses such pods
+        program, *words = shlex.split(command)
+        assert program == "kubectl"
+        cluster.kubectl(*(names.get(word, word) for word in words))
+
+
+def test_without_a_driver_a_new_pod_says_so_and_an_old_one_stays_in_terminating_until_it_is_back(
+    cluster: Cluster,
+) -> None:
+    cluster.runs(cluster.apply("mig-profile", name="old"))
+    begin = (cluster.folder / "log/kubelet.log").stat().st_size
+
+    with without("driver"):
+        cluster.apply("mig-profile", name="new")
+        said = cluster.event("new", "FailedPrepareDynamicResources", "DRA driver gpuslice.dev is not registered")
+        cluster.kubectl("delete", "pod", "old", "--grace-period=1", "--wait=false")
+        wait_logged(cluster.folder / "log/kubelet.log", "failed to unprepare dynamic resources", begin)
+        assert "old" in cluster.allocated()
+
+    assert said
+    wait_deleted(cluster, "old")
+    cluster.runs("new")
+    cluster.delete("new")
+    wait_cleared(cluster)

@@ -1,0 +1,90 @@
+"""The commands on the pages for operators, and which test runs each of them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.kit import commands, markdown
+from tests.kit.markdown import ROOT
+
+PAGES = [
+    path
+    for name in ("install", "upgrade", "uninstall", "troubleshooting")
+    if (path := ROOT / f"docs/{name}.md").exists()
+]
+NOT_RUN = "## What of this page was not run"
+
+AS_THEY_ARE = "tests/e2e/test_pages.py::test_the_commands_of_the_pages_run_as_they_are"
+_RULE = "tests/e2e/test_out_of_service.py::"
+_COUNTED = f"{_RULE}test_a_rule_without_effect_counts_the_pods_that_would_be_evicted"
+_EVICTED = f"{_RULE}test_pods_of_a_card_out_of_service_are_evicted_and_new_ones_get_the_other_card_until_the_rule_goes"
+_KEPT = f"{_RULE}test_without_new_claims_the_pods_of_the_card_run_on"
+_ON_THE_NODE = "tests/e2e/test_sharing.py::test_the_commands_of_the_driver_show_on_the_node_who_holds_what"
+_OURS = "--field-selector spec.driver=gpuslice.dev"
+_PATCH = "kubectl patch devicetaintrule card-out-of-service --type=merge -p "
+
+# Each command of the pages that a test runs, and the test. AS_THEY_ARE runs its commands in this order.
+RUN = {
+    "kubectl apply -f deploy/namespace.yaml": AS_THEY_ARE,
+    "kubectl get pods -n gpuslice-system -o wide": AS_THEY_ARE,
+    f"kubectl get resourceslices {_OURS}": AS_THEY_ARE,
+    f"kubectl get resourceslices {_OURS} -o jsonpath='{{range .items[*].spec.devices[*].taints[*]}}"
+    '{.key}={.value}{"\\n"}{end}\'': AS_THEY_ARE,
+    "kubectl get pod POD": AS_THEY_ARE,
+    "kubectl describe pod POD": AS_THEY_ARE,
+    "kubectl get resourceclaims": AS_THEY_ARE,
+    "kubectl get resourceclaim CLAIM -o yaml": AS_THEY_ARE,
+    "kubectl apply -f deploy/examples/whole-gpu.yaml": AS_THEY_ARE,
+    "kubectl wait --for=jsonpath='{.status.phase}'=Succeeded pod/whole-gpu --timeout=2m": AS_THEY_ARE,
+    "kubectl logs whole-gpu": AS_THEY_ARE,
+    "kubectl delete -f deploy/examples/whole-gpu.yaml": AS_THEY_ARE,
+    "kubectl drain NODE --ignore-daemonsets --delete-emptydir-data": AS_THEY_ARE,
+    "kubectl uncordon NODE": AS_THEY_ARE,
+    "hack/image": "tests/deploy/test_image.py::test_the_command_of_the_image_starts",
+    "gpuslice devices": _ON_THE_NODE,
+    "gpuslice claims": _ON_THE_NODE,
+    "kubectl apply -f deploy/examples/operator/card-out-of-service.yaml": _COUNTED,
+    "kubectl get devicetaintrule card-out-of-service -o jsonpath='{.status.conditions[*].message}'": _COUNTED,
+    f'{_PATCH}\'{{"spec":{{"taint":{{"effect":"NoSchedule"}}}}}}\'': _KEPT,
+    f'{_PATCH}\'{{"spec":{{"taint":{{"effect":"NoExecute"}}}}}}\'': _EVICTED,
+    "kubectl delete devicetaintrule card-out-of-service": _EVICTED,
+}
+
+_FILTERS = ("grep", "sort", "uniq")  # behind a pipe of a command
+
+
+def found(page: Path) -> Iterator[tuple[str, str]]:
+    """(place, command) of every command in a block, and of every one that a sentence names."""
+    for block in before_the_table(page):
+        for command in commands.lines(block.text.partition("\n\n")[0]):
+            if not command.startswith(_FILTERS):
+                yield str(block), re.sub(" +", " ", command)
+    last = end(page)
+    for number, span in markdown.spans(page):
+        if number < last:
+            yield from ((f"{markdown.name(page)}:{number}", command) for command in commands.commands(span))
+
+
+def before_the_table(page: Path) -> Iterator[markdown.CodeBlock]:
+    return itertools.takewhile(lambda block: block.line < end(page), markdown.blocks(page))
+
+
+def end(page: Path) -> int:
+    """The line where the table of what is not run begins."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return lines.index(NOT_RUN) + 1 if NOT_RUN in lines else len(lines) + 1
+
+
+def not_run(page: Path) -> dict[str, str]:
+    """Each command of the page's own table, and why no test runs it."""
+    rows = "\n".join(page.read_text(encoding="utf-8").splitlines()[end(page) :])
+    return dict(re.findall(r"^\| `([^`]+)` \| ([^|]+) \|$", rows, re.MULTILINE))
+
+
+def fits(pattern: str, command: str) -> bool:
+    """Whether a command is the one of a table. Either of them may be shortened: by … at its end, or in a sentence."""
+    start, shortened, _ = pattern.partition("…")
+    return command == pattern or (bool(shortened) and command.startswith(start.rstrip()))
