@@ -45,6 +45,13 @@ def run(cluster: Cluster, *modes: str) -> Running:
     return Running.of(cluster, modes)
 
 
+def uninstall(*more: str) -> str:
+    """Uninstall; what Helm prints of the hook's log."""
+    done = run_helm("uninstall", RELEASE, *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 def use(cluster: Cluster, *modes: str) -> None:
     """Pods of these modes have run and have ended."""
     run(cluster, *modes)
@@ -57,7 +64,7 @@ def test_an_idle_driver_leaves_nothing_on_the_node_and_in_the_api(cluster: Clust
     assert any(name.startswith("file") for name in left(cluster))
     assert any(name.startswith("process") for name in left(cluster))
 
-    said = helm("uninstall", RELEASE)
+    said = uninstall()
 
     nothing_within(cluster)
     assert "no claim has a device, and no node has a prepared claim" in said
@@ -93,7 +100,7 @@ def test_after_a_refusal_it_can_be_uninstalled_when_the_pods_are_gone(cluster: C
     cluster.delete("mig")
     cluster.kubectl("delete", "resourceclaimtemplates", "--all")
 
-    helm("uninstall", RELEASE)
+    uninstall()
 
     nothing_within(cluster)
 
@@ -104,7 +111,7 @@ def test_by_force_pods_of_all_modes_are_evicted_and_nothing_is_left(cluster: Clu
     annotation = "gpuslice.dev/uninstall=evict"
     cluster.kubectl("annotate", "daemonset/gpuslice", _HERE, annotation, "--overwrite")
 
-    said = helm("uninstall", RELEASE)
+    said = uninstall()
 
     assert "evicted pod default/mig" in said
     assert cluster.get("pods", "--namespace=default") == []
@@ -115,7 +122,7 @@ def test_by_force_pods_of_all_modes_are_evicted_and_nothing_is_left(cluster: Clu
 
 def test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again(cluster: Cluster) -> None:
     run(cluster, "mig", "mps")
-    helm("uninstall", RELEASE, "--no-hooks", "--wait")
+    uninstall("--no-hooks", "--wait")
     cluster.kubectl("delete", "pod", "mig", "mps", "--wait=false", "--grace-period=1")
     cluster.event("mig", "FailedKillPod", contains="gpuslice.dev")
     assert len(cluster.get("pods", "--namespace=default")) == 2
@@ -127,7 +134,7 @@ def test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again(cluster
 
 
 def test_without_helm_the_same_job_is_applied_and_waited_for(cluster: Cluster, tmp_path: Path) -> None:
-    helm("uninstall", RELEASE)
+    uninstall()
     for name, text in render(cluster.folder / "values.json", NAMESPACE, "3").items():
         (tmp_path / ("uninstall" if name == "uninstall.yaml" else "")).mkdir(exist_ok=True)
         (tmp_path / ("uninstall" if name == "uninstall.yaml" else "") / name).write_text(text)
