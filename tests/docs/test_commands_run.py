@@ -40,7 +40,9 @@ def test_what_a_test_runs_is_on_a_page_and_the_test_is_there() -> None:
         path, _, name = test.partition("::")
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         assert command in commands, f"no page has {command}"
-        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, test
+        assert name in {
+            node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }, test
 
 
 def test_a_command_that_nobody_runs_is_found() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -86,8 +87,10 @@ def test_with_a_pod_that_has_a_claim_it_is_refused_and_can_be_upgraded_again(clu
     # Helm has marked the release as uninstalling before the hook ran.
     blocked = run_helm("upgrade", RELEASE, str(CHART), "--reuse-values")
     assert "has no deployed releases" in blocked.stderr
+    history = json.loads(helm("history", RELEASE, "--output=json"))
     command = re.search(r"to keep the release instead, run: (helm .*)", seen)
     assert command is not None
+    assert command[1] == f"helm rollback gpuslice {history[-1]['revision']} --namespace gpuslice-system"
     assert run_helm(*shlex.split(command[1])[1:]).returncode == 0
     helm("upgrade", RELEASE, str(CHART), "--reuse-values", "--wait", "--timeout=120s")
     assert running.undisturbed()

@@ -23,6 +23,13 @@ _COUNTED = f"{_RULE}test_a_rule_without_effect_counts_the_pods_that_would_be_evi
 _EVICTED = f"{_RULE}test_pods_of_a_card_out_of_service_are_evicted_and_new_ones_get_the_other_card_until_the_rule_goes"
 _KEPT = f"{_RULE}test_without_new_claims_the_pods_of_the_card_run_on"
 _ON_THE_NODE = "tests/e2e/test_sharing.py::test_the_commands_of_the_driver_show_on_the_node_who_holds_what"
+_REMOVED = "tests/e2e/test_uninstall.py::"
+_IDLE = f"{_REMOVED}test_an_idle_driver_leaves_nothing_on_the_node_and_in_the_api"
+_REFUSED = f"{_REMOVED}test_with_a_pod_that_has_a_claim_it_is_refused_and_can_be_upgraded_again"
+_FORCED = f"{_REMOVED}test_by_force_pods_of_all_modes_are_evicted_and_nothing_is_left"
+_WITHOUT_HELM = f"{_REMOVED}test_without_helm_the_same_job_is_applied_and_waited_for"
+_GONE = f"{_REMOVED}test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again"
+_NAMESPACE = "--namespace gpuslice-system"
 _OURS = "--field-selector spec.driver=gpuslice.dev"
 _PATCH = "kubectl patch devicetaintrule card-out-of-service --type=merge -p "
 
@@ -43,6 +50,16 @@ RUN = {
     "kubectl delete -f deploy/examples/whole-gpu.yaml": AS_THEY_ARE,
     "kubectl drain NODE --ignore-daemonsets --delete-emptydir-data": AS_THEY_ARE,
     "kubectl uncordon NODE": AS_THEY_ARE,
+    f"helm uninstall gpuslice {_NAMESPACE}": _IDLE,
+    f"helm uninstall gpuslice {_NAMESPACE} --no-hooks": _GONE,
+    f"helm rollback gpuslice REVISION {_NAMESPACE}": _REFUSED,
+    f"kubectl logs job/gpuslice-uninstall {_NAMESPACE}": _REFUSED,
+    f"kubectl annotate daemonset/gpuslice {_NAMESPACE} gpuslice.dev/uninstall=evict --overwrite": _FORCED,
+    "kubectl apply -f deploy/uninstall": _WITHOUT_HELM,
+    f"kubectl wait --for=condition=Complete job/gpuslice-uninstall {_NAMESPACE} --timeout=5m": _WITHOUT_HELM,
+    "kubectl delete -f deploy/uninstall -f deploy": _WITHOUT_HELM,
+    "kubectl delete -f deploy": _WITHOUT_HELM,
+    "gpuslice cleanup": "tests/uninstall/test_cleanup.py::test_the_command_says_what_it_removed_or_why_not",
     "hack/image": "tests/deploy/test_image.py::test_the_command_of_the_image_starts",
     "gpuslice devices": _ON_THE_NODE,
     "gpuslice claims": _ON_THE_NODE,

@@ -3,6 +3,7 @@ are deallocated, and what belongs to a deleted object is deleted."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -67,7 +68,8 @@ class Workloads:
         body = {"metadata": {"name": pod, "labels": labels or {}}, "spec": {"nodeName": node}}
         made = self.api.create("pods", body, "default")
         term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]}
-        claim = self.api.create("resourceclaims", {"metadata": {"name": f"{pod}-gpu"}, "spec": {}}, "default")
+        self.api.create("resourceclaims", {"metadata": {"name": f"{pod}-gpu"}, "spec": {}}, "default")
+        claim = self.api.get("resourceclaims", f"{pod}-gpu", "default")
         result = {"request": "gpu", "driver": driver, "pool": f"{node}/1", "device": "gpu"}
         claim["status"] = {
             "allocation": {"devices": {"results": [result]}, "nodeSelector": {"nodeSelectorTerms": [term]}},
@@ -152,10 +154,9 @@ class Workloads:
                 "metadata": {"name": name, "labels": labels, "ownerReferences": [owner]},
                 "spec": {**template["spec"], "nodeName": node},
             }
-            try:
-                pod = self.api.get("pods", name, meta["namespace"])
-            except RefusalError:
-                pod = self.api.create("pods", body, meta["namespace"])
+            with contextlib.suppress(RefusalError):  # it is there
+                self.api.create("pods", body, meta["namespace"])
+            pod = self.api.get("pods", name, meta["namespace"])
             if meta["name"] == "gpuslice-cleanup" and self._reports(node):
                 self._run_cleanup(pod, node)
 

@@ -18,6 +18,7 @@ from gpuslice.api import Api
 from gpuslice.core.removal import Helm
 from gpuslice.errors import ApiError, RemovalError
 from gpuslice.standin.apiserver import StandInApiServer
+from gpuslice.standin.store import Key
 from gpuslice.uninstall import cluster as door
 from gpuslice.uninstall import steps
 from gpuslice.uninstall.cluster import Cluster
@@ -141,6 +142,25 @@ def test_what_a_killed_removal_leaves_goes_with_the_release(nodes: Workloads, re
 
     nodes.api.wait(lambda: nodes.names("devicetaintrules") == [])
     nodes.api.wait(lambda: "gpuslice-cleanup" not in nodes.names("daemonsets"))
+
+
+def test_a_removal_waits_for_the_end_of_one_that_was_interrupted(
+    api: StandInApiServer, nodes: Workloads, removal: Uninstall
+) -> None:
+    labels = {"app.kubernetes.io/name": "gpuslice-uninstall"}
+    earlier = {"metadata": {"name": "earlier", "labels": labels}, "spec": {"nodeName": "n1"}}
+    nodes.stuck.add("earlier")
+    api.create("pods", earlier, NAMESPACE)
+    api.create("pods", {**earlier, "metadata": {"name": "this", "labels": labels}}, NAMESPACE)
+    api.store.mark(Key("pods", NAMESPACE, "earlier"), {"deletionTimestamp": "2026-01-01T00:00:00Z"})
+
+    with pytest.raises(RemovalError, match="the pod of an earlier removal has not ended"):
+        replace(removal, until=monotonic() + 1).run()
+    assert api.writes["create devicetaintrules"] == 0
+
+    api.delete("pods", "earlier", NAMESPACE)
+    removal.run()
+    assert nodes.names("pods") == ["this"]
 
 
 def test_the_rule_taints_all_devices_of_the_driver_and_no_pod(nodes: Workloads, removal: Uninstall) -> None:

@@ -128,6 +128,11 @@ def uid(body: UncheckedBody) -> str:
     return str(_at(body, "metadata", "uid") or "")
 
 
+def is_ending(pod: UncheckedBody) -> bool:
+    """Whether the pod is deleted and its containers still run."""
+    return _at(pod, "metadata", "deletionTimestamp") is not None
+
+
 def owned(pods: Iterable[UncheckedBody], uid: str) -> list[UncheckedBody]:
     """The pods of the DaemonSet with this UID."""
     return [pod for pod in pods if any(o.get("uid") == uid for o in _all(_at(pod, "metadata", "ownerReferences")))]

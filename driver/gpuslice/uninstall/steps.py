@@ -38,6 +38,7 @@ class Uninstall:
     def run(self) -> None:
         """Remove everything but the objects of the release. RemovalError says what a person has to do, ApiError what the
         API server refuses."""
+        self._await_earlier()
         found = self.cluster.daemonset(DRIVER)
         annotations = (found or {}).get("metadata", {}).get("annotations") or {}
         evict = annotations.get(removal.EVICT) == "evict"
@@ -52,6 +53,13 @@ class Uninstall:
             self._look_back()
             self._on_each_node("the removal of files")
             self.say("no file of the driver is left on the nodes that are Ready")
+
+    def _await_earlier(self) -> None:
+        """Wait for the end of a removal that was interrupted: Helm replaces a Job whose pod still takes its rule away."""
+        for pods in self.cluster.pods(NAME, self.until):
+            if not any(removal.is_ending(pod) for pod in pods):
+                return
+        raise RemovalError("the pod of an earlier removal has not ended; look at it, and uninstall again")
 
     # ------------------------------------------------------------ claims
 
