@@ -28,8 +28,6 @@ from gpuslice.system.folder_watch import FolderWatch
 CHECK_S = 20.0  # how long `check` waits for the end of a claim
 _PARENT = "gpuslice"  # name of the folder above the root of the MPS supervisor, if it is ours
 
-Say = Callable[[str], None]
-
 
 def check(config: Config, limit_s: float = CHECK_S) -> None:
     """Return when no claim is prepared on this node. StateError names the claims after `limit_s`. Changes nothing."""
@@ -45,7 +43,7 @@ def check(config: Config, limit_s: float = CHECK_S) -> None:
             watch.read()
 
 
-def clean(config: Config, say: Say) -> None:
+def clean(config: Config, say: Callable[[str], None]) -> None:
     """Remove everything of the driver from this node. StateError if a claim is prepared: then everything stays.
 
     Waits for the end of a driver or an MPS supervisor that is still there. A second time it finds nothing and succeeds.
@@ -77,7 +75,7 @@ def _prepared(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _after(lock: Path, say: Say) -> Iterator[None]:
+def _after(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a process that must have ended. Its end may take a while: the kubelet removes pods in no order."""
     descriptor = files.try_lock(lock)
     if descriptor is not None:
@@ -96,7 +94,7 @@ def _cdi_files(config: Config) -> list[Path]:
     return sorted((*folder.glob(f"{before}*"), *folder.glob(f".{before}*"))) if folder.is_dir() else []
 
 
-def _clear_mps(root: Path, say: Say) -> None:
+def _clear_mps(root: Path, say: Callable[[str], None]) -> None:
     """End the daemons that a crash has left, unmount what is mounted below the root, and remove it."""
     if root.is_dir():
         paths = Paths(root)
@@ -121,7 +119,7 @@ def _mounts_below(folder: Path) -> list[str]:
     )
 
 
-def _remove(folder: Path, say: Say) -> None:
+def _remove(folder: Path, say: Callable[[str], None]) -> None:
     with refusals.translated("remove", folder):
         try:
             shutil.rmtree(folder)
