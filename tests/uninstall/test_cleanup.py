@@ -117,15 +117,17 @@ async def test_what_a_killed_driver_and_supervisor_leave_goes_too(cluster: Stand
     await supervisor.kill()
     (cluster.cdi / ".gpuslice.dev-claim_1.json.7-abc.tmp").touch()
     record.unlink()  # somebody gave the claim up by hand
+    assert [text for text in environments() if str(cluster.mps) in text]
     said: list[str] = []
 
     cleanup.clean(config(cluster), said.append)
 
     assert everything(cluster) == ["cdi", "plugins", "registry"]
-    assert not [command for command in commands() if str(cluster.mps) in command]
+    assert not [text for text in environments() if str(cluster.mps) in text]
 
 
-def commands() -> list[str]:
+def environments() -> list[str]:
+    """Of all MPS processes of this machine."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
