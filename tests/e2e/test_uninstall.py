@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hack.lib.cluster import binaries
 from hack.lib.cluster.installed import CHART, NAMESPACE, RELEASE
+from hack.lib.cluster.versions import HELMS
 from hack.lib.manifests import render
 from tests.kit.cluster.bodies import exactly, made_from, pod, profile, template
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.operators import DRIVER, Running, helm, own_uid, rolled_out, run_helm
 from tests.kit.cluster.removed import left, nothing_within
+from tests.kit.cluster.trouble import wait_logged
 
 INSTALLED, SINCE = True, (1, 37)
 _HERE = f"--namespace={NAMESPACE}"
@@ -72,9 +77,15 @@ def test_an_idle_driver_leaves_nothing_on_the_node_and_in_the_api(cluster: Clust
     assert "no file of the driver is left on the nodes that are Ready" in said
 
 
-def test_with_a_pod_that_has_a_claim_it_is_refused_and_can_be_upgraded_again(cluster: Cluster) -> None:
+@pytest.mark.parametrize("major", HELMS)
+def test_with_a_pod_that_has_a_claim_it_is_refused_and_can_be_upgraded_again(cluster: Cluster, major: str) -> None:
     running = run(cluster, "mig")
     driver = own_uid(cluster, DRIVER)
+
+    def run_helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(binaries.helm(major)), *arguments, "--namespace", NAMESPACE]
+        environment = {**os.environ, "KUBECONFIG": str(cluster.folder / "admin.conf")}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     refused = run_helm("uninstall", RELEASE)
 
@@ -91,8 +102,10 @@ def test_with_a_pod_that_has_a_claim_it_is_refused_and_can_be_upgraded_again(clu
     command = re.search(r"to keep the release instead, run: (helm .*)", seen)
     assert command is not None
     assert command[1] == f"helm rollback gpuslice {history[-1]['revision']} --namespace gpuslice-system"
-    assert run_helm(*shlex.split(command[1])[1:]).returncode == 0
-    helm("upgrade", RELEASE, str(CHART), "--reuse-values", "--wait", "--timeout=120s")
+    _, *words, _, _ = shlex.split(command[1])
+    assert run_helm(*words).returncode == 0
+    upgraded = run_helm("upgrade", RELEASE, str(CHART), "--reuse-values", "--wait", "--timeout=120s")
+    assert upgraded.returncode == 0, upgraded.stderr
     assert running.undisturbed()
     assert own_uid(cluster, DRIVER) == driver
 
@@ -126,8 +139,10 @@ def test_by_force_pods_of_all_modes_are_evicted_and_nothing_is_left(cluster: Clu
 def test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again(cluster: Cluster) -> None:
     run(cluster, "mig", "mps")
     uninstall("--no-hooks", "--wait")
+    log = cluster.folder / "log" / "kubelet.log"
+    begin = log.stat().st_size
     cluster.kubectl("delete", "pod", "mig", "mps", "--wait=false", "--grace-period=1")
-    cluster.event("mig", "FailedKillPod", contains="gpuslice.dev")
+    wait_logged(log, "failed to unprepare dynamic resources", begin)
     assert len(cluster.get("pods", "--namespace=default")) == 2
 
     install(cluster)
@@ -149,6 +164,6 @@ def test_without_helm_the_same_job_is_applied_and_waited_for(cluster: Cluster, t
 
     cluster.kubectl("apply", job)
     cluster.kubectl("wait", "--for=condition=Complete", "job/gpuslice-uninstall", _HERE, "--timeout=5m")
-    cluster.kubectl("delete", job, deploy)
+    cluster.kubectl("delete", "--ignore-not-found", job, deploy)
 
     nothing_within(cluster)

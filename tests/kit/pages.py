@@ -57,7 +57,7 @@ RUN = {
     f"kubectl annotate daemonset/gpuslice {_NAMESPACE} gpuslice.dev/uninstall=evict --overwrite": _FORCED,
     "kubectl apply -f deploy/uninstall": _WITHOUT_HELM,
     f"kubectl wait --for=condition=Complete job/gpuslice-uninstall {_NAMESPACE} --timeout=5m": _WITHOUT_HELM,
-    "kubectl delete -f deploy/uninstall -f deploy": _WITHOUT_HELM,
+    "kubectl delete --ignore-not-found -f deploy/uninstall -f deploy": _WITHOUT_HELM,
     "kubectl delete -f deploy": _WITHOUT_HELM,
     "gpuslice cleanup": "tests/uninstall/test_cleanup.py::test_the_command_says_what_it_removed_or_why_not",
     "hack/image": "tests/deploy/test_image.py::test_the_command_of_the_image_starts",
