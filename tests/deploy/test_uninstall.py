@@ -153,7 +153,7 @@ def watches_pods(request: HttpRequest) -> bool:
 
 def of(call: Call) -> list[tuple[str, str, str, str]]:
     """Group, resource, verb and name of a request. The names of evicted and deleted pods are not known before."""
-    named = call.verb in ("get", "delete") and call.resource != "pods"
+    named = call.verb in ("get", "delete", "update") and call.resource != "pods"
     return [(call.group, call.resource, call.verb, call.name if named else "")]
 
 

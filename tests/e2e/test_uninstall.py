@@ -138,7 +138,9 @@ def test_by_force_pods_of_all_modes_are_evicted_and_nothing_is_left(cluster: Clu
 
 def test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again(cluster: Cluster) -> None:
     run(cluster, "mig", "mps")
+    assert run_helm("uninstall", RELEASE).returncode == 1
     uninstall("--no-hooks", "--wait")
+    cluster.kubectl("wait", "--for=delete", "job/gpuslice-uninstall", _HERE, "--timeout=30s")
     log = cluster.folder / "log" / "kubelet.log"
     begin = log.stat().st_size
     cluster.kubectl("delete", "pod", "mig", "mps", "--wait=false", "--grace-period=1")

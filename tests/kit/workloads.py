@@ -23,7 +23,7 @@ class Workloads:
     `stuck`: names of pods that never end. `owned`: kinds whose objects go with their owner.
     """
 
-    owned = ("daemonsets", "pods", "devicetaintrules")
+    owned = ("daemonsets", "jobs", "pods", "devicetaintrules")
 
     def __init__(self, api: StandInApiServer, nodes: tuple[str, ...] = ("n1",)) -> None:
         self.api = api
@@ -50,8 +50,8 @@ class Workloads:
 
     def install(self) -> None:
         """What `helm install` makes, as far as the removal looks at it."""
-        for resource, name in (("clusterroles", "gpuslice-uninstall"), ("configmaps", "gpuslice-uninstall")):
-            self.api.create(resource, {"metadata": {"name": name}}, NAMESPACE if resource == "configmaps" else "")
+        for resource, namespace in (("clusterroles", ""), ("configmaps", NAMESPACE), ("jobs", NAMESPACE)):
+            self.api.create(resource, {"metadata": {"name": "gpuslice-uninstall"}}, namespace)
         for name in ("gpuslice", "gpuslice-mps-supervisor"):
             labels = {"app.kubernetes.io/name": name}
             template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "c"}]}}

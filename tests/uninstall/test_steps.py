@@ -144,6 +144,28 @@ def test_what_a_killed_removal_leaves_goes_with_the_release(nodes: Workloads, re
     nodes.api.wait(lambda: "gpuslice-cleanup" not in nodes.names("daemonsets"))
 
 
+def test_a_job_that_was_refused_goes_with_the_release_too(
+    api: StandInApiServer, nodes: Workloads, removal: Uninstall
+) -> None:
+    nodes.run("p")
+    api.fail(409, 2, method="PUT", path="jobs")  # the controller of Jobs was faster
+    with pytest.raises(RemovalError):
+        removal.run()
+    assert nodes.names("jobs") == ["gpuslice-uninstall"]
+
+    api.delete("configmaps", "gpuslice-uninstall", NAMESPACE)
+
+    api.wait(lambda: nodes.names("jobs") == [])
+
+
+def test_the_command_by_hand_needs_no_job(api: StandInApiServer, nodes: Workloads, removal: Uninstall) -> None:
+    api.delete("jobs", "gpuslice-uninstall", NAMESPACE)
+
+    removal.run()
+
+    assert nodes.names("daemonsets") == []
+
+
 def test_a_removal_waits_for_the_end_of_one_that_was_interrupted(
     api: StandInApiServer, nodes: Workloads, removal: Uninstall
 ) -> None:

@@ -33,6 +33,7 @@ KINDS = {
     "events": Kind("/api/v1", "Event", True),
     "configmaps": Kind("/api/v1", "ConfigMap", True),
     "daemonsets": Kind("/apis/apps/v1", "DaemonSet", True),
+    "jobs": Kind("/apis/batch/v1", "Job", True),
     "poddisruptionbudgets": Kind("/apis/policy/v1", "PodDisruptionBudget", True),
     "clusterroles": Kind("/apis/rbac.authorization.k8s.io/v1", "ClusterRole"),
     "resourceslices": Kind(

@@ -27,6 +27,7 @@ NAME = "gpuslice-uninstall"  # of the rule, and of the objects of the chart that
 _GLANCE_S = 5.0  # between two looks at things without a watch
 _OUTAGE_S = 30.0  # how long the API server may be away
 _PAUSE_S = 1.0  # between two tries
+_TRIES = 5
 _RESOURCES = f"/apis/{RESOURCE_API}"
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
@@ -127,6 +128,21 @@ class Cluster:
         path = f"/api/v1{self._here}/pods/{quote(metadata['name'])}"
         options = {"gracePeriodSeconds": 0, "preconditions": {"uid": metadata["uid"]}}
         self._gone(Call("delete", "pods", path, metadata["name"]), options)
+
+    def own_job(self) -> None:
+        """Let the ConfigMap own the Job of the removal. Helm leaves a Job that failed, and now it goes with the release."""
+        path = f"/apis/batch/v1{self._here}/jobs/{NAME}"
+        for _ in range(_TRIES):
+            try:
+                job = _persist(partial(self._api.ask, Call("get", "jobs", path, NAME)))
+                owner = self._owner("v1", "ConfigMap", f"/api/v1{self._here}/configmaps/{NAME}")
+                job["metadata"]["ownerReferences"] = [owner]
+                _persist(partial(self._api.ask, Call("update", "jobs", path, NAME), None, job))
+                return
+            except NotFoundError:  # somebody runs the command by hand
+                return
+            except ConflictError:  # the controller of Jobs writes too
+                continue
 
     # ------------------------------------------------------------ below the verbs
 

@@ -39,6 +39,7 @@ class Uninstall:
         """Remove everything but the objects of the release. RemovalError says what a person has to do, ApiError what the
         API server refuses."""
         self._await_earlier()
+        self.cluster.own_job()
         found = self.cluster.daemonset(DRIVER)
         annotations = (found or {}).get("metadata", {}).get("annotations") or {}
         evict = annotations.get(removal.EVICT) == "evict"
