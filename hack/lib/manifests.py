@@ -1,4 +1,4 @@
-"""Render deploy/chart without a cluster; by default, with its default values into deploy/*.yaml.
+"""Render deploy/chart without a cluster; by default, with its default values into deploy/*.yaml and deploy/uninstall.
 
   hack/cluster build --only helm     build Helm once, which takes two minutes
   hack/manifests                     after every change of the chart

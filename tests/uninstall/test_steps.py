@@ -185,6 +185,19 @@ def test_a_removal_waits_for_the_end_of_one_that_was_interrupted(
     assert nodes.names("pods") == ["this"]
 
 
+def test_a_removal_does_not_wait_for_one_on_a_node_that_is_not_ready(
+    api: StandInApiServer, nodes: Workloads, removal: Uninstall
+) -> None:
+    body = {"metadata": {"name": "earlier", "labels": {"app.kubernetes.io/name": "gpuslice-uninstall"}}}
+    nodes.report("n2", ready=False)
+    api.create("pods", body | {"spec": {"nodeName": "n2"}}, NAMESPACE)
+    api.store.mark(Key("pods", NAMESPACE, "earlier"), {"deletionTimestamp": "2026-01-01T00:00:00Z"})
+
+    removal.run()
+
+    assert nodes.names("daemonsets") == []
+
+
 def test_the_rule_taints_all_devices_of_the_driver_and_no_pod(nodes: Workloads, removal: Uninstall) -> None:
     assert removal.cluster.create_rule()
 

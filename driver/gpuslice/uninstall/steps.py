@@ -58,7 +58,8 @@ class Uninstall:
     def _await_earlier(self) -> None:
         """Wait for the end of a removal that was interrupted: Helm replaces a Job whose pod still takes its rule away."""
         for pods in self.cluster.pods(NAME, self.until):
-            if not any(removal.is_ending(pod) for pod in pods):
+            ending = {removal.node_of(pod) for pod in pods if removal.is_ending(pod)}
+            if not ending or not ending & self.cluster.ready_nodes():
                 return
         raise RemovalError("the pod of an earlier removal has not ended; look at it, and uninstall again")
 
