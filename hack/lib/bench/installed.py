@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import statistics
 import sys
@@ -68,19 +67,14 @@ def run(options: argparse.Namespace) -> Report:
 
 
 def _memory_in_pods(kube: MeasuredCluster, extent: Extent) -> Figures:
-    """The memory of both containers as the kubelet counts it: megabytes of their working sets and of their pages without a
-    file."""
+    """The memory of both containers as the kubelet counts it: megabytes of their working sets."""
     kube.elapse(extent.rest_s)
-    summary = json.loads(kube.of_kubelet("/stats/summary"))
-    found: Figures = {}
-    for pod in summary["pods"]:
-        for container in pod["containers"]:
-            if pod["podRef"]["namespace"] == NAMESPACE and container["name"] in _CONTAINERS:
-                name, memory = _CONTAINERS[container["name"]], container["memory"]
-                found[f"pod_{name}_mb"] = memory["workingSetBytes"] / 1e6
-                found[f"pod_{name}_anonymous_mb"] = memory["rssBytes"] / 1e6
-    if len(found) != 2 * len(_CONTAINERS):
-        raise BenchError(f"the kubelet counts no memory of {', '.join(_CONTAINERS)}; see its /stats/summary")
+    counted, found = kube.containers(), {}
+    for container, name in _CONTAINERS.items():
+        labels = {"namespace": NAMESPACE, "container": container}
+        found[f"pod_{name}_mb"] = counted.total("container_memory_working_set_bytes", **labels) / 1e6
+    if not all(found.values()):
+        raise BenchError(f"the kubelet counts no memory of {', '.join(_CONTAINERS)}; see its /metrics/resource")
     return found
 
 

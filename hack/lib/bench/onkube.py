@@ -126,9 +126,9 @@ class MeasuredCluster:
     def kubelet(self) -> Exposition:
         return self._metrics(f"https://127.0.0.1:{self._ports['kubelet']}/metrics", "dra_")
 
-    def of_kubelet(self, path: str) -> str:
-        """What the kubelet answers to this path."""
-        return api.fetch(f"https://127.0.0.1:{self._ports['kubelet']}{path}").decode()
+    def containers(self) -> Exposition:
+        """What the kubelet counts for each container."""
+        return self._metrics(f"https://127.0.0.1:{self._ports['kubelet']}/metrics/resource", "container_memory_")
 
     def driver(self) -> Exposition:
         return self._metrics(f"http://127.0.0.1:{self._ports['driver']}/metrics", "gpuslice_")
