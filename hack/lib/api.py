@@ -138,9 +138,9 @@ class ApiServer:
         self._again("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0})
 
     def watch(self, path: str, version: str, timeout_s: float) -> WatchStream:
-        """What happens after a resource version, for this time."""
+        """What happens after a resource version, for this time. `path` may have a selector: "…/pods?labelSelector=…"."""
         query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": f"{timeout_s:.0f}"}
-        target = f"{path}?{urlencode(query)}"
+        target = f"{path}{'&' if '?' in path else '?'}{urlencode(query)}"
         connection = self._connect(timeout_s + 30.0)
         try:
             response, sock = self._send(connection, "GET", target)

@@ -99,7 +99,7 @@ def test_a_changed_policy_changes_the_offer_and_disturbs_no_pod(
     cluster: Cluster, eight: Running, client: StandInProgram, tmp_path: Path
 ) -> None:
     policy = tmp_path / "policy.yaml"
-    policy.write_text("apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault:\n  modes: [whole, mps, timeslice]\n")
+    policy.write_text("apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault:\n  modes: [gpu, mps, timeslice]\n")
 
     upgrade(cluster, "--set-file", f"policy={policy}")
 
@@ -114,6 +114,30 @@ def test_a_changed_policy_changes_the_offer_and_disturbs_no_pod(
 
     assert eight.undisturbed()
     _one_more(cluster, "after-rollback")
+
+
+def test_a_wrong_policy_leaves_the_old_driver_at_work_and_the_way_back_mends_it(
+    cluster: Cluster, eight: Running, tmp_path: Path
+) -> None:
+    before, policy = own_uid(cluster, DRIVER), tmp_path / "policy.yaml"
+    policy.write_text("apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault:\n  modes: [whole]\n")
+
+    with contextlib.suppress(AssertionError):  # it may be refused by the chart, or its pods never become ready
+        helm("upgrade", "gpuslice", str(CHART), "--reuse-values", "--set-file", f"policy={policy}")
+
+    reasons = cluster.until(
+        "pods",
+        f"--namespace={NAMESPACE}",
+        f"--selector={DRIVER}",
+        shows="{..terminated.message}",
+        wanted=lambda text: "'whole', which is unknown; use gpu, mig, mps, timeslice" in text,
+    )
+    assert len(reasons.splitlines()) == 1
+    _one_more(cluster, "served-by-the-old")
+    assert before in [body["metadata"]["uid"] for body in own_pods(cluster, DRIVER)]
+    rollback(cluster)
+    assert own_uid(cluster, DRIVER) == before
+    assert eight.undisturbed()
 
 
 def _held(cluster: Cluster) -> set[str]:

@@ -64,19 +64,22 @@ def own_uid(cluster: Cluster, label: str) -> str:
 
 
 def delete_own(cluster: Cluster, *labels: str) -> None:
-    """Delete the pods of driver or supervisor. Return when their successors are ready."""
+    """Delete the pods of driver or supervisor. Return when they are gone and their successors are ready."""
+    old = [body["metadata"] for label in labels for body in own_pods(cluster, label)]
+    gone = [f"pod/{one['name']}" for one in old]
+    cluster.kubectl("delete", *gone, f"--namespace={NAMESPACE}", _TIMEOUT)
     for label in labels:
-        cluster.kubectl("delete", "pod", f"--selector={label}", f"--namespace={NAMESPACE}", "--wait=false")
-    for label in labels:
-        name = label.rpartition("=")[2]
-        old = [f"pod/{body['metadata']['name']}" for body in own_pods(cluster, label) if _ends(body)]
-        if old:
-            cluster.kubectl("wait", "--for=delete", *old, f"--namespace={NAMESPACE}", _TIMEOUT)
-        cluster.kubectl("rollout", "status", f"daemonset/{name}", f"--namespace={NAMESPACE}", _TIMEOUT)
+        _wait_ready(cluster, label, {one["uid"] for one in old})
 
 
-def _ends(body: Body) -> bool:
-    return bool(body["metadata"].get("deletionTimestamp"))
+def _wait_ready(cluster: Cluster, label: str, old: set[str]) -> None:
+    def is_next(text: str) -> bool:
+        uid, _, ready = text.partition(" ")
+        return uid not in old and ready == "True"
+
+    chosen = ("pods", f"--namespace={NAMESPACE}", f"--selector={label}")
+    shows = "{.metadata.uid} {.status.conditions[?(@.type=='Ready')].status}"
+    cluster.until(*chosen, shows=shows, wanted=is_next, within_s=120.0)
 
 
 @dataclass(frozen=True, slots=True)
