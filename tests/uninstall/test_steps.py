@@ -199,7 +199,7 @@ def test_a_removal_does_not_wait_for_one_on_a_node_that_is_not_ready(
 
 
 def test_the_rule_taints_all_devices_of_the_driver_and_no_pod(nodes: Workloads, removal: Uninstall) -> None:
-    assert removal.cluster.create_rule()
+    removal.cluster.create_rule()
 
     (rule,) = nodes.api.all("devicetaintrules")
     assert rule["spec"] == {
@@ -434,6 +434,18 @@ def test_claims_of_a_node_that_is_not_ready_do_not_stop_a_forced_removal(
 
     assert any(sentence.startswith("node n2 is not Ready") for sentence in said)
     assert nodes.names("daemonsets") == []
+
+
+def test_without_force_a_claim_of_a_node_that_is_not_ready_is_refused_as_any_other(
+    nodes: Workloads, removal: Uninstall
+) -> None:
+    """The node may be back in a minute, and its pod would hang."""
+    nodes.run("p", "n2")
+    nodes.report("n2", ready=False)
+
+    with pytest.raises(RemovalError, match="1 claim holds GPUs of this driver"):
+        removal.run()
+    assert serves(nodes)
 
 
 # ---------------------------------------------------------------- trouble with the API server

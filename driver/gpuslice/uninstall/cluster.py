@@ -75,16 +75,18 @@ class Cluster:
 
     # ------------------------------------------------------------ the taint
 
-    def create_rule(self) -> bool:
-        """Taint all devices of the driver. False if this API server has no DeviceTaintRule (before 1.37)."""
+    def has_rules(self) -> bool:
+        """Whether this API server has DeviceTaintRules, as those of 1.37 and later."""
         call = Call("list", "APIResourceList", _RESOURCES)  # discovery, which everybody may use
         listed = _persist(partial(self._api.ask, call)).get("resources")
-        names = [one.get("name") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-        if "devicetaintrules" not in names:
-            return False
+        return isinstance(listed, list) and any(
+            isinstance(one, dict) and one.get("name") == "devicetaintrules" for one in listed
+        )
+
+    def create_rule(self) -> None:
+        """Taint all devices of the driver."""
         owner = self._owner("rbac.authorization.k8s.io/v1", "ClusterRole", f"{_RBAC}/clusterroles/{NAME}")
         self._create("devicetaintrules", f"{_RESOURCES}/devicetaintrules", removal.rule(NAME, self.driver, owner))
-        return True
 
     def delete_rule(self) -> None:
         self._gone(Call("delete", "devicetaintrules", f"{_RESOURCES}/devicetaintrules/{NAME}", NAME))

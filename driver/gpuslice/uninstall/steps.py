@@ -68,12 +68,13 @@ class Uninstall:
     @contextlib.contextmanager
     def _tainted(self) -> Iterator[None]:
         """Give no device to new claims, as long as this takes."""
-        if not self.cluster.create_rule():
+        if not self.cluster.has_rules():
             self.say("this API server has no DeviceTaintRule, so new claims may get devices until the driver ends")
             yield
             return
-        self.say(f"devicetaintrule/{NAME} keeps new claims away from the devices")
         try:
+            self.cluster.create_rule()
+            self.say(f"devicetaintrule/{NAME} keeps new claims away from the devices")
             yield
         finally:
             try:
@@ -86,7 +87,7 @@ class Uninstall:
         blocked: dict[PodRef, str] = {}
         tries: dict[PodRef, float] = {}
         found: Sequence[Holder] = ()
-        for found in self._holders():
+        for found in self._holders(evict=evict):
             if not found:
                 return
             if not evict:
@@ -110,10 +111,13 @@ class Uninstall:
         blocked.pop(pod, None)
         self.say(f"evicted pod {pod}")
 
-    def _holders(self) -> Iterator[list[Holder]]:
-        """The claims with devices, now and after each change; without those of nodes that cannot end them."""
+    def _holders(self, *, evict: bool) -> Iterator[list[Holder]]:
+        """The claims with devices, now and after each change. By force, those of nodes that cannot end them do not count."""
         said: set[str] = set()
         for found in self.cluster.claims(self.until):
+            if not evict:
+                yield found
+                continue
             ready = {"", *(self.cluster.ready_nodes() if found else ())}
             self._stays(sorted({holder.node for holder in found} - ready - said))
             said |= {holder.node for holder in found} - ready
@@ -122,7 +126,7 @@ class Uninstall:
     def _look_back(self) -> None:
         """Without driver and slices, nobody can get a device any more. RemovalError if somebody got one meanwhile."""
         self.cluster.delete_slices()
-        if found := next(self._holders()):
+        if found := next(self._holders(evict=True)):
             raise RemovalError(removal.late(found, self.cluster.namespace, self.helm))
 
     # ------------------------------------------------------------ nodes
