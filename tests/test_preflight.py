@@ -190,6 +190,18 @@ def test_the_socket_of_a_killed_instance_is_no_second_driver(node: Node, run: Ru
     assert run() == (0, [])
 
 
+def test_a_port_that_another_program_has_is_named(node: Node, run: Run) -> None:
+    """With `hostNetwork`, the port is one of the node."""
+    node.may()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+
+        code, (line,) = run("--http-endpoint", endpoint)
+
+    assert code == 2
+    assert line.startswith(f"gpuslice: cannot listen on {endpoint} for metrics and probes")
+
+
 def test_an_unusable_kubeconfig_is_one_sentence(node: Node, run: Run) -> None:
     code, (line,) = run("--kubeconfig", "/does/not/exist")
 

@@ -157,6 +157,7 @@ PREFLIGHT_FLAGS = (
     "nvidia_driver_root",
     "driver_root_ctr_path",
     "policy",
+    "http_endpoint",
     "simulate",
 )
 

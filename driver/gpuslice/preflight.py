@@ -26,6 +26,7 @@ from gpuslice.errors import ApiError, ConfigError, DriverError, LastingApiError,
 from gpuslice.kube import RIGHTS, Kube
 from gpuslice.plugin import sockets
 from gpuslice.system import refusals
+from gpuslice.web.endpoint import Endpoint
 
 _ANYWAY = "the driver starts all the same, because claims are prepared here and no other instance could unprepare them"
 
@@ -67,6 +68,7 @@ def look(config: Config) -> Findings:
         (config.cdi_root, "--cdi-root"),
     ):
         needed += _refusals(partial(_writable, folder, flag))
+    needed += _refusals(partial(_http_port, config))
     wanted = [*_refusals(partial(_driver_root, config)), *_refusals(partial(_kubelet, config))]
     notes: list[str] = []
     try:
@@ -96,6 +98,14 @@ def _writable(folder: Path, flag: str) -> None:
         raise StateError(
             f"folder {folder} is not writable for uid {os.getuid()}; mount it writable, or name another one with {flag}"
         )
+
+
+def _http_port(config: Config) -> None:
+    """ConfigError if the HTTP port is not free: with the network of the node, another program may have it."""
+    if config.http_endpoint and not sockets.serving(
+        config.plugin_folder
+    ):  # the port of a living instance is no mistake
+        Endpoint.parse(config.http_endpoint).listen().close()
 
 
 def _driver_root(config: Config) -> None:

@@ -179,5 +179,5 @@ def test_the_step_before_the_driver_sees_what_the_driver_sees() -> None:
     assert step["resources"] == driver["resources"]  # the larger of the two counts for the pod
     own = [entry for entry in step["volumeMounts"] if entry != mounted.get(entry["mountPath"])]
     assert [(entry["mountPath"], entry["readOnly"]) for entry in own] == [("/var/lib/kubelet/pod-resources", True)]
-    names = {name.lower() for name in names_in_environment(spec)} - {"nvidia_visible_devices", "http_endpoint"}
+    names = {name.lower() for name in names_in_environment(spec)} - {"nvidia_visible_devices"}
     assert names <= set(config.PREFLIGHT_FLAGS)

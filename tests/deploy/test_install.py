@@ -113,6 +113,35 @@ def test_nodes_match_as_the_scheduler_matches_them(
     assert ("WARNING" in text) is not fits
 
 
+@pytest.mark.parametrize(
+    ("taint", "tolerations", "named"),
+    [
+        ({"key": "dedicated", "value": "gpu", "effect": "NoSchedule"}, [], "gpu-1: dedicated=gpu:NoSchedule\n"),
+        (
+            {"key": "dedicated", "effect": "NoExecute"},
+            [{"key": "dedicated", "effect": "NoSchedule"}],
+            "dedicated:NoExec",
+        ),
+        ({"key": "dedicated", "value": "gpu", "effect": "NoSchedule"}, [{"key": "dedicated", "value": "gpu"}], ""),
+        (
+            {"key": "dedicated", "value": "gpu", "effect": "NoSchedule"},
+            [{"key": "dedicated", "value": "a"}],
+            "dedicated=",
+        ),
+        ({"key": "dedicated", "value": "gpu", "effect": "NoSchedule"}, [{"operator": "Exists"}], ""),
+        ({"key": "dedicated", "effect": "PreferNoSchedule"}, [], ""),
+        ({"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}, [], ""),
+    ],
+)
+def test_a_taint_that_keeps_the_driver_away_is_named(
+    tmp_path: Path, taint: dict[str, str], tolerations: list[dict[str, str]], named: str
+) -> None:
+    text = notes(tmp_path, [{**GPU_NODE, "spec": {"taints": [taint]}}], values={"tolerations": tolerations})
+
+    assert named in text
+    assert ("taints that the driver does not tolerate" in text) is bool(named)
+
+
 def test_a_label_of_the_user_is_in_the_command(tmp_path: Path) -> None:
     text = notes(tmp_path, [BARE_NODE], values={"nodeSelector": {"pool": "cards"}, "affinity": None})
 

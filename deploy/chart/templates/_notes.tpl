@@ -45,6 +45,27 @@
 {{- if $fits }}fits{{ end }}
 {{- end }}
 
+{{/* Taints of these nodes that keep the driver away, one line for each: "gpu-1: dedicated=gpu:NoSchedule". Kubernetes itself
+sets those of node.kubernetes.io, and lets a DaemonSet tolerate them. */}}
+{{- define "gpuslice.untolerated" }}
+{{- range $node := .nodes }}
+{{- range $taint := ($node.spec).taints }}
+{{- if and (has $node.metadata.name $.names) (has $taint.effect (list "NoSchedule" "NoExecute")) (not (hasPrefix "node.kubernetes.io/" $taint.key)) }}
+{{- $tolerated := false }}
+{{- range $.Values.tolerations }}
+{{- $effect := or (empty .effect) (eq (toString .effect) $taint.effect) }}
+{{- $key := or (and (empty .key) (eq (toString .operator) "Exists")) (eq (toString .key) $taint.key) }}
+{{- $value := or (eq (toString .operator) "Exists") (eq (.value | default "") ($taint.value | default "")) }}
+{{- if and $effect $key $value }}{{ $tolerated = true }}{{ end }}
+{{- end }}
+{{- if not $tolerated }}
+{{ $node.metadata.name }}: {{ $taint.key }}{{ with $taint.value }}={{ . }}{{ end }}:{{ $taint.effect }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* A command that gives a node the labels which the chart expects. */}}
 {{- define "gpuslice.label-command" -}}
 {{- $labels := list }}
