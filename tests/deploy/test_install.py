@@ -238,7 +238,7 @@ def test_the_release_itself_is_not_a_second_one(tmp_path: Path, major: str) -> N
 def test_the_values_of_the_first_chart_still_work(tmp_path: Path, major: str) -> None:
     """`helm upgrade --reuse-values` takes the values of the old chart, so what is newer is missing."""
     chart = shutil.copytree(CHART, tmp_path / "chart")
-    shutil.copy(Path(__file__).parents[1] / "golden/chart-values-0.1.0.yaml", chart / "values.yaml")
+    shutil.copy(Path(__file__).parents[1] / "golden/0.1.0/values.yaml", chart / "values.yaml")
 
     now, then = (install(tmp_path, major=major, chart=path) for path in (CHART, chart))
 
