@@ -10,7 +10,7 @@ from gpuslice import config, kube
 from gpuslice.core.policy.rules import Policy
 from gpuslice.mps import control
 
-from tests.kit.manifests import DRIVER, FILES, ROOT, documents, mounts, names_in_environment, only, pod
+from tests.kit.manifests import DEPLOY, DRIVER, FILES, ROOT, documents, mounts, names_in_environment, only, pod
 
 # ---------------------------------------------------------------- schemas and names
 
