@@ -140,6 +140,7 @@ def start(config: Config, root: Path) -> Iterator[Callable[[], object]]:
         registry=config.kubelet_registrar_directory_path,
         plugin_folder=config.plugin_folder,
         pod_uid="",
+        pod_namespace="",
         registration_socket="",
         claims=cast("Any", None),
         telemetry=Telemetry(),

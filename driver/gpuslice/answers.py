@@ -13,6 +13,7 @@ from gpuslice.core import json as bodies
 from gpuslice.core.json import Body, UncheckedBody
 from gpuslice.errors import ApiError, ConflictError, ExpiredError, LastingApiError, NotFoundError
 
+_GROUPS = {"nodes": "", "selfsubjectaccessreviews": "authorization.k8s.io"}  # of all other resources: our API's group
 _CHECK = "check the API server and the proxies before it"
 
 
@@ -31,7 +32,7 @@ class Call:
 
     @property
     def group(self) -> str:
-        return "" if self.resource == "nodes" else "resource.k8s.io"
+        return _GROUPS.get(self.resource, "resource.k8s.io")
 
     def __str__(self) -> str:
         return f"{self.verb} {self.resource}"

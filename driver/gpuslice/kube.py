@@ -36,8 +36,15 @@ from gpuslice.kubeconfig import usable
 _LIST_S = 120.0  # limit for all pages of a list
 _PAGE = 500  # objects per list request, client-go's figure
 _GROUP = f"/apis/{RESOURCE_API}"
+_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 _VERSION = re.compile(r"v(\d+)\.(\d+)")
 _FIRST = (1, 34)  # the first release that serves resource.k8s.io/v1
+
+# The rights that the verbs of this module need.
+RIGHTS = (
+    *((verb, "resourceslices") for verb in ("list", "watch", "create", "update", "delete")),
+    *(("get", "resourceclaims"), ("list", "resourceclaims"), ("get", "nodes")),
+)
 
 
 class Watch:
@@ -120,6 +127,17 @@ class Kube:
         if not bodies.is_object(body) or metadata["name"] != name:
             raise self._odd(f"something else than node {name} with its UID")
         return str(metadata["uid"])
+
+    def may(self, verb: str, resource: str) -> bool:
+        """Whether this login has the right, in every namespace. Every login may ask (ClusterRole system:basic-user)."""
+        call = Call("create", "selfsubjectaccessreviews", _REVIEWS)
+        right = {"verb": verb, "resource": resource, "group": Call(verb, resource, "").group}
+        body = {"kind": "SelfSubjectAccessReview", "apiVersion": "authorization.k8s.io/v1"}
+        answer = self._ask(call, body={**body, "spec": {"resourceAttributes": right}})
+        status = answer.get("status")
+        if not isinstance(status, dict) or not isinstance(status.get("allowed"), bool):
+            raise self._odd(f"a review of the right to {verb} {resource} without a result")
+        return bool(status["allowed"])
 
     # ------------------------------------------------------------ claims
 

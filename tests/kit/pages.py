@@ -46,6 +46,8 @@ RUN = {
     "hack/image": "tests/deploy/test_image.py::test_the_command_of_the_image_starts",
     "gpuslice devices": _ON_THE_NODE,
     "gpuslice claims": _ON_THE_NODE,
+    "gpuslice preflight": "tests/test_preflight.py::"
+    "test_a_node_without_a_gpu_or_an_nvidia_driver_is_ready_because_the_driver_waits_for_them",
     "kubectl apply -f deploy/examples/operator/card-out-of-service.yaml": _COUNTED,
     "kubectl get devicetaintrule card-out-of-service -o jsonpath='{.status.conditions[*].message}'": _COUNTED,
     f'{_PATCH}\'{{"spec":{{"taint":{{"effect":"NoSchedule"}}}}}}\'': _KEPT,
