@@ -41,7 +41,6 @@ RUN = {
     "kubectl wait --for=jsonpath='{.status.phase}'=Succeeded pod/whole-gpu --timeout=2m": AS_THEY_ARE,
     "kubectl logs whole-gpu": AS_THEY_ARE,
     "kubectl delete -f deploy/examples/whole-gpu.yaml": AS_THEY_ARE,
-    "kubectl drain NODE --ignore-daemonsets --delete-emptydir-data": AS_THEY_ARE,
     "kubectl uncordon NODE": AS_THEY_ARE,
     "hack/image": "tests/deploy/test_image.py::test_the_command_of_the_image_starts",
     "gpuslice devices": _ON_THE_NODE,
