@@ -1,7 +1,8 @@
 """One real Kubernetes of one node with the driver on it, for all tests of this folder.
 
-A module that wants other cards says so: `CARDS = "h100x8"`. Its tests come after those that want what the cluster has, so
-that there is one start for each kind of cards.
+A module that wants other cards says so: `CARDS = "h100x8"`. A module with `INSTALLED = True` has the driver as operators
+have it: our image, installed in pods by our chart, on Kubernetes 1.37 and later. Elsewhere the driver is a process beside
+the kubelet. Tests with the same wishes come one after the other, so that there is one start for each kind of cluster.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,27 @@ from tests.kit.cluster.wanted import HACK_CLUSTER, HERE, refusal, version
 
 # Two cards: one can be held in a mode while the other is free for the next.
 _CARDS = "h100x2"
+_INSTALLED_SINCE = (1, 37)
 _SINCE = (1, 36)  # has what most tests are about; a module that is about less says its own, or UNTIL when
 
 
-def _cards(item: pytest.Item) -> str:
-    cards = getattr(getattr(item, "module", None), "CARDS", _CARDS)
-    assert isinstance(cards, str)
-    return cards
+@dataclass(frozen=True, slots=True, order=True)
+class Wish:
+    """What kind of cluster a test needs."""
+
+    installed: bool
+    cards: str
+
+    @classmethod
+    def of(cls, item: pytest.Item) -> Wish:
+        module = getattr(item, "module", None)
+        installed = getattr(module, "INSTALLED", False) and _number(version(item.config)) >= _INSTALLED_SINCE
+        return cls(installed, getattr(module, "CARDS", _CARDS))
+
+
+def _number(release: str) -> tuple[int, ...]:
+    """(1, 37) of 1.37.1."""
+    return tuple(int(part) for part in release.split(".")[:2])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,14 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.timeout(180, func_only=True))
         if reason := _not_of(item, release):
             item.add_marker(pytest.mark.skip(reason=reason))
-    turns = iter(sorted(ours, key=lambda item: (_cards(item) != _CARDS, _cards(item))))
+    turns = iter(sorted(ours, key=Wish.of))
     items[:] = [next(turns) if item in ours else item for item in items]
 
 
 def _not_of(item: pytest.Item, release: str) -> str:
     """Why a test says nothing about this release; "" if it does."""
     module = getattr(item, "module", None)
-    number = tuple(int(part) for part in release.split(".")[:2])
+    number = _number(release)
     since = getattr(module, "SINCE", _SINCE)
     if number < since and since > _SINCE:
         return f"Kubernetes {release} does not have what {item.path.name} is about"
@@ -84,18 +100,21 @@ class Machine:
     def __init__(self, arguments: list[str]) -> None:
         self._arguments = arguments
         self._cluster: Cluster | None = None
+        self._has: Wish | None = None
 
-    def with_cards(self, cards: str) -> Cluster:
-        """The cluster that runs, or another one if that has other cards or something on it that could not be removed."""
-        if self._cluster is not None and (self._cluster.facts["gpus"] != cards or self._cluster.spoiled):
+    def as_wished(self, wish: Wish) -> Cluster:
+        """The cluster that runs, or another one if that is of another kind or has something on it that could not be
+        removed."""
+        if self._cluster is not None and (self._has != wish or self._cluster.spoiled):
             self.end()
         if self._cluster is None:
-            self._cluster = self._start(cards)
+            self._cluster = self._start(wish)
+            self._has = wish
         return self._cluster
 
-    def _start(self, cards: str) -> Cluster:
+    def _start(self, wish: Wish) -> Cluster:
         started = subprocess.run(
-            [*HACK_CLUSTER, "up", "--gpus", cards, *self._arguments],
+            [*HACK_CLUSTER, "up", "--gpus", wish.cards, *(["--install"] if wish.installed else []), *self._arguments],
             env={**os.environ, "SIMULATE_LATENCY": "zero"},
             stdout=subprocess.DEVNULL,  # stderr is shown: a build is slow, and says how far it is
             check=False,
@@ -125,6 +144,6 @@ def machine(pytestconfig: pytest.Config) -> Iterator[Machine]:
 @pytest.fixture
 def cluster(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The cluster with nothing on it; pods and claims of a test are removed after it, and nothing of them may stay."""
-    cluster = machine.with_cards(_cards(request.node))
+    cluster = machine.as_wished(Wish.of(request.node))
     yield cluster
     cluster.clear()

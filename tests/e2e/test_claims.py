@@ -11,6 +11,8 @@ from gpuslice.nvml.sim.faults import Effect
 from tests.kit.cluster.bodies import attribute, claim, exactly, made_from, named, pod, profile, template
 from tests.kit.cluster.live import Cluster
 
+INSTALLED = True
+
 PART = exactly("mig", where=profile("1g.10gb"))
 _MAKING, _REMOVING = "create_gpu_instance", "destroy_gpu_instance"
 _WAIT = "--timeout=30s"

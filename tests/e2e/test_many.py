@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.kit.cluster.bodies import exactly, made_from, pod, profile, template
 from tests.kit.cluster.live import Cluster
 
-CARDS = "h100x8"
+CARDS, INSTALLED = "h100x8", True
 _NAMES = [f"pod-{n}" for n in range(8)]
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from tests.kit.cluster.live import EXAMPLES, Cluster, environment
 
+INSTALLED = True
+
 
 @pytest.mark.parametrize(
     ("example", "said"),

@@ -23,6 +23,8 @@ from tests.kit.cluster.bodies import (
 )
 from tests.kit.cluster.live import Cluster
 
+INSTALLED = True
+
 WHOLE = exactly("gpu")
 PART = exactly("mig", where=profile("1g.10gb"))
 

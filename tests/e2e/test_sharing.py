@@ -11,6 +11,8 @@ from tests.kit.cluster.bodies import attribute, exactly, inside, made_from, pod,
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.wanted import ROOT
 
+INSTALLED = True
+
 
 def on_the_first_card(cluster: Cluster) -> str:
     """CEL that only devices of the node's first card fulfil."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def test_a_part_that_has_ended_is_still_a_part_of_the_cluster(place: Place) -> None:
-    processes = Processes(place, Path("/nowhere"))
+    processes = Processes(place, Path("/nowhere"), os.environ)
     processes.spawn("driver", ["true"])
     assert json.loads(place.pids.read_text())["driver"] > 0
 

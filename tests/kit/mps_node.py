@@ -29,9 +29,10 @@ QUICK = Timeouts(probe_s=0.2, answer_s=0.5)
 class StandInProgram:
     """A running stand-in CUDA program."""
 
-    def __init__(self, pipe: Path, uid: int = 0, **environment: str) -> None:
+    def __init__(self, pipe: Path, uid: int = 0, *, inside: Sequence[str] = (), **environment: str) -> None:
+        """`inside`: a command that runs a program in other namespaces."""
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-E", program.__file__, str(pipe), str(uid)],
+            [*inside, sys.executable, "-S", "-E", program.__file__, str(pipe), str(uid)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

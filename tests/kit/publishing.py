@@ -118,9 +118,10 @@ def asked(server: StandInApiServer, part: str) -> int:
 
 
 def wipe(server: StandInApiServer) -> None:
-    """Delete the slices like the kubelet at its start."""
-    for body in server.all("resourceslices"):
-        server.delete("resourceslices", body["metadata"]["name"])
+    """Delete the slices like the kubelet at its start, in one request: nobody deletes or creates one in between."""
+    with server.store.changed:
+        for body in server.all("resourceslices"):
+            server.delete("resourceslices", body["metadata"]["name"])
 
 
 def look_again(server: StandInApiServer) -> None:

@@ -347,7 +347,7 @@ async def test_get_info_is_answered_while_a_prepare_hangs(world: World) -> None:
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
 
     async with grpc.aio.insecure_channel(f"unix:{world.instances[0].server.registration}") as channel:
-        info = await registration(channel).GetInfo(registration_v1_pb2.InfoRequest(), timeout=1)
+        info = await registration(channel).GetInfo(registration_v1_pb2.InfoRequest(), timeout=10)
     other = await world.must_prepare(world.claim("two", world.device("gpu", 1)))
 
     assert info.name == DRIVER

@@ -161,7 +161,7 @@ async def test_a_call_that_outlasts_the_kubelet_finishes_and_its_retry_finds_it_
     nvml = world.rig.nvml
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
-    late = asyncio.create_task(world.kubelet.prepare([claim], timeout_s=1.5))
+    late = asyncio.create_task(world.kubelet.prepare([claim], timeout_s=3))
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
     with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
         await late
@@ -179,10 +179,9 @@ async def test_what_nobody_listens_to_any_more_is_given_back_if_the_claim_is_gon
     nvml = world.rig.nvml
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
-    late = asyncio.create_task(world.kubelet.prepare([claim], timeout_s=1.5))
+    late = asyncio.create_task(world.kubelet.prepare([claim]))
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
-    with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
-        await late
+    late.cancel()
     world.delete(claim)
     await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
 
@@ -195,7 +194,7 @@ async def test_what_nobody_listens_to_any_more_is_given_back_if_the_claim_is_gon
 
 
 async def test_a_hung_gpu_answers_at_once_and_the_others_do_not_notice(short: Path) -> None:
-    async with World(short, hang_limit_s=0.2) as world:
+    async with World(short, hang_limit_s=1.0) as world:
         nvml = world.rig.nvml
         cue = nvml.cue("hang", "create_gpu_instance")
         first = world.claim("one", world.device("mig-1g-19-0"))

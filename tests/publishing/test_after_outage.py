@@ -194,6 +194,22 @@ def test_a_kubelet_that_registers_while_the_api_server_is_away_is_not_forgotten(
         assert asked(server, "limit=") == 1
 
 
+@pytest.mark.contract(59)
+def test_a_kubelet_that_registers_just_before_the_watch_breaks_is_not_forgotten(server: StandInApiServer) -> None:
+    """The publisher notices only later that the watch is dead, and a list in its turn would come a minute later."""
+    with publishing(server, LATE) as publisher:
+        publisher.catch_up()
+        server.away()
+        wipe(server)
+        server.store.compact()
+        server.requests.clear()
+        server.back()
+
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+        assert asked(server, "limit=") == 1
+
+
 def test_a_kubelet_that_registers_while_the_watch_is_alive_costs_nothing(server: StandInApiServer) -> None:
     with publishing(server, LATE) as publisher:
         (body,) = server.all("resourceslices")

@@ -121,13 +121,13 @@ def test_an_instance_that_is_replaced_does_not_write_its_shape_over_its_successo
 # ---------------------------------------------------------------- the look
 
 
-def a_surveyor(rig: Rig, limit_s: float = 0.2) -> NodeHealth:
+def a_surveyor(rig: Rig, limit_s: float = 15.0) -> NodeHealth:
     return NodeHealth(nvml=rig.nvml, mps=rig.mps, checkpoint=rig.checkpoint, hung=dict, limit_s=limit_s)
 
 
 def test_a_card_that_hangs_is_told_and_hides_no_other(short: Path) -> None:
     rig = Rig(short, "l4x3")
-    health = a_surveyor(rig)
+    health = a_surveyor(rig, limit_s=1.0)
     cue = rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
     rig.nvml.lose(rig.gpus[2].uuid)
 
@@ -142,7 +142,7 @@ def test_a_card_that_hangs_is_told_and_hides_no_other(short: Path) -> None:
 
 def test_a_card_that_answers_again_is_well_again(short: Path) -> None:
     rig = Rig(short, "l4")
-    health, before = a_surveyor(rig), set(threading.enumerate())
+    health, before = a_surveyor(rig, limit_s=1.0), set(threading.enumerate())
     cue = rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
     health.look(rig.inventory)
     (thread,) = set(threading.enumerate()) - before
@@ -241,7 +241,7 @@ def test_cards_that_stay_lost_are_told_and_need_no_session_at_each_look(short: P
 
 def test_a_session_in_which_a_call_hangs_is_not_pulled_away(short: Path) -> None:
     rig = Rig(short, "l4x2")
-    health, session, opener = over_a_session(rig, limit_s=0.2)
+    health, session, opener = over_a_session(rig, limit_s=1.0)
     rig.nvml.lose(rig.gpus[1].uuid)
     rig.nvml.cue("hang", "look", rig.gpus[0].uuid, times=None)
 
@@ -398,7 +398,7 @@ def test_whatever_goes_wrong_in_a_plan_is_told_and_tried_again(server: StandInAp
 
 
 def test_an_api_server_that_cannot_be_probed_is_told_and_asked_again(server: StandInApiServer, short: Path) -> None:
-    server.fail(500, path="dryRun")
+    server.fail(500, times=99, path="dryRun")
     rig = Rig(short / "rig", "l4")
     with (
         a_line("cannot find out what the API server supports") as told,
@@ -409,6 +409,7 @@ def test_an_api_server_that_cannot_be_probed_is_told_and_asked_again(server: Sta
         assert "refused on cue" in (controller.problem() or "")
         assert not server.all("resourceslices"), "something was written before it was known what the server keeps"
 
+        server.release()
         controller.nudge()
 
         assert published.wait(10)
@@ -484,7 +485,6 @@ def test_a_new_policy_is_in_force_once_the_old_devices_were_tainted_even_where_a
 
     with a_controller(server, new, short):
         server.wait(lambda: "mps" in devices(server, tainted=True))
-        server.wait(lambda: "mps" not in devices(server))
+        server.wait(lambda: "gpu" in devices(server) and "mps" not in devices(server))
 
-    assert "gpu" in devices(server)
     assert devices(server, tainted=True) == set()

@@ -306,8 +306,8 @@ def test_two_instances_that_want_the_same_come_to_rest(server: StandInApiServer)
 
         assert old.published.wait(10)
         assert new.published.wait(10)
-        server.wait(lambda: len(server.all("resourceslices")) == 8)
-        assert shown(server) == [f"n1/{n}/gpu" for n in range(4)]
+        once = [f"n1/{n}/gpu" for n in range(4)]
+        server.wait(lambda: (len(server.all("resourceslices")), shown(server)) == (8, once))
     with a_publisher(server) as third:
         before = server.writes
         publish_and_wait(third, *pools)

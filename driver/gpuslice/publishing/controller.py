@@ -137,8 +137,9 @@ class SliceController:
             features = self._look_again(features)
             try:
                 kept = self._without_dropped(features)
-                self._publisher.publish(self._planner.plan(kept, published=self._publisher.published.is_set()))
+                pools = self._planner.plan(kept, published=self._publisher.published.is_set())
                 self._failed, retry = "", Backoff(self._backoff)
+                self._publisher.publish(pools)
             except DriverError as e:
                 self._fail(str(e))
             except OSError as e:

@@ -7,7 +7,8 @@ or does not answer, the writer tries again, with growing delays. Prepare and unp
 All nodes of a cluster lose their watches at the same time when an API server goes away. Each node then watches again from
 the version that it knows, which costs little. The delays grow up to a minute. A node lists only if that version is too old,
 as after a restart of the API server, or if versions have gone back. It then lists at a random time within a minute. It lists
-at once if an event of its own needs a list: a conflict, or a kubelet that registers while there is no watch.
+at once if an event of its own needs a list: a conflict, or a kubelet that registers while there is no watch, or shortly
+before.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Publisher:
         self._version = ""  # the start of the next watch; "" if a list is needed
         self._fruitless = 0  # watches in a row that broke without an event
         self._list_at = 0.0  # when the next list is due
+        self._kubelet_until = 0.0  # a kubelet has registered since the last list, and may delete slices until then
         self._hurry = threading.Event()  # ends a pause of the watcher
         self._threads = threads or ThreadWatch()
 
@@ -87,10 +89,12 @@ class Publisher:
         self._state.want(desired)
 
     def catch_up(self) -> None:
-        """List at once if no watch shows changes of our slices. Returns at once.
+        """List at once if no watch shows changes of our slices, or if the present watch ends within a minute and cannot go
+        on. Returns at once.
 
         Call it when a kubelet has registered, because its start deletes the slices of the node.
         """
+        self._kubelet_until = time.monotonic() + CALM_S
         if self._watch is None:
             self._list_at = 0.0
             self._hurry.set()
@@ -129,6 +133,8 @@ class Publisher:
     def _forget(self) -> float:
         """Go on with a list. Returns the delay before it."""
         self._version, self._fruitless = "", 0
+        if time.monotonic() < self._kubelet_until:
+            return 0.0
         return random.random() * self._backoff.spread_s  # noqa: S311 - not a secret
 
     def _report_break(self, error: Exception) -> None:
@@ -139,7 +145,7 @@ class Publisher:
             self._version = ""  # the same events would fail again
 
     def _list(self) -> None:
-        began = self._state.begin_list()
+        began, self._kubelet_until = self._state.begin_list(), 0.0
         bodies, version = self._kube.resource_slices(self._driver, self._node)
         self._state.take_list(bodies, began)
         self._version = version

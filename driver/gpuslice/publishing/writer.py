@@ -52,12 +52,13 @@ class SliceWriter:
         except BaseException:
             self._state.abort_writing()
             raise
+        if not errors:  # before the end, so that whoever finds the pools published finds no old error
+            self._reporter.report(error="")
         self._state.end_writing(wanted, wrote=bool(changes), complete=not errors)
         if errors:
             raise errors[0]
         if changes:
             log.info("published the ResourceSlices of this node pools=%d writes=%d", len(pools), len(changes))
-        self._reporter.report(error="")
 
     def forget_dropped(self) -> None:
         """Any thread may call it."""

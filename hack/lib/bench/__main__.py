@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hack.lib.bench import alone, cluster
+from hack.lib.bench import alone, cluster, installed
 from hack.lib.bench.subject import BenchError
 from hack.lib.bench.table import table
 from hack.lib.signals import interrupt_on
@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupt_on(signal.SIGTERM)
     try:
         _check(options)
-        report = cluster.run(options) if options.cluster else alone.run(options)
+        kind = cluster if options.cluster else installed if options.installed else alone
+        report = kind.run(options)
     except BenchError as e:
         print(f"hack/bench: {e}", file=sys.stderr)
         return 1
@@ -59,6 +60,9 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     real = parser.add_argument_group("on a real Kubernetes (requirements: docs/cluster.md)")
     real.add_argument("--cluster", action="store_true", help="start one with hack/cluster, measure there, and end it")
     real.add_argument(
+        "--installed", action="store_true", help="the same with the driver in pods: its start there, and its memory"
+    )
+    real.add_argument(
         "--cluster-version", metavar="1.37.1", help="release of Kubernetes; default: the newest that hack/cluster knows"
     )
     return parser.parse_args(arguments)
@@ -72,13 +76,18 @@ def _positive(text: str) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """BenchError for an option that has no effect in this kind of run."""
-    given = [name for name in ("vs", "calls", "claims") if getattr(options, name)] if options.cluster else []
+    chosen = [name for name in ("cluster", "installed") if getattr(options, name)]
+    if len(chosen) == 2:
+        raise BenchError("--cluster and --installed are two kinds of run; remove one of the two")
+    given = [name for name in ("vs", "calls", "claims") if getattr(options, name)] if chosen else []
     if given:
         raise BenchError(
-            f"--{given[0]} is only for runs with stand-ins and has no effect with --cluster; remove one of the two"
+            f"--{given[0]} is only for runs with stand-ins and has no effect with --{chosen[0]}; remove one of the two"
         )
-    if options.cluster_version and not options.cluster:
+    if options.cluster_version and not chosen:
         raise BenchError("--cluster-version names the Kubernetes to start, so it needs --cluster; add --cluster")
+    if options.installed and (options.only or options.rounds):
+        raise BenchError("--installed always measures all that it can, once; remove --only and --rounds")
     known = cluster.MEASURES if options.cluster else alone.MEASURES
     for name in options.only or ():
         if name not in known:

@@ -28,12 +28,13 @@ _RUN_S = 86400.0  # of the watch on pods; longer than any run
 
 
 @contextlib.contextmanager
-def cluster(version: str) -> Iterator[MeasuredCluster]:
+def cluster(version: str, *how: str) -> Iterator[MeasuredCluster]:
     """Start Kubernetes with our driver on eight cards that take no time, and end it. BenchError if a cluster runs
-    already, or if its programs are not built: a build takes ten minutes, which must not count."""
+    already, or if its programs are not built: a build takes ten minutes, which must not count. `how`: more flags of
+    `hack/cluster up`."""
     chosen = ["--version", version] if version else []
     _hack_cluster("check", *chosen)
-    _hack_cluster("up", "--gpus", f"h100x{CARDS}", *chosen)  # if it fails, it removes what it started
+    _hack_cluster("up", "--gpus", f"h100x{CARDS}", *how, *chosen)  # if it fails, it removes what it started
     try:
         with contextlib.closing(MeasuredCluster(json.loads(_hack_cluster("status", "--json")))) as kube:
             yield kube
@@ -124,6 +125,10 @@ class MeasuredCluster:
 
     def kubelet(self) -> Exposition:
         return self._metrics(f"https://127.0.0.1:{self._ports['kubelet']}/metrics", "dra_")
+
+    def of_kubelet(self, path: str) -> str:
+        """What the kubelet answers to this path."""
+        return api.fetch(f"https://127.0.0.1:{self._ports['kubelet']}{path}").decode()
 
     def driver(self) -> Exposition:
         return self._metrics(f"http://127.0.0.1:{self._ports['driver']}/metrics", "gpuslice_")

@@ -118,3 +118,21 @@ CLUSTER_ROWS = [
     Row("rest_writes_count", "at rest: API writes of the driver in a minute", 0.0),
     Row("rest_cpu_ms", "at rest: CPU time of the driver in a minute"),
 ]
+
+
+# ---------------------------------------------------------------- in pods
+
+INSTALLED_ROWS = [
+    Row("installed_start_p50_s", "pod bound to the node, until registered and all slices of 8 GPUs published, p50"),
+    Row(
+        "installed_start_p95_s", "pod bound to the node, until registered and all slices of 8 GPUs published, p95", 3.0
+    ),
+    Row("pod_driver_mb", "memory of the driver's container, as the kubelet counts it (working set)"),
+    Row("pod_driver_anonymous_mb", "the pages of it that belong to no file"),
+    Row("process_driver_mb", "resident memory of the same process outside of a pod"),
+    Row("pod_driver_ratio", "driver in a pod against the process", 1.1),
+    Row("pod_supervisor_mb", "memory of the supervisor's container, as the kubelet counts it (working set)"),
+    Row("pod_supervisor_anonymous_mb", "the pages of it that belong to no file"),
+    Row("process_supervisor_mb", "resident memory of the same process outside of a pod"),
+    Row("pod_supervisor_ratio", "supervisor in a pod against the process", 1.1),
+]

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from hack.lib.cluster import cluster
-from hack.lib.cluster.binaries import Binaries, ensure_helm
+from hack.lib.cluster import cluster, installed
+from hack.lib.cluster.binaries import Binaries, ensure_cni, ensure_helm, helm
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import LOOPBACK, REAL, Facts, Place, work_folder
 from hack.lib.cluster.versions import VERSIONS
@@ -23,6 +23,8 @@ The first start builds them from Go modules (ten minutes). Later starts take a f
 needs root.
 
   hack/cluster up --gpus h100x8     start Kubernetes with the driver and eight simulated cards
+  hack/cluster up --gpus h100x8 --install
+                                    the same, with the driver in pods, from our image and by our chart
   hack/cluster up                   start Kubernetes without the driver
   hack/cluster kubectl get pods     run any kubectl command as the administrator
   hack/cluster status               list the parts that run
@@ -36,21 +38,31 @@ Try:
   hack/cluster kubectl apply -f deploy/examples/mig-profile.yaml     a pod with a MIG partition (all examples work)
   hack/cluster kubectl get pods,resourceclaims
   hack/cluster kubectl logs mig-profile                              what the driver added to its container
+"""
+_TRY_PROCESS = """\
   {devices}
       a map of the cards, and which claims hold them
   tail -f {logs}/driver.log
   kill -9 $(hack/cluster status --pid driver)                        the driver starts again, and the claims are still there"""
+_TRY_INSTALLED = f"""\
+  hack/cluster kubectl exec -n {installed.NAMESPACE} ds/gpuslice -- python3 -m gpuslice devices
+      a map of the cards, and which claims hold them
+  hack/cluster kubectl logs -f -n {installed.NAMESPACE} ds/gpuslice
+  hack/cluster helm list -n {installed.NAMESPACE}"""
 
 
 def main() -> int:
     if sys.argv[1:2] == ["kubectl"]:
         return _kubectl(sys.argv[2:])
+    if sys.argv[1:2] == ["helm"]:
+        return _helm(sys.argv[2:])
     parsed = parser().parse_args()
     if parsed.command == "up":
         return _up(_facts(parsed), parsed.foreground)
     if parsed.command == "build":
         ensure_helm()
         if not parsed.only:
+            ensure_cni()
             Binaries(parsed.version).ensure()
         return 0
     if parsed.command == "check":
@@ -100,6 +112,13 @@ def parser() -> argparse.ArgumentParser:
         "--program", action="append", default=[], metavar="FILE", help="a program to add to the containers; repeatable"
     )
     up.add_argument("--foreground", action="store_true", help="stay until Ctrl-C, and then end the cluster")
+    way = up.add_mutually_exclusive_group()
+    way.add_argument(
+        "--process", action="store_true", help="run the driver as a process beside the kubelet; the default"
+    )
+    way.add_argument(
+        "--install", action="store_true", help="make the driver's image, and install it in pods by the chart"
+    )
     build = commands.add_parser(
         "build", help="build Helm and the programs of the cluster, and start nothing", allow_abbrev=False
     )
@@ -132,11 +151,14 @@ def parser() -> argparse.ArgumentParser:
         "reboot", help="restart the node: its processes, mounts and /run are lost, its disk stays", allow_abbrev=False
     )
     commands.add_parser("kubectl", help="run any kubectl command as the administrator", add_help=False)
+    commands.add_parser("helm", help="run any Helm command as the administrator", add_help=False)
     commands.add_parser("down", help="end the cluster and remove all of its files", allow_abbrev=False)
     return parser
 
 
 def _facts(parsed: argparse.Namespace) -> Facts:
+    if parsed.install and not parsed.gpus:
+        raise PlaygroundError("--install needs cards for the driver; add --gpus h100x8, for example")
     return cluster.wanted(
         parsed.version,
         gpus=parsed.gpus,
@@ -145,6 +167,7 @@ def _facts(parsed: argparse.Namespace) -> Facts:
         cdi_hook=parsed.cdi_hook,
         policy=str(Path(parsed.policy).absolute()) if parsed.policy else "",
         programs=tuple(str(Path(program).absolute()) for program in parsed.program),
+        installed=parsed.install,
     )
 
 
@@ -157,7 +180,8 @@ def _up(facts: Facts, foreground: bool) -> int:
     place = Place(work_folder())
     print(f"\n  export KUBECONFIG={place.admin}")
     if facts.gpus:
-        print(_TRY.format(devices=_devices(place, facts), logs=place.logs))
+        rest = _TRY_INSTALLED if facts.installed else _TRY_PROCESS
+        print(_TRY + rest.format(devices=_devices(place, facts), logs=place.logs))
     if not foreground:
         print("  hack/cluster down", flush=True)
         return 0
@@ -183,9 +207,8 @@ def _status(as_json: bool, part: str | None) -> int:
     processes = cluster.processes() if facts else {}
     place = Place(work_folder())
     if as_json:
-        known = {"version": facts.version, "gpus": facts.gpus, "folder": str(place.root)} if facts else {}
-        served = {"scheduler": f"https://{LOOPBACK}:{facts.ports.scheduler}"} if facts else {}
-        print(json.dumps({**known, **served, "processes": processes}))
+        known = _known(facts, place) if facts else {}
+        print(json.dumps({**known, "processes": processes}))
     elif part is not None:
         if part not in processes:
             raise PlaygroundError(f"no part {part!r} runs; these parts run: {', '.join(sorted(processes)) or 'none'}")
@@ -199,6 +222,12 @@ def _status(as_json: bool, part: str | None) -> int:
     return 0 if facts else 1
 
 
+def _known(facts: Facts, place: Place) -> dict[str, object]:
+    scheduler = f"https://{LOOPBACK}:{facts.ports.scheduler}"
+    about = {"version": facts.version, "gpus": facts.gpus, "installed": facts.installed}
+    return {**about, "folder": str(place.root), "scheduler": scheduler}
+
+
 def _resident_mb(pid: int) -> int:
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -208,12 +237,24 @@ def _resident_mb(pid: int) -> int:
 
 
 def _kubectl(arguments: list[str]) -> int:
+    facts = _current()
+    kube = str(Binaries(facts.version).kube)
+    environment = facts.environment() | {"KUBECONFIG": str(Place(work_folder()).admin)}
+    os.execve(kube, [kube, "kubectl", *arguments], environment)
+
+
+def _helm(arguments: list[str]) -> int:
+    facts = _current()
+    ensure_helm()
+    program = str(helm())
+    os.execve(program, [program, *arguments], installed.environment(Place(work_folder()), facts))
+
+
+def _current() -> Facts:
     facts = cluster.current()
     if facts is None:
         raise PlaygroundError(cluster.NONE)
-    kube = str(Binaries(facts.version).kube)
-    os.environ["KUBECONFIG"] = str(Place(work_folder()).admin)
-    os.execv(kube, [kube, "kubectl", *arguments])
+    return facts
 
 
 def _say(text: str) -> None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hack.lib.cluster.errors import PlaygroundError
-from hack.lib.cluster.versions import CONTAINERD, HELM_GO, HELM_KUBE, HELMS, KUBE, TOOLKIT, module_file
+from hack.lib.cluster.versions import CNI, CNI_GO, CONTAINERD, HELM_GO, HELM_KUBE, HELMS, KUBE, TOOLKIT, module_file
 
 _GIB = 1 << 30
 _BUILD_GIB = 8  # sources, Go's build cache and programs; 6 were measured
 _TOOLKIT_PROGRAMS = ("nvidia-cdi-hook", "nvidia-ctk")
+_CNI_PROGRAMS = ("main/bridge", "ipam/host-local")
 _CONTAINERD_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr")
 
 
@@ -90,6 +91,29 @@ class Binaries:
 def helm(major: str = "3") -> Path:
     """The path of this release of Helm, also before it is built."""
     return cache() / f"helm-{HELMS[major]}" / "helm"
+
+
+def cni() -> Path:
+    """The folder of the plugins that connect pods, also before they are built."""
+    return cache() / f"cni-{CNI}"
+
+
+def missing_for_install() -> list[Path]:
+    """What a cluster needs besides, if the driver is installed in pods."""
+    programs = [helm(), *(cni() / name.rpartition("/")[2] for name in _CNI_PROGRAMS)]
+    return [path for path in programs if not path.exists()]
+
+
+def ensure_cni() -> None:
+    """Build the missing CNI plugins. PlaygroundError if that is not possible."""
+    if any(path.parent == cni() for path in missing_for_install()):
+        _check_go(f"the CNI plugins {CNI}", CNI_GO)
+        _check_room()
+        _say(f"building the CNI plugins {CNI} into {cni()}; this happens once and takes half a minute on two cores")
+        with _built_into(cni()) as made:
+            programs = [f"github.com/containernetworking/plugins/plugins/{name}@{CNI}" for name in _CNI_PROGRAMS]
+            command = ["go", "install", "-v", "-trimpath", "-ldflags", "-s -w", *programs]
+            _build(command, Path("/"), 200, GOBIN=str(made))
 
 
 def ensure_helm() -> None:

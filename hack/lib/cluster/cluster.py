@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hack.lib.cluster import machine, network
-from hack.lib.cluster.binaries import Binaries
+from hack.lib.cluster import installed, machine, network
+from hack.lib.cluster.binaries import Binaries, ensure_cni, ensure_helm, missing_for_install
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import CGROUP, REPOSITORY, Facts, Place, Ports, empty, work_folder
 from hack.lib.cluster.lock import TAKEN, check_owner, locked, owned
@@ -48,6 +48,9 @@ def up(facts: Facts, say: Say) -> None:
     if current() is not None:
         raise PlaygroundError(TAKEN)
     Binaries(facts.version).ensure()
+    if facts.installed:
+        ensure_helm()
+        ensure_cni()
     place = Place(work_folder())
     with owned(place.root) as lock:
         try:
@@ -55,6 +58,10 @@ def up(facts: Facts, say: Say) -> None:
             place.logs.mkdir()
             facts.write(place.facts)
             network.ensure()
+            if facts.installed:
+                network.ensure_bridge()
+                say("the driver's image")
+                installed.make_image(place)
             _start(place, lock, say)
         except BaseException:
             _end(place)
@@ -66,7 +73,7 @@ def check(version: str) -> None:
     machine.check()
     if current() is not None:
         raise PlaygroundError(TAKEN)
-    missing = Binaries(version).missing()
+    missing = [*Binaries(version).missing(), *missing_for_install()]
     if missing:
         raise PlaygroundError(f"{missing[0]} is not built; run hack/cluster build (about ten minutes the first time)")
 
@@ -148,7 +155,7 @@ def reboot() -> None:
     place.reboot.touch()
     _wake(place)
     ready = Readiness(place, facts)
-    parts = ("kubelet", "driver") if facts.gpus else ("kubelet",)
+    parts = ("kubelet", "driver") if facts.processes else ("kubelet",)
     _await(lambda: not place.reboot.exists() and all(map(ready.of, parts)), f"the node is back; see {place.logs}")
 
 

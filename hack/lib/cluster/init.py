@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hack.lib.cluster import image, parts, reboot, software
+from hack.lib.cluster import image, installed, parts, reboot, software
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.errors import PlaygroundError
 from hack.lib.cluster.layout import NODE, REAL, Facts, Place
@@ -27,7 +27,7 @@ class Init:
         self._binaries = Binaries(facts.version)
         self._commands = parts.commands(place, facts, self._binaries)
         self._ready = Readiness(place, facts)
-        self.processes = Processes(place, self._binaries.runtime)
+        self.processes = Processes(place, self._binaries.runtime, facts.environment())
 
     def start(self) -> None:
         if not self._facts.kubelet:
@@ -46,7 +46,10 @@ class Init:
         kubectl = software.Kubectl(self._binaries.kube, self._place.admin)
         self.processes.until("kubelet", self._ready.node, "the node was ready")
         kubectl("wait", "--for=create", "serviceaccount/default", f"--timeout={TIMEOUT_S:.0f}s")
-        if self._facts.gpus:
+        if self._facts.installed:
+            _tell("the driver, by helm install")
+            installed.install(self._place, self._facts, kubectl)
+        elif self._facts.gpus:
             self._start_driver(kubectl)
 
     def _start_control_plane(self) -> None:
@@ -79,7 +82,7 @@ class Init:
     def _reboot(self) -> None:
         self.processes.end_all_but(_CONTROL_PLANE)
         reboot.forget(self._place, self._facts)
-        for name in ("containerd", "kubelet", *(("mps-supervisor", "driver") if self._facts.gpus else ())):
+        for name in ("containerd", "kubelet", *(("mps-supervisor", "driver") if self._facts.processes else ())):
             self.processes.start(name)
         self._place.reboot.unlink()
 
@@ -102,8 +105,9 @@ class Init:
         archive = self._place.root / "image.tar"
         image.write(archive, busybox, applets, self._facts.programs, simulated=self._facts.gpus != REAL)
         ctr = [str(self._binaries.runtime / "ctr"), "--address", str(self._place.socket), "--namespace", "k8s.io"]
-        software.call([*ctr, "images", "import", str(archive)])
-        archive.unlink()
+        for one in (archive, *([self._place.image] if self._facts.installed else [])):
+            software.call([*ctr, "images", "import", str(one)])
+            one.unlink()
 
 
 def _tell(text: str) -> None:
@@ -111,7 +115,12 @@ def _tell(text: str) -> None:
 
 
 def lay_out(place: Place) -> None:
-    """Give this namespace its own /run, /var/log and similar folders."""
+    """Give this namespace its own /run, /var/log and similar folders.
+
+    All mounts are shared in it, as systemd makes them on a node: containers with mount propagation need that. Nothing
+    reaches the machine, because its mounts have no peer here.
+    """
+    _mount("--make-rshared", "/")
     for folder in (
         place.logs,
         place.node,
@@ -140,7 +149,6 @@ def lay_out(place: Place) -> None:
         if Path("/proc/sys", name).exists():
             _mount("--bind", str(ours), f"/proc/sys/{name}")
     _mount("--bind", str(place.kubelet), str(place.kubelet))
-    _mount("--make-shared", str(place.kubelet))
 
 
 def _mount(*arguments: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 NODE = "node1"
 REAL = "real"  # the cards of this machine, instead of simulated cards
 LOOPBACK = "127.0.0.1"
+GATEWAY = "198.51.100.1"  # of the pods, on a bridge of this machine: TEST-NET-2 (RFC 5737), which no machine has
+PODS = "198.51.100.0/24"
 CGROUP = "k8s.io"  # where containerd puts containers if the kubelet makes no cgroups
 REPOSITORY = Path(__file__).parents[3]
 
@@ -123,6 +126,16 @@ class Place:
         return self.root / "cni"
 
     @property
+    def helm(self) -> Path:
+        """Helm's own folders."""
+        return self.root / "helm"
+
+    @property
+    def image(self) -> Path:
+        """The archive of the driver's image, as `hack/image` makes it, until containerd has it."""
+        return self.root / "image" / "gpuslice.tar"
+
+    @property
     def mps(self) -> Path:
         return self.root / "mps"
 
@@ -165,6 +178,23 @@ class Facts:
     cdi_hook: str = ""  # NVIDIA's nvidia-cdi-hook, if it is not in its usual place
     policy: str = ""  # policy file
     programs: tuple[str, ...] = ()  # programs of this machine that containers get too
+    installed: bool = False  # the driver runs in pods, from our image and our chart; otherwise as two processes
+
+    @property
+    def processes(self) -> bool:
+        """Whether driver and supervisor are parts of the cluster, as processes."""
+        return bool(self.gpus) and not self.installed
+
+    @property
+    def address(self) -> str:
+        """Where the API server listens. Pods cannot reach the loopback address."""
+        return GATEWAY if self.installed else LOOPBACK
+
+    def environment(self) -> dict[str, str]:
+        """The environment for a client of the cluster: no cluster of the developer, and no proxy before ours."""
+        ours = {k: v for k, v in os.environ.items() if k != "KUBECONFIG"}
+        direct = [os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")]
+        return ours | {"NO_PROXY": ",".join([*filter(None, direct), GATEWAY, LOOPBACK])}
 
     def write(self, path: Path) -> None:
         path.touch(mode=0o600)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from hack.lib.cluster import cni
 from hack.lib.cluster.binaries import Binaries
 from hack.lib.cluster.layout import LOOPBACK, NODE, REAL, Facts, Place
 
@@ -87,7 +88,7 @@ def _etcd(place: Place, facts: Facts) -> Command:
 def _api_server(place: Place, facts: Facts) -> Command:
     return [
         f"--etcd-servers=http://{LOOPBACK}:{facts.ports.etcd}",
-        f"--bind-address={LOOPBACK}",
+        f"--bind-address={facts.address}",
         f"--secure-port={facts.ports.api}",
         f"--cert-dir={place.api}",
         "--endpoint-reconciler-type=none",  # the API server refuses a loopback address as an endpoint
@@ -159,13 +160,8 @@ def write_files(place: Place, facts: Facts, busybox: str) -> None:
     _secret(place, "admin.conf", kubeconfig(place, facts, tokens["admin"]))
     _secret(place, "kubelet.conf", kubeconfig(place, facts, tokens["kubelet"]))
     (place.root / "kubelet.json").write_text(json.dumps(_kubelet_config(place, facts)))
-    (place.root / "containerd.toml").write_text(_containerd(place))
-    (place.cni / "conf").mkdir(parents=True)
-    network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
-    (place.cni / "conf" / "none.conflist").write_text(json.dumps(network))
-    plugin = place.cni / "none"
-    plugin.write_text(_CNI.format(busybox=busybox))
-    plugin.chmod(0o755)
+    (place.root / "containerd.toml").write_text(_containerd(place, facts))
+    cni.write(place, facts, busybox)
 
 
 def _secret(place: Place, name: str, text: str) -> None:
@@ -175,7 +171,7 @@ def _secret(place: Place, name: str, text: str) -> None:
 
 
 def kubeconfig(place: Place, facts: Facts, token: str) -> str:
-    server = {"server": f"https://{LOOPBACK}:{facts.ports.api}", "certificate-authority": str(place.certificate)}
+    server = {"server": f"https://{facts.address}:{facts.ports.api}", "certificate-authority": str(place.certificate)}
     return json.dumps(
         {
             "apiVersion": "v1",
@@ -217,7 +213,7 @@ def _kubelet_config(place: Place, facts: Facts) -> Mapping[str, Any]:
     }
 
 
-def _containerd(place: Place) -> str:
+def _containerd(place: Place, facts: Facts) -> str:
     return f"""\
 version = 3
 root = '{place.containerd / "root"}'
@@ -239,21 +235,7 @@ state = '{place.containerd / "state"}'
   restrict_oom_score_adj = true
   disable_apparmor = true
   [plugins.'io.containerd.cri.v1.runtime'.cni]
-    bin_dirs = ['{place.cni}']
+    bin_dirs = ['{cni.programs(place, facts)}']
     conf_dir = '{place.cni / "conf"}'
     use_internal_loopback = true
-"""
-
-
-# Pods get their own network, with the loopback interface only. The kubelet needs an address, so the plugin names one.
-# No machine answers at that address.
-_CNI = """\
-#!{busybox} sh
-case $CNI_COMMAND in
-ADD)
-  echo '{{"cniVersion": "1.0.0", "interfaces": [{{"name": "eth0", "sandbox": "'$CNI_NETNS'"}}],'
-  echo '"ips": [{{"address": "192.0.2.1/32", "interface": 0}}]}}'
-  ;;
-VERSION) echo '{{"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0"]}}' ;;
-esac
 """

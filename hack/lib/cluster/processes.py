@@ -24,12 +24,11 @@ _PAUSE_S = 1.0  # before an ended part is started again
 class Processes:
     """The running parts, by name. `restart_ended` starts ended parts again."""
 
-    def __init__(self, place: Place, programs: Path) -> None:
+    def __init__(self, place: Place, programs: Path, environment: Mapping[str, str]) -> None:
         """`programs` has the programs of containerd, which find each other on PATH."""
         self._place = place
         path = f"{programs}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-        # Settings of the developer's own cluster must not reach ours.
-        self._environment = {**{k: v for k, v in os.environ.items() if k != "KUBECONFIG"}, "PATH": path}
+        self._environment = {**environment, "PATH": path}
         self._commands: dict[str, Command] = {}
         self._pids: dict[str, int] = {}
         self._ended: dict[str, int] = {}

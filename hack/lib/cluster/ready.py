@@ -51,7 +51,7 @@ class Readiness:
         return _answers(lambda: fetch(url, timeout_s=_ANSWER_S))
 
     def _with_api(self, ask: Callable[[ApiServer], Any]) -> Any:
-        url = f"https://{LOOPBACK}:{self.facts.ports.api}"
+        url = f"https://{self.facts.address}:{self.facts.ports.api}"
         api = ApiServer(url, self.facts.tokens["admin"], self.place.certificate, timeout_s=_ANSWER_S)
         with contextlib.closing(api):
             return ask(api)

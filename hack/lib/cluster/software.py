@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hack.lib.cluster.errors import PlaygroundError
@@ -28,9 +28,9 @@ class Kubectl:
         return call([*self._start, *arguments], given)
 
 
-def call(command: Sequence[str], given: str | None = None) -> str:
+def call(command: Sequence[str], given: str | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Run a program to its end. Returns its standard output. PlaygroundError with the program's errors if it fails."""
-    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         reason = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise PlaygroundError(f"{Path(command[0]).name} {' '.join(command[1:4])} … failed: {reason}")

@@ -61,6 +61,11 @@ class Cluster:
     def process(self, part: str) -> int:
         return int(_call([*HACK_CLUSTER, "status", "--pid", part]))
 
+    @property
+    def outlives(self) -> int:
+        """The process id of a part that also outlives a reboot of the node. It has the node's namespaces."""
+        return int(self.facts["processes"]["etcd"])
+
     # ------------------------------------------------------------ examples
 
     def run_as_it_is(self, example: str) -> list[str]:
@@ -187,6 +192,13 @@ class Cluster:
     def _plugin(self) -> Path:
         return self.folder / "kubelet" / "plugins" / DRIVER
 
+    @property
+    def _mps(self) -> Path:
+        """Where the supervisor is: of an installed one, its folder below the node's /run, which only the node sees."""
+        if self.facts["installed"]:
+            return Path(f"/proc/{self.outlives}/root/run/gpuslice/mps")
+        return self.folder / "mps"
+
     def cdi_files(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "cdi").iterdir())
 
@@ -198,7 +210,7 @@ class Cluster:
 
     def daemons(self) -> tuple[str, ...]:
         """Keys of the MPS daemons."""
-        return Paths(self.folder / "mps").known()
+        return Paths(self._mps).known()
 
     def nothing_stays(self) -> None:
         """Return when the last record is gone. AssertionError where it stays, or something that no record knows of."""
@@ -231,8 +243,12 @@ class Cluster:
         for title, command in looks.items():
             with contextlib.suppress(AssertionError):
                 found.append((title, self.kubectl(*command, "--request-timeout=5s")))
+        for pods in ("gpuslice", "gpuslice-mps-supervisor") if self.facts["installed"] else ():
+            with contextlib.suppress(AssertionError):
+                chosen = ("--namespace=gpuslice-system", f"--selector=app.kubernetes.io/name={pods}")
+                found.append((pods, self.kubectl("logs", *chosen, "--all-containers", "--tail=40")))
         with contextlib.suppress(OSError):
-            for log in ("driver.log", "kube-scheduler.log"):
+            for log in ("kube-scheduler.log",) if self.facts["installed"] else ("driver.log", "kube-scheduler.log"):
                 lines = (self.folder / "log" / log).read_text(errors="replace").splitlines()
                 found.append((log, "\n".join(lines[-40:])))
         return found
