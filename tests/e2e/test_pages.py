@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-
 import pytest
 
 from tests.kit import pages
 from tests.kit.cluster.live import Cluster
+from tests.kit.cluster.operators import typed
 from tests.kit.cluster.trouble import wait_cleared, wait_deleted, wait_logged, without
 from tests.kit.markdown import ROOT
 
@@ -19,12 +18,9 @@ def test_the_commands_of_the_pages_run_as_they_are(cluster: Cluster, monkeypatch
     pod = cluster.apply("time-slice-share")
     cluster.runs(pod)
     (claim,) = (body["metadata"]["name"] for body in cluster.get("resourceclaims"))
-    names = {"POD": pod, "CLAIM": claim, "NODE": "node1"}
 
-    for command in (command for command, test in pages.RUN.items() if test == pages.AS_THEY_ARE):
-        program, *words = shlex.split(command)
-        assert program == "kubectl"
-        cluster.kubectl(*(names.get(word, word) for word in words))
+    for command in pages.run_by(pages.AS_THEY_ARE):
+        typed(cluster, command, {"POD": pod, "CLAIM": claim})
 
 
 def test_without_a_driver_a_new_pod_says_so_and_an_old_one_stays_in_terminating_until_it_is_back(
