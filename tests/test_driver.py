@@ -169,6 +169,23 @@ async def test_a_second_process_with_the_same_sockets_is_refused_and_the_first_s
     await cluster.run(cluster.claim("one", CARD))
 
 
+async def test_a_second_driver_of_another_namespace_is_refused_and_the_first_serves_on(cluster: StandInCluster) -> None:
+    """Two installations would write the same ResourceSlices in turns."""
+    await cluster.start("--pod-uid", "0f0e0d0c-0b0a-4908-8706-050403020100", "--pod-namespace", "here")
+
+    second = await cluster.start(
+        "--pod-uid", "1f1e1d1c-1b1a-4918-9716-151413121110", "--pod-namespace", "there", ready=False
+    )
+
+    assert await second.wait() == 2
+    (line,) = second.log.read_text().splitlines()
+    assert line == (
+        f"gpuslice: another driver of the same name serves this node with the folder {cluster.plugins / DRIVER}: pod "
+        "0f0e0d0c-0b0a-4908-8706-050403020100 in namespace here; a node can have one, so remove one of the two installations"
+    )
+    await cluster.run(cluster.claim("one", CARD))
+
+
 @pytest.mark.contract(14)
 async def test_a_driver_that_lost_a_socket_ends_to_be_started_again(cluster: StandInCluster) -> None:
     driver = await cluster.start()

@@ -74,6 +74,8 @@ async def test_without_a_loaded_nvidia_driver_pods_end_and_the_cards_are_offered
     assert await cluster.kubelet.unprepare([of_before_the_reboot]) == {of_before_the_reboot.uid: ""}
     status, text = await asked(driver, "/readyz")
     assert (status, code.name in text) == (503, True), text
+    first = next(line for line in driver.log.read_text().splitlines() if " INFO " not in line)
+    assert code.name in first  # where a person looks first
     assert (await asked(driver, "/healthz"))[0] == 200
     assert cluster.api.all("resourceslices") == []
 

@@ -222,6 +222,30 @@ def test_a_missing_right_is_told_with_the_rule_to_add(server: StandInApiServer, 
     assert 'apiGroups: ["resource.k8s.io"], resources: ["resourceclaims"], verbs: ["get"]' in str(refused.value)
 
 
+@pytest.mark.parametrize(("resource", "group"), [("resourceslices", "resource.k8s.io"), ("nodes", "")])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_right_is_asked_for_in_the_words_of_its_rule(
+    server: StandInApiServer, kube: Kube, resource: str, group: str, allowed: bool
+) -> None:
+    server.answer(201, json.dumps({"status": {"allowed": allowed}}).encode(), path="selfsubjectaccessreviews")
+
+    assert kube.may("get", resource) is allowed
+
+    (request,) = server.requests
+    attributes = {"verb": "get", "group": group, "resource": resource}
+    assert (request.method, request.json()["spec"]) == ("POST", {"resourceAttributes": attributes})
+
+
+@pytest.mark.parametrize("answer", [{}, {"status": {}}, {"status": {"allowed": "yes"}}, {"status": []}])
+def test_a_review_without_a_result_is_no_right_and_no_missing_right(
+    server: StandInApiServer, kube: Kube, answer: dict[str, Any]
+) -> None:
+    server.answer(201, json.dumps(answer).encode(), path="selfsubjectaccessreviews")
+
+    with pytest.raises(ApiError, match="a review of the right to get nodes without a result"):
+        kube.may("get", "nodes")
+
+
 def test_a_busy_server_is_told_at_once_and_not_waited_for(server: StandInApiServer, kube: Kube) -> None:
     server.fail(429, retry_after_s=60)
 
@@ -328,13 +352,23 @@ def test_no_typed_model_is_imported_for_they_cost_half_a_second(server: StandInA
     assert answer.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("unused", ["kubernetes.stream", "kubernetes.dynamic", "requests", "websocket"])
-def test_what_the_driver_does_not_use_of_the_client_library_is_not_loaded(unused: str) -> None:
-    program = f"import sys; import gpuslice.app; print({unused!r} in sys.modules)"
+UNUSED = ("kubernetes.stream", "kubernetes.dynamic", "requests", "websocket", "pydantic")
+
+
+def test_what_the_driver_does_not_use_of_the_client_library_is_not_loaded() -> None:
+    program = f"import sys; import gpuslice.app; print([name for name in {UNUSED} if name in sys.modules])"
 
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
-    assert answer.stdout.strip() == "False"
+    assert answer.stdout.strip() == "[]"
+
+
+def test_whoever_needs_what_the_client_library_does_without_gets_the_real_one() -> None:
+    program = "import gpuslice.kube, pydantic; print(pydantic.SecretStr('x').get_secret_value())"
+
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.strip() == "x"
 
 
 def test_a_login_by_openid_connect_gets_the_real_session() -> None:

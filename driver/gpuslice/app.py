@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
-from gpuslice import hardware, node
+from gpuslice import hardware, node, preflight
 from gpuslice.checkpoint import Checkpoint
 from gpuslice.config import Config, check_cdi_root
 from gpuslice.core import cards, cdi
 from gpuslice.core.inventory import Inventory
 from gpuslice.core.model import ClaimUid
-from gpuslice.errors import ConfigError, HungError, StateError
+from gpuslice.errors import HungError, StateError
 from gpuslice.jobs import FAILED, Stop, call_in, end, guarded
 from gpuslice.kube import Kube
 from gpuslice.mps.client import MpsClient
-from gpuslice.plugin import gauges, sockets
+from gpuslice.plugin import gauges
 from gpuslice.plugin.cdi_writer import CdiWriter
 from gpuslice.plugin.mps_upkeep import MpsUpkeep
 from gpuslice.plugin.prepare import Preparer
@@ -78,7 +78,7 @@ class App:
 
         If the cards cannot be listed, the driver serves nevertheless: see `nvml/session.py`.
         """
-        _check(config)
+        preflight.check(config)
         self._config = config
         self.hanging, self.again = False, False
         self._endpoint = Endpoint.parse(config.http_endpoint) if config.http_endpoint else None
@@ -196,6 +196,7 @@ class App:
             registry=config.kubelet_registrar_directory_path,
             plugin_folder=config.plugin_folder,
             pod_uid=config.pod_uid,
+            pod_namespace=config.pod_namespace,
             registration_socket=config.registration_socket,
             claims=service,
             telemetry=self._telemetry,
@@ -317,21 +318,6 @@ class App:
             await service.collect(time.monotonic())
             if news := await asyncio.to_thread(self._cards.news, self._gpus):
                 anew(news)
-
-
-def _check(config: Config) -> None:
-    """ConfigError for wrong settings, before anything is opened or made."""
-    if not config.node_name:
-        raise ConfigError(
-            "the name of the node is missing; use --node-name or NODE_NAME (in a pod: fieldRef spec.nodeName)"
-        )
-    sockets.paths(
-        driver=config.driver_name,
-        registry=config.kubelet_registrar_directory_path,
-        plugin_folder=config.plugin_folder,
-        pod_uid=config.pod_uid,
-        registration_socket=config.registration_socket,
-    )
 
 
 async def _retry_lost(service: ClaimService, changed: asyncio.Event) -> str:

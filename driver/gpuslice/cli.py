@@ -99,6 +99,9 @@ def _add_services(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     supervisor = add(commands, "mps-supervisor", "run the MPS daemons of this node", _supervise,
                      about=texts.SUPERVISOR, examples=texts.SUPERVISOR_EXAMPLES)  # fmt: skip
     config.add_flags(supervisor, *config.SUPERVISOR_FLAGS)
+    preflight = add(commands, "preflight", "check a node before the plugin starts", _preflight,
+                    about=texts.PREFLIGHT, examples=texts.PREFLIGHT_EXAMPLES)  # fmt: skip
+    config.add_flags(preflight, *config.PREFLIGHT_FLAGS)
     demo = add(commands, "demo", "show every feature on a simulated node", _demo,
                about=texts.DEMO, examples=texts.DEMO_EXAMPLES)  # fmt: skip
     demo.add_argument(
@@ -147,6 +150,18 @@ def _supervise(parsed: argparse.Namespace) -> int:
     from gpuslice.mps import supervisor
 
     return supervisor.run(settings.mps_root, lambda: hardware.mps_control(settings), settings.log_level)
+
+
+def _preflight(parsed: argparse.Namespace) -> int:
+    settings = config.check_paths(config.read(parsed))
+    from gpuslice import preflight
+
+    found = preflight.look(settings)
+    codes = [_ends(problem, exit_code(problem)) for problem in found.problems]
+    output.warn(found.notes)
+    if not codes:
+        print("this node is ready for the driver")
+    return codes[0] if codes else 0
 
 
 def _demo(parsed: argparse.Namespace) -> int:

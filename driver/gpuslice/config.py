@@ -30,6 +30,7 @@ class Config:
     driver_name: str = DRIVER_NAME
     node_name: str = ""
     pod_uid: str = ""
+    pod_namespace: str = ""
     kubeconfig: Path | None = None
     kubelet_registrar_directory_path: Path = Path("/var/lib/kubelet/plugins_registry")
     kubelet_plugins_directory_path: Path = Path("/var/lib/kubelet/plugins")
@@ -153,6 +154,24 @@ CLEANUP_FLAGS = (
     "simulate_folder",
 )
 
+# The settings that `preflight` needs.
+PREFLIGHT_FLAGS = (
+    "driver_name",
+    "node_name",
+    "pod_uid",
+    "pod_namespace",
+    "kubeconfig",
+    "kubelet_registrar_directory_path",
+    "kubelet_plugins_directory_path",
+    "registration_socket",
+    "cdi_root",
+    "nvidia_driver_root",
+    "driver_root_ctr_path",
+    "policy",
+    "http_endpoint",
+    "simulate",
+)
+
 # The settings that `policy check` needs.
 POLICY_FLAGS = ("nvidia_driver_root", "driver_root_ctr_path", "simulate")
 
@@ -163,6 +182,7 @@ _KINDS = {
     "driver_name": "NAME",
     "node_name": "NAME",
     "pod_uid": "UID",
+    "pod_namespace": "NAME",
     "kubeconfig": "FILE",
     "kubelet_registrar_directory_path": "FOLDER",
     "kubelet_plugins_directory_path": "FOLDER",
@@ -184,6 +204,7 @@ _HELP = {
     "driver_name": "name of the DRA driver, and the domain of its attributes",
     "node_name": "name of the Node object of this node; a pod gets it by fieldRef spec.nodeName",
     "pod_uid": "UID of the driver's own pod; it makes socket names unique, so that rolling updates work",
+    "pod_namespace": "namespace of the driver's own pod; instances of two namespaces are two installations",
     "kubeconfig": "kubeconfig file; without one, the service account of the pod",
     "kubelet_registrar_directory_path": "folder where the kubelet looks for registration sockets",
     "kubelet_plugins_directory_path": "folder of the kubelet's plugins; the driver uses <this folder>/<driver name>",

@@ -26,6 +26,14 @@ from gpuslice.core.model import RESOURCE_API
 from gpuslice.errors import NotFoundError
 
 _GROUP = f"/apis/{RESOURCE_API}"
+_OURS = RESOURCE_API.partition("/")[0]
+_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+
+# The rights that the verbs of this module need.
+RIGHTS = (
+    *((verb, "resourceslices") for verb in ("list", "watch", "create", "update", "delete")),
+    *(("get", "resourceclaims"), ("list", "resourceclaims"), ("get", "nodes")),
+)
 
 
 class Kube:
@@ -60,6 +68,17 @@ class Kube:
         if not bodies.is_object(body) or metadata["name"] != name:
             raise self._api.odd(f"something else than node {name} with its UID")
         return str(metadata["uid"])
+
+    def may(self, verb: str, resource: str) -> bool:
+        """Whether this login has the right, in every namespace. Every login may ask (ClusterRole system:basic-user)."""
+        call = Call("create", "selfsubjectaccessreviews", _REVIEWS)
+        right = {"verb": verb, "resource": resource, "group": "" if resource == "nodes" else _OURS}
+        body = {"kind": "SelfSubjectAccessReview", "apiVersion": "authorization.k8s.io/v1"}
+        answer = self._api.ask(call, body={**body, "spec": {"resourceAttributes": right}})
+        status = answer.get("status")
+        if not isinstance(status, dict) or not isinstance(status.get("allowed"), bool):
+            raise self._api.odd(f"a review of the right to {verb} {resource} without a result")
+        return bool(status["allowed"])
 
     # ------------------------------------------------------------ claims
 

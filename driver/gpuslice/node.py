@@ -21,10 +21,11 @@ from gpuslice.core.record import Record
 from gpuslice.core.typed import Fields
 from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Nvml
-from gpuslice.nvml.listing import LIMIT_S, Listing
+from gpuslice.nvml.listing import LIMIT_S, Attempt, Listing
 from gpuslice.system import documents, files, refusals
 from gpuslice.system.host import Host
 
+_CARDS = "gpus.json"
 _OF_POLICY = "policy: "  # the beginning of sentences about a policy
 
 
@@ -55,8 +56,8 @@ class Cards:
     def __init__(self, nvml: Nvml, host: Host, folder: Path, limit_s: float = 2 * LIMIT_S) -> None:
         """`folder` is the plugin's. `limit_s` is for the list of all cards; each card has its own limit, too."""
         self._nvml, self._host = nvml, host
-        self._path, self._claims = folder / "gpus.json", folder / "claims"
-        self._listing = _lister(limit_s)
+        self._folder, self._claims = folder, folder / "claims"
+        self._list, self._limit_s = _list(nvml), limit_s
 
     def known(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
         """The cards in bus order, with one sentence for each problem. Nothing is written."""
@@ -64,12 +65,12 @@ class Cards:
         lost = hung or self._nvml.lost()
         # A folder of this boot shows that a driver ran in this boot, so a missing card was lost while it ran.
         same_boot = _is_folder(self._claims / self._host.boot_id())
-        gpus, sentences = cards.known(listed, _last_seen(self._path), keep_missing=same_boot or bool(lost))
+        gpus, sentences = cards.known(listed, last_seen(self._folder), keep_missing=same_boot or bool(lost))
         return gpus, (*lost, *sentences, *cards.none_of(gpus))
 
     def save(self, gpus: Iterable[Gpu]) -> None:
         """Save the cards that `known` uses at the next start, if NVML does not list them."""
-        files.write_atomic(self._path, json.dumps(gpucodec.encode(tuple(gpus))))
+        files.write_atomic(self._folder / _CARDS, json.dumps(gpucodec.encode(tuple(gpus))))
 
     def news(self, served: Iterable[Gpu]) -> str:
         """Why a process that serves these cards should restart: cards that it does not know. "" if there are none."""
@@ -78,31 +79,27 @@ class Cards:
         return f"{names}: new on this node; the process restarts to offer the new cards" if names else ""
 
     def _listed(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-        found, hung = _read(self._listing, self._nvml)
-        return tuple(map(self._host.locate, found)), hung
+        """All cards, and a sentence if NVML does not list them."""
+        try:
+            return tuple(map(self._host.locate, self._list.result(self._limit_s))), ()
+        except DeviceError as e:
+            return (), (str(e),)
 
 
-def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[Gpu, ...]:
-    """The cards, for one look. DeviceError if NVML does not list them within `limit_s`."""
-    found, hung = _read(_lister(limit_s), nvml)
-    for sentence in hung:
-        raise DeviceError(sentence)
-    return found
+def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+    """The cards, for one look, and a sentence for each card that cannot be read. DeviceError if NVML does not list them
+    within `limit_s`."""
+    return _list(nvml).result(limit_s), nvml.lost()
 
 
-def _read(listing: Listing[tuple[Gpu, ...]], nvml: Nvml) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-    """All cards, and a sentence if NVML does not list them."""
-    found, hung = listing.read((0,), lambda _: nvml.gpus())
-    return tuple(gpu for gpus in found for gpu in gpus), hung
+def _list(nvml: Nvml) -> Attempt[tuple[Gpu, ...]]:
+    return Attempt("the list of this node's GPUs", nvml.gpus)
 
 
-def _lister(limit_s: float) -> Listing[tuple[Gpu, ...]]:
-    return Listing(limit_s, name=lambda _: "the list of this node's GPUs")
-
-
-def _last_seen(path: Path) -> tuple[Gpu, ...]:
+def last_seen(folder: Path) -> tuple[Gpu, ...]:
+    """The cards of the last start, in this folder of the plugin. Empty if none are known."""
     try:
-        return gpucodec.decode(json.loads(files.read_plain(path)))
+        return gpucodec.decode(json.loads(files.read_plain(folder / _CARDS)))
     except (OSError, ValueError, RecursionError):
         return ()  # an incomplete file of a power loss: only the listed cards are known
 

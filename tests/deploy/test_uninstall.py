@@ -24,7 +24,7 @@ from gpuslice.uninstall.steps import CLEANUP, DRIVER, SUPERVISOR, Uninstall
 
 from hack.lib.cluster.binaries import helm
 from hack.lib.cluster.versions import HELMS
-from tests.deploy.test_chart import CHART, EVERYTHING, NOTHING, as_read, mounts, pod, rendered
+from tests.kit.chart import CHART, EVERYTHING, NOTHING, as_read, mounts, pod, rendered
 from tests.kit.workloads import NAMESPACE, Workloads
 
 FILE = Path(__file__).parents[2] / "deploy" / "uninstall" / "uninstall.yaml"

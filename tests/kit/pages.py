@@ -18,6 +18,8 @@ PAGES = [
 NOT_RUN = "## What of this page was not run"
 
 AS_THEY_ARE = "tests/e2e/test_pages.py::test_the_commands_of_the_pages_run_as_they_are"
+INSTALLED = "tests/e2e/test_pages_installed.py::test_the_commands_about_an_installed_driver_run_as_they_are"
+_HELM = "tests/e2e/test_operators.py::test_pods_that_came_before_the_driver_start_when_it_is_installed"
 _RULE = "tests/e2e/test_out_of_service.py::"
 _COUNTED = f"{_RULE}test_a_rule_without_effect_counts_the_pods_that_would_be_evicted"
 _EVICTED = f"{_RULE}test_pods_of_a_card_out_of_service_are_evicted_and_new_ones_get_the_other_card_until_the_rule_goes"
@@ -33,7 +35,7 @@ _NAMESPACE = "--namespace gpuslice-system"
 _OURS = "--field-selector spec.driver=gpuslice.dev"
 _PATCH = "kubectl patch devicetaintrule card-out-of-service --type=merge -p "
 
-# Each command of the pages that a test runs, and the test. AS_THEY_ARE runs its commands in this order.
+# Each command of the pages that a test runs, and the test. AS_THEY_ARE and INSTALLED run theirs in this order.
 RUN = {
     "kubectl apply -f deploy/namespace.yaml": AS_THEY_ARE,
     "kubectl get pods -n gpuslice-system -o wide": AS_THEY_ARE,
@@ -48,8 +50,6 @@ RUN = {
     "kubectl wait --for=jsonpath='{.status.phase}'=Succeeded pod/whole-gpu --timeout=2m": AS_THEY_ARE,
     "kubectl logs whole-gpu": AS_THEY_ARE,
     "kubectl delete -f deploy/examples/whole-gpu.yaml": AS_THEY_ARE,
-    "kubectl drain NODE --ignore-daemonsets --delete-emptydir-data": AS_THEY_ARE,
-    "kubectl uncordon NODE": AS_THEY_ARE,
     f"helm uninstall gpuslice {_NAMESPACE}": _IDLE,
     f"helm uninstall gpuslice {_NAMESPACE} --no-hooks": _GONE,
     f"helm rollback gpuslice REVISION {_NAMESPACE}": _REFUSED,
@@ -60,9 +60,24 @@ RUN = {
     "kubectl delete --ignore-not-found -f deploy/uninstall -f deploy": _WITHOUT_HELM,
     "kubectl delete -f deploy": _WITHOUT_HELM,
     "gpuslice cleanup": "tests/uninstall/test_cleanup.py::test_the_command_says_what_it_removed_or_why_not",
+    "kubectl logs -n gpuslice-system daemonset/gpuslice": INSTALLED,
+    "kubectl exec -n gpuslice-system POD -- gpuslice devices": INSTALLED,
+    "kubectl exec -n gpuslice-system POD -- gpuslice claims": INSTALLED,
+    "kubectl get --raw /api/v1/namespaces/gpuslice-system/pods/POD:9510/proxy/readyz": INSTALLED,
+    "kubectl label namespace gpuslice-system pod-security.kubernetes.io/enforce=privileged": INSTALLED,
+    "helm upgrade gpuslice deploy/chart --namespace gpuslice-system --reset-then-reuse-values --wait": INSTALLED,
+    "kubectl rollout status -n gpuslice-system daemonset/gpuslice": INSTALLED,
+    "helm rollback gpuslice --namespace gpuslice-system --wait": INSTALLED,
+    "kubectl delete pod -n gpuslice-system -l app.kubernetes.io/name=gpuslice-mps-supervisor "
+    "--field-selector spec.nodeName=NODE": INSTALLED,
+    "kubectl drain NODE --ignore-daemonsets --delete-emptydir-data": INSTALLED,
+    "kubectl uncordon NODE": INSTALLED,
+    "helm install gpuslice deploy/chart --namespace gpuslice-system --set image.repository=REGISTRY/gpuslice": _HELM,
     "hack/image": "tests/deploy/test_image.py::test_the_command_of_the_image_starts",
     "gpuslice devices": _ON_THE_NODE,
     "gpuslice claims": _ON_THE_NODE,
+    "gpuslice preflight": "tests/test_preflight.py::"
+    "test_a_node_without_a_gpu_or_an_nvidia_driver_is_ready_because_the_driver_waits_for_them",
     "kubectl apply -f deploy/examples/operator/card-out-of-service.yaml": _COUNTED,
     "kubectl get devicetaintrule card-out-of-service -o jsonpath='{.status.conditions[*].message}'": _COUNTED,
     f'{_PATCH}\'{{"spec":{{"taint":{{"effect":"NoSchedule"}}}}}}\'': _KEPT,
@@ -71,6 +86,10 @@ RUN = {
 }
 
 _FILTERS = ("grep", "sort", "uniq")  # behind a pipe of a command
+
+
+def run_by(test: str) -> list[str]:
+    return [command for command, runs in RUN.items() if runs == test]
 
 
 def found(page: Path) -> Iterator[tuple[str, str]]:

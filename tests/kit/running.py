@@ -49,6 +49,7 @@ class DriverInstance:
             registry=world.registry,
             plugin_folder=world.plugins,
             pod_uid=pod_uid,
+            pod_namespace="",
             registration_socket="",
             claims=self,
             telemetry=Telemetry(),

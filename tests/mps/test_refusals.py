@@ -33,14 +33,16 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a folder of 
 
 
 def a_driver(node: MpsNode, refused: str) -> None:
-    """A control program that fails at commands that begin so, and tells each command to the FIFO `asked`."""
+    """A control program that refuses all its commands if one of them begins so. It tells the first one to the FIFO `asked`."""
     program, asked = node.folder / control.NAME, node.folder / "asked"
     os.mkfifo(asked)
     real = " ".join(node.command)
     program.write_text(
-        f'#!/bin/sh\n[ $# -gt 0 ] && exec {real} "$@"\nread -r line\n'
-        f'case "$line" in "{refused}"*) echo "not known: $line"; exit 1;; esac\n'
-        f'{{ echo "$line"; cat; }} | {real}\nstatus=$?\n[ -e {asked}.on ] && echo "$line" > {asked}\nexit $status\n'
+        f'#!/bin/sh\n[ $# -gt 0 ] && exec {real} "$@"\nlines=""\n'
+        f'while read -r line; do\n  lines="$lines$line\n"\n'
+        f'  case "$line" in "{refused}"*) echo "not known: $line"; exit 1;; esac\ndone\n'
+        f'printf "%b" "$lines" | {real}\nstatus=$?\n'
+        f'[ -e {asked}.on ] && printf "%b" "$lines" | head -n 1 > {asked}\nexit $status\n'
     )
     program.chmod(0o755)
     node.command = (str(program),)

@@ -81,13 +81,19 @@ def test_a_socket_path_of_108_bytes_is_refused_and_one_of_107_is_not() -> None:
 
 
 def server(
-    folder: Path, *, pod_uid: str = "", registration_socket: str = "", registered: Callable[[], None] = lambda: None
+    folder: Path,
+    *,
+    pod_uid: str = "",
+    namespace: str = "",
+    registration_socket: str = "",
+    registered: Callable[[], None] = lambda: None,
 ) -> PluginServer:
     return PluginServer(
         driver=DRIVER,
         registry=files.ensure_folder(folder / "reg"),
         plugin_folder=files.ensure_folder(folder / "plug"),
         pod_uid=pod_uid,
+        pod_namespace=namespace,
         registration_socket=registration_socket,
         claims=_NoClaims(),
         telemetry=Telemetry(),

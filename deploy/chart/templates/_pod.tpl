@@ -1,7 +1,8 @@
 {{/* What the pods of driver and supervisor have in common. */}}
 
 {{- define "gpuslice.image" -}}
-image: {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- $tag := .Values.image.tag | default (ternary "" .Chart.AppVersion (not (empty .Values.image.digest))) -}}
+image: {{ .Values.image.repository }}{{ with $tag }}:{{ . }}{{ end }}{{ with .Values.image.digest }}@{{ . }}{{ end }}
 {{- if eq .Values.image.repository "gpuslice" }} # put your registry before the name{{ end }}
 {{- with .Values.image.pullPolicy }}
 imagePullPolicy: {{ . }}
@@ -66,6 +67,35 @@ remedy for each variable that the chart sets itself. With one name twice, Helm 4
 {{- end }}
 {{- end }}
 
+{{/* The variables of the driver, and of the step before it. */}}
+{{- define "gpuslice.driver-variables" -}}
+- name: NODE_NAME
+  valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+- name: POD_UID
+  valueFrom: {fieldRef: {fieldPath: metadata.uid}}
+- name: POD_NAMESPACE
+  valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
+- {name: NVIDIA_DRIVER_ROOT, value: {{ .Values.nvidiaDriverRoot }}} # /run/nvidia/driver with the GPU operator's driver container
+- {name: DRIVER_ROOT_CTR_PATH, value: /driver-root}
+- {name: POLICY, value: /etc/gpuslice/policy.yaml}
+- {name: HTTP_ENDPOINT, value: ":{{ .Values.http.port }}"}
+- {name: NVIDIA_VISIBLE_DEVICES, value: void} # NVIDIA's container runtime must add nothing to this container
+{{- if ne .Values.kubeletRootDir "/var/lib/kubelet" }}
+- {name: KUBELET_REGISTRAR_DIRECTORY_PATH, value: {{ .Values.kubeletRootDir }}/plugins_registry}
+{{- end }}
+{{- if ne .Values.cdiRoot "/var/run/cdi" }}
+- {name: CDI_ROOT, value: {{ .Values.cdiRoot }}}
+{{- end }}
+{{- with (.Values.apiServer).host }}
+- {name: KUBERNETES_SERVICE_HOST, value: {{ quote . }}}
+{{- end }}
+{{- with (.Values.apiServer).port }}
+- {name: KUBERNETES_SERVICE_PORT, value: {{ quote . }}}
+{{- end }}
+{{- with include "gpuslice.environment" . | trim }}{{ nindent 0 . }}{{ end }}
+{{- with include "gpuslice.driver-environment" . | trim }}{{ nindent 0 . }}{{ end }}
+{{- end }}
+
 {{- define "gpuslice.driver-environment" -}}
 {{- $taken := dict
   "CDI_ROOT" "set the value cdiRoot instead"
@@ -75,6 +105,7 @@ remedy for each variable that the chart sets itself. With one name twice, Helm 4
   "KUBERNETES_SERVICE_PORT" "set the value apiServer.port instead"
   "NODE_NAME" "leave it out, because each pod has the name of its node"
   "NVIDIA_DRIVER_ROOT" "set the value nvidiaDriverRoot instead"
+  "POD_NAMESPACE" "leave it out, because each pod has its own namespace"
   "POD_UID" "leave it out, because each pod has its own UID"
   "POLICY" "set the value policy instead" }}
 {{- include "gpuslice.more-environment" (dict "list" "extraEnv" "entries" .Values.extraEnv "taken" $taken) }}

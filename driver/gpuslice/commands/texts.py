@@ -21,6 +21,7 @@ examples:
   gpuslice playground up              a stand-in cluster for your own claims
   gpuslice run --simulate h100x2      run the kubelet plugin on simulated cards
   gpuslice run                        run the kubelet plugin on a GPU node
+  gpuslice preflight                  check a node before the plugin starts
   gpuslice mps-supervisor             run the MPS daemons, beside the plugin
   gpuslice devices                    show what each GPU offers, and its claims
   gpuslice claims -o json             list the prepared claims, for a program
@@ -44,6 +45,23 @@ examples:
   gpuslice run --node-name node-1 --kubeconfig /etc/kubernetes/kubelet.conf
   gpuslice run --node-name node-1 --kubeconfig ~/.kube/config \\
     --simulate h100x2 --policy policy.yaml --http-endpoint 127.0.0.1:9510
+"""
+
+PREFLIGHT = """\
+Check a node before the kubelet plugin starts: the policy, the folders of the
+kubelet and of the container runtime, the root of the NVIDIA driver, the rights
+at the API server, and whether another installation serves the node.
+
+An init container runs it before `gpuslice run`, with the same settings, and
+`kubectl describe pod` shows its sentences. A node without a GPU or without an
+NVIDIA driver passes, because the plugin waits for them. The command changes
+nothing.
+"""
+
+PREFLIGHT_EXAMPLES = """\
+examples:
+  gpuslice preflight --node-name node-1 --policy policy.yaml
+  kubectl logs --namespace gpuslice-system POD --container preflight
 """
 
 SUPERVISOR = """\

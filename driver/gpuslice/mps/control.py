@@ -81,6 +81,23 @@ class Control:
 
     # ------------------------------------------------------------ ceilings
 
+    def limit(
+        self, device: GpuUuid | MigUuid, memory_mib: int | None, percent: int | None
+    ) -> tuple[int | None, int | None]:
+        """Set both ceilings, for new clients and for the servers that run, and read them back. None: no ceiling.
+
+        Without servers, one run sets everything, because each run costs the start of a program. A program that stops at a
+        refused command sets no limit by UUID then, and the daemon reports that. In this case each command has its own run.
+        """
+        if memory_mib is not None:
+            limits = (f"set_default_device_pinned_mem_limit {name} {memory_mib}M" for name in (device, "0"))
+            self._try(f"set_default_active_thread_percentage {percent or 100}", *limits)
+            if not self.servers():  # after the defaults, because a server that starts in between has the old ones
+                reported = self._memory("get_default_device_pinned_mem_limit", device, memory_mib), self.threads()
+                if reported == (memory_mib, None if percent == 100 else percent):
+                    return reported
+        return self.limit_memory(device, memory_mib), self.limit_threads(percent)
+
     def limit_memory(self, device: GpuUuid | MigUuid, memory_mib: int | None) -> int | None:
         """Set the memory ceiling for new clients and for the servers that run, and read it back.
 

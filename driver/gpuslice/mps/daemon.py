@@ -64,13 +64,12 @@ class MpsDaemon:
         """Set these ceilings. If the daemon refuses them, it keeps its old ones. HungError if the daemon hangs."""
         before = self.ceilings
         try:
-            self.ceilings = _limit(self.control, daemon)
+            self.ceilings = self.control.limit(daemon.device, daemon.memory_mib, daemon.threads_percent)
         except HungError:
             raise
         except DeviceError:
             with suppress(DeviceError):
-                self.control.limit_memory(daemon.device, before[0])
-                self.control.limit_threads(before[1])
+                self.control.limit(daemon.device, *before)
             raise
 
     def probe(self) -> str:
@@ -162,7 +161,7 @@ def _start(
         try:
             remember(paths, daemon, process)  # before the daemon can have clients that the supervisor does not know
             _wait(process, watch, console, daemon.device)
-            process.ceilings = _limit(process.control, daemon)
+            process.ceilings = process.control.limit(daemon.device, daemon.memory_mib, daemon.threads_percent)
         except DriverError:
             process.stop(drain=False)
             raise
@@ -273,11 +272,6 @@ def remember(paths: Paths, daemon: DaemonSpec, process: MpsDaemon) -> None:
     """Write the spec and the process of this daemon to disk, for the next supervisor."""
     body = {"daemon": wire.daemon_body(daemon), "process": asdict(process.pidfd.id)}
     write_atomic(paths.record(daemon.key), json.dumps(body) + "\n")
-
-
-def _limit(control: Control, daemon: DaemonSpec) -> tuple[int | None, int | None]:
-    memory = control.limit_memory(daemon.device, daemon.memory_mib)
-    return memory, control.limit_threads(daemon.threads_percent)
 
 
 def _environment(paths: Paths, daemon: DaemonSpec) -> Mapping[str, str]:

@@ -164,6 +164,7 @@ class PluginServer:
         registry: Path,
         plugin_folder: Path,
         pod_uid: str,
+        pod_namespace: str,
         registration_socket: str,
         claims: ClaimHandler,
         telemetry: Telemetry,
@@ -177,7 +178,7 @@ class PluginServer:
             pod_uid=pod_uid,
             registration_socket=registration_socket,
         )
-        self._lock = sockets.exclusive(self.endpoint)
+        self._lock = sockets.exclusive(self.endpoint, pod_namespace)
         sockets.remove_dead(registry, plugin_folder, driver)
         self.status = RegistrationService(driver, self.endpoint, registered)
         self._services = (

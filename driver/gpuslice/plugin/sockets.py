@@ -76,14 +76,20 @@ def fitting(folder: Path, names: Sequence[str]) -> str:
     )
 
 
-def exclusive(endpoint: Path) -> int:
-    """Take the lock of the instance that serves this socket, until the process ends. ConfigError if another one has it."""
+def exclusive(endpoint: Path, namespace: str) -> int:
+    """Take the lock of the instance that serves this socket, until the process ends. ConfigError if another one has it.
+
+    The lock holds the namespace of the instance's pod, for `others`.
+    """
     lock = files.try_lock(_lock(endpoint))
     if lock is None:
         raise ConfigError(
             f"another instance serves {endpoint} already; stop it, or give each instance its own --pod-uid for a rolling "
             "update"
         )
+    with contextlib.suppress(OSError):  # on a full disk the driver still unprepares, and its namespace is unknown
+        os.ftruncate(lock, 0)
+        os.write(lock, namespace.encode())
     return lock
 
 
@@ -96,6 +102,42 @@ def registrations(registry: Path, driver: str) -> list[Path]:
     """The registration sockets of all instances of this driver. The form for long folders is a hash, and not among them."""
     pattern = _registration(registry, driver)
     return sorted(path for path in registry.iterdir() if pattern.fullmatch(path.name)) if registry.is_dir() else []
+
+
+def serving(plugin_folder: Path) -> dict[str, str]:
+    """The instances that listen in this folder now: the namespace of each by its pod.
+
+    "" as a pod: a process outside a pod. "" as a namespace: unknown, because instances of 0.1.0 write none. StateError if the
+    folder cannot be read.
+    """
+    if not plugin_folder.exists():
+        return {}
+    with refusals.translated("read", plugin_folder):
+        matches = [(path, _ENDPOINT.fullmatch(path.name)) for path in plugin_folder.iterdir()]
+        here = {match[1] or "": path for path, match in matches if match and alive(path)}
+    return {pod: _namespace(path) for pod, path in here.items()}
+
+
+def _namespace(endpoint: Path) -> str:
+    with contextlib.suppress(OSError):
+        return _lock(endpoint).read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def refuse_second(plugin_folder: Path, pod_uid: str, namespace: str) -> None:
+    """ConfigError if an instance of another installation serves this node: both would write the same ResourceSlices.
+
+    Instances of one namespace are a rolling update.
+    """
+    mine = namespace or (None if pod_uid else "")
+    for pod, other in serving(plugin_folder).items():
+        theirs = other or (None if pod else "")
+        if mine is not None and theirs is not None and mine != theirs:
+            who = f"pod {pod} in namespace {theirs}" if pod else "a process outside a pod"
+            raise ConfigError(
+                f"another driver of the same name serves this node with the folder {plugin_folder}: {who}; a node can have "
+                "one, so remove one of the two installations"
+            )
 
 
 def remove_dead(registry: Path, plugin_folder: Path, driver: str) -> None:
@@ -148,6 +190,11 @@ def _removed(lock: Path) -> bool:
     except DriverError:
         return False
     return True
+
+
+def alive(path: Path) -> bool:
+    """Whether a process listens on this socket. False if there is no such socket. OSError if the folder cannot be read."""
+    return path.is_socket() and not _is_dead(path)
 
 
 def _is_dead(path: Path) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,18 @@ def run_helm(*arguments: str, namespace: str = NAMESPACE) -> subprocess.Complete
     """Run Helm as the administrator. It may be refused."""
     command = [*HACK_CLUSTER, "helm", *arguments, "--namespace", namespace]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def typed(cluster: Cluster, command: str, names: Mapping[str, str]) -> str:
+    """Run a command line of a page, of kubectl or Helm, with these names in place of its placeholders; what it prints."""
+    for placeholder, name in names.items():
+        command = re.sub(rf"\b{placeholder}\b", name, command)
+    program, *words = shlex.split(command)
+    if program == "kubectl":
+        return cluster.kubectl(*words)
+    done = subprocess.run([*HACK_CLUSTER, program, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
 
 
 def upgrade(cluster: Cluster, *values: str) -> None:

@@ -1,34 +1,50 @@
 """The devices of the simulated node that a daemon sees: CUDA_VISIBLE_DEVICES compared with nvml/sim/state.py's files.
 
-This module reads the files itself, because the daemon starts without installed packages such as YAML.
+This module reads the files itself, because the daemon starts without installed packages such as YAML. `pathlib`, `typing` and
+`uuid` would take a third of the daemon's start (measured).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import uuid
-from pathlib import Path
-from typing import Any
 
 from gpuslice.core import journal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class VisibleError(Exception):
     """CUDA_VISIBLE_DEVICES names a device that does not exist. The text is the last message of the daemon."""
 
 
-def visible(node: Path, names: str | None) -> tuple[str, ...]:
+def visible(node: str, names: str | None) -> tuple[str, ...]:
     """UUIDs of the devices, in the order of their names; without names, all cards that are not partitioned."""
     try:
-        body = json.loads((node / "node.json").read_text(encoding="utf-8"))
-        count, seed = len(body["node"]["gpus"]), uuid.UUID(body["seed"])
-        states = [json.loads(journal.last((node / f"gpu{index}.json").read_bytes())) for index in range(count)]
+        body = json.loads(_read(f"{node}/node.json"))
+        count, seed = len(body["node"]["gpus"]), bytes.fromhex(body["seed"].replace("-", ""))
+        states = [json.loads(journal.last(_read(f"{node}/gpu{index}.json"))) for index in range(count)]
     except (OSError, ValueError, LookupError) as e:
         raise VisibleError(f"No simulated node in {node}: {e}") from e
-    cards = [f"GPU-{uuid.uuid5(seed, str(index))}" for index in range(count)]
+    cards = [f"GPU-{_uuid5(seed, str(index))}" for index in range(count)]
     if names is None:
         return tuple(card for card, state in zip(cards, states, strict=True) if not state["mig"])
     return tuple(_named(name.strip(), cards, states) for name in names.split(","))
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _uuid5(namespace: bytes, name: str) -> str:
+    """As `uuid.uuid5`."""
+    data = bytearray(hashlib.sha1(namespace + name.encode(), usedforsecurity=False).digest()[:16])
+    data[6], data[8] = data[6] & 0x0F | 0x50, data[8] & 0x3F | 0x80
+    text = data.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def _named(name: str, cards: list[str], states: list[dict[str, Any]]) -> str:

@@ -6,7 +6,6 @@ import fcntl
 import os
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from gpuslice.mps.sim.daemon import SimDaemon
 from gpuslice.mps.sim.devices import VisibleError, visible
@@ -20,7 +19,7 @@ def run(pipe: str, *, background: bool, multiuser: bool) -> int:
     """Run the daemon until `quit`. Returns its exit status."""
     node, logs = os.environ.get(NODE, ""), os.environ.get("CUDA_MPS_LOG_DIRECTORY", "/var/log/nvidia-mps")
     try:
-        devices = visible(Path(node), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        devices = visible(node, os.environ.get("CUDA_VISIBLE_DEVICES"))
         lock = os.open(f"{pipe}/control_lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in ("control.log", "server.log"):
@@ -30,7 +29,8 @@ def run(pipe: str, *, background: bool, multiuser: bool) -> int:
         if background and not _continue_in_background():
             return 0
         name_myself(_CONTROL)
-        Path(pipe, f"{_CONTROL}.pid").write_text(f"{os.getpid()}\n", encoding="ascii")
+        with open(f"{pipe}/{_CONTROL}.pid", "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
         daemon = SimDaemon(node, pipe, devices, multiuser=multiuser, log=lambda line: _log(logs, line))
     except BlockingIOError:
         return _fail("An instance of this daemon is already running")
@@ -42,8 +42,10 @@ def run(pipe: str, *, background: bool, multiuser: bool) -> int:
 
 
 def _refusal(node: str, devices: tuple[str, ...], multiuser: bool) -> str:
-    here = Path(node, "mps")
-    cues = {path.name for path in here.iterdir()} if here.is_dir() else set()
+    try:
+        cues = set(os.listdir(f"{node}/mps"))  # noqa: PTH208
+    except FileNotFoundError:
+        cues = set()
     if not devices:
         return "No CUDA-capable device is detected"
     if multiuser and cues & {"refuse-multiuser", f"refuse-multiuser.{devices[0]}"}:
