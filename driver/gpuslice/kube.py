@@ -26,7 +26,6 @@ from gpuslice.core.model import RESOURCE_API
 from gpuslice.errors import NotFoundError
 
 _GROUP = f"/apis/{RESOURCE_API}"
-_OURS = RESOURCE_API.partition("/")[0]
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 # The rights that the verbs of this module need.
@@ -34,6 +33,11 @@ RIGHTS = (
     *((verb, "resourceslices") for verb in ("list", "watch", "create", "update", "delete")),
     *(("get", "resourceclaims"), ("list", "resourceclaims"), ("get", "nodes")),
 )
+
+
+def right(verb: str, resource: str) -> Call:
+    """A right that a verb of this module needs, as a call with it."""
+    return Call(verb, resource, f"/api/v1/{resource}" if resource == "nodes" else f"{_GROUP}/{resource}")
 
 
 class Kube:
@@ -72,9 +76,9 @@ class Kube:
     def may(self, verb: str, resource: str) -> bool:
         """Whether this login has the right, in every namespace. Every login may ask (ClusterRole system:basic-user)."""
         call = Call("create", "selfsubjectaccessreviews", _REVIEWS)
-        right = {"verb": verb, "resource": resource, "group": "" if resource == "nodes" else _OURS}
+        asked = {"verb": verb, "resource": resource, "group": right(verb, resource).group}
         body = {"kind": "SelfSubjectAccessReview", "apiVersion": "authorization.k8s.io/v1"}
-        answer = self._api.ask(call, body={**body, "spec": {"resourceAttributes": right}})
+        answer = self._api.ask(call, body={**body, "spec": {"resourceAttributes": asked}})
         status = answer.get("status")
         if not isinstance(status, dict) or not isinstance(status.get("allowed"), bool):
             raise self._api.odd(f"a review of the right to {verb} {resource} without a result")

@@ -19,11 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from gpuslice import node
-from gpuslice.answers import Call
 from gpuslice.config import Config, check_cdi_root
 from gpuslice.core.inventory import Inventory
 from gpuslice.errors import ApiError, ConfigError, DriverError, LastingApiError, StateError
-from gpuslice.kube import RIGHTS, Kube
+from gpuslice.kube import RIGHTS, Kube, right
 from gpuslice.plugin import sockets
 from gpuslice.system import refusals
 from gpuslice.web.endpoint import Endpoint
@@ -136,7 +135,7 @@ def _kubelet(config: Config) -> None:
 
 
 def _missing_rights(kube: Kube) -> Iterator[ApiError]:
-    missing = [Call(verb, resource, "") for verb, resource in RIGHTS if not kube.may(verb, resource)]
+    missing = [right(verb, resource) for verb, resource in RIGHTS if not kube.may(verb, resource)]
     if missing:
         rules = " and ".join(
             f'{{apiGroups: ["{call.group}"], resources: ["{call.resource}"], verbs: ["{call.verb}"]}}'
