@@ -99,7 +99,7 @@ def test_with_a_pod_that_has_a_claim_it_is_refused_and_can_be_upgraded_again(clu
     blocked = run_helm("upgrade", RELEASE, str(CHART), "--reuse-values")
     assert "has no deployed releases" in blocked.stderr
     history = json.loads(helm("history", RELEASE, "--output=json"))
-    command = re.search(r"to keep the release instead, run: (helm .*)", seen)
+    command = re.search(r"to keep the release instead, run: (helm [^\n\"]*)", seen)
     assert command is not None
     assert command[1] == f"helm rollback gpuslice {history[-1]['revision']} --namespace gpuslice-system"
     _, *words, _, _ = shlex.split(command[1])
@@ -141,10 +141,11 @@ def test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again(cluster
     assert run_helm("uninstall", RELEASE).returncode == 1
     uninstall("--no-hooks", "--wait")
     cluster.kubectl("wait", "--for=delete", "job/gpuslice-uninstall", _HERE, "--timeout=30s")
+    cluster.kubectl("wait", "--for=delete", "pod", f"--selector={DRIVER}", _HERE, "--timeout=60s")
     log = cluster.folder / "log" / "kubelet.log"
     begin = log.stat().st_size
     cluster.kubectl("delete", "pod", "mig", "mps", "--wait=false", "--grace-period=1")
-    wait_logged(log, "failed to unprepare dynamic resources", begin)
+    wait_logged(log, "unprepare dynamic resources: DRA driver gpuslice.dev is not registered", begin)
     assert len(cluster.get("pods", "--namespace=default")) == 2
 
     install(cluster)
