@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 from pathlib import Path
 
 from gpuslice.core import codec, journal
@@ -89,11 +88,11 @@ class Records:
     def _load(self, name: str) -> Record | None:
         path = f"{self.folder}/{name}"
         try:
-            status = os.lstat(path)  # several calls per claim; a Path costs more than the call
-            version, known = Version.of(status), self._read.get(name)
+            # Several calls per claim; a Path costs more than the call.
+            version, known = Version.of(os.lstat(path)), self._read.get(name)
             if known is not None and known[0] == version:
                 return known[1]
-            record = self._decode(path, status.st_mode)
+            record = codec.decode(json.loads(journal.last(files.read_plain(path))))
             if f"{record.plan.ref.uid}.json" != name:
                 raise ValueError(f"it is of claim {record.plan.ref}")
         except FileNotFoundError:
@@ -108,13 +107,6 @@ class Records:
             ) from e
         self._read[name] = (version, record)
         return record
-
-    @staticmethod
-    def _decode(path: str, mode: int) -> Record:
-        if not stat.S_ISREG(mode):
-            raise ValueError("it is not a plain file")  # a link may lead to any file, a pipe never ends
-        with open(path, "rb") as file:
-            return codec.decode(json.loads(journal.last(file.read())))
 
 
 class Checkpoint(Records):

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _MINE = f"{os.getpid()}-{os.urandom(4).hex()}"
 
 
+_NO_PLAIN_FILE = "it is no plain file"
 _BYTE = struct.Struct("hhqqi4x")  # struct flock of fcntl(2): type, whence, start, length, pid
 
 
@@ -78,14 +79,19 @@ def holds(path: Path, text: str, mode: int) -> bool:
         return False
 
 
-def read_plain(path: Path) -> bytes:
+def read_plain(path: Path | str) -> bytes:
     """The content of a file of ours. OSError if it cannot be read. ValueError if it is no plain file, because a link may
     lead to a file of another user, and a pipe never ends."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise ValueError(_NO_PLAIN_FILE) from e
+        raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no plain file")
-        with open(descriptor, "rb", closefd=False) as file:
+            raise ValueError(_NO_PLAIN_FILE)
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
             return file.read()
     finally:
         os.close(descriptor)
