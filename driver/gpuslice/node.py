@@ -21,7 +21,7 @@ from gpuslice.core.record import Record
 from gpuslice.core.typed import Fields
 from gpuslice.errors import ConfigError, DeviceError, StateError
 from gpuslice.nvml.api import Nvml
-from gpuslice.nvml.listing import LIMIT_S, Listing
+from gpuslice.nvml.listing import LIMIT_S, Attempt, Listing
 from gpuslice.system import documents, files, refusals
 from gpuslice.system.host import Host
 
@@ -56,7 +56,7 @@ class Cards:
         """`folder` is the plugin's. `limit_s` is for the list of all cards; each card has its own limit, too."""
         self._nvml, self._host = nvml, host
         self._path, self._claims = folder / "gpus.json", folder / "claims"
-        self._listing = _lister(limit_s)
+        self._list, self._limit_s = _list(nvml), limit_s
 
     def known(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
         """The cards in bus order, with one sentence for each problem. Nothing is written."""
@@ -78,26 +78,21 @@ class Cards:
         return f"{names}: new on this node; the process restarts to offer the new cards" if names else ""
 
     def _listed(self) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-        found, hung = _read(self._listing, self._nvml)
-        return tuple(map(self._host.locate, found)), hung
+        """All cards, and a sentence if NVML does not list them."""
+        try:
+            return tuple(map(self._host.locate, self._list.result(self._limit_s))), ()
+        except DeviceError as e:
+            return (), (str(e),)
 
 
-def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[Gpu, ...]:
-    """The cards, for one look. DeviceError if NVML does not list them within `limit_s`."""
-    found, hung = _read(_lister(limit_s), nvml)
-    for sentence in hung:
-        raise DeviceError(sentence)
-    return found
+def listed(nvml: Nvml, limit_s: float = 2 * LIMIT_S) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+    """The cards, for one look, and a sentence for each card that cannot be read. DeviceError if NVML does not list them
+    within `limit_s`."""
+    return _list(nvml).result(limit_s), nvml.lost()
 
 
-def _read(listing: Listing[tuple[Gpu, ...]], nvml: Nvml) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-    """All cards, and a sentence if NVML does not list them."""
-    found, hung = listing.read((0,), lambda _: nvml.gpus())
-    return tuple(gpu for gpus in found for gpu in gpus), hung
-
-
-def _lister(limit_s: float) -> Listing[tuple[Gpu, ...]]:
-    return Listing(limit_s, name=lambda _: "the list of this node's GPUs")
+def _list(nvml: Nvml) -> Attempt[tuple[Gpu, ...]]:
+    return Attempt("the list of this node's GPUs", nvml.gpus)
 
 
 def _last_seen(path: Path) -> tuple[Gpu, ...]:

@@ -5,6 +5,7 @@ Each runs in its own process, because a loaded library stays loaded. Calls that 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,51 @@ def test_an_optional_fact_that_is_refused_is_named_and_the_card_stays(
 
     assert count == "2"
     assert any(note.startswith(f"GPU 1 (0000:fd:1f.0): {name}") for note in notes), notes
+
+
+@pytest.mark.parametrize(
+    ("function", "command", "code", "says"),
+    [
+        ("nvmlInitWithFlags", "policy check", 3, "gpuslice: driver root {0}: the call to start NVML has not returned;"),
+        ("nvmlInitWithFlags", "devices", 3, "gpuslice: driver root {0}: the call to start NVML has not returned;"),
+        ("nvmlDeviceGetCount_v2", "policy check", 3, "gpuslice: this node: the call to count its GPUs has not returned;"),
+        ("nvmlDeviceGetCount_v2", "devices", 0, "gpuslice: warning: this node: the call to count its GPUs has not"),
+        ("nvmlDeviceGetUUID", "policy check", 0, "gpuslice: warning: GPU 1 cannot be read: "),
+        ("nvmlDeviceGetUUID", "devices", 0, "gpuslice: warning: GPU 1 cannot be read: "),
+        ("nvmlShutdown", "policy check", 0, ""),
+    ],
+)  # fmt: skip
+def test_a_look_at_an_nvml_that_hangs_ends_with_a_sentence(
+    driver_root: Path, tmp_path: Path, function: str, command: str, code: int, says: str
+) -> None:
+    """The limits are those of the commands, but shorter."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\n", encoding="utf-8")
+    arguments = [*command.split(), *([str(policy)] if command == "policy check" else [])]
+    text = (
+        _PRELUDE
+        + f"""
+from functools import partial
+from gpuslice import cli, hardware, node
+from gpuslice.nvml import real
+real.RealNvml = partial(RealNvml, hang_limit_s=0.3)
+hardware.visit, hardware._END_S = partial(hardware.visit, limit_s=0.3), 0.3
+node.Cards, node.listed = partial(node.Cards, limit_s=1.0), partial(node.listed, limit_s=1.0)
+odd({function!r}.encode(), {HANG})
+cli.main({[*arguments, "--driver-root-ctr-path"]!r} + [str(root)])
+"""
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", text, str(driver_root)],
+        cwd=ROOT,
+        env={**os.environ, "KUBELET_PLUGINS_DIRECTORY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+
+    assert done.returncode == code, done.stderr
+    assert says.format(driver_root) in done.stderr
+    assert "Traceback" not in done.stderr

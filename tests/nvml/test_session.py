@@ -113,6 +113,14 @@ def test_an_attempt_hands_on_what_its_call_raises() -> None:
         Attempt("a call", refuses).result(SHORT_S)
 
 
+def test_an_attempt_whose_answer_nobody_foresaw_is_one_sentence() -> None:
+    def odd() -> int:
+        return int("\xe9")
+
+    with pytest.raises(DeviceError, match=r"^a call failed: ValueError\(.*this is a bug of gpuslice, report it$"):
+        Attempt("a call", odd).result(SHORT_S)
+
+
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
@@ -160,5 +168,5 @@ def test_a_look_at_cards_whose_list_hangs_ends_with_a_sentence(config: Config) -
     with hardware.visit(config) as (nvml, _):
         SimNode(config.simulated_node).cue("hang", "gpus", times=None)
 
-        with pytest.raises(DeviceError, match="the list of this node's GPUs cannot be read"):
+        with pytest.raises(DeviceError, match="the list of this node's GPUs has not returned"):
             node.listed(nvml, SHORT_S)

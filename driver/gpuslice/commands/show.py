@@ -30,12 +30,12 @@ def check(parsed: argparse.Namespace) -> int:
     settings = config.read(parsed)
     policy = node.read_policy(settings.policy)
     with hardware.visit(settings, anew=True) as (nvml, _):
-        gpus = node.listed(nvml)
+        gpus, lost = node.listed(nvml)
     dynamic, static = (Inventory.of(gpus, policy, "this-node", static=static) for static in (False, True))
     misfits = (*dynamic.notes, *static.notes)
     for sentence in node.sentences(policy.suiting_none(misfits, gpus), settings.policy):
         raise ConfigError(sentence)
-    warnings = (*policy.unused(gpus), *node.sentences(misfits, settings.policy))
+    warnings = (*lost, *policy.unused(gpus), *node.sentences(misfits, settings.policy))
     text = report.offered(dynamic, static, policy, WIDTH)
     found = f"{len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else "no warnings"
     output.show(None, f"{text}\n\n{settings.policy} is a valid policy, with {found}", {})

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Generic, TypeVar
 
-from gpuslice.errors import DeviceError, HungError
+from gpuslice.errors import DeviceError, DriverError, HungError
 from gpuslice.nvml.pulse import Pulse
 
 LIMIT_S = 15.0  # as for looks and prepares: a call that takes longer counts as hung
@@ -31,7 +31,8 @@ class Attempt(Generic[Found]):
         return self._answer is not None and not self._answer.done()
 
     def result(self, limit_s: float) -> Found:
-        """What the call returns or raises. HungError if it does not return in time, DeviceError if no thread can start.
+        """What the call returns. DriverError: what it raises. HungError if it does not return in time, DeviceError if no
+        thread can start, or after an odd answer of NVML that raised something else.
 
         Only one caller at a time may wait.
         """
@@ -52,8 +53,8 @@ class Attempt(Generic[Found]):
                 "node if this does not end"
             ) from None
         answer, self._answer = self._answer, None
-        if error is not None:
-            raise error
+        if isinstance(error, Exception) and not isinstance(error, DriverError):
+            raise DeviceError(f"{self._name} failed: {_bug(error)}") from error
         return answer.result()
 
     def _run(self, answer: Future[Found]) -> None:
@@ -84,7 +85,7 @@ class Listing(Generic[Found]):
             except DeviceError as e:
                 sentences[index] = str(e)
             except Exception as e:  # noqa: BLE001  an odd answer of one card must not stop the others
-                sentences[index] = f"{self._name(index)}: cannot read it: {e!r}; this is a bug of gpuslice, report it"
+                sentences[index] = f"{self._name(index)}: cannot read it: {_bug(e)}"
 
         until = time.monotonic() + self._limit_s
         asked = {i: self._stuck.get(i) or self._thread(i, ask) for i in indexes}
@@ -114,6 +115,10 @@ class Listing(Generic[Found]):
             f"{self._name(index)} cannot be read: {self._pulses[index].call or 'NVML'} has not returned for "
             f"{self._limit_s:g} s; look at the kernel log of the node, reset the GPU or restart the node if this does not end"
         )
+
+
+def _bug(error: Exception) -> str:
+    return f"{error!r}; this is a bug of gpuslice, report it"
 
 
 def _refusal(thread: threading.Thread) -> str:
