@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from gpuslice.standin.cluster import DRIVER, StandInCluster
 from gpuslice.standin.scheduler import Request
 from gpuslice.system import files
 
-from tests.kit.mps_node import MpsNode, a_node
+from tests.kit.mps_node import MpsNode
 from tests.kit.rig import Rig, a_claim
 from tests.test_mutations import Api, life
 
@@ -65,11 +65,25 @@ def a_link_to_a_file(path: Path) -> None:
     path.symlink_to(there)
 
 
+def neighbour(path: Path) -> Path | None:
+    """Another file of the same kind: the last one in the same folder, or in the folders beside this one."""
+    beside = [p for p in path.parent.iterdir() if p != path and p.suffix == path.suffix and p.is_file()]
+    beside = beside or [p for p in path.parents[1].glob(f"*/{path.name}") if p.parent != path.parent and p.is_file()]
+    return max(beside, default=None)
+
+
 def a_link_to_a_neighbour(path: Path) -> None:
-    """A link to another file of the same kind: two locks that are one, or two records of one claim."""
-    neighbours = [p for p in sorted(path.parent.iterdir()) if p != path and p.suffix == path.suffix and p.is_file()]
+    """Two locks that are one, or two records of one claim."""
+    there = neighbour(path)
     path.unlink(missing_ok=True)
-    path.symlink_to(neighbours[-1] if neighbours else path.parent)
+    path.symlink_to(there or path.parent)
+
+
+def a_copy_of_a_neighbour(path: Path) -> None:
+    """A person has copied the wrong file. It names another claim, card or daemon."""
+    there = neighbour(path)
+    path.unlink(missing_ok=True)
+    path.write_bytes(there.read_bytes() if there else b"")
 
 
 def a_pipe(path: Path) -> None:
@@ -87,6 +101,7 @@ HARMS = (
     a_link_to_nothing,
     a_link_to_a_file,
     a_link_to_a_neighbour,
+    a_copy_of_a_neighbour,
     a_pipe,
 )
 
@@ -202,52 +217,57 @@ def test_a_cdi_file_without_a_record_is_removed_and_one_of_a_broken_record_stays
     assert rig.cdi_files() == sorted([f"gpuslice.dev-claim_{broken.ref.uid}.json", foreign])
 
 
-@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
-async def test_files_of_the_plugins_folder_that_are_not_as_they_were_refuse_no_start(
-    short: Path, harm: Callable[[Path], None]
-) -> None:
+@pytest.mark.timeout(240)  # a dozen starts
+async def test_files_of_the_plugins_folder_that_are_not_as_they_were_refuse_no_start(short: Path) -> None:
+    """One node for all harms, because each start repairs what the harm before it left."""
     async with StandInCluster(short) as cluster:
-        assert await (await cluster.start()).terminate() == 0
-        folder = cluster.plugins / DRIVER
-        for name in ("gpus.json", "shapes.json", "running.json"):
-            harm(folder / name)
-        for body in cluster.api.all("resourceslices"):
-            cluster.api.delete("resourceslices", body["metadata"]["name"])
+        driver, folder = await cluster.start(), cluster.plugins / DRIVER
+        for number, harm in enumerate(HARMS):
+            print(harm.__name__)  # noqa: T201 - pytest shows it with a failure
+            assert await driver.terminate() == 0
+            for name in ("gpus.json", "shapes.json", "running.json"):
+                harm(folder / name)
+            for body in cluster.api.all("resourceslices"):
+                cluster.api.delete("resourceslices", body["metadata"]["name"])
 
-        with contextlib.suppress(DriverError), snapshot(Config(kubelet_plugins_directory_path=cluster.plugins)):
-            pass
-        driver = await cluster.start()
-        await cluster.run(cluster.claim("one", Request(name="gpu", driver=DRIVER, where={"type": "gpu"})))
+            with contextlib.suppress(DriverError), snapshot(Config(kubelet_plugins_directory_path=cluster.plugins)):
+                pass
+            driver = await cluster.start()
+            claim = cluster.claim(f"c{number}", Request(name="gpu", driver=DRIVER, where={"type": "gpu"}))
+            await cluster.run(claim)
 
-        assert driver.alive
-        for name in ("gpus.json", "shapes.json", "running.json"):
-            assert stat.S_ISREG((folder / name).lstat().st_mode), name
-
-
-@pytest.fixture
-def mps(short: Path) -> Iterator[MpsNode]:
-    with a_node(short) as node:
-        yield node
+            assert driver.alive
+            for name in ("gpus.json", "shapes.json", "running.json"):
+                assert stat.S_ISREG((folder / name).lstat().st_mode), name
+            await cluster.end(claim)
 
 
-@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+@pytest.mark.timeout(240)  # two dozen daemons
 @pytest.mark.parametrize("file", ["daemon.json", "log/console"])
-def test_a_file_of_an_mps_daemon_that_is_not_as_it_was_harms_no_other_daemon(
-    mps: MpsNode, unmeasured: None, file: str, harm: Callable[[Path], None]
+def test_files_of_mps_daemons_that_are_not_as_they_were_harm_no_other_daemon(
+    short: Path, unmeasured: None, file: str
 ) -> None:
-    supervisor = mps.supervise_in_process()
-    mps.client.ensure(mps.daemon(0))
-    beside = mps.client.ensure(mps.daemon(1))
+    """Each daemon but one has another harm, and the next supervisor finds them all."""
+    well = 9  # its folder is the last one by name, so it is the neighbour of all others
+    harms = dict(zip((gpu for gpu in range(16) if gpu != well), HARMS, strict=False))
+    assert len(harms) == len(HARMS)
+    with contextlib.closing(MpsNode(short, "h100x16")) as mps:
+        supervisor = mps.supervise_in_process()
+        beside = mps.client.ensure(mps.daemon(well))
+        for gpu in harms:
+            mps.client.ensure(mps.daemon(gpu))
 
-    harm(mps.root / "gpu-0" / file)
-    mps.outlive(supervisor)
+        for gpu, harm in harms.items():
+            harm(mps.root / f"gpu-{gpu}" / file)
+        mps.outlive(supervisor)
 
-    assert beside in mps.client.statuses()
-    mended = mps.client.ensure(mps.daemon(0))
-    assert (mended.problem, mps.daemons_of("gpu-0")) == ("", [mended.pid])
-    mps.client.stop("gpu-0")
-    assert mps.client.statuses() == (beside,)
-    assert not (mps.root / "gpu-0").exists()
+        assert beside in mps.client.statuses()
+        for gpu, harm in harms.items():
+            mended, key = mps.client.ensure(mps.daemon(gpu)), f"gpu-{gpu}"
+            assert (mended.problem, mps.daemons_of(key)) == ("", [mended.pid]), harm.__name__
+            mps.client.stop(key)
+            assert not (mps.root / key).exists(), harm.__name__
+        assert mps.client.statuses() == (beside,)
 
 
 @pytest.mark.parametrize("folder", ["cdi", "locks"])
