@@ -3,6 +3,9 @@
 The library's own `__init__` imports everything (watches, streams, elections, the dynamic client), and its kubeconfig loader
 imports `requests` for logins by OpenID Connect. The driver uses none of that: 140 modules and 5.5 MB of its memory (measured
 with 37.0.2). So the package is entered without its `__init__`, and `requests_oauthlib` is imported by the first such login.
+
+`ApiClient` imports `pydantic` for the answers of typed calls and for secrets in their arguments. The driver makes no such
+call, so both are empty here: a quarter of the driver's start and 7 MB of its memory (measured with 37.0.2).
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import importlib
 import sys
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-_OIDC = "requests_oauthlib"
+_OIDC, _PYDANTIC = "requests_oauthlib", "pydantic"
+T = TypeVar("T")
 
 
 class _LaterModule(ModuleType):
@@ -45,9 +49,30 @@ def _enter(name: str) -> None:
     sys.modules[name] = package
 
 
+class _TypedAnswer(Generic[T]):
+    """Replaces `ApiResponse`, which only methods that the driver never calls return."""
+
+
+class _Secret:
+    """Replaces `SecretStr`. No argument of the driver is one."""
+
+
+def _replace(name: str, **parts: object) -> bool:
+    """Put an empty module with these parts in the place of one that was not imported yet."""
+    if name in sys.modules:
+        return False
+    vars(sys.modules.setdefault(name, ModuleType(name))).update(parts)
+    return True
+
+
 _enter("kubernetes")
 sys.modules.setdefault(_OIDC, _LaterModule(_OIDC))
+_replace("kubernetes.client.api_response", ApiResponse=_TypedAnswer, T=T)
+_replaced = _replace(_PYDANTIC, SecretStr=_Secret)
 
 from kubernetes import config as config  # noqa: E402
 from kubernetes.client.api_client import ApiClient as ApiClient  # noqa: E402
 from kubernetes.client.configuration import Configuration as Configuration  # noqa: E402
+
+if _replaced:
+    del sys.modules[_PYDANTIC]  # others get the real one
