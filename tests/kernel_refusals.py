@@ -7,23 +7,17 @@ calls of later code.
 from __future__ import annotations
 
 import asyncio
-import errno
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
 from gpuslice.app import App
-from gpuslice.commands import trouble
 from gpuslice.config import Config
 from gpuslice.errors import DriverError
 from gpuslice.mps.supervisor import Supervisor
 from gpuslice.plugin.server import PluginServer
-from gpuslice.standin.cluster import DRIVER, StandInCluster
 from gpuslice.system import files
 from gpuslice.telemetry import Telemetry
 
@@ -177,46 +171,3 @@ def test_whatever_the_kernel_refuses_a_start_says_so(short: Path) -> None:
 
     assert wrong == []
     assert len(tried) > 12
-
-
-@pytest.mark.parametrize("name", ["gpus.json", "running.json"])
-async def test_a_disk_that_takes_no_more_of_what_is_only_for_comfort_refuses_no_start(
-    short: Path, unmeasured: None, name: str
-) -> None:
-    async with StandInCluster(short) as cluster:
-        cluster.module = "tests.kit.kernel"
-        refused = f"{short}|os.rename|/plugins/{DRIVER}/.{name}.*.tmp|ENOSPC"
-
-        driver = await cluster.start(environment={"KERNEL": refused})
-
-        assert f"{name}: No space left on device" in driver.log.read_text()
-
-
-# ---------------------------------------------------------------- the door of the commands
-
-
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EROFS, errno.EIO, errno.ENOSPC, errno.ENOMEM])
-def test_what_no_part_of_the_driver_foresaw_is_the_nodes_fault_all_the_same(number: int) -> None:
-    sentence, code = trouble.sentence(OSError(number, "no", "/some/file"))
-
-    assert code == 3
-    assert sentence.startswith("cannot use /some/file: no; ")
-    assert "mistake" not in sentence
-
-
-@pytest.mark.parametrize("descriptors", [8, 12, 63])
-def test_a_driver_without_descriptors_ends_with_a_sentence(short: Path, unmeasured: None, descriptors: int) -> None:
-    with an_api_server(short / "api") as server:
-        cluster = StandInCluster(short)
-        cluster.api = server
-        arguments = cluster.arguments("--http-endpoint", "127.0.0.1:0")
-        ended = subprocess.run(
-            ["prlimit", f"--nofile={descriptors}", sys.executable, "-m", "gpuslice", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=False,
-        )
-
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.startswith(f"gpuslice: this process may have {descriptors} files open")
