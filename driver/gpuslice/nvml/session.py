@@ -62,7 +62,8 @@ class Session:
     def refused(self) -> Mapping[tuple[GpuUuid, str], str]:
         """The settings that a card refused for good in this session, by card and verb, each with NVML's sentence.
 
-        A look does not find every refusal: a card may tell its compute mode and still refuse another one.
+        A look does not find every refusal: a card may tell its compute mode and still refuse another one. To try a set would
+        change the card under its users. So a new process learns of a refusal from the first claim that fails.
         """
         return dict(self._refused)
 
