@@ -35,6 +35,7 @@ from hack.lib.scale.figures import Stamp
 from hack.lib.scale.fleet import CARDS, DRIVER, REPOSITORY, name_of
 
 _STARTERS = 8
+_ENDED = "a process with publishers has ended; its last words are above; --tree needs a driver with the same modules as this tree"
 
 
 class _StampedApi(Api):
@@ -175,8 +176,11 @@ class Publishers:
         """Give an order to all processes, and take their answers: the published nodes, and the stamps since the last order."""
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(json.dumps({"do": do, **more}) + "\n")
-            process.stdin.flush()
+            try:
+                process.stdin.write(json.dumps({"do": do, **more}) + "\n")
+                process.stdin.flush()
+            except BrokenPipeError as e:
+                raise ScaleError(_ENDED) from e
         answers = list(map(self._answer, self._processes))
         self.published = sum(answer["published"] for answer in answers)
         self.counters = sum(answer["counters"] for answer in answers)
@@ -187,7 +191,7 @@ class Publishers:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise ScaleError("a process with publishers has ended; its last words are above")
+            raise ScaleError(_ENDED)
         answer: dict[str, Any] = json.loads(line)
         return answer
 
