@@ -32,11 +32,10 @@ def new_boot(place: Place) -> None:
 
 
 def _unmount(place: Place) -> None:
-    """Unmount what kubelet and containerd mounted, the last mount first. The mount of the kubelet's own folder stays."""
+    """Unmount what the parts of the node mounted, the last mount first. The mount of the kubelet's own folder stays."""
     lines = Path("/proc/self/mounts").read_text().splitlines()
     points = [Path(line.split()[1]) for line in lines]
-    below = [
-        p for p in points if place.kubelet in p.parents or place.containerd in p.parents or Path("/run") in p.parents
-    ]
+    folders = {place.kubelet, place.containerd, place.mps, Path("/run")}
+    below = [point for point in points if folders.intersection(point.parents)]
     for point in reversed(below):
         subprocess.run(["umount", "--lazy", str(point)], check=False, stderr=subprocess.DEVNULL)
