@@ -102,7 +102,7 @@ async def test_a_driver_that_is_killed_in_a_prepare_and_started_again_leaves_eve
     cue = node.cue("hang", "create_compute_instance")
     doomed = cluster.claim("doomed", MIG)
     call = asyncio.create_task(cluster.run(doomed))
-    assert await asyncio.to_thread(node.wait_hung, cue, 10)
+    assert await asyncio.to_thread(node.wait_hung, cue, 30)
     assert len(half_made(cluster)) == 1
 
     await driver.kill()
@@ -125,7 +125,7 @@ async def test_a_restart_alone_undoes_what_was_half_made(cluster: StandInCluster
     node = SimNode(cluster.node_folder)
     cue = node.cue("hang", "create_compute_instance")
     call = asyncio.create_task(cluster.run(cluster.claim("doomed", MIG)))
-    assert await asyncio.to_thread(node.wait_hung, cue, 10)
+    assert await asyncio.to_thread(node.wait_hung, cue, 30)
     await driver.kill()
     with contextlib.suppress(Exception):
         await call
@@ -201,7 +201,7 @@ async def test_a_hung_gpu_does_not_keep_the_process_from_ending(cluster: StandIn
     node = SimNode(cluster.node_folder)
     cue = node.cue("hang", "create_gpu_instance")
     call = asyncio.create_task(cluster.run(cluster.claim("one", MIG)))
-    assert await asyncio.to_thread(node.wait_hung, cue, 10)
+    assert await asyncio.to_thread(node.wait_hung, cue, 30)
 
     assert await driver.terminate() == 0
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,19 @@ def test_files_of_mps_daemons_that_are_not_as_they_were_harm_no_other_daemon(
             mps.client.stop(key)
             assert not (mps.root / key).exists(), harm.__name__
         assert mps.client.statuses() == (beside,)
+
+
+def a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+@pytest.mark.parametrize("harm", [a_link_to_nothing, a_link_to_a_file, a_folder, a_pipe, a_socket])
+def test_what_is_no_plain_file_is_no_content(short: Path, harm: Callable[[Path], None]) -> None:
+    harm(short / "file")
+
+    with pytest.raises(ValueError, match=r"^it is no plain file$"):
+        files.read_plain(short / "file")
 
 
 @pytest.mark.parametrize("folder", ["cdi", "locks"])

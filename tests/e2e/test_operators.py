@@ -14,6 +14,7 @@ from tests.kit.cluster.bodies import exactly, made_from, pod, profile, template
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.operators import (
     DRIVER,
+    KEPT,
     SUPERVISOR,
     Running,
     delete_own,
@@ -123,7 +124,7 @@ def test_a_wrong_policy_leaves_the_old_driver_at_work_and_the_way_back_mends_it(
     policy.write_text("apiVersion: gpuslice.dev/v1alpha1\nkind: Policy\ndefault:\n  modes: [whole]\n")
 
     with contextlib.suppress(AssertionError):  # it may be refused by the chart, or its pods never become ready
-        helm("upgrade", "gpuslice", str(CHART), "--reuse-values", "--set-file", f"policy={policy}")
+        helm("upgrade", "gpuslice", str(CHART), *KEPT, "--set-file", f"policy={policy}")
 
     reasons = cluster.until(
         "pods",
@@ -224,10 +225,18 @@ def test_a_second_release_is_refused_by_a_sentence(cluster: Cluster) -> None:
     for name, namespace in (("another", NAMESPACE), ("gpuslice", "elsewhere")):
         refused = run_helm("install", name, str(CHART), "--create-namespace", namespace=namespace)
         assert refused.returncode != 0
-        assert f"gpuslice is installed already: release gpuslice in namespace {NAMESPACE}" in refused.stderr
+        assert f"gpuslice is installed already, as release gpuslice in namespace {NAMESPACE}" in refused.stderr
         assert name not in [one["name"] for one in _releases() if one["namespace"] != NAMESPACE]
 
     assert own_uid(cluster, DRIVER) == driver
+
+
+def test_without_the_label_of_a_gpu_node_the_notes_name_the_labels_and_the_command(cluster: Cluster) -> None:
+    said = helm("upgrade", "gpuslice", str(CHART), *KEPT, "--set", "simulate=", "--dry-run=server")
+
+    assert "none of the 1 nodes of this cluster has the labels that the chart expects" in said
+    assert "feature.node.kubernetes.io/pci-10de.present=true  (affinity)" in said
+    assert "kubectl label node NODE nvidia.com/gpu.present=true" in said
 
 
 def _releases() -> list[dict[str, str]]:

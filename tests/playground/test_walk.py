@@ -203,7 +203,7 @@ def test_ctrl_c_in_a_claim_says_that_the_playground_goes_on(terminal: Terminal) 
     assert node.wait_hung(cue, 20)
 
     asking.send_signal(signal.SIGINT)
-    _, said = asking.communicate(timeout=10)
+    _, said = asking.communicate(timeout=30)
     node.withdraw()
     node.close()
 

@@ -350,7 +350,7 @@ async def test_get_info_is_answered_while_a_prepare_hangs(world: World) -> None:
     nvml = world.rig.nvml
     cue = nvml.cue("hang", "create_gpu_instance")
     hanging = asyncio.create_task(world.prepare(world.claim("one", world.device("mig-1g-19-0"))))
-    assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
+    assert await asyncio.to_thread(nvml.wait_hung, cue, 30)
 
     async with grpc.aio.insecure_channel(f"unix:{world.instances[0].server.registration}") as channel:
         info = await registration(channel).GetInfo(registration_v1_pb2.InfoRequest(), timeout=10)

@@ -162,7 +162,7 @@ async def test_a_call_that_outlasts_the_kubelet_finishes_and_its_retry_finds_it_
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
     late = asyncio.create_task(world.kubelet.prepare([claim], timeout_s=3))
-    assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
+    assert await asyncio.to_thread(nvml.wait_hung, cue, 30)
     with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
         await late
 
@@ -180,7 +180,7 @@ async def test_what_nobody_listens_to_any_more_is_given_back_if_the_claim_is_gon
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
     late = asyncio.create_task(world.kubelet.prepare([claim]))
-    assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
+    assert await asyncio.to_thread(nvml.wait_hung, cue, 30)
     late.cancel()
     world.delete(claim)
     await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
@@ -219,9 +219,9 @@ async def test_what_is_read_on_the_node_does_not_wait_behind_fetches_that_hang(w
     hanging = [asyncio.create_task(world.prepare(claim)) for claim in claims]
     await asyncio.to_thread(world.api.wait, lambda: all(world.fetches(claim) for claim in claims))
 
-    await asyncio.wait_for(service.recover(), 5)
-    await asyncio.wait_for(service.ensure_daemons(), 5)
-    await asyncio.wait_for(world.unprepare(stands), 5)
+    await asyncio.wait_for(service.recover(), 15)
+    await asyncio.wait_for(service.ensure_daemons(), 15)
+    await asyncio.wait_for(world.unprepare(stands), 15)
 
     assert not any(task.done() for task in hanging)
     world.api.release()
@@ -397,7 +397,7 @@ async def test_two_instances_never_work_on_one_gpu_at_once(world: World) -> None
     cue = nvml.cue("hang", "create_gpu_instance")
     first, second = world.claim("one", world.device("mig-1g-19-0")), world.claim("two", world.device("mig-1g-19-1"))
     hanging = asyncio.create_task(world.must_prepare(first))
-    assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
+    assert await asyncio.to_thread(nvml.wait_hung, cue, 30)
     successor = await world.join("pod-2")
     queued = asyncio.create_task(world.must_prepare(second))
     await waiting(world, second)
@@ -431,7 +431,7 @@ async def test_recovery_leaves_a_claim_alone_that_another_instance_is_working_on
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
     working = asyncio.create_task(world.must_prepare(claim))
-    assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
+    assert await asyncio.to_thread(nvml.wait_hung, cue, 30)
 
     newer = await world.join("pod-2")
     recovery = asyncio.create_task(newer.service.recover())
@@ -556,7 +556,7 @@ async def test_an_unprepare_cancels_a_prepare_whose_fetch_is_under_way(world: Wo
     asked = asyncio.create_task(world.prepare(claim))
     await asyncio.to_thread(world.api.wait, lambda: world.fetches(claim))
 
-    await asyncio.wait_for(world.unprepare(claim), 5)
+    await asyncio.wait_for(world.unprepare(claim), 15)
     assert "was cancelled before it began" in (await asked).error
 
     world.api.release()

@@ -126,7 +126,7 @@ async def test_what_nobody_listens_to_is_kept_while_the_api_server_cannot_say_wh
     cue = nvml.cue("hang", "create_compute_instance")
     claim = world.claim("one", world.device("mig-1g-19-0"))
     late = asyncio.create_task(world.kubelet.prepare([claim]))
-    assert await asyncio.to_thread(nvml.wait_hung, cue, 10)
+    assert await asyncio.to_thread(nvml.wait_hung, cue, 30)
     late.cancel()
     await world.instances[0].deserted.wait()  # the server notices the end of the call by itself
     world.api.away()

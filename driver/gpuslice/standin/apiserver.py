@@ -91,7 +91,7 @@ class StandInApiServer:
         with self.store.changed:
             return Counter(self.store.writes)
 
-    def wait(self, until: Callable[[], object], timeout_s: float = 10.0) -> None:
+    def wait(self, until: Callable[[], object], timeout_s: float = 20.0) -> None:
         """Return when `until` is true. It is checked after each write and each request. TimeoutError after `timeout_s`."""
         with self.store.changed:
             if not self.store.changed.wait_for(until, timeout_s):

@@ -176,7 +176,7 @@ class StandInKubelet:
         found = (socket.plugin for socket in self._sockets.values() if socket.plugin is not None)
         return tuple(sorted((p for p in found if driver in ("", p.driver)), key=lambda plugin: plugin.order))
 
-    async def wait_registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 10.0) -> Plugin:
+    async def wait_registered(self, driver: str, *, count: int = 1, after: int = 0, timeout_s: float = 30.0) -> Plugin:
         """Wait until `count` plugins of the driver are registered. Returns the newest. KubeletError says what is missing.
 
         `after`: count only registrations with a greater `order`. The plugin of a killed process stays until its socket is
@@ -189,11 +189,11 @@ class StandInKubelet:
         await self._until(there, driver, timeout_s)
         return self.plugins(driver)[-1]
 
-    async def wait_deregistered(self, driver: str, *, timeout_s: float = 10.0) -> None:
+    async def wait_deregistered(self, driver: str, *, timeout_s: float = 30.0) -> None:
         """Wait until no plugin of the driver is left."""
         await self._until(lambda: not self.plugins(driver), driver, timeout_s)
 
-    async def wait_refused(self, *, timeout_s: float = 10.0) -> str:
+    async def wait_refused(self, *, timeout_s: float = 30.0) -> str:
         """Wait until a registration fails. Returns the reason."""
         await self._until(lambda: bool(self.refusals), "any driver", timeout_s)
         return next(iter(self.refusals.values()))

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hack.lib.cluster import cluster, installed
@@ -94,7 +95,28 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    up = commands.add_parser("up", help="start the cluster", allow_abbrev=False)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, allow_abbrev=False)
+
+    _add_flags_of_up(up := command("up", "start the cluster"))
+    build = command("build", "build Helm and the programs of the cluster, and start nothing")
+    build.add_argument("--only", choices=("helm",), help="build only this program, which takes two minutes")
+    check = command("check", "list what `up` needs and cannot find; exit code 1 if something is missing")
+    upgrade = command("upgrade", "run another release of Kubernetes; pods and the driver run on")
+    for one in (up, build, check, upgrade):
+        one.add_argument(
+            "--version", choices=VERSIONS, default=VERSIONS[0], help=f"release of Kubernetes; default {VERSIONS[0]}"
+        )
+    _add_flags_of_parts(command)
+    command("reboot", "restart the node: its processes, mounts and /run are lost, its disk stays")
+    for name, program in (("kubectl", "kubectl"), ("helm", "Helm")):
+        commands.add_parser(name, help=f"run any {program} command as the administrator", add_help=False)
+    command("down", "end the cluster and remove all of its files")
+    return parser
+
+
+def _add_flags_of_up(up: argparse.ArgumentParser) -> None:
     node = up.add_mutually_exclusive_group()
     node.add_argument(
         "--gpus",
@@ -103,6 +125,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"cards to simulate (docs/simulator.md), or {REAL!r} for the cards of this machine; without it, no driver runs",
     )
     node.add_argument("--control-plane", action="store_true", help="start no kubelet; make the Node objects yourself")
+    way = up.add_mutually_exclusive_group()
+    way.add_argument(
+        "--process", action="store_true", help="run the driver as a process beside the kubelet; the default"
+    )
+    way.add_argument(
+        "--install", action="store_true", help="make the driver's image, and install it in pods by the chart"
+    )
     up.add_argument("--driver-root", default="/", metavar="FOLDER", help="for real cards: root of the NVIDIA driver")
     up.add_argument("--cdi-hook", default="", metavar="FILE", help="for real cards: path of nvidia-cdi-hook")
     up.add_argument(
@@ -112,48 +141,21 @@ def parser() -> argparse.ArgumentParser:
         "--program", action="append", default=[], metavar="FILE", help="a program to add to the containers; repeatable"
     )
     up.add_argument("--foreground", action="store_true", help="stay until Ctrl-C, and then end the cluster")
-    way = up.add_mutually_exclusive_group()
-    way.add_argument(
-        "--process", action="store_true", help="run the driver as a process beside the kubelet; the default"
-    )
-    way.add_argument(
-        "--install", action="store_true", help="make the driver's image, and install it in pods by the chart"
-    )
-    build = commands.add_parser(
-        "build", help="build Helm and the programs of the cluster, and start nothing", allow_abbrev=False
-    )
-    build.add_argument("--only", choices=("helm",), help="build only this program, which takes two minutes")
-    check = commands.add_parser(
-        "check", help="list what `up` needs and cannot find; exit code 1 if something is missing", allow_abbrev=False
-    )
-    upgrade = commands.add_parser(
-        "upgrade", help="run another release of Kubernetes; pods and the driver run on", allow_abbrev=False
-    )
-    for one in (up, build, check, upgrade):
-        one.add_argument(
-            "--version", choices=VERSIONS, default=VERSIONS[0], help=f"release of Kubernetes; default {VERSIONS[0]}"
-        )
-    status = commands.add_parser(
-        "status", help="list the parts that run; exit code 1 if there is no cluster", allow_abbrev=False
-    )
+
+
+def _add_flags_of_parts(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    status = command("status", "list the parts that run; exit code 1 if there is no cluster")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--pid", metavar="PART", help="print only the process id of this part")
-    stop = commands.add_parser("stop", help="end a part of the cluster, which then stays down", allow_abbrev=False)
+    stop = command("stop", "end a part of the cluster, which then stays down")
     stop.add_argument(
         "--gently",
         action="store_true",
         help="end it by SIGTERM, as an update does; without this flag by SIGKILL, as a crash does",
     )
-    start = commands.add_parser("start", help="start a part again, and wait until it is ready", allow_abbrev=False)
+    start = command("start", "start a part again, and wait until it is ready")
     for one in (stop, start):
         one.add_argument("part", metavar="PART", help="name of the part, as `status` prints it")
-    commands.add_parser(
-        "reboot", help="restart the node: its processes, mounts and /run are lost, its disk stays", allow_abbrev=False
-    )
-    commands.add_parser("kubectl", help="run any kubectl command as the administrator", add_help=False)
-    commands.add_parser("helm", help="run any Helm command as the administrator", add_help=False)
-    commands.add_parser("down", help="end the cluster and remove all of its files", allow_abbrev=False)
-    return parser
 
 
 def _facts(parsed: argparse.Namespace) -> Facts:

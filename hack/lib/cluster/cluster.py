@@ -171,7 +171,8 @@ def upgrade(version: str) -> None:
     written.rename(place.facts)
     parts = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", *(("kubelet",) if facts.kubelet else ()))
     for part in parts:
-        stop(part, signal.SIGTERM)
+        # With clients that watch, an API server needs a minute after SIGTERM (seen with 1.35.4).
+        stop(part, signal.SIGKILL if part == "kube-apiserver" else signal.SIGTERM)
         start(part)
 
 

@@ -17,6 +17,7 @@ from tests.kit.mps_node import StandInProgram
 
 DRIVER = "app.kubernetes.io/name=gpuslice"
 SUPERVISOR = "app.kubernetes.io/name=gpuslice-mps-supervisor"
+KEPT = ("--reset-then-reuse-values",)  # what docs/upgrade.md says
 _TIMEOUT = "--timeout=120s"
 
 
@@ -46,7 +47,7 @@ def typed(cluster: Cluster, command: str, names: Mapping[str, str]) -> str:
 
 def upgrade(cluster: Cluster, *values: str) -> None:
     """`helm upgrade` to these values besides those of before. Return when all pods of the driver are new and ready."""
-    helm("upgrade", RELEASE, str(CHART), "--reuse-values", *values, "--wait", _TIMEOUT)
+    helm("upgrade", RELEASE, str(CHART), *KEPT, *values, "--wait", _TIMEOUT)
     rolled_out(cluster)
 
 
