@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpuslice.core.removal import rule
+from gpuslice.uninstall.cluster import NAME
 
 from hack.lib.cluster import binaries
 from hack.lib.cluster.installed import CHART, NAMESPACE, RELEASE
@@ -139,8 +141,10 @@ def test_by_force_pods_of_all_modes_are_evicted_and_nothing_is_left(cluster: Clu
 def test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again(cluster: Cluster) -> None:
     run(cluster, "mig", "mps")
     assert run_helm("uninstall", RELEASE).returncode == 1
+    leave_a_rule(cluster)
     uninstall("--no-hooks", "--wait")
-    cluster.kubectl("wait", "--for=delete", "job/gpuslice-uninstall", _HERE, "--timeout=30s")
+    for left_over in ("job/gpuslice-uninstall", "devicetaintrule/gpuslice-uninstall"):
+        cluster.kubectl("wait", "--for=delete", left_over, _HERE, "--timeout=30s")
     cluster.kubectl("wait", "--for=delete", "pod", f"--selector={DRIVER}", _HERE, "--timeout=60s")
     log = cluster.folder / "log" / "kubelet.log"
     begin = log.stat().st_size
@@ -152,6 +156,13 @@ def test_a_pod_that_hangs_without_driver_ends_when_it_is_installed_again(cluster
 
     cluster.kubectl("wait", "--for=delete", "pod/mig", "pod/mps", "--timeout=120s")
     cluster.nothing_stays()
+
+
+def leave_a_rule(cluster: Cluster) -> None:
+    """Leave the rule of a removal that was killed."""
+    (role,) = cluster.get("clusterroles", "--field-selector=metadata.name=gpuslice-uninstall")
+    owner = {"apiVersion": role["apiVersion"], "kind": "ClusterRole"}
+    cluster.create(rule(NAME, "gpuslice.dev", owner | {key: role["metadata"][key] for key in ("name", "uid")}))
 
 
 def test_without_helm_the_same_job_is_applied_and_waited_for(cluster: Cluster, tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ no claim is prepared on any node. See docs/uninstall.md.
 
 UNINSTALL_EXAMPLES = """\
 examples:
-  helm uninstall gpuslice --namespace gpuslice-system
-  kubectl logs job/gpuslice-uninstall --namespace gpuslice-system
+  gpuslice uninstall --namespace gpuslice-system --manifest cleanup.yaml
+  gpuslice uninstall --timeout 3600    in the Job: wait for an hour
 """
 
 CLEANUP = """\
