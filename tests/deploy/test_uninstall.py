@@ -29,6 +29,8 @@ from tests.kit.workloads import NAMESPACE, Workloads
 
 FILE = Path(__file__).parents[2] / "deploy" / "uninstall" / "uninstall.yaml"
 Body = dict[str, Any]
+RUNS_S = 270  # `gpuslice uninstall`
+HELM_WAITS_S = 300
 
 
 def only(kind: str, bodies: list[Body] | None = None) -> Body:
@@ -46,16 +48,21 @@ def cleanup(values: Body | None = None) -> Body:
     return daemonset
 
 
+def templated(release: str, major: str = "3") -> list[Body]:
+    """What Helm itself makes of the chart, with the hooks."""
+    if not helm(major).exists():
+        pytest.skip("deploy/chart is not rendered: no Helm (hack/cluster build --only helm)")
+    command = [str(helm(major)), "template", release, str(CHART), "--namespace", "gpus"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=50).stdout
+    return [body for body in yaml.safe_load_all(text) if body]
+
+
 # ---------------------------------------------------------------- the Job
 
 
 @pytest.mark.parametrize("major", HELMS)
 def test_helm_runs_the_job_before_it_deletes_and_prints_its_log(major: str) -> None:
-    if not helm(major).exists():
-        pytest.skip("deploy/chart is not rendered: no Helm (hack/cluster build --only helm)")
-    command = [str(helm(major)), "template", "mine", str(CHART), "--namespace", "gpus"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=50).stdout
-    job = only("Job", [body for body in yaml.safe_load_all(text) if body])
+    job = only("Job", templated("mine", major))
 
     assert job["metadata"]["annotations"] == {
         "helm.sh/hook": "pre-delete",
@@ -88,6 +95,18 @@ def test_a_refusal_is_seen_once_and_stays_to_be_read() -> None:
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
     assert container(job)["terminationMessagePolicy"] == "FallbackToLogsOnError"
     assert container(cleanup())["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_a_job_that_cannot_start_ends_before_helm_stops_to_wait() -> None:
+    """Otherwise it would remove the driver hours later, after `helm rollback`."""
+    assert RUNS_S < only("Job")["spec"]["activeDeadlineSeconds"] < HELM_WAITS_S
+
+
+@pytest.mark.parametrize("name", ["2026", "yes", "1e3"])
+def test_a_release_whose_name_looks_like_no_text_can_be_uninstalled(name: str) -> None:
+    job = only("Job", templated(name))
+
+    assert {entry["name"]: entry.get("value") for entry in container(job)["env"]}["HELM_RELEASE"] == name
 
 
 def test_the_job_needs_no_root_and_changes_nothing_in_its_container() -> None:

@@ -51,7 +51,8 @@ class Workloads:
     def install(self) -> None:
         """What `helm install` makes, as far as the removal looks at it."""
         for resource, namespace in (("clusterroles", ""), ("configmaps", NAMESPACE), ("jobs", NAMESPACE)):
-            self.api.create(resource, {"metadata": {"name": "gpuslice-uninstall"}}, namespace)
+            notes = {"meta.helm.sh/release-name": "gpuslice"}
+            self.api.create(resource, {"metadata": {"name": "gpuslice-uninstall", "annotations": notes}}, namespace)
         for name in ("gpuslice", "gpuslice-mps-supervisor"):
             labels = {"app.kubernetes.io/name": name}
             template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "c"}]}}

@@ -166,6 +166,52 @@ def test_the_command_by_hand_needs_no_job(api: StandInApiServer, nodes: Workload
     assert nodes.names("daemonsets") == []
 
 
+@pytest.mark.parametrize("notes", [{}, {"meta.helm.sh/release-name": "other"}])
+def test_a_job_that_came_with_helm_template_removes_nothing(
+    api: StandInApiServer, nodes: Workloads, removal: Uninstall, notes: dict[str, str]
+) -> None:
+    """`helm template` prints hooks among the objects, so `helm template | kubectl apply` starts the Job at once."""
+    noted(api, notes)
+
+    with pytest.raises(RemovalError) as refused:
+        removal.run()
+
+    assert str(refused.value) == (
+        "Helm did not install the release gpuslice, so this Job came with `helm template`, and nothing was removed; add "
+        "--no-hooks to helm template, and run: kubectl delete job gpuslice-uninstall --namespace gpuslice-system; to remove "
+        "the driver, see docs/uninstall.md, Without Helm"
+    )
+    assert serves(nodes)
+    assert nodes.runs == []
+
+
+def noted(api: StandInApiServer, notes: dict[str, str]) -> None:
+    """The ConfigMap of the removal has these annotations."""
+    config_map = api.get("configmaps", "gpuslice-uninstall", NAMESPACE)
+    config_map["metadata"]["annotations"] = notes
+    api.update("configmaps", config_map)
+
+
+def test_argo_cd_runs_the_job_when_it_deletes_the_application(
+    api: StandInApiServer, nodes: Workloads, removal: Uninstall
+) -> None:
+    noted(api, {"argocd.argoproj.io/tracking-id": "gpus:/ConfigMap:gpuslice-system/gpuslice-uninstall"})
+
+    removal.run()
+
+    assert nodes.names("daemonsets") == []
+
+
+def test_without_helm_the_applied_job_is_the_wish_to_remove(
+    api: StandInApiServer, nodes: Workloads, removal: Uninstall
+) -> None:
+    noted(api, {})
+
+    replace(removal, helm=Helm()).run()
+
+    assert nodes.names("daemonsets") == []
+
+
 def test_a_removal_waits_for_the_end_of_one_that_was_interrupted(
     api: StandInApiServer, nodes: Workloads, removal: Uninstall
 ) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from gpuslice.core.json import UncheckedBody
 
 EVICT = "gpuslice.dev/uninstall"  # annotation of the driver's DaemonSet; the value `evict` lets pods be evicted
+JOB = "gpuslice-uninstall"  # of the removal; the objects of the chart that own what the removal makes have this name too
+_OF_HELM = "meta.helm.sh/release-name"  # annotation of each object of a release (helm.sh/helm, pkg/action/validate.go)
+_OF_ARGO_CD = "argocd.argoproj.io/"
 _SHOWN = 3  # names in a sentence
 
 
@@ -45,6 +48,22 @@ class Helm:
         if self.release:
             return f"helm rollback {self.release} {self.revision} --namespace {namespace}"
         return "kubectl apply -f deploy/"
+
+
+def unasked(annotations: object, namespace: str, helm: Helm) -> str:
+    """Why this removal must not begin: nobody has uninstalled. "" if somebody has.
+
+    The Job is a hook of Helm. `helm template` prints it among the objects, so `helm template | kubectl apply` starts the Job.
+    Helm annotates each object of a release, and Argo CD each object that it manages; both run a hook only at its time.
+    """
+    known = annotations if isinstance(annotations, Mapping) else {}
+    if not helm.release or known.get(_OF_HELM) == helm.release or any(key.startswith(_OF_ARGO_CD) for key in known):
+        return ""
+    return (
+        f"Helm did not install the release {helm.release}, so this Job came with `helm template`, and nothing was removed; "
+        f"add --no-hooks to helm template, and run: kubectl delete job {JOB} --namespace {namespace}; to remove the driver, "
+        "see docs/uninstall.md, Without Helm"
+    )
 
 
 def holders(claims: Iterable[UncheckedBody], driver: str) -> list[Holder]:

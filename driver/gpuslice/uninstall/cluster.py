@@ -23,7 +23,7 @@ from gpuslice.errors import ApiError, ConflictError, ExpiredError, LastingApiErr
 
 log = logging.getLogger(__name__)
 
-NAME = "gpuslice-uninstall"  # of the rule, and of the objects of the chart that own what the removal makes
+NAME = removal.JOB
 _GLANCE_S = 5.0  # between two looks at things without a watch
 _OUTAGE_S = 30.0  # how long the API server may be away
 _PAUSE_S = 1.0  # between two tries
@@ -110,7 +110,7 @@ class Cluster:
 
     def create_daemonset(self, body: Mapping[str, Any]) -> None:
         """Create a DaemonSet that goes with the ConfigMap of the removal."""
-        owner = self._owner("v1", "ConfigMap", f"/api/v1{self._here}/configmaps/{NAME}")
+        owner = self._owner("v1", "ConfigMap", self._config_map())
         metadata = {**body["metadata"], "namespace": self.namespace, "ownerReferences": [owner]}
         self._create("daemonsets", self._daemonsets(), {**body, "metadata": metadata})
 
@@ -131,13 +131,17 @@ class Cluster:
         options = {"gracePeriodSeconds": 0, "preconditions": {"uid": metadata["uid"]}}
         self._gone(Call("delete", "pods", path, metadata["name"]), options)
 
+    def annotations(self) -> object:
+        """The annotations of the ConfigMap of the removal."""
+        return self._named("ConfigMap", self._config_map())["metadata"].get("annotations")
+
     def own_job(self) -> None:
         """Let the ConfigMap own the Job of the removal. Helm leaves a Job that failed, and now it goes with the release."""
         path = f"/apis/batch/v1{self._here}/jobs/{NAME}"
         for _ in range(_TRIES):
             try:
                 job = _persist(partial(self._api.ask, Call("get", "jobs", path, NAME)))
-                owner = self._owner("v1", "ConfigMap", f"/api/v1{self._here}/configmaps/{NAME}")
+                owner = self._owner("v1", "ConfigMap", self._config_map())
                 job["metadata"]["ownerReferences"] = [owner]
                 _persist(partial(self._api.ask, Call("update", "jobs", path, NAME), None, job))
                 return
@@ -153,11 +157,18 @@ class Cluster:
 
     def _owner(self, version: str, kind: str, path: str) -> Mapping[str, str]:
         """A reference to an object of the release. What it owns goes with it, even if this process is killed."""
-        call = Call("get", path.split("/")[-2], path, NAME)
-        found = _persist(partial(self._api.ask, call))
+        uid = self._named(kind, path)["metadata"]["uid"]
+        return {"apiVersion": version, "kind": kind, "name": NAME, "uid": uid}
+
+    def _config_map(self) -> str:
+        return f"/api/v1{self._here}/configmaps/{NAME}"
+
+    def _named(self, kind: str, path: str) -> Body:
+        """The object of this kind that has the name of the removal."""
+        found = _persist(partial(self._api.ask, Call("get", path.split("/")[-2], path, NAME)))
         if not bodies.is_object(found):
             raise self._api.odd(f"something else than the {kind} {NAME}")
-        return {"apiVersion": version, "kind": kind, "name": NAME, "uid": found["metadata"]["uid"]}
+        return found
 
     def _create(self, resource: str, path: str, body: Mapping[str, Any]) -> None:
         """Create an object. One of this name counts, because it is of an earlier try."""

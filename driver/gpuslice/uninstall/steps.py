@@ -38,6 +38,8 @@ class Uninstall:
     def run(self) -> None:
         """Remove everything but the objects of the release. RemovalError says what a person has to do, ApiError what the
         API server refuses."""
+        if why := removal.unasked(self.cluster.annotations(), self.cluster.namespace, self.helm):
+            raise RemovalError(why)
         self._await_earlier()
         self.cluster.own_job()
         found = self.cluster.daemonset(DRIVER)
