@@ -224,8 +224,9 @@ def test_the_clean_up_looks_where_the_driver_wrote(values: Body) -> None:
     assert found[settings.plugin_folder.parent] == settings.plugin_folder.parent
     assert found[settings.kubelet_registrar_directory_path] == settings.kubelet_registrar_directory_path
     assert found[settings.cdi_root] == settings.cdi_root
-    assert found[settings.mps_root.parents[1]] == settings.mps_root.parents[1]
-    assert not found.keys() & {settings.plugin_folder, settings.mps_root, settings.mps_root.parent}
+    here = Path(next(one["value"] for one in spec["containers"][0]["env"] if one["name"] == "MPS_ROOT_CTR_PATH"))
+    assert found[here.parents[1]] / here.relative_to(here.parents[1]) == settings.mps_root
+    assert not found.keys() & {settings.plugin_folder, here, here.parent}
 
 
 @pytest.mark.parametrize("values", [EVERYTHING, NOTHING], ids=["everything-set", "everything-off"])
@@ -240,10 +241,34 @@ def test_the_clean_up_comes_to_the_nodes_of_the_driver(values: Body) -> None:
 
 
 def test_an_unmount_in_the_clean_up_is_one_on_the_node() -> None:
-    (run,) = (mount for mount in container(cleanup())["volumeMounts"] if mount["mountPath"] == "/run")
+    (run,) = (mount for mount in container(cleanup())["volumeMounts"] if mount["name"] == "run")
 
     assert run["mountPropagation"] == "Bidirectional"
     assert cleanup()["spec"]["template"]["spec"]["hostPID"]
+
+
+# Where containers have mounts of their runtime: CRI-O makes /run/.containerenv and /run/secrets in each container.
+OF_RUNTIMES = [
+    Path(path) for path in ("/run/.containerenv", "/run/secrets", "/dev/termination-log", "/etc/hosts", "/proc")
+]
+
+
+@pytest.mark.parametrize("values", [EVERYTHING, {}, {"cdiRoot": "/run/cdi"}], ids=["everything-set", "defaults", "run"])
+def test_nothing_is_mounted_below_a_mount_that_the_node_shares(values: Body) -> None:
+    """Such a mount would appear on the node, and stay there after the end of the container."""
+    specs = [cleanup(values)["spec"]["template"]["spec"], pod(SUPERVISOR, values)["spec"], pod(DRIVER, values)["spec"]]
+    for spec in specs:
+        for part in (*spec["containers"], *spec.get("initContainers", [])):
+            mounted = {
+                in_the_image(mount["mountPath"]): mount.get("mountPropagation") for mount in part["volumeMounts"]
+            }
+            shared = {path for path, propagation in mounted.items() if propagation == "Bidirectional"}
+            assert not [path for path in (*mounted, *OF_RUNTIMES) if shared & {*path.parents}]
+
+
+def in_the_image(path: str) -> Path:
+    """/var/run of the image is a link (hack/lib/image/recipe.py)."""
+    return Path("/run", *Path(path).parts[3:]) if Path(path).parts[:3] == ("/", "var", "run") else Path(path)
 
 
 def test_the_daemonsets_that_end_are_those_of_the_chart() -> None:

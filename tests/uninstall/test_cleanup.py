@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -290,6 +291,44 @@ def test_mounts_below_the_folder_of_the_supervisor_go_the_innermost_first(tmp_pa
 
     assert done.returncode == 0, done.stderr + done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clean_up_pod_sees_the_node_elsewhere_and_leaves_no_mount_and_no_daemon(
+    tmp_path: Path, apart: list[str]
+) -> None:
+    """As in its pod: /run of the node is at another path, and mounts are shared with the node."""
+    node, here, key = tmp_path / "run", tmp_path / "node-run", "gpu-1"
+    pipe = node / "gpuslice" / "mps" / key / "pipe"
+    (pipe.parent / "shm").mkdir(parents=True)
+    here.mkdir()
+    cleanup = (
+        f"mount --rbind {node} {here} && mount --make-rshared {here} && umount -l {node} && {sys.executable} -m gpuslice "
+        f"cleanup --mps-root {node}/gpuslice/mps --cdi-root {tmp_path}/cdi "
+        f"--kubelet-plugins-directory-path {tmp_path}/p --kubelet-registrar-directory-path {tmp_path}/r"
+    )
+    script = (
+        f"mount --bind {node} {node} && mount --make-shared {node} && mount -t tmpfs a {pipe.parent}/shm && "
+        f"unshare --mount --propagation unchanged sh -c 'mount --make-private / && {cleanup}' && "
+        f"grep -c {tmp_path} /proc/self/mountinfo && ls -A {node}"
+    )
+    # The kernel keeps the name of the program that a process has started, so a link to sleep(1) stands for a daemon.
+    (tmp_path / "nvidia-cuda-mps-control").symlink_to(shutil.which("sleep") or "")
+    environment = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(pipe)}
+    with subprocess.Popen([tmp_path / "nvidia-cuda-mps-control", "50"], env=environment) as left:
+        done = subprocess.run(
+            [*apart, "sh", "-c", script],
+            env={**os.environ, "MPS_ROOT_CTR_PATH": f"{here}/gpuslice/mps"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=50,
+        )
+        ended = left.poll()
+        left.kill()
+
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.splitlines()[-1] == "1"  # the mount of the test itself, and nothing in it
+    assert ended == -signal.SIGKILL
 
 
 # ---------------------------------------------------------------- the command

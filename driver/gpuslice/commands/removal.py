@@ -32,6 +32,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     cleanup = add(commands, "cleanup", "remove what the driver left on this node", _cleanup,
                   about=texts.CLEANUP, examples=texts.CLEANUP_EXAMPLES)  # fmt: skip
     cleanup.add_argument("--check", action="store_true", help="only wait until no claim is prepared, for 20 s at most")
+    cleanup.add_argument(
+        "--mps-root-ctr-path",
+        metavar="FOLDER",
+        help="the folder of --mps-root as this process sees it (env MPS_ROOT_CTR_PATH; default the same path)",
+    )
     config.add_flags(cleanup, *config.CLEANUP_FLAGS)
 
 
@@ -70,7 +75,8 @@ def _cleanup(parsed: argparse.Namespace) -> int:
         cleanup.check(settings)
         _say("no claim is prepared on this node")
     else:
-        cleanup.clean(settings, _say)
+        here = parsed.mps_root_ctr_path or os.environ.get("MPS_ROOT_CTR_PATH", "")
+        cleanup.clean(settings, _say, Path(here) if here else None)
     return 0
 
 

@@ -21,6 +21,7 @@ from gpuslice.errors import StateError
 from gpuslice.mps import daemon
 from gpuslice.mps.launch import take_tmpfs
 from gpuslice.mps.paths import Paths
+from gpuslice.mps.process import kill_all
 from gpuslice.plugin import sockets
 from gpuslice.system import files, refusals
 from gpuslice.system.folder_watch import FolderWatch
@@ -43,13 +44,15 @@ def check(config: Config, limit_s: float = CHECK_S) -> None:
             watch.read()
 
 
-def clean(config: Config, say: Callable[[str], None]) -> None:
+def clean(config: Config, say: Callable[[str], None], mps_root: Path | None = None) -> None:
     """Remove everything of the driver from this node. StateError if a claim is prepared: then everything stays.
 
+    `mps_root`: where this process sees the folder that `config` names as the MPS daemons see it; None for the same path.
     Waits for the end of a driver or an MPS supervisor that is still there. A second time it finds nothing and succeeds.
     """
+    root = mps_root or config.mps_root
     with contextlib.ExitStack() as locks:
-        for path in (*sockets.locks(config.plugin_folder), config.mps_root / "supervisor.lock"):
+        for path in (*sockets.locks(config.plugin_folder), root / "supervisor.lock"):
             if path.exists():
                 locks.enter_context(_after(path, say))
         folder = node.records_folder(config)
@@ -61,7 +64,7 @@ def clean(config: Config, say: Callable[[str], None]) -> None:
         ):
             files.remove(path)
             say(f"removed {path}")
-        _clear_mps(config.mps_root, say)
+        _clear_mps(root, Paths(config.mps_root), say)
         _remove(config.plugin_folder, say)
     say(f"nothing of {config.driver_name} is left on this node")
 
@@ -94,11 +97,15 @@ def _cdi_files(config: Config) -> list[Path]:
     return sorted((*folder.glob(f"{before}*"), *folder.glob(f".{before}*"))) if folder.is_dir() else []
 
 
-def _clear_mps(root: Path, say: Callable[[str], None]) -> None:
-    """End the daemons that a crash has left, unmount what is mounted below the root, and remove it."""
+def _clear_mps(root: Path, theirs: Paths, say: Callable[[str], None]) -> None:
+    """End the daemons that a crash has left, unmount what is mounted below the root, and remove it.
+
+    `theirs`: the paths below the root as the daemons see them.
+    """
     if root.is_dir():
         paths = Paths(root)
         for key in paths.known():
+            kill_all(theirs.pipe(key), daemon.DRAIN_S)
             daemon.discard(paths, key)
         for place in _mounts_below(root):
             take_tmpfs(place)
