@@ -95,6 +95,34 @@ def test_the_policy_arrives_as_it_was_written_and_replaces_the_pods() -> None:
     assert "annotations" not in pod(SUPERVISOR, EVERYTHING)["metadata"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"\n\n{POLICY}\n",
+        f"    # ours\n{POLICY}",
+        "".join(f"  {line}\n" for line in POLICY.splitlines()),
+        POLICY.replace("\n", "\r\n"),
+        POLICY.rstrip(),
+    ],
+    ids=["empty-lines", "indented-comment", "all-indented", "of-windows", "no-last-newline"],
+)
+def test_however_a_policy_is_indented_its_meaning_arrives(text: str) -> None:
+    (body,) = (body for body in rendered({"policy": text}) if body["metadata"]["name"] == "gpuslice-policy")
+
+    assert yaml.safe_load(body["data"]["policy.yaml"]) == yaml.safe_load(POLICY)
+
+
+@pytest.mark.parametrize(
+    "path", ["simulate", "priorityClassName", "policy", "deviceClasses.extendedResourceName", "image.tag", "image.digest"]
+)
+def test_null_is_as_good_as_empty(path: str) -> None:
+    """Helm takes a value away that is null, and `affinity=null` is in the documentation."""
+    section, _, name = path.rpartition(".")
+    null, empty = ({section: {name: value}} if section else {name: value} for value in (None, ""))
+
+    assert rendered(null) == rendered(empty)
+
+
 def test_what_is_switched_off_is_not_there() -> None:
     kinds = [body["kind"] for body in rendered(NOTHING)]
 

@@ -18,7 +18,7 @@ template` and in Argo CD, so these refuse only what they have seen. */}}
 {{- end }}
 {{- end }}
 {{- with .Values.deviceClasses }}
-{{- if not (regexMatch "^([a-z0-9.-]+/[A-Za-z0-9._-]+)?$" .extendedResourceName) }}
+{{- if not (regexMatch "^([a-z0-9.-]+/[A-Za-z0-9._-]+)?$" (.extendedResourceName | default "")) }}
 {{- fail (printf "deviceClasses.extendedResourceName is %q and must have a domain, such as example.com/gpu" .extendedResourceName) }}
 {{- end }}
 {{- range .migProfiles }}
@@ -27,7 +27,7 @@ template` and in Argo CD, so these refuse only what they have seen. */}}
 {{- end }}
 {{- end }}
 {{- end }}
-{{- if not (regexMatch "^[A-Za-z0-9:+-]*$" .Values.simulate) }}
+{{- if not (regexMatch "^[A-Za-z0-9:+-]*$" (.Values.simulate | default "")) }}
 {{- fail (printf "simulate is %q and must be the cards themselves, such as h100x2 or a100-40gx2+l4, because the pods have no file of yours" .Values.simulate) }}
 {{- end }}
 {{- include "gpuslice.check-policy" .Values.policy }}
@@ -55,7 +55,7 @@ template` and in Argo CD, so these refuse only what they have seen. */}}
 {{- else if not (regexMatch "^[a-z0-9][a-zA-Z0-9.-]*(:[0-9]+)?(/[a-z0-9._-]+)*$" .repository) }}
 {{- fail (printf "image.repository is %q and must be a registry and a name, such as registry.example.com/team/gpuslice, without https://" .repository) }}
 {{- end }}
-{{- if not (regexMatch "^([A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$" .tag) }}
+{{- if not (regexMatch "^([A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$" (.tag | default "")) }}
 {{- fail (printf "image.tag is %q and must be a tag alone, such as 0.1.0; write a digest as image.digest" .tag) }}
 {{- end }}
 {{- if not (regexMatch "^(sha256:[0-9a-f]{64})?$" (.digest | default "")) }}

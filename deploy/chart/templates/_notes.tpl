@@ -21,7 +21,7 @@
 
 {{/* The required terms of the node affinity as JSON; simulated cards ignore `affinity`. */}}
 {{- define "gpuslice.node-terms" -}}
-{{- $affinity := ternary dict (.Values.affinity | default dict) (ne .Values.simulate "") }}
+{{- $affinity := ternary dict (.Values.affinity | default dict) (empty .Values.simulate | not) }}
 {{- $required := dig "requiredDuringSchedulingIgnoredDuringExecution" dict ($affinity.nodeAffinity | default dict) | default dict }}
 {{- $required.nodeSelectorTerms | default list | toJson }}
 {{- end }}
