@@ -113,7 +113,8 @@ def test_however_a_policy_is_indented_its_meaning_arrives(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["simulate", "priorityClassName", "policy", "deviceClasses.extendedResourceName", "image.tag", "image.digest"]
+    "path",
+    ["simulate", "priorityClassName", "policy", "deviceClasses.extendedResourceName", "image.tag", "image.digest"],
 )
 def test_null_is_as_good_as_empty(path: str) -> None:
     """Helm takes a value away that is null, and `affinity=null` is in the documentation."""

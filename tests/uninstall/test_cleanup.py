@@ -227,6 +227,26 @@ async def test_the_clean_up_waits_for_a_driver_that_ends(cluster: StandInCluster
     assert said[-1] == "nothing of gpuslice.dev is left on this node"
 
 
+async def test_a_driver_that_comes_while_the_clean_up_waits_keeps_its_files(cluster: StandInCluster) -> None:
+    """The driver was installed again while the clean-up waited for the end of the old one."""
+    old = await cluster.start("--pod-uid", "11111111-1111-1111-1111-111111111111")
+    cleaning = Cleaning(config(cluster))
+    await cleaning.says_something()
+    await cluster.start("--pod-uid", "22222222-2222-2222-2222-222222222222")
+    ref = cluster.claim("part", PART)
+
+    await old.terminate()
+
+    with pytest.raises(StateError) as refused:
+        await cleaning.ends()
+    assert str(refused.value) == (
+        f"another driver has started on this node meanwhile, in {cluster.plugins}/gpuslice.dev, so its files stay; remove "
+        "that installation first"
+    )
+    await cluster.run(ref)
+    await cluster.end(ref)
+
+
 async def test_the_clean_up_waits_for_a_supervisor_that_ends(cluster: StandInCluster) -> None:
     supervisor = await cluster.supervise()
     cleaning = Cleaning(config(cluster))

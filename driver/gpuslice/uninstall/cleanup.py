@@ -55,6 +55,11 @@ def clean(config: Config, say: Callable[[str], None], mps_root: Path | None = No
         for path in (*sockets.locks(config.plugin_folder), root / "supervisor.lock"):
             if path.exists():
                 locks.enter_context(_after(path, say))
+        if sockets.serving(config.plugin_folder):  # it came while this process waited for the locks of the others
+            raise StateError(
+                f"another driver has started on this node meanwhile, in {config.plugin_folder}, so its files stay; remove "
+                "that installation first"
+            )
         folder = node.records_folder(config)
         if folder is not None and (left := _prepared(folder)):
             raise StateError(f"{left}, so the files of this node stay; install the driver again, then delete its pods")
