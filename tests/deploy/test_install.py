@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpuslice.core import removal
 
 from hack.lib.cluster.binaries import helm
 from hack.lib.cluster.versions import HELMS
@@ -198,6 +199,20 @@ def test_the_quota_of_gke_is_named(tmp_path: Path) -> None:
     assert '"insufficient quota to match these scopes"' in notes(tmp_path)
     assert "quota" not in notes(tmp_path, version="v1.37.0-gke.1000", values={"priorityQuota": True})
     assert "quota" not in notes(tmp_path, values={"priorityClassName": ""})
+
+
+@pytest.mark.parametrize(("notes_of_it", "warned"), [({removal.EVICT: "evict"}, True), ({removal.EVICT: ""}, False)])
+def test_a_wish_for_evictions_that_is_left_from_a_removal_is_named(
+    tmp_path: Path, notes_of_it: dict[str, str], warned: bool
+) -> None:
+    """`helm rollback` keeps the annotation, and the next removal would not refuse."""
+    ours = {"meta.helm.sh/release-name": "gpuslice", "meta.helm.sh/release-namespace": "gpus"}
+    labels = {"app.kubernetes.io/managed-by": "Helm"}
+    meta = {"name": "gpuslice", "namespace": "gpus", "labels": labels, "annotations": ours | notes_of_it}
+
+    text = notes(tmp_path, [{"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": meta}])
+
+    assert ("kubectl annotate daemonset/gpuslice --namespace gpus gpuslice.dev/uninstall-\n" in text) is warned
 
 
 def test_an_image_without_a_registry_is_said(tmp_path: Path) -> None:
