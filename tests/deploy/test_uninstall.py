@@ -48,11 +48,11 @@ def cleanup(values: Body | None = None) -> Body:
     return daemonset
 
 
-def templated(release: str, major: str = "3") -> list[Body]:
+def templated(release: str, major: str = "3", *flags: str) -> list[Body]:
     """What Helm itself makes of the chart, with the hooks."""
     if not helm(major).exists():
         pytest.skip("deploy/chart is not rendered: no Helm (hack/cluster build --only helm)")
-    command = [str(helm(major)), "template", release, str(CHART), "--namespace", "gpus"]
+    command = [str(helm(major)), "template", release, str(CHART), "--namespace", "gpus", *flags]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=50).stdout
     return [body for body in yaml.safe_load_all(text) if body]
 
@@ -98,8 +98,16 @@ def test_a_refusal_is_seen_once_and_stays_to_be_read() -> None:
 
 
 def test_a_job_that_cannot_start_ends_before_helm_stops_to_wait() -> None:
-    """Otherwise it would remove the driver hours later, after `helm rollback`."""
-    assert RUNS_S < only("Job")["spec"]["activeDeadlineSeconds"] < HELM_WAITS_S
+    """Otherwise it would remove the driver hours later, after `helm rollback`. Without Helm, who applied it can delete it."""
+    assert RUNS_S < only("Job", templated("mine"))["spec"]["activeDeadlineSeconds"] < HELM_WAITS_S
+    assert "activeDeadlineSeconds" not in only("Job")["spec"]
+
+
+def test_a_job_that_may_wait_longer_has_a_later_end() -> None:
+    """For `helm uninstall --timeout 1h`."""
+    later = templated("mine", "3", "--set", "extraEnv[0].name=TIMEOUT", "--set-string", "extraEnv[0].value=3500")
+
+    assert only("Job", later)["spec"]["activeDeadlineSeconds"] == 3525
 
 
 @pytest.mark.parametrize("name", ["2026", "yes", "1e3"])
