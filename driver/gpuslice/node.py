@@ -145,8 +145,12 @@ def records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]
 
 def records_folder(config: Config) -> Path | None:
     """The folder with the records of this boot; None if no driver has run in this boot. Missing settings are those of the
-    driver that ran."""
-    return _records_folder(_as_running(config))
+    driver that ran; if its file is damaged, as after a loss of power, `config` alone counts."""
+    try:
+        running = _as_running(config)
+    except StateError:
+        running = config
+    return _records_folder(running)
 
 
 def _records(config: Config) -> tuple[Mapping[ClaimUid, Record], tuple[str, ...]]:

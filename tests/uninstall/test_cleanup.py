@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from gpuslice import node as nodes
 from gpuslice.config import Config
-from gpuslice.errors import StateError
+from gpuslice.errors import DriverError, StateError
+from gpuslice.mps.process import boot_id
 from gpuslice.standin.cluster import DRIVER, StandInCluster
 from gpuslice.standin.scheduler import Request
 from gpuslice.uninstall import cleanup
@@ -94,16 +95,20 @@ async def test_a_second_time_there_is_nothing_to_do(cluster: StandInCluster) -> 
     cleanup.check(config(cluster))
 
 
-def test_a_node_without_any_folder_is_clean(tmp_path: Path) -> None:
-    said: list[str] = []
-    bare = Config(
-        kubelet_registrar_directory_path=tmp_path / "registry",
-        kubelet_plugins_directory_path=tmp_path / "plugins",
-        cdi_root=tmp_path / "cdi",
-        mps_root=tmp_path / "gpuslice/mps",
+def bare_node(folder: Path) -> Config:
+    """The settings for a node in this folder, on which nothing is made."""
+    return Config(
+        kubelet_registrar_directory_path=folder / "registry",
+        kubelet_plugins_directory_path=folder / "plugins",
+        cdi_root=folder / "cdi",
+        mps_root=folder / "gpuslice/mps",
     )
 
-    cleanup.clean(bare, said.append)
+
+def test_a_node_without_any_folder_is_clean(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    cleanup.clean(bare_node(tmp_path), said.append)
 
     assert said == ["nothing of gpuslice.dev is left on this node"]
     assert list(tmp_path.iterdir()) == []
@@ -166,6 +171,40 @@ async def test_an_unreadable_record_counts_as_a_prepared_claim(cluster: StandInC
         cleanup.clean(config(cluster), lambda _: None)
     with pytest.raises(StateError, match="prepared on this node: claim u-1; delete its pods, while the driver runs"):
         cleanup.check(config(cluster), 0.1)
+
+
+@pytest.mark.parametrize("settings", ["", "{}", "[", '{"node_name": 1}'])
+def test_damaged_settings_of_the_last_driver_do_not_stop_the_clean_up(tmp_path: Path, settings: str) -> None:
+    """The file is not synced, so a loss of power may leave it empty. No driver has started since then."""
+    bare = bare_node(tmp_path)
+    bare.plugin_folder.mkdir(parents=True)
+    (bare.plugin_folder / "running.json").write_text(settings)
+    record = bare.plugin_folder / "claims" / boot_id() / "u-1.json"
+    record.parent.mkdir(parents=True)
+    record.touch()
+
+    with pytest.raises(StateError, match="prepared on this node: claim u-1"):
+        cleanup.check(bare, 0.1)
+    record.unlink()
+    cleanup.clean(bare, lambda _: None)
+
+    assert not bare.plugin_folder.exists()
+
+
+@pytest.mark.parametrize("place", ["plugins/gpuslice.dev", "gpuslice/mps", "gpuslice/mps/gpu-1"])
+def test_nothing_behind_a_link_is_removed(tmp_path: Path, place: str) -> None:
+    bare, theirs = bare_node(tmp_path), tmp_path / "theirs" / "gpu-1" / "file"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    link = tmp_path / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "theirs")
+
+    with pytest.raises(DriverError, match=str(link)):
+        cleanup.clean(bare, lambda _: None)
+
+    assert theirs.exists()
+    assert link.is_symlink()
 
 
 async def test_records_of_a_former_boot_prepare_nothing(cluster: StandInCluster) -> None:

@@ -107,7 +107,7 @@ def _clear_mps(root: Path, theirs: Paths, say: Callable[[str], None]) -> None:
 
     `theirs`: the paths below the root as the daemons see them.
     """
-    if root.is_dir():
+    if root.is_dir() and not root.is_symlink():  # behind a link nothing is ours
         paths = Paths(root)
         for key in paths.known():
             kill_all(theirs.pipe(key), daemon.DRAIN_S)
