@@ -197,6 +197,26 @@ def test_the_objects_that_own_what_the_job_makes_have_its_name() -> None:
     assert only("ConfigMap")["metadata"]["name"] == only("ClusterRole")["metadata"]["name"] == door.NAME
 
 
+def test_openshift_allows_each_pod_by_the_constraints_of_its_account() -> None:
+    bodies = templated("mine", "3", "--api-versions", "security.openshift.io/v1")
+    allowed = {
+        subject["name"]: body["roleRef"]["name"].rpartition(":")[2]
+        for body in bodies
+        if body["kind"] == "RoleBinding" and body["roleRef"]["name"].startswith("system:openshift:scc:")
+        for subject in body["subjects"]
+    }
+    specs = [body["spec"]["template"]["spec"] for body in bodies if body["kind"] in ("DaemonSet", "Job")]
+    specs.append(yaml.safe_load(only("ConfigMap", bodies)["data"]["cleanup.yaml"])["spec"]["template"]["spec"])
+
+    assert len(specs) == 4
+    for spec in specs:
+        privileged = [c["securityContext"].get("privileged", False) for c in spec["containers"]]
+        assert allowed[spec["serviceAccountName"]] == ("privileged" if any(privileged) else "nonroot-v2")
+    assert not [
+        body for body in rendered({}) if body["metadata"]["name"] in ("gpuslice-privileged", "gpuslice-nonroot")
+    ]
+
+
 # ---------------------------------------------------------------- the pods that clean the nodes
 
 

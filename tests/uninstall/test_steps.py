@@ -158,6 +158,17 @@ def test_a_job_that_was_refused_goes_with_the_release_too(
     api.wait(lambda: nodes.names("jobs") == [])
 
 
+def test_a_job_that_may_have_no_owner_removes_the_driver_all_the_same(
+    api: StandInApiServer, nodes: Workloads, removal: Uninstall
+) -> None:
+    """OpenShift lets only those change the owner of an object who may delete it."""
+    api.fail(403, 1, method="PUT", path="jobs")
+
+    removal.run()
+
+    assert nodes.names("daemonsets") == []
+
+
 def test_the_command_by_hand_needs_no_job(api: StandInApiServer, nodes: Workloads, removal: Uninstall) -> None:
     api.delete("jobs", "gpuslice-uninstall", NAMESPACE)
 

@@ -28,6 +28,7 @@ _GLANCE_S = 5.0  # between two looks at things without a watch
 _OUTAGE_S = 30.0  # how long the API server may be away
 _PAUSE_S = 1.0  # between two tries
 _TRIES = 5
+_FORBIDDEN = 403
 _RESOURCES = f"/apis/{RESOURCE_API}"
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
@@ -136,7 +137,10 @@ class Cluster:
         return self._named("ConfigMap", self._config_map())["metadata"].get("annotations")
 
     def own_job(self) -> None:
-        """Let the ConfigMap own the Job of the removal. Helm leaves a Job that failed, and now it goes with the release."""
+        """Let the ConfigMap own the Job of the removal. Helm leaves a Job that failed, and now it goes with the release.
+
+        OpenShift may refuse that (admission plugin OwnerReferencesPermissionEnforcement). Then the Job goes after a day.
+        """
         path = f"/apis/batch/v1{self._here}/jobs/{NAME}"
         for _ in range(_TRIES):
             try:
@@ -149,6 +153,11 @@ class Cluster:
                 return
             except ConflictError:  # the controller of Jobs writes too
                 continue
+            except ApiError as e:
+                if e.status != _FORBIDDEN:
+                    raise
+                log.info("the Job of the removal stays for a day after its end: %s", e)
+                return
 
     # ------------------------------------------------------------ below the verbs
 
