@@ -156,8 +156,8 @@ class _Run:
                 return
             if time.monotonic() > end:
                 raise _EndlessError(
-                    f"it took longer than {self.limit_s:.0f} s until {what}: {self.fleet.published} of {self.nodes} nodes have "
-                    f"published, {self.fleet.counters} pools have counters"
+                    f"it took longer than {self.limit_s:.0f} s until {what}: {self.fleet.published} of {self.nodes} nodes "
+                    f"have published, {self.fleet.counters} pools have counters"
                 )
             time.sleep(_LOOK_S)
 
