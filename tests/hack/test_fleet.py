@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -51,6 +52,12 @@ def test_counters_of_a_process_that_was_started_again_begin_at_nothing() -> None
 
     assert figures.spent(before, after) == {"a": 2, "b": 3}
     assert figures.spent(before, Counter({"a": 2, "b": 4})) == {"a": 2, "b": 4}
+
+
+def test_a_phase_that_did_not_end_shows_how_long_it_was_given() -> None:
+    phase = dataclasses.replace(a_phase([]), took_s=None, lasted_s=300.4)
+
+    assert "until all is published        not in 300 s" in figures.table(figures.report([phase], SIZE))
 
 
 def test_how_far_requests_are_spread_and_how_many_come_together() -> None:

@@ -256,12 +256,19 @@ def _end(place: Place) -> None:
     for pid in (first, outer):
         _kill(pid)
     _remove_cgroups()
-    network.remove()
+    network.remove(bridge=_has_bridge(place))
     shutil.rmtree(place.root, ignore_errors=True)
     if place.root.exists():
         raise PlaygroundError(
             f"{place.root} could not be removed; unmount what is mounted below it, and remove the folder"
         )
+
+
+def _has_bridge(place: Place) -> bool:
+    """Another cluster, below another TMPDIR, may have the bridge."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return Facts.read(place.facts).installed
+    return False
 
 
 def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

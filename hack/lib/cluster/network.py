@@ -48,9 +48,9 @@ def ensure_bridge() -> None:
     _ip("link", "set", BRIDGE, "up")
 
 
-def remove() -> None:
-    """Remove the interfaces. If there are none, do nothing."""
-    for name in (NAME, BRIDGE):
+def remove(*, bridge: bool) -> None:
+    """Remove the interfaces, the bridge only if this cluster has it. If there are none, do nothing."""
+    for name in (NAME, *([BRIDGE] if bridge else [])):
         if Path("/sys/class/net", name).exists():
             _ip("link", "del", name)
 

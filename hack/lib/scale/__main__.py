@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 nodes=options.nodes or phases.NODES,
                 claims=options.claims,
                 outage_s=options.outage,
+                limit_s=options.limit,
                 tree=options.tree.absolute(),
                 say=_say,
             )
@@ -102,6 +103,13 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     fleet.add_argument(
         "--outage", type=_positive, default=60, metavar="SECONDS", help="how long the API server is away (60)"
+    )
+    fleet.add_argument(
+        "--limit",
+        type=_positive,
+        default=int(phases.LIMIT_S),
+        metavar="SECONDS",
+        help=f"the longest time of a phase; the report ends with one that takes longer ({phases.LIMIT_S:.0f})",
     )
     fleet.add_argument(
         "--tree", type=Path, default=REPOSITORY, metavar="FOLDER", help="checkout whose driver runs; default: this one"

@@ -45,7 +45,7 @@ class Stamp:
 class Phase:
     name: str
     began: float  # seconds of the wall clock
-    took_s: float  # until the fleet had published everything
+    took_s: float | None  # until the fleet had published everything; None if the limit came first
     lasted_s: float  # until the figures were taken
     cpu_s: float  # processor time of the API server
     stamps: Sequence[Stamp]
@@ -114,7 +114,7 @@ def _of(phase: Phase) -> dict[str, Any]:
 def table(body: Mapping[str, Any]) -> str:
     phases, size = body["phases"], body["size"]
     lines = [["", *(phase["phase"] for phase in phases)]]
-    lines.append(["until all is published", *(f"{phase['took_s']:.0f} s" for phase in phases)])
+    lines.append(["until all is published", *(_until(phase) for phase in phases)])
     lines.append(["counted for", *(f"{phase['lasted_s']:.0f} s" for phase in phases)])
     lines.append(["API server CPU", *(f"{phase['api_server_cpu_s']:.1f} s" for phase in phases)])
     lines.append(["requests of the fleet", *(str(phase["requests"]) for phase in phases)])
@@ -132,6 +132,10 @@ def table(body: Mapping[str, Any]) -> str:
         f"{body['what']}: {size['nodes']} of {size['cards']}, {size['claims']} claims, outage of {size['outage_s']} s"
     )
     return "\n".join([*text, "", what, "a/b: a requests, b of them in the busiest second; creates: dry runs too"])
+
+
+def _until(phase: Mapping[str, Any]) -> str:
+    return f"not in {phase['lasted_s']:.0f} s" if phase["took_s"] is None else f"{phase['took_s']:.0f} s"
 
 
 def _asked(phase: Mapping[str, Any], key: str) -> str:

@@ -25,7 +25,7 @@ from hack.lib.scale.publishers import Publishers, publishers
 
 NODES = 200
 _LOOK_S = 1.0  # between two looks at the fleet, because it sends no events
-_LIMIT_S = 600.0  # the longest time of a phase
+LIMIT_S = 600.0  # the longest time of a phase
 _HOLD_S = 35.0  # long enough for a look of each driver at its node while claims hold pools
 _HELD = 4  # claims hold a pool on one of this many nodes
 _CARD = 1  # the card whose pool they hold
@@ -34,8 +34,12 @@ _BEFORE, _AFTER = ({"modes": ["gpu", "mig"]}, {"modes": ["gpu"]})
 Say = Callable[[str], None]
 
 
-def measure(*, nodes: int, claims: int, outage_s: int, tree: Path, say: Say) -> dict[str, Any]:
-    """The report. ScaleError with the reason if a phase does not end."""
+class _EndlessError(ScaleError):
+    """A phase that did not end within the limit. Its figures until then count."""
+
+
+def measure(*, nodes: int, claims: int, outage_s: int, limit_s: float, tree: Path, say: Say) -> dict[str, Any]:
+    """The report. It ends with the first phase that takes longer than `limit_s`."""
     with control.running(), tempfile.TemporaryDirectory(prefix="gpuslice-fleet-") as folder:
         path = control.kubeconfig()
         with contextlib.closing(ApiServer.of_kubeconfig(path)) as api:
@@ -43,10 +47,13 @@ def measure(*, nodes: int, claims: int, outage_s: int, tree: Path, say: Say) -> 
             say(f"{claims} claims of others")
             api_claims(api, (_claim(f"other-{number}", "another/pool") for number in range(claims)))
             with publishers(path, Path(folder), nodes, tree) as fleet:
-                run = _Run(api, fleet, nodes, say)
-                run.start()
-                run.outage(outage_s)
-                run.change(made)
+                run = _Run(api, fleet, nodes, limit_s, say)
+                try:
+                    run.start()
+                    run.outage(outage_s)
+                    run.change(made)
+                except _EndlessError as e:
+                    say(str(e))
     size = {"nodes": nodes, "cards": CARDS, "claims": claims, "outage_s": outage_s, "tree": str(tree)}
     return report(run.phases, size)
 
@@ -56,6 +63,7 @@ class _Run:
     api: ApiServer
     fleet: Publishers
     nodes: int
+    limit_s: float
     say: Say
     phases: list[Phase] = field(default_factory=list)
     _done: float = 0.0
@@ -113,14 +121,18 @@ class _Run:
         self.say(name)
         used, before = (0.0, Usage()) if anew else self._figures()
         began = time.time()
-        yield
+        endless = None
+        try:
+            yield
+        except _EndlessError as e:
+            endless = e
         lasted_s = time.time() - began
         now, after = self._figures()
         self.phases.append(
             Phase(
                 name=name,
                 began=began,
-                took_s=self._done - began,
+                took_s=None if endless else self._done - began,
                 lasted_s=lasted_s,
                 cpu_s=now - used,
                 stamps=tuple(self.fleet.stamps),
@@ -128,22 +140,24 @@ class _Run:
             )
         )
         self.fleet.stamps.clear()
+        if endless:
+            raise endless
 
     def _figures(self) -> tuple[float, Usage]:
         return control.cpu_s(control.api_server_pid()), usage(self.api.text("/metrics"))
 
     def _until(self, what: str, done: Callable[[], bool], *, mark: bool = True) -> None:
         """`mark`: this moment ends the measured time of the phase. The phase itself may go on."""
-        end = time.monotonic() + _LIMIT_S
+        end = time.monotonic() + self.limit_s
         while True:
             self.fleet.order("look")
             if done():
                 self._done = time.time() if mark else self._done
                 return
             if time.monotonic() > end:
-                raise ScaleError(
-                    f"it took longer than {_LIMIT_S:.0f} s until {what}: {self.fleet.published} of {self.nodes} nodes have "
-                    f"published, {self.fleet.counters} pools have counters"
+                raise _EndlessError(
+                    f"it took longer than {self.limit_s:.0f} s until {what}: {self.fleet.published} of {self.nodes} nodes "
+                    f"have published, {self.fleet.counters} pools have counters"
                 )
             time.sleep(_LOOK_S)
 

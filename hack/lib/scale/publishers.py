@@ -35,7 +35,7 @@ from hack.lib.scale.figures import Stamp
 from hack.lib.scale.fleet import CARDS, DRIVER, REPOSITORY, name_of
 
 _STARTERS = 8
-_ENDED = "a process with publishers has ended, and its last words are above; --tree needs a driver with the modules of this tree"
+_ENDED = "a process with publishers has ended, see above; --tree needs a driver with the modules of this tree"
 
 
 class _StampedApi(Api):
