@@ -332,7 +332,6 @@ def _remove_cgroups() -> None:
 
 
 def _clear(root: Path) -> None:
-    """Remove what is left of a cluster that was killed, or that ended with the machine."""
+    """Remove what is left of a cluster that ended with the machine."""
     _remove_cgroups()
-    network.remove()
     empty(root)

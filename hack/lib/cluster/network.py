@@ -38,13 +38,13 @@ def ensure(routes: Path = Path("/proc/net/route")) -> None:
 
 
 def ensure_bridge() -> None:
-    """Make the bridge of the pods. PlaygroundError if that is not allowed, or if another network has its addresses."""
+    """Make the bridge of the pods; one that a killed cluster has left is as good. PlaygroundError if that is not allowed, or if another network has its addresses."""
     if refusal := _add(BRIDGE, "bridge"):
         raise PlaygroundError(
             f"the pods of an installed driver need a bridge, but this machine allows none: {refusal}; run "
             "hack/cluster up without --install"
         )
-    _ip("addr", "add", f"{GATEWAY}/{PODS.partition('/')[2]}", "dev", BRIDGE)
+    _ip("addr", "replace", f"{GATEWAY}/{PODS.partition('/')[2]}", "dev", BRIDGE)
     _ip("link", "set", BRIDGE, "up")
 
 
