@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from gpuslice import cli
 from gpuslice.config import DRIVER_NAME
 from gpuslice.core import gpucodec
@@ -302,6 +305,23 @@ def test_an_api_server_that_is_away_is_noted_because_the_driver_waits_for_it(nod
 
     assert code == 0
     assert line.startswith("gpuslice: warning: the rights of the driver are unknown: no answer from the API server at ")
+
+
+def test_the_end_of_its_pod_ends_the_step_at_once_while_it_waits_for_an_answer(node: Node, tmp_path: Path) -> None:
+    """The step is process 1 of its container, for which the kernel drops SIGTERM without a handler."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        body = yaml.safe_load(node.api.kubeconfig.read_text(encoding="utf-8"))
+        body["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        kubeconfig = tmp_path / "kubeconfig"
+        kubeconfig.write_text(json.dumps(body), encoding="utf-8")
+        command = [sys.executable, "-m", "gpuslice", *node.flags("--kubeconfig", str(kubeconfig))]
+        with subprocess.Popen(command) as process:
+            silent.settimeout(30)
+            connection, _ = silent.accept()
+            with connection:
+                process.terminate()
+
+                assert process.wait(10) == 1
 
 
 def test_a_refused_token_fails_because_the_driver_would_end_with_it(node: Node, run: Run) -> None:

@@ -38,7 +38,8 @@ def ensure(routes: Path = Path("/proc/net/route")) -> None:
 
 
 def ensure_bridge() -> None:
-    """Make the bridge of the pods; one that a killed cluster has left is as good. PlaygroundError if that is not allowed, or if another network has its addresses."""
+    """Make the bridge of the pods; one that a killed cluster has left is as good. PlaygroundError if that is not allowed,
+    or if another network has its addresses."""
     if refusal := _add(BRIDGE, "bridge"):
         raise PlaygroundError(
             f"the pods of an installed driver need a bridge, but this machine allows none: {refusal}; run "
