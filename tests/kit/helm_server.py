@@ -113,6 +113,8 @@ def _missing(path: str) -> tuple[int, Body]:
 def _handler(answer: Any) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # A header and a body are two packets, and the second one would wait 40 ms for the acknowledgement of the first.
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             status, body = answer(self.path.partition("?")[0])
