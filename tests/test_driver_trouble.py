@@ -18,6 +18,8 @@ from gpuslice.standin.cluster import DRIVER, DriverProcess, StandInCluster
 from gpuslice.standin.scheduler import Request
 from gpuslice.system import files
 
+from tests.kit.processes import wait_asleep
+
 MIG = Request(name="gpu", driver=DRIVER, where={"type": "mig", "profile": "1g.10gb"})
 
 
@@ -240,7 +242,9 @@ async def test_a_driver_that_is_still_starting_ends_by_sigterm_as_process_1_too(
     """Process 1 has no default action for a signal. So without a handler SIGTERM is lost there, and here it would kill."""
     os.mkfifo(short / "policy.yaml")
     driver = await cluster.start("--policy", str(short / "policy.yaml"), ready=False)
-    writer = await asyncio.to_thread(open, short / "policy.yaml", "w")  # returns when the driver reads
+    writer = await asyncio.to_thread(open, short / "policy.yaml", "w")  # returns when the driver has the pipe open
+    # Python runs a handler between two steps of a program. So a signal just before the read would wait for the end of it.
+    await asyncio.to_thread(wait_asleep, driver.pid)
 
     assert await driver.terminate() == 0
 

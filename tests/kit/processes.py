@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import select
+import time
 from pathlib import Path
 
 
@@ -30,3 +31,9 @@ def wait_end(descriptor: int) -> None:
     """Return when the process of this pidfd has ended."""
     assert select.select([descriptor], [], [], 20)[0], "it goes on"
     os.close(descriptor)
+
+
+def wait_asleep(pid: int) -> None:
+    """Return when the main thread of a process waits for something. A poll, because the kernel sends no event for that."""
+    while Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "S":
+        time.sleep(0.01)
