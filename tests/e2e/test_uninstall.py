@@ -14,10 +14,10 @@ import pytest
 from gpuslice.core.removal import rule
 from gpuslice.uninstall.cluster import NAME
 
+from hack.lib import manifests
 from hack.lib.cluster import binaries
 from hack.lib.cluster.installed import CHART, NAMESPACE, RELEASE
 from hack.lib.cluster.versions import HELMS
-from hack.lib.manifests import render
 from tests.kit.cluster.bodies import exactly, made_from, pod, profile, template
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.operators import DRIVER, Running, helm, own_uid, rolled_out, run_helm
@@ -167,9 +167,7 @@ def leave_a_rule(cluster: Cluster) -> None:
 
 def test_without_helm_the_same_job_is_applied_and_waited_for(cluster: Cluster, tmp_path: Path) -> None:
     uninstall()
-    for name, text in render(cluster.folder / "values.json", NAMESPACE, "3").items():
-        (tmp_path / ("uninstall" if name == "uninstall.yaml" else "")).mkdir(exist_ok=True)
-        (tmp_path / ("uninstall" if name == "uninstall.yaml" else "") / name).write_text(text)
+    manifests.main(["--out", str(tmp_path), "--values", f"{cluster.folder}/values.json", "--namespace", NAMESPACE])
     deploy, job = f"--filename={tmp_path}", f"--filename={tmp_path}/uninstall"
     cluster.kubectl("apply", deploy)
     cluster.kubectl("rollout", "status", "daemonset/gpuslice", _HERE, "--timeout=120s")
