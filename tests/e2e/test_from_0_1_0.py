@@ -17,20 +17,14 @@ import pytest
 
 from hack.lib.cluster import parts
 from hack.lib.cluster.layout import Facts, Place
-from tests.kit.cluster.bodies import exactly, made_from, pod, profile, template
+from tests.kit.cluster.bodies import made_from, pod, template
 from tests.kit.cluster.live import Cluster
-from tests.kit.cluster.operators import Running, mps_client
+from tests.kit.cluster.operators import REQUESTS, Running, mps_client
 from tests.kit.cluster.trouble import hack_cluster, wait_logged
 from tests.kit.cluster.wanted import ROOT
 
 CARDS = "h100x8"
 _COMMIT = "68236a9"  # release 0.1.0, whose package was called `driver`
-_REQUESTS = {
-    "gpu": exactly("gpu"),
-    "mig": exactly("mig", where=profile("1g.10gb")),
-    "mps": exactly("mps", capacity={"memory": "9Gi"}),
-    "timeslice": exactly("timeslice", capacity={"memory": "9Gi"}),
-}
 _WAIT_S = 60
 
 
@@ -96,19 +90,16 @@ def old(cluster: Cluster, tmp_path: Path) -> Iterator[OldRelease]:
 
 @pytest.mark.timeout(300, func_only=True)
 def test_no_pod_of_any_mode_notices_the_way_to_this_release_and_back(cluster: Cluster, old: OldRelease) -> None:
-    cluster.create(*(template(mode, request) for mode, request in _REQUESTS.items()))
-    names = {f"{mode}-{n}": mode for mode in _REQUESTS for n in (1, 2)}
+    cluster.create(*(template(mode, request) for mode, request in REQUESTS.items()))
+    names = {f"{mode}-{n}": mode for mode in REQUESTS for n in (1, 2)}
     cluster.create(*(pod(name, made_from(mode)) for name, mode in names.items()))
     running = Running.of(cluster, tuple(names))
-    client = mps_client(cluster, "mps-1")
-    try:
-        assert client.got()[0] == "9216"
-
+    with mps_client(cluster, "mps-1") as client:
         hack_cluster("start", "driver")
         old.end("driver")
 
         assert running.undisturbed()
-        later = {f"new-{mode}": mode for mode in _REQUESTS}
+        later = {f"new-{mode}": mode for mode in REQUESTS}
         cluster.create(*(pod(name, made_from(mode)) for name, mode in later.items()))
         cluster.runs(*later)
 
@@ -118,9 +109,6 @@ def test_no_pod_of_any_mode_notices_the_way_to_this_release_and_back(cluster: Cl
 
         assert running.undisturbed()
         assert client.quiet()
-    finally:
-        client.process.kill()
-        client.process.communicate()
     cluster.create(pod("at-last", made_from("mps")))
     cluster.runs("at-last")
     cluster.delete(*names, *later, "at-last")

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from hack.lib.cluster.installed import CHART, NAMESPACE
-from tests.kit.cluster.bodies import exactly, made_from, pod, profile, template
+from tests.kit.cluster.bodies import made_from, pod, template
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.operators import (
     DRIVER,
     KEPT,
+    REQUESTS,
     SUPERVISOR,
     Running,
     delete_own,
@@ -30,13 +31,7 @@ from tests.kit.cluster.trouble import hack_cluster, versions
 from tests.kit.mps_node import StandInProgram
 
 CARDS, INSTALLED, SINCE = "h100x8", True, (1, 37)
-_REQUESTS = {
-    "gpu": exactly("gpu"),
-    "mig": exactly("mig", where=profile("1g.10gb")),
-    "mps": exactly("mps", capacity={"memory": "9Gi"}),
-    "timeslice": exactly("timeslice", capacity={"memory": "9Gi"}),
-}
-_PODS = {f"{mode}-{n}": mode for mode in _REQUESTS for n in (1, 2)}
+_PODS = {f"{mode}-{n}": mode for mode in REQUESTS for n in (1, 2)}
 
 
 @pytest.fixture
@@ -48,25 +43,14 @@ def eight(cluster: Cluster) -> Running:
 @pytest.fixture
 def client(cluster: Cluster, eight: Running) -> Iterator[StandInProgram]:
     """A program that uses a share."""
-    with _client(cluster) as program:
+    with mps_client(cluster, "mps-1") as program:
         yield program
 
 
 def _eight(cluster: Cluster, restart: str = "Never") -> Running:
-    cluster.create(*(template(mode, request) for mode, request in _REQUESTS.items()))
+    cluster.create(*(template(mode, request) for mode, request in REQUESTS.items()))
     cluster.create(*(pod(name, made_from(mode), restartPolicy=restart) for name, mode in _PODS.items()))
     return Running.of(cluster, tuple(_PODS))
-
-
-@contextlib.contextmanager
-def _client(cluster: Cluster) -> Iterator[StandInProgram]:
-    program = mps_client(cluster, "mps-1")
-    try:
-        assert program.got()[0] == "9216"
-        yield program
-    finally:
-        program.process.kill()
-        program.process.communicate()
 
 
 def _one_more(cluster: Cluster, name: str, mode: str = "mig") -> None:
@@ -184,7 +168,7 @@ def test_a_deleted_pod_of_the_supervisor_ends_only_programs_of_mps(
 
     assert client.wait() == 1  # its server has ended with the supervisor, in order
     assert eight.undisturbed()
-    with _client(cluster):  # a program of the same pod that starts again has the same share
+    with mps_client(cluster, "mps-1"):  # a program of the same pod that starts again has the same share
         pass
     _one_more(cluster, "after", "mps")
 
@@ -245,7 +229,7 @@ def _releases() -> list[dict[str, str]]:
 
 
 def test_pods_that_came_before_the_driver_start_when_it_is_installed(cluster: Cluster) -> None:
-    cluster.create(*(template(mode, request) for mode, request in _REQUESTS.items()))
+    cluster.create(*(template(mode, request) for mode, request in REQUESTS.items()))
     values = cluster.folder / "values.json"
     helm("uninstall", "gpuslice", "--wait")
     cluster.create(pod("without"), pod("waits", made_from("mig")))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from gpuslice.core.json import UncheckedBody
 
 EVICT = "gpuslice.dev/uninstall"  # annotation of the driver's DaemonSet; the value `evict` lets pods be evicted
-JOB = (
-    "gpuslice-uninstall"  # of the removal; the objects of the chart that own what the removal makes have this name too
-)
+# The name of the removal's Job, and of the objects of the chart that own what the removal makes.
+JOB = "gpuslice-uninstall"
 _OF_HELM = "meta.helm.sh/release-name"  # annotation of each object of a release (helm.sh/helm, pkg/action/validate.go)
 _OF_ARGO_CD = "argocd.argoproj.io/"
 _SHOWN = 3  # names in a sentence

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hack.lib.cluster.installed import CHART, NAMESPACE, RELEASE
-from tests.kit.cluster.bodies import Body
+from tests.kit.cluster.bodies import Body, exactly, profile
 from tests.kit.cluster.live import Cluster
 from tests.kit.cluster.wanted import HACK_CLUSTER
 from tests.kit.mps_node import StandInProgram
@@ -19,6 +20,12 @@ DRIVER = "app.kubernetes.io/name=gpuslice"
 SUPERVISOR = "app.kubernetes.io/name=gpuslice-mps-supervisor"
 KEPT = ("--reset-then-reuse-values",)  # what docs/upgrade.md says
 _TIMEOUT = "--timeout=120s"
+REQUESTS = {  # one of each mode
+    "gpu": exactly("gpu"),
+    "mig": exactly("mig", where=profile("1g.10gb")),
+    "mps": exactly("mps", capacity={"memory": "9Gi"}),
+    "timeslice": exactly("timeslice", capacity={"memory": "9Gi"}),
+}
 
 
 def helm(*arguments: str, namespace: str = NAMESPACE) -> str:
@@ -133,10 +140,17 @@ def _seen(cluster: Cluster, pods: Sequence[str]) -> dict[str, tuple[str, str, in
     return found
 
 
-def mps_client(cluster: Cluster, pod: str) -> StandInProgram:
-    """A stand-in CUDA program of an MPS share, beside its container: it has the node's process ids, as MPS asks for.
+@contextlib.contextmanager
+def mps_client(cluster: Cluster, pod: str) -> Iterator[StandInProgram]:
+    """A stand-in CUDA program of a share of 9Gi, beside its container: it has the node's process ids, as MPS asks for.
 
     The image of the pods has no Python, so the program runs on the node, with the share's pipe directory.
     """
     said = cluster.kubectl("exec", pod, "--", "sh", "-c", "echo $CUDA_MPS_PIPE_DIRECTORY").strip()
-    return StandInProgram(Path(said), inside=["nsenter", "--target", str(cluster.outlives), "--mount", "--pid"])
+    program = StandInProgram(Path(said), inside=["nsenter", "--target", str(cluster.outlives), "--mount", "--pid"])
+    try:
+        assert program.got()[0] == "9216"
+        yield program
+    finally:
+        program.process.kill()
+        program.process.communicate()
