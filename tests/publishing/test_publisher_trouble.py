@@ -203,6 +203,19 @@ def test_a_watch_whose_versions_go_back_is_followed_by_a_list(server: StandInApi
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
 
 
+def test_an_own_write_that_a_whole_watch_does_not_show_is_looked_for_in_a_list(server: StandInApiServer) -> None:
+    """The etcd was restored before the first watch reached the server, so no version goes back for this watch."""
+    server.hang(times=9, path="watch=true")
+    with a_publisher(server, replace(FAST, watch_s=1)) as publisher:
+        backup = server.store.snapshot()
+        publish_and_wait(publisher, a_pool("gpu"))
+
+        server.store.restore(backup)
+        server.release()
+
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+
 @pytest.mark.contract(67)
 @pytest.mark.parametrize("status", [403, 409, 429, 500])
 def test_a_refused_write_is_told_and_tried_again(server: StandInApiServer, status: int) -> None:

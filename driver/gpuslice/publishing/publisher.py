@@ -157,12 +157,12 @@ class Publisher:
 
         `resumed`: the watch goes on from a version before the break. After the restore of an etcd, the API server may not
         have reached this version yet. Until then it sends nothing. So the first watch is short. If it brings no event and
-        no bookmark, a list is due.
+        no bookmark, a list is due. The same if a watch that was as long as it should be did not reach our own writes.
         """
         stopped = self._state.stopped
         most_s = min(self._backoff.watch_s, self._backoff.spread_s) if resumed else self._backoff.watch_s
         while not stopped.is_set() and (left_s := self._list_at - time.monotonic()) > 0:
-            began = time.monotonic()
+            began, written = time.monotonic(), self._state.newest()
             timeout_s = max(1, int(min(most_s * (1 + random.random()) / 2, left_s)))  # noqa: S311 - not a secret
             heard = self._follow_one(timeout_s, resumed=resumed)
             if stopped.is_set():
@@ -173,7 +173,7 @@ class Publisher:
                     "proxies before it"
                 )
             self._fruitless = 0
-            if resumed and not heard:
+            if (resumed and not heard) or int(self._version) < written:
                 self._list_at = 0.0
             most_s, resumed = self._backoff.watch_s, False
 

@@ -64,6 +64,11 @@ class WriteState:
             self._listed = True
             self._wake(0.0)
 
+    def newest(self) -> int:
+        """The highest resource version of our known slices. A watch that begins now reaches it."""
+        with self._lock:
+            return self._cache.newest()
+
     def take_event(self, kind: str, body: Body) -> None:
         with self._lock:
             self._cache.observe(kind, body)

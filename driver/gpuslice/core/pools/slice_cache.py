@@ -26,6 +26,10 @@ class SliceCache:
     def bodies(self) -> list[Body]:
         return list(self._bodies.values())
 
+    def newest(self) -> int:
+        """The highest resource version of a known slice. -1 if none is known."""
+        return max(map(_version, self._bodies.values()), default=-1)
+
     def began(self) -> int:
         """The number of changes, for `replace`. Take it before the request for a list."""
         return self._changes
