@@ -26,14 +26,16 @@ Faults on cue: while the file `mps/CUE` or `mps/CUE.UUID` (of the device) is in 
 
 from __future__ import annotations
 
+import _socket
 import os
 import select
-import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 from gpuslice.mps.sim.server import Ceilings, Client, Server, mebibytes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 
 class RefusedError(Exception):
@@ -48,10 +50,10 @@ class SimDaemon:
         self._defaults = Ceilings()
         self._servers: dict[int, Server] = {}
         self._waiting: list[Client] = []
-        self._requests: dict[int, tuple[socket.socket, bytes]] = {}  # by descriptor: incomplete requests
+        self._requests: dict[int, tuple[_socket.socket, bytes]] = {}  # by descriptor: incomplete requests
         self._leave_at: float | None = None  # time.monotonic(); inf: after the last client left
         self._poll = select.poll()
-        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._control = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         # Bound under another name first, because a program may connect to "control" as soon as it exists.
         self._control.bind(f"{pipe}/.control")
         os.chmod(f"{pipe}/.control", 0o777)  # noqa: PTH101, S103  clients have other uids
@@ -77,7 +79,7 @@ class SimDaemon:
 
     def _turn(self, descriptor: int) -> None:
         if descriptor == self._control.fileno():
-            connection, _ = self._control.accept()
+            connection = _socket.socket(fileno=self._control._accept()[0])  # type: ignore[attr-defined]  # accept(2)
             self._requests[connection.fileno()] = (connection, b"")
             self._poll.register(connection, select.POLLIN)
         elif descriptor in self._requests:
@@ -107,7 +109,7 @@ class SimDaemon:
             _say(connection, "".join(f"{answer}\n" for answer in answers if answer))
             self._hang_up(connection)
 
-    def _hang_up(self, connection: socket.socket) -> None:
+    def _hang_up(self, connection: _socket.socket) -> None:
         self._poll.unregister(connection)
         connection.close()
 
@@ -116,7 +118,7 @@ class SimDaemon:
 
     # ------------------------------------------------------------ clients
 
-    def _admit(self, connection: socket.socket, words: list[str]) -> None:
+    def _admit(self, connection: _socket.socket, words: list[str]) -> None:
         client = Client(connection, int(words[1]), int(words[2]), Ceilings())
         if self._leave_at is not None or self._cued("fault"):
             _say(connection, f"refused: {'the daemon is quitting' if self._leave_at else 'the server is in FAULT'}\n")
@@ -279,9 +281,7 @@ class SimDaemon:
         return obey(self, arguments[1:], self._known(arguments[0]).ceilings)
 
 
-Obey = Callable[[SimDaemon, list[str]], str]
-
-_COMMANDS: Mapping[str, Obey] = {
+_COMMANDS: Mapping[str, Callable[[SimDaemon, list[str]], str]] = {
     "get_server_list": SimDaemon._list_servers,
     "get_server_status": SimDaemon._status,
     "get_client_list": SimDaemon._list_clients,
@@ -301,13 +301,15 @@ _COMMANDS: Mapping[str, Obey] = {
 }
 
 
-def _receive(connection: socket.socket) -> bytes:
+def _receive(connection: _socket.socket) -> bytes:
     try:
         return connection.recv(65536)
     except OSError:
         return b""
 
 
-def _say(connection: socket.socket, text: str) -> None:
-    with suppress(OSError):
+def _say(connection: _socket.socket, text: str) -> None:
+    try:
         connection.sendall(text.encode())
+    except OSError:
+        pass

@@ -1,15 +1,19 @@
 """The devices of the simulated node that a daemon sees: CUDA_VISIBLE_DEVICES compared with nvml/sim/state.py's files.
 
-This module reads the files itself, because the daemon starts without installed packages such as YAML. `pathlib`, `typing` and
-`uuid` would take a third of the daemon's start (measured).
+This module reads the files itself, because the daemon starts without installed packages such as YAML. It imports as little as
+server.py says: no `pathlib`, `typing` or `uuid` either.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import _json
 
 from gpuslice.core import journal
+
+try:
+    from _sha1 import sha1  # type: ignore[import-not-found]  # OpenSSL, which hashlib loads, takes 3 ms
+except ImportError:  # some distributions build Python without it
+    from hashlib import sha1
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,9 +27,9 @@ class VisibleError(Exception):
 def visible(node: str, names: str | None) -> tuple[str, ...]:
     """UUIDs of the devices, in the order of their names; without names, all cards that are not partitioned."""
     try:
-        body = json.loads(_read(f"{node}/node.json"))
+        body = _parse(_read(f"{node}/node.json"))
         count, seed = len(body["node"]["gpus"]), bytes.fromhex(body["seed"].replace("-", ""))
-        states = [json.loads(journal.last(_read(f"{node}/gpu{index}.json"))) for index in range(count)]
+        states = [_parse(journal.last(_read(f"{node}/gpu{index}.json"))) for index in range(count)]
     except (OSError, ValueError, LookupError) as e:
         raise VisibleError(f"No simulated node in {node}: {e}") from e
     cards = [f"GPU-{_uuid5(seed, str(index))}" for index in range(count)]
@@ -39,9 +43,29 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
+class _Rules:
+    """What `json.loads` tells the scanner."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float, parse_int, parse_constant = float, int, float
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        body, _ = _json.make_scanner(_Rules)(  # type: ignore[arg-type]  # any object with these names
+            data.decode().strip(), 0
+        )
+    except StopIteration:
+        raise ValueError("it is no JSON") from None
+    if not isinstance(body, dict):
+        raise ValueError("it is no object")
+    return body
+
+
 def _uuid5(namespace: bytes, name: str) -> str:
     """As `uuid.uuid5`."""
-    data = bytearray(hashlib.sha1(namespace + name.encode(), usedforsecurity=False).digest()[:16])
+    data = bytearray(sha1(namespace + name.encode(), usedforsecurity=False).digest()[:16])
     data[6], data[8] = data[6] & 0x0F | 0x50, data[8] & 0x3F | 0x80
     text = data.hex()
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from contextlib import suppress
 
 from gpuslice.mps.sim.daemon import SimDaemon
 from gpuslice.mps.sim.devices import VisibleError, visible
@@ -72,5 +71,8 @@ def _fail(why: str) -> int:
 
 def _log(folder: str, line: str) -> None:
     name = "server.log" if line.startswith(("server", "client")) else "control.log"
-    with suppress(OSError), open(f"{folder}/{name}", "a", encoding="utf-8") as file:
-        file.write(f"[{time.time():.3f} {os.getpid()}] {line}\n")
+    try:
+        with open(f"{folder}/{name}", "a", encoding="utf-8") as file:
+            file.write(f"[{time.time():.3f} {os.getpid()}] {line}\n")
+    except OSError:
+        pass
