@@ -39,7 +39,7 @@ def refuse_the_token(server: StandInApiServer, folder: Path) -> None:
 
 def distrust_the_certificate(server: StandInApiServer, folder: Path) -> None:
     folder.mkdir()
-    other = tls.certificate(folder).certificate
+    other = tls.make(folder).certificate
     text = server.kubeconfig.read_text(encoding="utf-8")
     server.kubeconfig.write_text(re.sub("certificate-authority: .*", f"certificate-authority: {other}", text))
 

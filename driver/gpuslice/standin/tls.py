@@ -1,10 +1,12 @@
-"""A certificate for 127.0.0.1 and localhost, made once per folder with the `openssl` command."""
+"""A certificate for 127.0.0.1 and localhost, made once per process with the `openssl` command."""
 
 from __future__ import annotations
 
 import ssl
 import subprocess
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from gpuslice.errors import ConfigError
@@ -24,14 +26,32 @@ class Certificate:
 
 
 def certificate(folder: Path) -> Certificate:
-    """The folder's certificate. Made now if it does not exist (about 20 ms).
+    """The folder's certificate. If the folder has none, it gets the one of this process.
 
     It has an EC key, because the server's part of a handshake then takes less than a millisecond. ConfigError without
     openssl.
     """
+    there = Certificate(folder / "tls.crt", folder / "tls.key")
+    if not (there.certificate.exists() and there.key.exists()):
+        certificate, key = _made()
+        there.key.write_text("", encoding="ascii")
+        there.key.chmod(0o600)
+        there.key.write_text(key, encoding="ascii")
+        there.certificate.write_text(certificate, encoding="ascii")
+    return there
+
+
+@cache
+def _made() -> tuple[str, str]:
+    """A certificate and its key, as PEM."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = make(Path(folder))
+        return made.certificate.read_text(encoding="ascii"), made.key.read_text(encoding="ascii")
+
+
+def make(folder: Path) -> Certificate:
+    """A new certificate, which no other server of this process has."""
     made = Certificate(folder / "tls.crt", folder / "tls.key")
-    if made.certificate.exists() and made.key.exists():
-        return made
     command = [
         *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
         *("-days", "3650", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
