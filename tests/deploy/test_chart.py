@@ -18,7 +18,7 @@ from gpuslice.errors import ConfigError
 
 from hack.lib.cluster.versions import HELMS
 from hack.lib.manifests import manifests as manifest_files
-from tests.kit.chart import AGAIN, CHART, DEPLOY, manifests, run_module
+from tests.kit.chart import AGAIN, CHART, DEPLOY, DRIVER, SUPERVISOR, manifests, pod, rendered, run_module
 
 # ---------------------------------------------------------------- one source
 
@@ -142,6 +142,12 @@ def test_the_defaults_are_those_of_the_driver() -> None:
         ({"policy": {"kind": "Policy"}}, "at '/policy': got object, want string"),
         ({"hostNetwork": "yes"}, "at '/hostNetwork': got string, want boolean"),
         # Of the chart: what is wrong with the value, and the remedy.
+        ({"image": None}, "image is null, so its values are missing; leave it out"),
+        ({"http": None}, "http is null, so its values are missing; leave it out"),
+        ({"supervisor": None}, "supervisor is null, so its values are missing; leave it out"),
+        ({"deviceClasses": None}, "deviceClasses is null, so its values are missing; leave it out"),
+        ({"http": {"port": None}}, "http.port is null and must be a port"),
+        ({"image": {"repository": None}}, "image.repository is empty and must be a registry and a name"),
         ({"image": {"repository": "a.b/gpuslice:1"}}, 'which has a tag in it; write "1" as image.tag'),
         (
             {"image": {"repository": "a.b:5000/g@sha256:12"}},
@@ -196,6 +202,24 @@ def test_a_wrong_value_is_refused_by_a_sentence(tmp_path: Path, wrong: dict[str,
     assert made.returncode == 1
     assert named in made.stderr
     assert not list(tmp_path.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [*yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))])
+def test_a_value_that_is_null_is_as_if_left_out_or_refused_by_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "values").write_text(json.dumps({name: None}), encoding="utf-8")
+
+    made = manifests(tmp_path, "--values", str(tmp_path / "values"))
+
+    if made.returncode:
+        assert f"{name} is " in made.stderr
+    else:
+        assert {DRIVER, SUPERVISOR} <= {body["metadata"]["name"] for body in rendered({name: None})}
+
+
+@pytest.mark.parametrize("name", ["true", "1", "system-node-critical"])
+def test_the_name_of_a_priority_class_stays_a_text(name: str) -> None:
+    assert pod(DRIVER, {"priorityClassName": name})["spec"]["priorityClassName"] == name
+    assert pod(SUPERVISOR, {"priorityClassName": name})["spec"]["priorityClassName"] == name
 
 
 OTHER_FORMATS = [

@@ -5,6 +5,14 @@ names before this; its errors about a pattern would name no remedy. Checks that 
 template` and in Argo CD, so these refuse only what they have seen. */}}
 {{- define "gpuslice.checks" }}
 {{- include "gpuslice.check-release" . }}
+{{- range $name := list "image" "http" "supervisor" "deviceClasses" }}
+{{- if not (kindIs "map" (get $.Values $name)) }}
+{{- fail (printf "%s is null, so its values are missing; leave it out, and only write the values that differ" $name) }}
+{{- end }}
+{{- end }}
+{{- if not .Values.http.port }}
+{{- fail "http.port is null and must be a port, because the kubelet asks there whether the driver is well; leave it out for 9510" }}
+{{- end }}
 {{- include "gpuslice.check-image" .Values.image }}
 {{- range $name := list "kubeletRootDir" "cdiRoot" "nvidiaDriverRoot" }}
 {{- $value := get $.Values $name }}
@@ -47,6 +55,9 @@ template` and in Argo CD, so these refuse only what they have seen. */}}
 {{- end }}
 
 {{- define "gpuslice.check-image" }}
+{{- if not .repository }}
+{{- fail "image.repository is empty and must be a registry and a name, such as registry.example.com/team/gpuslice" }}
+{{- end }}
 {{- $last := splitList "/" .repository | last }}
 {{- if contains "@" .repository }}
 {{- fail (printf "image.repository is %q, which has a digest in it; write the part after the @ as image.digest" .repository) }}
