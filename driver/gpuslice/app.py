@@ -48,6 +48,7 @@ _COLLECT_PERIOD_S = 60.0
 _DRAIN_S = 10.0  # time for running work to finish; the DaemonSet's grace period is longer
 _FETCHES_AT_ONCE = 8
 _GLANCE_S = 1.0  # for the page: a person does not wait as long as `node_health.LIMIT_S`
+_KUBELET_S = 3.0  # the kubelet looks for new drivers once a second
 _DRIVER_PERIOD_S = 2.0  # between two tries to list the cards, if they could not be listed at the start
 
 
@@ -231,6 +232,7 @@ class App:
             folder=self._config.plugin_folder,
             on_taints_changed=on_taints_changed,
             threads=threads,
+            kubelet_s=_KUBELET_S,
         )
 
     def _watch_records(self, loop: asyncio.AbstractEventLoop, controller: SliceController) -> Callable[[], None]:

@@ -241,3 +241,5 @@ def test_pods_that_came_before_the_driver_start_when_it_is_installed(cluster: Cl
 
     cluster.runs("waits")
     assert Running.of(cluster, ("without",)).seen == plain
+    failed = "involvedObject.name=waits,reason=FailedPrepareDynamicResources"
+    assert cluster.get("events", f"--field-selector={failed}") == [], "slices came before the kubelet knew the driver"

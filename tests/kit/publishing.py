@@ -65,6 +65,7 @@ def a_controller(
     checkpoint: Checkpoint | None = None,
     threads: ThreadWatch | None = None,
     backoff: BackoffConfig = DEFAULT_BACKOFF,
+    kubelet_s: float = 0.0,
 ) -> Iterator[SliceController]:
     """A controller that runs over this node. Its shapes are in `folder`."""
     kube, checkpoint = Kube(server.kubeconfig), checkpoint or rig.checkpoint
@@ -80,6 +81,7 @@ def a_controller(
         on_taints_changed=on_taints_changed,
         threads=threads,
         backoff=backoff,
+        kubelet_s=kubelet_s,
     )
     controller.start()
     try:

@@ -1,10 +1,13 @@
-"""Waits for the API server at the start: logged once, longer and longer, and ended if waiting changes nothing."""
+"""Waits at the start. For the API server: logged once, longer and longer, and ended if waiting changes nothing. For the
+kubelet: not long.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -129,3 +132,41 @@ def test_news_of_the_node_does_not_make_the_waiting_shorter(server: StandInApiSe
 
         with pytest.raises(TimeoutError):
             server.wait(lambda: asked(server, "dryRun") > before, 0.3)
+
+
+def test_the_first_slices_wait_for_the_kubelet_because_pods_may_wait_for_them(
+    server: StandInApiServer, short: Path
+) -> None:
+    with (
+        a_line("found out which fields") as told,
+        a_controller(server, Rig(short / "rig", "l4"), short, kubelet_s=60.0) as controller,
+    ):
+        assert told.wait(10)
+        with pytest.raises(TimeoutError):
+            server.wait(lambda: server.all("resourceslices"), 0.5)
+
+        controller.catch_up()
+
+        server.wait(lambda: server.all("resourceslices"))
+
+
+def test_a_kubelet_that_does_not_register_delays_the_first_slices_only_a_little(
+    server: StandInApiServer, short: Path
+) -> None:
+    with a_controller(server, Rig(short / "rig", "l4"), short, kubelet_s=0.2):
+        server.wait(lambda: server.all("resourceslices"))
+
+
+def test_an_end_waits_for_no_kubelet(server: StandInApiServer, short: Path) -> None:
+    with (
+        a_line("found out which fields") as told,
+        a_controller(server, Rig(short / "rig", "l4"), short, kubelet_s=60.0) as controller,
+    ):
+        assert told.wait(10)
+        thread = next(thread for thread in threading.enumerate() if thread.name == "controller")
+
+        controller.stop()
+
+        thread.join(10)
+        assert not thread.is_alive()
+    assert server.all("resourceslices") == []

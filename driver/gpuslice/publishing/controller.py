@@ -8,6 +8,9 @@ Before the first write, dry runs show which fields the API server keeps. If the 
 allocate devices twice, so the plan is then static (Kubernetes 1.34 and 1.35). Nothing is sent before this is known. After
 an upgrade of the cluster or a change of a gate, the plan follows within about a minute (`api_features`).
 
+A pod may wait for the first slices of a new node. It starts as soon as they are there, and fails once if the kubelet does not
+know the driver yet. The kubelet looks for new drivers once a second. So the first slices wait for it, but not long.
+
 If the API server is away or busy, or forbids something, the driver waits, because the problem can end while the driver
 runs. A refused token, an untrusted certificate and a server without resource.k8s.io/v1 stay until the process starts again,
 or for hours. Then the process ends with the reason. It continues while claims are prepared, because unprepare needs no API
@@ -62,8 +65,11 @@ class SliceController:
         on_taints_changed: Callable[[], object] = lambda: None,
         backoff: BackoffConfig = DEFAULT_BACKOFF,
         threads: ThreadWatch | None = None,
+        kubelet_s: float = 0.0,
     ) -> None:
         """The controller calls `on_taints_changed` from one of its threads when the taints of the devices have changed.
+
+        `kubelet_s`: the longest time that the first slices wait for a registration by the kubelet.
 
         `refused` fails with a LastingApiError if all answers of the API server were lasting errors and no claim needs
         the driver.
@@ -90,6 +96,7 @@ class SliceController:
         self.refused.set_running_or_notify_cancel()  # so that a waiter that leaves cannot cancel it
         self._wake = threading.Condition()
         self._nudged, self._stopped = False, False
+        self._kubelet_s, self._registered = kubelet_s, False
         self._problem = "nothing has been published yet; wait a moment"
         self._repeats = Repeats()
         self._failed = ""  # the reason why the last try to plan failed
@@ -112,6 +119,9 @@ class SliceController:
 
     def catch_up(self) -> None:
         """Call it when a kubelet has registered, because its start deletes the slices of the node. Returns at once."""
+        with self._wake:
+            self._registered = True
+            self._wake.notify_all()
         self._publisher.catch_up()
 
     @property
@@ -130,6 +140,7 @@ class SliceController:
     def _run(self) -> None:
         features = self._probe()
         with self._wake:  # `stop` comes before this, or the thread is started
+            self._wake.wait_for(lambda: self._stopped or self._registered, self._kubelet_s)
             if features is not None and not self._stopped:
                 self._publisher.start()
         retry = Backoff(self._backoff)
