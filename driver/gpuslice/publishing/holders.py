@@ -9,6 +9,9 @@ holders by name, one after the other.
 There are two exceptions: Kubernetes 1.34 and 1.35 have no taints, and a claim may tolerate our taint. Then a pool may get new
 holders, so the driver lists again when all known holders have left. The number of lists is then the number of waves of
 holders, however long the wait is.
+
+The first claim that tolerates the taint may come after the list. If its pod is not prepared when the last known holder leaves,
+the driver does not see this claim. Its prepare is then refused with the advice to delete the pod.
 """
 
 from __future__ import annotations
