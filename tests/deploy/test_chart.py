@@ -212,8 +212,13 @@ def test_a_value_that_is_null_is_as_if_left_out_or_refused_by_a_sentence(tmp_pat
 
     if made.returncode:
         assert f"{name} is " in made.stderr
-    else:
-        assert {DRIVER, SUPERVISOR} <= {body["metadata"]["name"] for body in rendered({name: None})}
+    elif name not in ("affinity", "tolerations", "resources", "priorityClassName", "logLevel"):  # null is "none" there
+        assert rendered({name: None}) == rendered({})
+
+
+@pytest.mark.parametrize("name", ["supervisor", "deviceClasses", "preflight"])
+def test_enabled_is_true_if_it_is_null(name: str) -> None:
+    assert rendered({name: {"enabled": None}}) == rendered({})
 
 
 @pytest.mark.parametrize("name", ["true", "1", "system-node-critical"])
