@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from gpuslice.errors import ConfigError
+from gpuslice.system import files
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +30,13 @@ def certificate(folder: Path) -> Certificate:
     """The folder's certificate. If the folder has none, it gets the one of this process.
 
     It has an EC key, because the server's part of a handshake then takes less than a millisecond. ConfigError without
-    openssl.
+    openssl, StateError if the files cannot be written.
     """
     there = Certificate(folder / "tls.crt", folder / "tls.key")
     if not (there.certificate.exists() and there.key.exists()):
         certificate, key = _made()
-        there.key.write_text("", encoding="ascii")
-        there.key.chmod(0o600)
-        there.key.write_text(key, encoding="ascii")
-        there.certificate.write_text(certificate, encoding="ascii")
+        files.write_atomic(there.key, key, mode=0o600)
+        files.write_atomic(there.certificate, certificate, mode=0o644)
     return there
 
 

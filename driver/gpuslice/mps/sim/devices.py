@@ -27,11 +27,15 @@ class VisibleError(Exception):
 def visible(node: str, names: str | None) -> tuple[str, ...]:
     """UUIDs of the devices, in the order of their names; without names, all cards that are not partitioned."""
     try:
-        body = _parse(_read(f"{node}/node.json"))
-        count, seed = len(body["node"]["gpus"]), bytes.fromhex(body["seed"].replace("-", ""))
-        states = [_parse(journal.last(_read(f"{node}/gpu{index}.json"))) for index in range(count)]
-    except (OSError, ValueError, LookupError) as e:
-        raise VisibleError(f"No simulated node in {node}: {e}") from e
+        return _visible(node, names)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise VisibleError(f"No simulated node in {node}: {e!r}") from e
+
+
+def _visible(node: str, names: str | None) -> tuple[str, ...]:
+    body = _parse(_read(f"{node}/node.json"))
+    count, seed = len(body["node"]["gpus"]), bytes.fromhex(body["seed"].replace("-", ""))
+    states = [_parse(journal.last(_read(f"{node}/gpu{index}.json"))) for index in range(count)]
     cards = [f"GPU-{_uuid5(seed, str(index))}" for index in range(count)]
     if names is None:
         return tuple(card for card, state in zip(cards, states, strict=True) if not state["mig"])
@@ -47,19 +51,18 @@ class _Rules:
     """What `json.loads` tells the scanner."""
 
     strict = True
-    object_hook = object_pairs_hook = None
+    object_hook = object_pairs_hook = array_hook = None  # the last one since Python 3.15
     parse_float, parse_int, parse_constant = float, int, float
 
 
 def _parse(data: bytes) -> dict[str, Any]:
+    text = data.decode().strip(" \t\r\n")
     try:
-        body, _ = _json.make_scanner(_Rules)(  # type: ignore[arg-type]  # any object with these names
-            data.decode().strip(), 0
-        )
+        body, end = _json.make_scanner(_Rules)(text, 0)  # type: ignore[arg-type]  # any object with these names
     except StopIteration:
         raise ValueError("it is no JSON") from None
-    if not isinstance(body, dict):
-        raise ValueError("it is no object")
+    if not isinstance(body, dict) or end != len(text):
+        raise ValueError("it is not one object")
     return body
 
 
