@@ -45,9 +45,14 @@ def an_api_server(folder: Path, version: str = "1.37", dropping: tuple[str, ...]
 
 
 @contextmanager
-def a_publisher(server: StandInApiServer, backoff: BackoffConfig = FAST) -> Iterator[Publisher]:
+def a_publisher(
+    server: StandInApiServer, backoff: BackoffConfig = FAST, *, registered: bool = False
+) -> Iterator[Publisher]:
+    """`registered`: a kubelet has registered before its start."""
     kube = Kube(server.kubeconfig)
     publisher = Publisher(kube, DRIVER, NODE, backoff=backoff)
+    if registered:
+        publisher.catch_up()
     publisher.start()
     try:
         yield publisher

@@ -210,6 +210,23 @@ def test_a_kubelet_that_registers_just_before_the_watch_breaks_is_not_forgotten(
         assert asked(server, "limit=") == 1
 
 
+@pytest.mark.contract(59)
+def test_a_kubelet_that_registers_before_the_first_list_is_not_forgotten(server: StandInApiServer) -> None:
+    """The first slices wait for the kubelet, so this is the usual start. The kubelet may delete the slices only later."""
+    with a_publisher(server, LATE, registered=True) as publisher:
+        publish_and_wait(publisher, plain("gpu"))
+        server.wait(lambda: asked(server, "watch=true"))
+        server.away()
+        wipe(server)
+        server.store.compact()
+        server.requests.clear()
+        server.back()
+
+        server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+        assert asked(server, "limit=") == 1
+
+
 def test_a_kubelet_that_registers_while_the_watch_is_alive_costs_nothing(server: StandInApiServer) -> None:
     with publishing(server, LATE) as publisher:
         (body,) = server.all("resourceslices")

@@ -211,9 +211,39 @@ def test_an_own_write_that_a_whole_watch_does_not_show_is_looked_for_in_a_list(s
         publish_and_wait(publisher, a_pool("gpu"))
 
         server.store.restore(backup)
+        for number in range(5):  # the versions of others overtake ours
+            server.add_node(f"other-{number}")
         server.release()
 
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
+
+
+def test_an_own_deletion_that_a_whole_watch_does_not_show_is_looked_for_in_a_list(server: StandInApiServer) -> None:
+    with a_publisher(server, replace(FAST, watch_s=1)) as publisher:
+        publish_and_wait(publisher, a_pool("gpu"))
+        server.wait(lambda: asked(server, "watch=true"))
+        server.hang(times=9, path="watch=true")
+        hung = asked(server, "watch=true")
+        server.wait(lambda: asked(server, "watch=true") > hung)
+        backup = server.store.snapshot()
+        publish_and_wait(publisher)
+
+        server.store.restore(backup)
+        server.release()
+
+        server.wait(lambda: shown(server) == [])
+
+
+def test_own_writes_that_the_watch_shows_need_no_list(server: StandInApiServer) -> None:
+    with a_publisher(server, replace(FAST, watch_s=1)) as publisher:
+        for name in ("gpu", "mps", "gpu"):
+            publish_and_wait(publisher, a_pool(name))
+        publish_and_wait(publisher)
+        ended = asked(server, "watch=true") + 2
+
+        server.wait(lambda: asked(server, "watch=true") >= ended)
+
+    assert asked(server, "limit=") == 1
 
 
 @pytest.mark.contract(67)

@@ -61,7 +61,7 @@ class Publisher:
         self._version = ""  # the start of the next watch; "" if a list is needed
         self._fruitless = 0  # watches in a row that broke without an event
         self._list_at = 0.0  # when the next list is due
-        self._kubelet_until = 0.0  # a kubelet has registered since the last list, and may delete slices until then
+        self._kubelet_until = 0.0  # a kubelet has registered, and may delete slices until then
         self._hurry = threading.Event()  # ends a pause of the watcher
         self._threads = threads or ThreadWatch()
 
@@ -135,6 +135,7 @@ class Publisher:
         """Go on with a list. Returns the delay before it."""
         self._version, self._fruitless = "", 0
         if time.monotonic() < self._kubelet_until:
+            self._kubelet_until = 0.0  # one such list for each registration
             return 0.0
         return random.random() * self._backoff.spread_s  # noqa: S311 - not a secret
 
@@ -146,7 +147,7 @@ class Publisher:
             self._version = ""  # the same events would fail again
 
     def _list(self) -> None:
-        began, self._kubelet_until = self._state.begin_list(), 0.0
+        began = self._state.begin_list()
         bodies, version = self._kube.resource_slices(self._driver, self._node)
         self._state.take_list(bodies, began)
         self._version = version
@@ -157,12 +158,12 @@ class Publisher:
 
         `resumed`: the watch goes on from a version before the break. After the restore of an etcd, the API server may not
         have reached this version yet. Until then it sends nothing. So the first watch is short. If it brings no event and
-        no bookmark, a list is due. The same if a watch that was as long as it should be did not reach our own writes.
+        no bookmark, a list is due. The same if a watch that was as long as it should be did not show our own writes.
         """
         stopped = self._state.stopped
         most_s = min(self._backoff.watch_s, self._backoff.spread_s) if resumed else self._backoff.watch_s
         while not stopped.is_set() and (left_s := self._list_at - time.monotonic()) > 0:
-            began, written = time.monotonic(), self._state.newest()
+            began, unseen = time.monotonic(), self._state.unseen()
             timeout_s = max(1, int(min(most_s * (1 + random.random()) / 2, left_s)))  # noqa: S311 - not a secret
             heard = self._follow_one(timeout_s, resumed=resumed)
             if stopped.is_set():
@@ -173,7 +174,7 @@ class Publisher:
                     "proxies before it"
                 )
             self._fruitless = 0
-            if (resumed and not heard) or int(self._version) < written:
+            if (resumed and not heard) or unseen & self._state.unseen():
                 self._list_at = 0.0
             most_s, resumed = self._backoff.watch_s, False
 

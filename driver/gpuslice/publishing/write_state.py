@@ -10,7 +10,7 @@ from gpuslice.core.json import Body
 from gpuslice.core.pools.backoff import BackoffConfig, Debounce
 from gpuslice.core.pools.pool import PoolSlices
 from gpuslice.core.pools.reconcile import Owner
-from gpuslice.core.pools.slice_cache import SliceCache
+from gpuslice.core.pools.slice_cache import SliceCache, Unseen
 
 
 class WriteState:
@@ -64,10 +64,10 @@ class WriteState:
             self._listed = True
             self._wake(0.0)
 
-    def newest(self) -> int:
-        """The highest resource version of our known slices. A watch that begins now reaches it."""
+    def unseen(self) -> frozenset[Unseen]:
+        """Our own changes that a watch which begins now will show."""
         with self._lock:
-            return self._cache.newest()
+            return self._cache.unseen()
 
     def take_event(self, kind: str, body: Body) -> None:
         with self._lock:

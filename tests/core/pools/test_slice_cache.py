@@ -107,3 +107,45 @@ def test_a_deletion_by_another_is_foreign_and_final() -> None:
 
     assert cache.bodies() == []
     assert cache.foreign()
+
+
+@pytest.mark.parametrize("shown", [12, 13])
+def test_our_own_write_is_unseen_until_an_event_shows_it_or_a_later_state(shown: int) -> None:
+    cache = SliceCache()
+    cache.mutate(body(12))
+    unseen = cache.unseen()
+    cache.observe("ADDED", body(11))
+    assert cache.unseen() == unseen != frozenset()
+
+    cache.observe("MODIFIED", body(shown))
+
+    assert cache.unseen() == frozenset()
+
+
+def test_our_own_deletion_is_unseen_until_an_event_shows_it() -> None:
+    cache = SliceCache()
+    cache.replace([body(12)], cache.began())
+    cache.remove(body(12))
+    cache.observe("MODIFIED", body(13))  # of before the deletion
+    assert len(cache.unseen()) == 1
+
+    cache.observe("DELETED", body(14))
+
+    assert cache.unseen() == frozenset()
+
+
+def test_nothing_is_unseen_that_an_event_or_a_later_list_has_shown_or_that_changed_nothing() -> None:
+    cache = SliceCache()
+    cache.observe("ADDED", body(12))
+    cache.mutate(body(12))
+    cache.mutate(body(12))
+    cache.observe("DELETED", body(13, "b"))
+    cache.remove(body(13, "b"))
+    assert cache.unseen() == frozenset()
+
+    began = cache.began()
+    cache.mutate(body(14, "c"))
+    cache.replace([body(12)], began)
+    assert len(cache.unseen()) == 1, "the list was asked for before the write"
+    cache.replace([body(12)], cache.began())
+    assert cache.unseen() == frozenset()

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gpuslice.core.json import Body
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """A change of ours: its number, and the resource version that shows it. No version shows a deletion."""
+
+    number: int
+    version: float
 
 
 class SliceCache:
@@ -22,13 +32,14 @@ class SliceCache:
         self._changed: dict[str, int] = {}  # name → number of its last change
         self._deleted: dict[str, int] = {}  # UID → number of its deletion; late news must not restore it
         self._unexplained: dict[str, int] = {}  # UID → version that we did not write, as far as we know now
+        self._unseen: dict[str, Unseen] = {}  # UID → our last change of the slice, if no event has shown it yet
 
     def bodies(self) -> list[Body]:
         return list(self._bodies.values())
 
-    def newest(self) -> int:
-        """The highest resource version of a known slice. -1 if none is known."""
-        return max(map(_version, self._bodies.values()), default=-1)
+    def unseen(self) -> frozenset[Unseen]:
+        """Our own changes that neither the watch nor a list has shown yet. A watch that begins now will show them."""
+        return frozenset(self._unseen.values())
 
     def began(self) -> int:
         """The number of changes, for `replace`. Take it before the request for a list."""
@@ -38,6 +49,7 @@ class SliceCache:
         """Take over a list, except for slices that changed after the request for it."""
         self._deleted = {uid: at for uid, at in self._deleted.items() if at > began}
         self._changed = {name: at for name, at in self._changed.items() if at > began}
+        self._unseen = {uid: change for uid, change in self._unseen.items() if change.number > began}
         alive = {b["metadata"]["name"]: b for b in bodies if b["metadata"]["uid"] not in self._deleted}
         newer = {name: self._bodies[name] for name in self._changed if name in self._bodies}
         stays = {name: body for name, body in newer.items() if _version(body) > _version(alive.get(name))}
@@ -47,6 +59,8 @@ class SliceCache:
         """Take over an event of the watch: ADDED, MODIFIED or DELETED."""
         name, uid = body["metadata"]["name"], body["metadata"]["uid"]
         known = self._bodies.get(name)
+        if (change := self._unseen.get(uid)) and (kind == "DELETED" or _version(body) >= change.version):
+            del self._unseen[uid]
         if uid in self._deleted or _version(known) >= _version(body):
             return
         self._unexplained[uid] = _version(body)
@@ -64,12 +78,17 @@ class SliceCache:
             del self._unexplained[uid]
         elif uid in self._unexplained or uid in self._deleted:
             return  # the watch has a newer state: another writer has already changed or deleted the slice
+        elif _version(self._bodies.get(body["metadata"]["name"])) != _version(body):  # else the write changed nothing
+            self._unseen[uid] = Unseen(self._changes + 1, _version(body))
         self._put(body)
 
     def remove(self, body: Body) -> None:
         """Remove a slice that the driver deleted or that no longer exists."""
-        self._deleted[body["metadata"]["uid"]] = self._change(body["metadata"]["name"])
-        self._unexplained.pop(body["metadata"]["uid"], None)
+        uid = body["metadata"]["uid"]
+        if uid not in self._deleted:
+            self._unseen[uid] = Unseen(self._changes + 1, math.inf)
+        self._deleted[uid] = self._change(body["metadata"]["name"])
+        self._unexplained.pop(uid, None)
         self._bodies.pop(body["metadata"]["name"], None)
 
     def foreign(self) -> bool:
