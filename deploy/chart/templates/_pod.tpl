@@ -1,5 +1,10 @@
 {{/* What the pods of driver and supervisor have in common. */}}
 
+{{/* Not empty, unless the value switches a part off. Missing, as in the values of an older chart, and null mean on. */}}
+{{- define "gpuslice.is-on" -}}
+{{- if ne (toString .) "false" }}true{{ end }}
+{{- end }}
+
 {{- define "gpuslice.image" -}}
 {{- $tag := .Values.image.tag | default (ternary "" .Chart.AppVersion (not (empty .Values.image.digest))) -}}
 image: {{ .Values.image.repository }}{{ with $tag }}:{{ . }}{{ end }}{{ with .Values.image.digest }}@{{ . }}{{ end }}
