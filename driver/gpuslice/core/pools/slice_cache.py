@@ -73,21 +73,21 @@ class SliceCache:
 
     def mutate(self, body: Body) -> None:
         """Take over the answer to a create or an update of the driver."""
-        uid = body["metadata"]["uid"]
-        if self._unexplained.get(uid) == _version(body):
+        uid, known = body["metadata"]["uid"], self._bodies.get(body["metadata"]["name"])
+        if shown := self._unexplained.get(uid) == _version(body):
             del self._unexplained[uid]
         elif uid in self._unexplained or uid in self._deleted:
             return  # the watch has a newer state: another writer has already changed or deleted the slice
-        elif _version(self._bodies.get(body["metadata"]["name"])) != _version(body):  # else the write changed nothing
-            self._unseen[uid] = Unseen(self._changes + 1, _version(body))
-        self._put(body)
+        number = self._put(body)
+        if not shown and _version(known) != _version(body):  # no event shows a write that changed nothing
+            self._unseen[uid] = Unseen(number, _version(body))
 
     def remove(self, body: Body) -> None:
         """Remove a slice that the driver deleted or that no longer exists."""
-        uid = body["metadata"]["uid"]
+        uid, number = body["metadata"]["uid"], self._change(body["metadata"]["name"])
         if uid not in self._deleted:
-            self._unseen[uid] = Unseen(self._changes + 1, math.inf)
-        self._deleted[uid] = self._change(body["metadata"]["name"])
+            self._unseen[uid] = Unseen(number, math.inf)
+        self._deleted[uid] = number
         self._unexplained.pop(uid, None)
         self._bodies.pop(body["metadata"]["name"], None)
 
@@ -99,9 +99,9 @@ class SliceCache:
         found, self._unexplained = bool(self._unexplained), {}
         return found
 
-    def _put(self, body: Body) -> None:
-        self._change(body["metadata"]["name"])
+    def _put(self, body: Body) -> int:
         self._bodies[body["metadata"]["name"]] = body
+        return self._change(body["metadata"]["name"])
 
     def _change(self, name: str) -> int:
         self._changes += 1
