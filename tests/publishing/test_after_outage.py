@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +47,16 @@ def publishing(server: StandInApiServer, backoff: BackoffConfig) -> Iterator[Pub
         server.wait(lambda: asked(server, "watch=true"))
         publish_and_wait(publisher, plain("gpu"))
         yield publisher
+
+
+def wipe_unseen(server: StandInApiServer, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Delete the slices while the API server is away, so that only a list shows that they are gone."""
+    server.away()
+    wipe(server)
+    server.store.compact()
+    meanwhile()
+    server.requests.clear()
+    server.back()
 
 
 def break_watches(server: StandInApiServer, *, restarted: bool = False) -> None:
@@ -164,11 +174,7 @@ def test_a_kubelet_that_registers_while_there_is_no_watch_makes_the_node_list_at
     server: StandInApiServer,
 ) -> None:
     with publishing(server, LATE) as publisher, a_line(EXPIRED) as expired:
-        server.away()
-        wipe(server)
-        server.store.compact()
-        server.requests.clear()
-        server.back()
+        wipe_unseen(server)
         assert expired.wait(10)
         assert shown(server) == []
 
@@ -182,12 +188,7 @@ def test_a_kubelet_that_registers_while_there_is_no_watch_makes_the_node_list_at
 
 def test_a_kubelet_that_registers_while_the_api_server_is_away_is_not_forgotten(server: StandInApiServer) -> None:
     with publishing(server, LATE) as publisher:
-        server.away()
-        wipe(server)
-        server.store.compact()
-        publisher.catch_up()
-        server.requests.clear()
-        server.back()
+        wipe_unseen(server, meanwhile=publisher.catch_up)
 
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
 
@@ -199,11 +200,7 @@ def test_a_kubelet_that_registers_just_before_the_watch_breaks_is_not_forgotten(
     """The publisher notices only later that the watch is dead, and a list in its turn would come a minute later."""
     with publishing(server, LATE) as publisher:
         publisher.catch_up()
-        server.away()
-        wipe(server)
-        server.store.compact()
-        server.requests.clear()
-        server.back()
+        wipe_unseen(server)
 
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
 
@@ -216,11 +213,7 @@ def test_a_kubelet_that_registers_before_the_first_list_is_not_forgotten(server:
     with a_publisher(server, LATE, registered=True) as publisher:
         publish_and_wait(publisher, plain("gpu"))
         server.wait(lambda: asked(server, "watch=true"))
-        server.away()
-        wipe(server)
-        server.store.compact()
-        server.requests.clear()
-        server.back()
+        wipe_unseen(server)
 
         server.wait(lambda: shown(server) == ["n1/a/gpu"])
 
